@@ -1,0 +1,1119 @@
+"""common.py: what the scripts share, top to bottom in the order data flows.
+
+    problem → prompt → sampler → completion → thought | answer → episodes → forced answers (μ) → J → progress
+            → reward, advantage per token → log-probs → loss
+
+Sections: 1 messages and files · 2 problems · 3 models and prompts · 4 the sampler · 5 thoughts and episodes
+· 6 forced answers and progress · 7 grading · 8 metrics · 9 the GRPO loss · 10 the run folder.
+
+"Section", "Eq.", "Fig.", "Table" and "Appendix" refer to arXiv 2503.07572.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers.decoders import DecodeStream
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging as transformers_logging
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if platform.system() == "Linux" and not torch.cuda.is_available():
+    with contextlib.suppress(Exception):  # glibc: keep freed tensors mapped; page faults cost a third of a CPU step
+        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+THINK_END = "</think>"
+# The forced-termination phrase of the authors' public code: what turns the model into the meta-prover μ.
+STOP_PHRASE = (
+    "Time is up.\n\nGiven the time I've spent and the approaches I've tried, I should stop thinking and formulate a "
+    f"final answer based on what I already have.\n{THINK_END}\n\n**Step-by-Step Explanation and Answer:**\n\n1. **"
+)
+ANSWER_CUE = "Final Answer:** \\boxed{"  # ours: where the gold answer's likelihood is read off, see `answer_likelihoods`
+
+
+# ============================================================================================ 1 messages and files
+
+
+def fail(message: str):
+    """Bad input: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The records of a JSON-lines file; a malformed line ends the run with its number."""
+    if not path.is_file():
+        fail(f"{path}: no such file")
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                fail(f"{path}, line {number}: not JSON ({error.msg})")
+            if not isinstance(row, dict):
+                fail(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+            rows.append(row)
+    if not rows:
+        fail(f"{path}: empty, expected one JSON object a line")
+    return rows
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes all or nothing: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def key(name: str) -> int:
+    """An integer for a problem's id, to seed its samples with."""
+    return zlib.crc32(name.encode())
+
+
+# ============================================================================================ 2 problems
+
+PROBLEM_COLUMNS = ("problem", "question", "prompt")
+ANSWER_COLUMNS = ("answer", "solution")
+
+
+def load_problems(dataset: str, split: str, limit: int | None = None) -> list[dict]:
+    """`[{problem, answer, id}]` from `tiny`, `tiny:30` (only that difficulty), a .jsonl file or a Hub data set.
+
+    `answer` is the bare gold answer: what follows GSM8K's `####`, or a solution's last box. A row of a file whose
+    answer cannot be graded ends the run and is named; rows of a Hub set (NuminaMath has proofs) are left out, counted.
+    """
+    if dataset == "tiny" or dataset.startswith("tiny:"):
+        import tiny
+
+        try:
+            levels = tuple(int(n) for n in dataset[5:].split(",") if n) or tiny.LEVELS
+            rows = tiny.problems(split, levels)
+        except ValueError as error:
+            fail(str(error))
+        return rows[:limit]
+    from_file = dataset.endswith((".jsonl", ".json")) or Path(dataset).exists()
+    if from_file:
+        rows = read_jsonl(Path(dataset))
+    else:
+        try:
+            import datasets
+
+            rows = datasets.load_dataset(dataset, split=split)
+        except Exception as error:
+            fail(f"--dataset {dataset}: neither a file nor a data set the Hub gives (split {split}): {first_line(error)}")
+    columns = list(rows[0]) if from_file else rows.column_names
+    problem_column = next((c for c in PROBLEM_COLUMNS if c in columns), None)
+    answer_column = next((c for c in ANSWER_COLUMNS if c in columns), None)
+    if problem_column is None or answer_column is None:
+        fail(
+            f"--dataset {dataset}: needs one column of {'|'.join(PROBLEM_COLUMNS)} and one of "
+            f"{'|'.join(ANSWER_COLUMNS)}; found {', '.join(columns)}"
+        )
+    problems, skipped = [], 0
+    for number, row in enumerate(rows, 1):
+        if limit is not None and len(problems) == limit:
+            break
+        try:
+            if not isinstance(row.get(problem_column), str) or not row[problem_column].strip():
+                raise ValueError(f"column {problem_column} holds no text")
+            gold = gold_answer(str(row.get(answer_column, "")), is_solution=answer_column == "solution")
+        except ValueError as error:
+            if from_file:
+                fail(f"{dataset}, row {number}: {error}")
+            skipped += 1
+            continue
+        problems.append({"problem": row[problem_column], "answer": gold, "id": str(row.get("id", number - 1))})
+    if skipped:
+        print(f"{dataset}: left out {skipped} rows without an answer that can be graded")
+    if not problems:
+        fail(f"--dataset {dataset}: no usable problem")
+    if len({p["id"] for p in problems}) < len(problems):
+        for number, problem in enumerate(problems):
+            problem["id"] = f"{problem['id']}-{number}"
+    return problems
+
+
+def gold_answer(text: str, is_solution: bool) -> str:
+    """The bare answer of an answer column's text; ValueError where there is none that can be graded."""
+    if "####" in text:
+        text = text.rsplit("####", 1)[1]
+    elif is_solution or "\\boxed" in text:
+        boxed = extract_answer(text)
+        if boxed is None:
+            raise ValueError("the solution holds no \\boxed{} answer")
+        text = boxed
+    check_gold(text.strip())
+    return text.strip()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+# ============================================================================================ 3 models and prompts
+
+
+def resolve_model(model: str) -> str:
+    """`tiny` is the folder beside this file; anything else is left as it is."""
+    return str(Path(__file__).resolve().parent / "tiny") if model == "tiny" else model
+
+
+def load_tokenizer(model: str):
+    """The tokenizer of a Hub id, a folder or `tiny`."""
+    transformers_logging.disable_progress_bar()
+    path = resolve_model(model)
+    if Path(path).is_dir():
+        for name in ("config.json", "tokenizer_config.json"):
+            if not (Path(path) / name).exists():
+                fail(f"--model {model}: the folder has no {name}")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        fail(f"--model {model}: neither a model folder nor a model that the Hub gives: {first_line(error)}")
+
+
+def load_model(model: str, device: str):
+    """The model with float32 weights (the master weights of training); `autocast` does bf16 arithmetic over them."""
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=torch.float32)
+    except Exception as error:
+        fail(f"--model {model}: cannot be loaded: {first_line(error)}")
+    return loaded.to(device).eval()
+
+
+def pick_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_dtype(dtype: str) -> torch.dtype:
+    """--dtype auto: bfloat16 on a GPU, float32 on a CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+
+
+def autocast(dtype: torch.dtype):
+    device = pick_device()
+    return torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of a piece of a prompt: no special token is added, a template has them already."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def prompt_ids(tokenizer, problem: str) -> list[int]:
+    """The problem through the chat template, up to where the model starts to think; the user message is the bare
+    problem, as in the authors' code."""
+    if tokenizer.chat_template is None:
+        return encode(tokenizer, problem + "\n\n")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True
+    )
+    return encode(tokenizer, text)
+
+
+def thinks(tokenizer) -> bool:
+    """Does the vocabulary have the end-of-thinking marker as one token? If not, the whole completion is the thought."""
+    return len(encode(tokenizer, THINK_END)) == 1
+
+
+def stop_token_ids(tokenizer, model) -> list[int]:
+    """Every id that ends a turn; some models have several."""
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def context_length(model) -> int:
+    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
+
+
+def check_lengths(problems: list[dict], prompts: list[list[int]], room: int, context: int) -> None:
+    """Ends the run if a prompt and what is to follow it do not fit the model's context."""
+    for problem, prompt in zip(problems, prompts):
+        if len(prompt) + room > context:
+            fail(
+                f"problem {problem['id']}: prompt of {len(prompt)} tokens + {room} to generate (thought, stop phrase, "
+                f"answer) exceed the model's context of {context}"
+            )
+
+
+# ============================================================================================ 4 the sampler
+
+
+@dataclass
+class Completion:
+    """What the model wrote after a prompt. `logprobs[i]` is the log-probability of `token_ids[i]` under the
+    distribution it was drawn from. Token `i` writes `text[offsets[i]:offsets[i + 1]]`."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str  # "stop": the last token is an end-of-turn token, the model's own choice; "length": cut
+    text: str = ""
+    offsets: list[int] = field(default_factory=list)
+
+
+def text_and_offsets(tokenizer, token_ids: list[int]) -> tuple[str, list[int]]:
+    """The text of the tokens and where each starts in it (len + 1 offsets), special tokens silent.
+
+    Decoded as a stream, so a character of several tokens starts at the token that completes it, and the pieces join
+    to the text by construction; nothing is ever encoded again.
+    """
+    stream, pieces, offsets = DecodeStream(skip_special_tokens=True), [], [0]
+    for token in token_ids:
+        pieces.append(stream.step(tokenizer.backend_tokenizer, token) or "")
+        offsets.append(offsets[-1] + len(pieces[-1]))
+    return "".join(pieces), offsets
+
+
+class Sampler:
+    """Token ids in, token ids and log-probs out, over a transformers model.
+
+    All prompts of a call are sampled together: prompts that share a prefix (a problem's samples, the forced answers
+    along a trace) compute it once, batches are of similar length, finished rows leave them, the cache never grows by
+    copying. A draw depends on (seed, sample number, position) alone, so a result does not depend on what else is in
+    the batch, up to rounding of the logits (1e-6 in float32), which flips about one draw in a million.
+    """
+
+    def __init__(self, model, tokenizer, dtype: torch.dtype = torch.float32, max_rows: int = 512):
+        self.model, self.tokenizer, self.dtype, self.max_rows = model, tokenizer, dtype, max_rows
+        self.stop_ids = torch.tensor(stop_token_ids(tokenizer, model), device=model.device)
+        self.cache_bytes = torch.cuda.mem_get_info()[0] // 3 if model.device.type == "cuda" else 3 << 30
+        self.sampled_tokens = 0  # drawn
+        self.computed_tokens = 0  # run through the model: prompts (shared parts once) and drawn tokens
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int | list[int],
+        seeds: list[tuple[int, ...]],
+        n: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        first: int = 0,
+    ) -> list[list[Completion]]:
+        """Samples `first … first + n - 1` of each prompt. `max_tokens`: one limit, or one for each prompt; `seeds`: a
+        key of integers for each prompt. Temperature 0 is greedy; its log-probs are those of temperature 1."""
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+        if not len(prompts) == len(limits) == len(seeds) or min(limits, default=1) < 1 or not all(prompts):
+            raise ValueError("generate() needs a limit of at least 1 and a seed for each non-empty prompt")
+        done: list[list[Completion]] = [[] for _ in prompts]
+        config = self.model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token_bytes = 8 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        batch: list[Pack] = []
+        packs = sorted(pack_prefixes(prompts), key=lambda pack: pack.longest, reverse=True)
+        for pack in [*packs, None]:
+            rows = n * sum(len(p.paths) for p in [*batch, pack] if p)
+            fits = batch and rows * (batch[0].longest + max(limits)) * token_bytes <= self.cache_bytes
+            if batch and (pack is None or rows > self.max_rows or not fits):
+                for p, completion in self._decode(batch, seeds, limits, range(first, first + n), temperature, top_p):
+                    done[p].append(completion)
+                batch = []
+            if pack:
+                batch.append(pack)
+        return done
+
+    def _decode(self, packs: list[Pack], seeds, limits: list[int], samples: range, temperature: float, top_p: float):
+        """Runs the packed prompts once, then draws token by token; yields (prompt number, Completion)."""
+        device = self.model.device
+        cache = DynamicCache()
+        ids, mask, positions = pack_tensors(packs, device)
+        with autocast(self.dtype):
+            hidden = self.model.base_model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+        # One row a sample: its prefix gathered from the packed cache, padded on the left so that all rows grow at one
+        # place; from here on `alive` are the numbers of the rows still in the batch.
+        rows = [(b, p, path, s) for b, pack in enumerate(packs) for p, path in pack.paths.items() for s in samples]
+        width = max(len(path) for _, _, path, _ in rows)
+        source = torch.tensor([b for b, _, _, _ in rows], device=device)
+        columns = torch.tensor([[0] * (width - len(path)) + path for _, _, path, _ in rows], device=device)
+        position = torch.tensor([len(path) for _, _, path, _ in rows], device=device)
+        limit = torch.tensor([limits[p] for _, p, _, _ in rows], device=device)
+        room = int(limit.max())
+        mask = torch.arange(width + room, device=device) >= (width - position)[:, None]
+        cache.layers = [GrowingLayer(layer, source, columns, room) for layer in cache.layers]
+        with autocast(self.dtype):
+            logits = self.model.get_output_embeddings()(hidden[source, columns[:, -1]])
+        uniform = np.stack([np.random.default_rng([*seeds[p], s]).random(room) for _, p, _, s in rows])
+        uniform = torch.from_numpy(uniform).to(device)
+        tokens = torch.zeros(len(rows), room, dtype=torch.long, device=device)
+        logprobs = torch.zeros(len(rows), room, device=device)
+        lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
+        stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        alive = torch.arange(len(rows), device=device)
+        left = torch.ones_like(stopped)
+        for step in range(room):
+            token, logprob = draw(logits.float(), uniform[alive, step], temperature, top_p)
+            writing = alive[left]
+            tokens[writing, step], logprobs[writing, step] = token[left], logprob[left]
+            lengths[writing], stopped[writing] = step + 1, torch.isin(token[left], self.stop_ids)
+            left = left & ~stopped[alive] & (step + 1 < limit[alive])
+            if not left.any():
+                break
+            if left.sum() <= 0.9 * len(alive):  # finished rows leave; until then they ride along unrecorded
+                for layer in cache.layers:
+                    layer.keep_rows(left)
+                alive, token, mask, position = alive[left], token[left], mask[left], position[left]
+                left = left[left]
+            with autocast(self.dtype):
+                logits = self.model(
+                    input_ids=token[:, None],
+                    attention_mask=mask[:, None, None, : width + step + 1],
+                    position_ids=position[:, None] + step,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits[:, -1]
+        self.sampled_tokens += int(lengths.sum())
+        self.computed_tokens += int(lengths.sum()) + sum(len(pack.token_ids) for pack in packs)
+        rows_out = zip(rows, tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist())
+        for (_, p, _, _), ids, logps, length, ended in rows_out:
+            text, offsets = text_and_offsets(self.tokenizer, ids[:length])
+            yield p, Completion(ids[:length], logps[:length], "stop" if ended else "length", text, offsets)
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float):
+    """One token a row by inverting the distribution function at `uniform` [rows]; returns (token, its log-prob)."""
+    logprobs = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+    if temperature == 0:
+        token = logprobs.argmax(-1)
+        return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
+    if top_p < 1:
+        ordered, order = logprobs.sort(dim=-1, descending=True)
+        outside = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
+        logprobs = logprobs.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf).log_softmax(-1)
+    mass = logprobs.double().exp().cumsum(-1)
+    token = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    return token.squeeze(-1), logprobs.gather(-1, token).squeeze(-1)
+
+
+@dataclass
+class Pack:
+    """Token sequences that share prefixes, as one row without repetition. `paths[s]` are the places in the row of the
+    tokens of sequence s, in order; a token sees the earlier tokens of its own path and nothing else."""
+
+    token_ids: list[int]
+    positions: list[int]
+    paths: dict[int, list[int]]
+
+    @property
+    def longest(self) -> int:
+        return max(self.positions) + 1
+
+
+def pack_prefixes(sequences: list[list[int]]) -> list[Pack]:
+    """Packs sequences that share at least half of their tokens with a neighbour in sorted order.
+
+    Sorting makes the sequences a depth-first walk of their prefix tree, so what a sequence shares with any earlier one
+    it shares with the one before it: the tokens to compute grow linearly in traces and boundaries.
+    """
+    packs: list[Pack] = []
+    before: list[int] = []
+    previous = 0
+    for s in sorted(range(len(sequences)), key=sequences.__getitem__):
+        ids = sequences[s]
+        shared = next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
+        if not packs or 2 * shared < len(ids):
+            packs.append(Pack([], [], {}))
+            shared, path = 0, []
+        else:
+            path = packs[-1].paths[previous][:shared]
+        path = path + list(range(len(packs[-1].token_ids), len(packs[-1].token_ids) + len(ids) - shared))
+        packs[-1].token_ids += ids[shared:]
+        packs[-1].positions += range(shared, len(ids))
+        packs[-1].paths[s] = path
+        before, previous = ids, s
+    return packs
+
+
+def pack_tensors(packs: list[Pack], device):
+    """(ids [B, L], mask [B, 1, L, L] or None where plain causal attention is right, positions [B, L])."""
+    width = max(len(pack.token_ids) for pack in packs)
+    ids = torch.zeros(len(packs), width, dtype=torch.long)
+    positions = torch.zeros(len(packs), width, dtype=torch.long)
+    for b, pack in enumerate(packs):
+        ids[b, : len(pack.token_ids)] = torch.tensor(pack.token_ids)
+        positions[b, : len(pack.positions)] = torch.tensor(pack.positions)
+    if all(path == list(range(len(path))) for pack in packs for path in pack.paths.values()):
+        return ids.to(device), None, torch.arange(width, device=device)[None].expand(len(packs), -1)
+    mask = torch.eye(width, dtype=torch.bool).repeat(len(packs), 1, 1)
+    for b, pack in enumerate(packs):
+        seen = 0
+        for path in pack.paths.values():  # in the order of packing: the tokens from `seen` on are new
+            new = [i for i, place in enumerate(path) if place >= seen]
+            if new:
+                rows = torch.tensor(path[new[0] :])
+                mask[b, rows[:, None], torch.tensor(path[: new[0]], dtype=torch.long)[None]] = True
+                mask[b, rows[:, None], rows[None]] = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
+                seen = path[-1] + 1
+    return ids.to(device), mask[:, None].to(device), positions.to(device)
+
+
+class GrowingLayer(DynamicLayer):
+    """A transformers cache layer with free room at its end, so that a token is written in place; the stock layer
+    copies the whole cache at every token. Row r starts as the places `columns[r]` of row `source[r]` of `layer`."""
+
+    def __init__(self, layer, source: torch.Tensor, columns: torch.Tensor, room: int):
+        super().__init__()
+        self.length, self.buffers = columns.shape[1], []
+        for states in (layer.keys, layer.values):  # [packs, heads, width, head size]
+            rows = states.transpose(1, 2)[source[:, None], columns].transpose(1, 2)
+            self.buffers.append(torch.cat([rows, rows.new_empty(*rows.shape[:2], room, rows.shape[3])], dim=2))
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start, self.length = self.length, self.length + key_states.shape[2]
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, start : self.length] = states
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        self.buffers = [buffer[rows] for buffer in self.buffers]
+
+
+# ============================================================================================ 5 thoughts and episodes
+
+EPISODE_MARKERS = ("Wait", "But wait", "Alternatively", "Is there another way to think about this?",
+                   "But let me double-check", "But hold on")
+
+
+def episode_spans(thought: str, max_steps: int = 49, group_size: int = 1) -> list[tuple[int, int]]:
+    """Episodes of a thought as [start, end) character spans: the paper's segmentation (Section 5).
+
+    Paragraphs end at a blank line ("\\n\\n"). One that starts with one of `EPISODE_MARKERS` (prefix and
+    case count: "Waiting" does, " Wait" does not) opens an episode if it stands more than 2 paragraphs
+    after the last opening. After `max_steps` openings the rest is the last episode, so there are at most
+    max_steps + 1; every `group_size` neighbours then become one. Published max_steps/group_size: 49/5
+    Omni-MATH, 45/3 AIME 2024, 99/10 regret study. Spans start at 0, end at len(thought) and leave no
+    gap: a separator belongs to the episode before it. An empty thought is one empty episode.
+    Raises ValueError for max_steps < 0 or group_size < 1.
+    """
+    if max_steps < 0 or group_size < 1:
+        raise ValueError(f"need max_steps >= 0 and group_size >= 1, got {max_steps} and {group_size}")
+    starts, opened, position = [0], 0, 0  # opened: the paragraph at which the current episode began
+    for index, paragraph in enumerate(thought.split("\n\n")):
+        if len(starts) > max_steps:
+            break
+        if index - opened > 2 and paragraph.startswith(EPISODE_MARKERS):
+            starts.append(position)
+            opened = index
+        position += len(paragraph) + len("\n\n")
+    starts = starts[::group_size]
+    return list(zip(starts, [*starts[1:], len(thought)]))
+
+
+def split_episodes(thought: str, max_steps: int, group_size: int = 1) -> list[str]:
+    """Texts of `episode_spans` as the published code stores them: each episode stripped of trailing
+    newlines, the members of a group joined with "\\n\\n". Errors as there.
+
+    Pass the thought only: "</think>" has no special meaning, and markers in an answer would count.
+    """
+    groups = episode_spans(thought, max_steps, group_size)
+    texts = [thought[start:end].rstrip("\n") for start, end in episode_spans(thought, max_steps)]
+    return ["\n\n".join(texts[i * group_size:(i + 1) * group_size]) for i in range(len(groups))]
+
+
+@dataclass
+class Trace:
+    """A completion read as thought and answer. Episode j (from 1) is `token_ids[boundaries[j - 1] : boundaries[j]]`:
+    the spans are contiguous and cover the thought, nothing is tokenized twice. `boundaries[0]` is 0, the empty prefix.
+    """
+
+    problem: dict
+    prompt: list[int]
+    completion: Completion
+    boundaries: list[int]
+    finished: bool  # the model itself ended the thought
+    answer: str | None  # what is graded: the text after the thought
+    reward: float = 0.0  # outcome: 1 if the answer is right
+    values: list[float] = field(default_factory=list)  # J(μ) at the boundaries, where estimated
+    answer_tokens: list[float] = field(default_factory=list)  # mean tokens of the forced answers there
+
+    def prefix(self, boundary: int) -> str:
+        return self.completion.text[: self.completion.offsets[boundary]]
+
+
+def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completion, max_episodes: int) -> Trace:
+    """Splits a completion at the end-of-thinking marker and its thought into at most `max_episodes` episodes (longer
+    thoughts: equal numbers of neighbouring episodes are joined).
+
+    Without a marker in the vocabulary the whole completion is thought and answer at once. With one, a thought that
+    was cut before the marker has no answer, whatever boxes it holds.
+    """
+    ids, offsets = completion.token_ids, completion.offsets
+    if thinks(tokenizer):
+        marker = encode(tokenizer, THINK_END)[0]
+        finished = marker in ids
+        end = ids.index(marker) if finished else len(ids)
+        answer = completion.text[offsets[end + 1] :] if finished else None
+    else:
+        finished = completion.finish_reason == "stop"
+        end, answer = len(ids) - finished, completion.text
+    starts = [start for start, _ in episode_spans(completion.text[: offsets[end]])]
+    starts = starts[:: math.ceil(len(starts) / max_episodes)]
+    # A token belongs to the episode it starts in.
+    cuts = {bisect_left(offsets, start, hi=end) for start in starts}
+    boundaries = sorted(cuts | {0, end})
+    return Trace(problem, prompt, completion, boundaries, finished, answer)
+
+
+def grade_traces(traces: list[Trace]) -> None:
+    """Sets `reward`, the 0/1 outcome, of every trace."""
+    verdicts = grade_all([(extract_answer(t.answer or ""), t.problem["answer"]) for t in traces])
+    for trace, verdict in zip(traces, verdicts):
+        trace.reward = float(verdict == "right")
+
+
+# ============================================================================================ 6 forced answers, progress
+
+
+def forced_prompt(tokenizer, trace: Trace, boundary: int) -> list[int]:
+    """The prompt of the meta-prover μ: the prefix of the thought up to a boundary, told that time is up (Section 4).
+
+    As in the authors' code the complete thought gets only the end-of-thinking marker. The stop phrase is appended as
+    tokens to the very tokens that were sampled.
+    """
+    text = trace.prefix(boundary)
+    if trace.finished and boundary == trace.boundaries[-1]:
+        tail = ("" if text.endswith("\n") else "\n") + THINK_END
+    else:
+        gap = "\n\n"[min(2, len(text) - len(text.rstrip("\n"))) :]
+        phrase = STOP_PHRASE if thinks(tokenizer) else STOP_PHRASE.replace(THINK_END + "\n", "")
+        tail = gap + phrase
+    return trace.prompt + trace.completion.token_ids[:boundary] + encode(tokenizer, tail)
+
+
+@dataclass
+class ForcedAnswers:
+    """How J(μ|prefix) is estimated: `n` sampled answers a prefix, or the gold answer's likelihood."""
+
+    method: str  # "sampled" or "likelihood"
+    n: int
+    max_tokens: int
+    temperature: float
+
+
+def success_rates(sampler: Sampler, traces: list[Trace], how: ForcedAnswers, seed: tuple) -> None:
+    """Sets `values`, J(μ|z_0:j) at every boundary of every trace: the success rate of the model forced to answer there;
+    and `answer_tokens`, the mean tokens of those answers.
+
+    Equal prefixes (the empty one of a problem's traces) are asked once. A model without an end-of-thinking marker has
+    answered when it stops by itself: J of its complete text is the outcome.
+    """
+    tokenizer, values, lengths = sampler.tokenizer, {}, {}
+    places = [(t, b) for t, trace in enumerate(traces) for b in trace.boundaries]
+    prompts = {place: tuple(forced_prompt(tokenizer, traces[place[0]], place[1])) for place in places}
+    answered = {} if thinks(tokenizer) else {(t, trace.boundaries[-1]): trace.reward for t, trace in enumerate(traces)
+                                             if trace.finished}  # fmt: skip
+    prompts = {place: prompt for place, prompt in prompts.items() if place not in answered}
+    golds = {prompt: traces[t].problem["answer"] for (t, _), prompt in prompts.items()}
+    asked = list(golds)
+    if how.method == "likelihood":
+        complete = {p for (t, b), p in prompts.items() if traces[t].finished and b == traces[t].boundaries[-1]}
+        cues = [encode(tokenizer, ("\n\n**" if prompt in complete else "") + ANSWER_CUE) for prompt in asked]
+        heads = [[*prompt, *cue] for prompt, cue in zip(asked, cues)]
+        tails = [encode(tokenizer, golds[prompt] + "}") for prompt in asked]
+        values.update(zip(asked, np.exp(sequence_logprobs(sampler, heads, tails)).tolist()))
+        lengths.update(zip(asked, [float(len(cue) + len(tail)) for cue, tail in zip(cues, tails)]))
+    else:
+        keys = [(*seed, zlib.crc32(np.array(prompt).tobytes())) for prompt in asked]
+        answers = sampler.generate([[*p] for p in asked], how.max_tokens, keys, n=how.n, temperature=how.temperature)
+        values.update(zip(asked, mean_accuracy([{"answer": golds[prompt]} for prompt in asked], answers).tolist()))
+        lengths.update(zip(asked, [float(np.mean([len(a.token_ids) for a in row])) for row in answers]))
+    for t, trace in enumerate(traces):
+        places = [(t, b) for b in trace.boundaries]
+        trace.values = [answered[p] if p in answered else values[prompts[p]] for p in places]
+        trace.answer_tokens = [0.0 if p in answered else lengths[prompts[p]] for p in places]
+
+
+@torch.no_grad()
+def sequence_logprobs(sampler: Sampler, heads: list[list[int]], tails: list[list[int]]) -> np.ndarray:
+    """log P(tail | head) for each pair, shared prefixes computed once.
+
+    With head = prefix + stop phrase + cue and tail = gold answer + "}" its exponential is J(μ|prefix) for answers
+    that follow the cue at once: exact, without a sampled token, "the change in the likelihood of eventual success" of
+    the paper's abstract. It is μ's success rate itself only where μ answers in this form (the embedded model does).
+    """
+    model, out = sampler.model, np.zeros(len(heads))
+    packs = sorted(pack_prefixes([h + t for h, t in zip(heads, tails)]), key=lambda p: len(p.token_ids))
+    while packs:
+        batch = [packs.pop()]
+        width = len(batch[0].token_ids)
+        while packs and (len(batch) + 1) * width <= 16_384:
+            batch.append(packs.pop())
+        ids, mask, positions = pack_tensors(batch, model.device)
+        with autocast(sampler.dtype):
+            hidden = model.base_model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+            ).last_hidden_state
+        sampler.computed_tokens += sum(len(pack.token_ids) for pack in batch)
+        items = [(b, s, path) for b, pack in enumerate(batch) for s, path in pack.paths.items()]
+        row = torch.tensor([b for b, s, _ in items for _ in tails[s]], device=model.device)
+        column = torch.tensor([c for _, s, path in items for c in path[-len(tails[s]) - 1 : -1]], device=model.device)
+        target = torch.tensor([t for _, s, _ in items for t in tails[s]], device=model.device)
+        owner = np.array([s for _, s, _ in items for _ in tails[s]])
+        with autocast(sampler.dtype):
+            logits = model.get_output_embeddings()(hidden[row, column]).float()
+        logprobs = logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+        np.add.at(out, owner, logprobs.double().cpu().numpy())
+    return out
+
+
+def mean_accuracy(problems: list[dict], answers: list[list[Completion]]) -> np.ndarray:
+    """Share of right answers among each problem's completions, [problems]."""
+    pairs = [(extract_answer(a.text), p["answer"]) for p, row in zip(problems, answers) for a in row]
+    return np.array([v == "right" for v in grade_all(pairs)], dtype=float).reshape(len(problems), -1).mean(1)
+
+
+def cut_at_budget(trace: Trace, budget: int) -> int:
+    """The last paragraph end of the thought within `budget` tokens, or the budget itself where there is none."""
+    end = min(budget, trace.boundaries[-1])
+    return next((b for b in range(end, 0, -1) if trace.prefix(b).endswith("\n\n")), end)
+
+
+def anytime_accuracy(sampler, problems, budgets, max_tokens: int, answer_tokens: int, temperature, seed: tuple) -> dict:
+    """One trace a problem: accuracy, mean tokens, and the accuracy had the thought been stopped at each budget (traces
+    that end within the budget count as they are)."""
+    tokenizer = sampler.tokenizer
+    prompts = [prompt_ids(tokenizer, p["problem"]) for p in problems]
+    seeds = [(*seed, key(p["id"])) for p in problems]
+    sampled = sampler.generate(prompts, max_tokens, seeds, temperature=temperature)
+    traces = [read_trace(tokenizer, p, q, c, 1) for p, q, (c,) in zip(problems, prompts, sampled)]
+    grade_traces(traces)
+    longer = [(b, i) for b in budgets for i, t in enumerate(traces) if len(t.completion.token_ids) > b]
+    forced = []
+    for b, i in longer:
+        cut = cut_at_budget(traces[i], b)
+        traces[i].finished, finished = traces[i].finished and cut == traces[i].boundaries[-1], traces[i].finished
+        forced.append(forced_prompt(tokenizer, traces[i], cut))
+        traces[i].finished = finished
+    answers = sampler.generate(forced, answer_tokens, [(*seeds[i], b) for b, i in longer], temperature=temperature)
+    right = dict(zip(longer, mean_accuracy([problems[i] for _, i in longer], answers))) if longer else {}
+    return {
+        "accuracy": float(np.mean([t.reward for t in traces])),
+        "tokens": float(np.mean([len(t.completion.token_ids) for t in traces])),
+        "forced": {b: float(np.mean([right.get((b, i), t.reward) for i, t in enumerate(traces)])) for b in budgets},
+    }
+
+
+def episode_credits(values: list[float], credit_lambda: float) -> list[float]:
+    """Credit of each episode from J at its k + 1 boundaries: Σ_{l ≥ j} λ^{l-j} r_prg(z_l), r_prg(z_j) = J_j - J_{j-1}
+    (Def. 6.1). λ = 0 is the paper's greedy progress; λ = 1 is J at the end of the thought minus J at the episode's
+    start, a return with μ as its baseline; between them it is generalised advantage estimation over episodes."""
+    credits, running = [], 0.0
+    for after, before in zip(values[:0:-1], values[-2::-1]):
+        running = (after - before) + credit_lambda * running
+        credits.append(running)
+    return credits[::-1]
+
+
+# ============================================================================================ 7 grading
+
+def extract_answer(r):
+    import re
+    x=re.findall(r"boxed\{([^{}]*)\}", r); return x[-1] if x else None
+def check_gold(g):
+    if not g: raise ValueError("empty gold")
+def grade_all(pairs): return ["none" if a is None else "right" if a==g else "wrong" for a,g in pairs]
+
+
+# ============================================================================================ 8 metrics
+
+EXACT_SUBSETS = 200_000  # weighted maj_at_k goes through all subsets up to this many, then samples them
+_trapezoid = np.trapezoid if hasattr(np, "trapezoid") else np.trapz  # renamed in numpy 2
+
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that k of n samples, c of them correct, drawn without replacement, hold a correct one:
+    1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
+
+    Raises ValueError unless 0 <= c <= n and 1 <= k <= n. The published estimators return 1 for k > n,
+    which makes a run with missing samples look perfect.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"need 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
+
+
+def maj_at_k(answers: Sequence[str | None], gold: str, k: int, weights: Sequence[float] | None = None,
+             seed: int = 0, draws: int = 100_000) -> float:
+    """Probability that `gold` wins the vote of k of the n answers, drawn without replacement.
+
+    answers: n canonical strings, None where there is none. weights: n positive vote weights (the paper:
+    2 ** mean token log-prob); None or all equal is plain voting. As in the published code (Section 5,
+    Appendix D) a tie for first place that gold shares counts 1/2, however many share it; None never
+    competes; without a vote for gold the score is 0. At k = 1 this is the mean accuracy.
+
+    Plain votes are counted exactly. Unequal ones go through all C(n, k) subsets up to `EXACT_SUBSETS`;
+    beyond, `draws` subsets are drawn with `seed`: standard error <= 0.5 / sqrt(draws), .0016 by default.
+    Totals within 1e-9 of each other tie, since a float sum depends on the order of its terms.
+    Raises ValueError for k outside 1..n, gold None, draws < 1, or weights not n positive finite numbers.
+    """
+    n = len(answers)
+    if gold is None or not 1 <= k <= n or draws < 1:
+        raise ValueError(f"need a gold, 1 <= k <= n, draws >= 1; got {gold!r}, k={k}, n={n}, draws={draws}")
+    if weights is not None and (len(weights) != n or not all(0 < w < math.inf for w in weights)):
+        raise ValueError(f"weights must be {n} positive finite numbers, got {weights!r}")
+    rivals = Counter(answers)
+    missing, right = rivals.pop(None, 0), rivals.pop(gold, 0)
+    counted = {w for answer, w in zip(answers, () if weights is None else weights) if answer is not None}
+    if len(counted) > 1 and right and rivals:  # otherwise weights decide nothing
+        return _weighted_maj_at_k(answers, gold, k, weights, seed, draws)
+    # ways[v][j]: how many sets of j answers other than gold give no rival more than v votes. Each class
+    # multiplies in its binomial row, cut after v; Python ints (dtype object) keep the counts exact.
+    ways = []
+    for v in range(min(right, k) + 1):
+        count = np.array([1] + [0] * k, dtype=object)
+        for size, most in [(missing, missing), *((size, v) for size in rivals.values())]:
+            row = [math.comb(size, votes) for votes in range(min(size, most) + 1)]
+            count = np.convolve(count, np.array(row, dtype=object))[:k + 1]
+        ways.append(count)
+    # With v votes gold is alone in front if rivals have <= v - 1, in front or tied if they have <= v.
+    twice = sum(math.comb(right, v) * (ways[v - 1][k - v] + ways[v][k - v]) for v in range(1, len(ways)))
+    return twice / (2 * math.comb(n, k))
+
+
+def _weighted_maj_at_k(answers: Sequence[str | None], gold: str, k: int, weights: Sequence[float],
+                       seed: int, draws: int) -> float:
+    """`maj_at_k` for unequal weights: the mean over all, or over sampled, k-subsets."""
+    classes = [gold, *sorted(set(answers) - {None, gold})]
+    votes = np.array([[w * (answer == c) for c in classes] for answer, w in zip(answers, weights)])
+    score, subsets = 0.0, 0
+    for chosen in _subsets(len(answers), k, seed, draws):
+        mask = np.zeros((len(chosen), len(answers)))
+        np.put_along_axis(mask, chosen, 1.0, axis=1)
+        totals = mask @ votes  # [subsets, classes], gold first; 0 where a class has no vote
+        mine, best_rival = totals[:, 0], totals[:, 1:].max(axis=1)
+        tied = np.abs(mine - best_rival) <= 1e-9 * mine
+        score += np.sum(np.where(tied, 0.5, mine > best_rival) * (mine > 0))
+        subsets += len(chosen)
+    return float(score / subsets)
+
+
+def _subsets(n: int, k: int, seed: int, draws: int, block: int = 10_000) -> Iterator[np.ndarray]:
+    """k-subsets of range(n) as [<= block, k] index arrays: each once if there are few, else random ones."""
+    if math.comb(n, k) <= EXACT_SUBSETS:
+        every = itertools.combinations(range(n), k)
+        while some := list(itertools.islice(every, block)):
+            yield np.array(some)
+    else:
+        rng = np.random.default_rng(seed)
+        for done in range(0, draws, block):
+            yield rng.random((min(block, draws - done), n)).argpartition(k - 1, axis=1)[:, :k]
+
+
+def normalized_regret(tokens: Sequence[float], accuracies: Sequence[float], budget: float) -> float:
+    """Normalised regret of one trace at a budget of C0 tokens (Section 7): 1 - area / C0, in [0, 1].
+
+    tokens: at each prefix j, its tokens + the mean tokens of its forced answers. accuracies: J there.
+    The curve starts at (0, 0), is linear in between, and is cut at C0 or held at its last value up to
+    C0. For budgets beyond training append the budget-forced points. Average over traces, then problems.
+
+    Points are sorted by position (stably) first: a longer prefix with shorter answers can stand before
+    its predecessor, and the area needs accuracy as a function of tokens. The published notebook keeps
+    the running order, so there a step back counts as negative area or, at the cut, positions are paired
+    with other prefixes' accuracies. Where positions never decrease the two agree.
+    Raises ValueError for no points, unequal lengths, accuracies outside [0, 1], and tokens or a budget
+    that are negative or not finite.
+    """
+    x, y = np.asarray(tokens, dtype=float), np.asarray(accuracies, dtype=float)
+    if x.ndim != 1 or x.shape != y.shape or x.size == 0 or not 0 < budget < math.inf:
+        raise ValueError(f"need as many tokens as accuracies and budget > 0: {x.shape}, {y.shape}, {budget}")
+    if not np.all((x >= 0) & (x < np.inf) & (y > -1e-6) & (y < 1 + 1e-6)):  # NaN fails too
+        raise ValueError("tokens must be finite and >= 0, accuracies in [0, 1]")
+    order = np.argsort(x, kind="stable")
+    x, y = np.append(0.0, x[order]), np.append(0.0, y[order])
+    inside = int(np.searchsorted(x, budget))  # points before the budget, at least (0, 0)
+    last = np.interp(budget, x[inside - 1:inside + 1], y[inside - 1:inside + 1])  # one point: its value
+    return float(1 - _trapezoid(np.append(y[:inside], last), np.append(x[:inside], budget)) / budget)
+
+
+def additional_regret(maj: Sequence[tuple[float, float, float, float]], episodes: int | None = None) -> float:
+    """Regret against voting early, for one trace (Appendix E), in [0, 1].
+
+    maj: [prefixes, 4] with maj@1, 2, 4, 8. From prefix i one can vote: maj@1, maj@2, maj@4, mean(maj@4,
+    maj@8) at costs 1, 2, 4, 6; or think: a line from maj@1 at cost 1 to the next prefix's maj@1 at cost
+    6. The optimum is the larger one at each cost. Returns sum_i (area optimum - area thinking) / sum_i
+    area optimum over the first `episodes` prefixes that have a next one (None: all). NaN where nothing
+    is left to divide by (one prefix, or never right); the published average over traces skips those:
+    np.nanmean. Raises ValueError for another shape, values outside [0, 1], or episodes < 1.
+    """
+    m = np.asarray(maj, dtype=float)
+    if m.ndim != 2 or m.shape[1] != 4 or not np.all((m >= 0) & (m <= 1)):
+        raise ValueError(f"need [prefixes, 4] values in [0, 1], got shape {m.shape}")
+    if episodes is not None and episodes < 1:
+        raise ValueError(f"need episodes >= 1 or None, got {episodes}")
+    cost = np.array([1.0, 2.0, 4.0, 6.0])
+    here, there = m[:-1][:episodes], m[1:, :1][:episodes]
+    vote = np.column_stack([here[:, :3], here[:, 2:].mean(axis=1)])
+    think = here[:, :1] + (cost - 1) / 5 * (there - here[:, :1])
+    best = _trapezoid(np.maximum(vote, think), cost, axis=1).sum()
+    return float(1 - _trapezoid(think, cost, axis=1).sum() / best) if best > 0 else math.nan
+
+
+def bootstrap_interval(per_problem: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95,
+                       draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high): mean over problems of each one's mean over its samples; percentile bootstrap.
+
+    per_problem: a row of any length >= 1, or a number, per problem. Problems are resampled, not samples:
+    samples of one problem are correlated and the claim is about unseen problems; the noise within a
+    problem is included, since its mean carries it. To compare two methods pass the differences of their
+    per-problem means: the spread between problems they share then cancels. One problem says nothing
+    about that spread: low and high are NaN. With fewer than about 10 the interval is too narrow.
+    Raises ValueError for no problems, an empty row, NaN or infinity, level outside (0, 1), or draws < 1.
+    """
+    if not 0 < level < 1 or draws < 1:
+        raise ValueError(f"need 0 < level < 1 and draws >= 1, got {level} and {draws}")
+    means = np.array([np.mean(row) if np.size(row) else math.nan for row in per_problem], dtype=float)
+    if len(means) == 0 or not np.all(np.isfinite(means)):
+        raise ValueError("need at least one problem, at least one sample of each, and finite numbers")
+    if len(means) == 1:
+        return float(means[0]), math.nan, math.nan
+    picks = np.random.default_rng(seed).integers(len(means), size=(draws, len(means)))
+    low, high = np.quantile(means[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(means.mean()), float(low), float(high)
+
+
+# ============================================================================================ 9 the GRPO loss
+
+
+def group_advantages(rewards: torch.Tensor, normalize_std: bool = True) -> torch.Tensor:
+    """A = (r - mean) / (std + 1e-4) within each group; [groups, rollouts] → the same shape.
+
+    The std is the population's (a group of 1 gives 0, not NaN). A group whose rewards are equal up to rounding gets
+    exactly 0: dividing rounding errors by a small std would make a signal of them. With the std, a rare success among
+    16 counts 3.75, without it 0.94: normalising weights hard and easy problems up.
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    std = rewards.std(-1, keepdim=True, unbiased=False)
+    scaled = centred / (std + 1e-4) if normalize_std else centred
+    return torch.where(std > 1e-6, scaled, torch.zeros_like(scaled))
+
+
+def token_logprobs(model, input_ids: torch.Tensor, where: torch.Tensor, temperature: float = 1.0, attention_mask=None,
+                   chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Log-probs of the tokens at `where` given all before them, under softmax(logits / temperature).
+
+    input_ids [B, T]; where [B, T] bool, never the first column. Returns (log-probs [N], entropies [N], no gradient),
+    N = where.sum(), in row-major order. The logits exist for `chunk` tokens at a time and are computed again in the
+    backward pass, so no [tokens, vocabulary] tensor is ever kept. Rows padded on the right need no attention mask;
+    rows padded on the left do.
+    """
+    positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    hidden = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    before, target = hidden[:, :-1][where[:, 1:]], input_ids[:, 1:][where[:, 1:]]
+    head = model.get_output_embeddings()
+
+    def of_chunk(states, tokens):
+        logprobs = (head(states).float() / temperature).log_softmax(-1)
+        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+        return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
+
+    parts = [
+        checkpoint(of_chunk, states, tokens, use_reentrant=False)
+        for states, tokens in zip(before.split(chunk), target.split(chunk))
+    ]
+    logprobs, entropies = zip(*parts)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def grpo_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    denominator: float,
+    clip: float = 0.2,
+    ref_logprobs: torch.Tensor | None = None,
+    kl: float = 0.0,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """-1/denominator · Σ_tokens min(ρ A, clip(ρ, 1-ε, 1+ε) A) + kl · k3, ρ = exp(logprob - old logprob).
+
+    All tensors have one shape; only tokens under `mask` count, whatever the others hold (-inf and NaN included). The
+    denominator is given: the trained tokens of the *whole* batch, fixed before the loop over micro-batches, so any
+    split gives the same gradient. MRT does not change this function, only `advantages`.
+
+    k3 = e^d - d - 1 with d = ref - logprob ≥ 0 estimates KL(π‖ref) on samples of π; its gradient is that of
+    KL(ref‖π). d is clamped to ±10 before exp. Returns (loss, sums over tokens: clipped, kl).
+    """
+    zero = torch.zeros_like(logprobs)
+    difference = torch.where(mask, logprobs - old_logprobs, zero)
+    advantage = torch.where(mask, advantages, zero)
+    ratio = difference.clamp(-10, 10).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    per_token = -torch.minimum(ratio * advantage, clipped * advantage)
+    sums = {"clipped": float(((clipped * advantage < ratio * advantage) & mask).sum())}
+    if ref_logprobs is not None:
+        d = torch.where(mask, ref_logprobs - logprobs, zero).clamp(-10, 10)
+        k3 = d.exp() - d - 1
+        per_token = per_token + kl * k3
+        sums["kl"] = float(k3.detach().sum())
+    return torch.where(mask, per_token, zero).sum() / denominator, sums
+
+
+# ============================================================================================ 10 the run folder
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that mean the same in every script."""
+    data = parser.add_argument_group("model and data")
+    data.add_argument("--model", default="tiny", help="Hub id, folder or tiny (the embedded reasoner)")
+    data.add_argument("--dataset", help="Hub id, .jsonl file, tiny or tiny:N (N candidates); default: tiny for the "
+                      "embedded model, else the paper's")  # fmt: skip
+    data.add_argument("--split", help="split of the data set; default: the script's own")
+    data.add_argument("--limit", type=positive_int, help="use only the first problems")
+    run = parser.add_argument_group("run")
+    run.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="what samples")
+    run.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+                     help="arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--out", type=Path, help="folder of the run; default: runs/ and a name made of the settings")
+    run.add_argument("--config", type=Path, help="YAML file of defaults; flags override it")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
+    again.add_argument("--overwrite", action="store_true", help="discard the run in --out and start again")
+
+
+def positive_int(text: str) -> int:
+    if not text.lstrip("+").isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def non_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses flags over the defaults of a --config file, if one is given."""
+    known, _ = parser.parse_known_args(argv)
+    if known.config:
+        import yaml
+
+        try:
+            settings = yaml.safe_load(known.config.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            fail(f"--config {known.config}: {first_line(error)}")
+        if not isinstance(settings, dict):
+            fail(f"--config {known.config}: expected lines of `flag: value`")
+        settings = {key.replace("-", "_"): value for key, value in settings.items()}
+        actions = {a.dest: a for a in parser._actions}
+        for key, value in settings.items():
+            if key not in actions:
+                fail(f"--config {known.config}: no such flag --{key.replace('_', '-')}")
+            # Strings go through the flag's own type check; YAML reads 1e-6 as a string, too.
+            if actions[key].nargs != 0 and value is not None:
+                settings[key] = str(value)
+        parser.set_defaults(**settings)
+    return parser.parse_args(argv)
+
+
+def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
+    """Creates the folder of a run and its `config.json`, or checks that the one there may be continued."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    same = {k: v for k, v in settings.items() if k not in ("resume", "overwrite", "config", "out")}
+    file = out / "config.json"
+    if out.exists() and any(out.iterdir()):
+        if not file.exists():
+            fail(f"--out {out}: holds something that is not a run of this program; name another folder")
+        if overwrite:
+            shutil.rmtree(out)
+        elif not resume:
+            fail(f"--out {out}: holds a run already; add --resume to continue it or --overwrite to discard it")
+        else:
+            earlier = json.loads(file.read_text())["settings"]
+            changed = [k for k in same if same[k] != earlier.get(k)]
+            if changed:
+                was = ", ".join(f"--{k.replace('_', '-')} {earlier.get(k)} (now {same[k]})" for k in changed)
+                fail(f"--out {out}: the run there has other settings: {was}")
+            return out
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"settings": same, "versions": versions(), "device": device_name(), "command": sys.argv})
+    return out
+
+
+def append_jsonl(path: Path, rows: list[dict]) -> None:
+    """Appends whole lines and flushes them; a line without its newline is one a crash cut, and readers drop it."""
+    with path.open("a", encoding="utf-8") as out:
+        out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def pyplot():
+    """matplotlib without a screen, imported when a figure is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def save_figure(figure, path: Path) -> None:
+    figure.savefig(path.with_suffix(".tmp.png"), dpi=160)
+    path.with_suffix(".tmp.png").replace(path)
+    pyplot().close(figure)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, and the commit of this checkout where git knows it."""
+    import transformers
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    found["transformers"] = transformers.__version__
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        found["commit"] = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    return found
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

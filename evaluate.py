@@ -1,0 +1,340 @@
+"""evaluate.py: how often is a model right, after how many tokens, and how well does it use them? (Section 7)
+
+    python evaluate.py --metric pass@k                            # the embedded model on its test problems
+    python evaluate.py --model runs/NAME/model --metric all       # pass@k, maj@k and normalised regret
+    python evaluate.py --compare runs/A runs/B                    # table and figures from earlier evaluations' records
+
+Metrics: pass@1 (mean over samples), pass@k (unbiased), maj@k (exact, ties count ½), and with `--metric regret` or `all`
+the normalised regret (Section 7) from answers forced at every episode boundary of every trace. Every number has a 95 %
+interval from a bootstrap over problems; comparisons are paired on the same problems.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+import common
+from common import ForcedAnswers, Sampler, Trace, fail
+
+# flag: (embedded model, any other model); where the second comes from
+DEFAULTS = {
+    "dataset": ("tiny", "HuggingFaceH4/aime_2024"),
+    "split": ("test", "train"),  # the Hub's AIME sets have that one split
+    "num_samples": (8, 20),  # Table 1
+    "max_tokens": (256, 16384),  # Table 1
+    "temperature": (1.0, 0.6),  # Appendix F
+    "top_p": (1.0, 0.95),  # Appendix F
+    "answer_tokens": (8, 1024),
+    "budgets": ("64,128,192,256", "4096,8192,12288,16384"),  # Section 7
+    "max_episodes": (32, 16),
+}
+
+
+def flags(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    common.add_common_flags(parser)
+    what = parser.add_argument_group("evaluation")
+    what.add_argument("--metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), default="all")
+    what.add_argument("--k", default="1,2,4,8", help="for pass@k and maj@k; larger than --num-samples is left out")
+    what.add_argument("--num-samples", type=common.positive_int)
+    what.add_argument("--max-tokens", type=common.positive_int, help="budget of a completion, thought and answer")
+    what.add_argument("--temperature", type=common.non_negative)
+    what.add_argument("--top-p", type=float)
+    what.add_argument("--forced-answers", type=common.positive_int, default=4, help="answers a boundary, for the regret")
+    what.add_argument("--answer-tokens", type=common.positive_int, help="limit of a forced answer")
+    what.add_argument("--max-episodes", type=common.positive_int, help="longer thoughts: neighbours are joined")
+    what.add_argument("--budgets", help="token budgets C0 of the normalised regret")
+    what.add_argument("--batch-problems", type=common.positive_int, default=64, help="problems sampled together")
+    what.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base")
+    args = common.parse_flags(parser, argv)
+    for name, values in DEFAULTS.items():
+        if getattr(args, name) is None:
+            # A trained copy of the embedded model is told by its problems: it has no other.
+            setattr(args, name, values[not is_tiny(args.model)])
+    args.out = args.out or Path("runs") / ("compare" if args.compare else f"eval-{args.model.strip('/').replace('/', '-')}")
+    for name in ("k", "budgets"):
+        try:
+            setattr(args, name, sorted({common.positive_int(part) for part in getattr(args, name).split(",")}))
+        except argparse.ArgumentTypeError as error:
+            fail(f"--{name}: {error}")
+    if not 0 < args.top_p <= 1:
+        fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
+    if args.engine == "vllm":
+        fail("--engine vllm: this version samples with transformers only")
+    return args
+
+
+def is_tiny(model: str) -> bool:
+    """The embedded model, or a model trained from it."""
+    config = Path(common.resolve_model(model)) / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("hidden_size") == 128
+
+
+def main() -> None:
+    args = flags()
+    if args.compare:
+        compare(args)
+        return
+    problems = common.load_problems(args.dataset, args.split, args.limit)
+    tokenizer = common.load_tokenizer(args.model)
+    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    model = common.load_model(args.model, common.pick_device())
+    phrase = len(common.encode(tokenizer, "\n\n" + common.STOP_PHRASE))
+    room = args.max_tokens + phrase + args.answer_tokens
+    common.check_lengths(problems, prompts, room, common.context_length(model))
+    volatile = ("config", "batch_problems", "metric", "k", "budgets", "num_samples", "compare", "limit")
+    settings = {k: v for k, v in vars(args).items() if k not in volatile}
+    run = common.open_run(args.out, settings, args.resume, args.overwrite)
+    sampler = Sampler(model, tokenizer, common.pick_dtype(args.dtype))
+    sample(args, run, sampler, problems, prompts)
+    records = load_records(run)[: len(problems)]
+    summary = summarise(records, args.k, args.budgets, args.max_tokens)
+    common.write_json(run / "summary.json", summary)
+    table = markdown_table({args.out.name: summary})
+    common.write_text(run / "summary.md", table)
+    print(table)
+    print(f"records: {run / 'records.jsonl'}   summary: {run / 'summary.json'}")
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: list[list[int]]) -> None:
+    """Writes one record a problem; problems that are recorded with their samples are not sampled again."""
+    file = run / "records.jsonl"
+    done = {r["id"] for r in load_records(run)} if file.exists() else set()
+    todo = [i for i, p in enumerate(problems) if p["id"] not in done]
+    began = time.time()
+    for start in range(0, len(todo), args.batch_problems):
+        some = todo[start : start + args.batch_problems]
+        seeds = [(args.seed, common.key(problems[i]["id"])) for i in some]
+        rows = sampler.generate(
+            [prompts[i] for i in some], args.max_tokens, seeds, args.num_samples, args.temperature, args.top_p
+        )
+        groups = [
+            [common.read_trace(sampler.tokenizer, problems[i], prompts[i], c, args.max_episodes) for c in row]
+            for i, row in zip(some, rows)
+        ]
+        traces = [trace for group in groups for trace in group]
+        common.grade_traces(traces)
+        if args.metric in ("regret", "all"):
+            how = ForcedAnswers("sampled", args.forced_answers, args.answer_tokens, args.temperature)
+            common.success_rates(sampler, traces, how, (args.seed, 1))
+        common.append_jsonl(file, [record(group) for group in groups])
+        share, seconds = (start + len(some)) / len(todo), time.time() - began
+        print(
+            f"{start + len(some)} of {len(todo)} problems  {sampler.sampled_tokens / seconds:,.0f} tokens/s  "
+            f"{common.duration(seconds * (1 - share) / share)} left",
+            flush=True,
+        )
+
+
+def record(group: list[Trace]) -> dict:
+    problem = group[0].problem
+    return {
+        **problem,
+        "samples": [
+            {
+                "answer": common.extract_answer(t.answer or ""),
+                "right": t.reward,
+                "finish": t.completion.finish_reason,
+                "thought_tokens": t.boundaries[-1],
+                "tokens": len(t.completion.token_ids),
+                "mean_logprob": float(np.mean(t.completion.logprobs)),
+                "boundaries": t.boundaries,
+                "J": t.values,
+                "answer_tokens": t.answer_tokens,
+                "text": t.completion.text,
+            }
+            for t in group
+        ],
+    }
+
+
+def load_records(run: Path) -> list[dict]:
+    return common.read_jsonl(run / "records.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def per_problem(records: list[dict], ks: list[int], budgets: list[int]) -> dict[str, list[float]]:
+    """Each metric's value for each problem, in the order of the records."""
+    values: dict[str, list[float]] = {"pass@1": [np.mean([s["right"] for s in r["samples"]]) for r in records]}
+    for k in ks:
+        if k > 1 and k <= min(len(r["samples"]) for r in records):
+            values[f"pass@{k}"] = [
+                common.pass_at_k(len(r["samples"]), int(sum(s["right"] for s in r["samples"])), k) for r in records
+            ]
+            values[f"maj@{k}"] = [majority(r, k) for r in records]
+    values["tokens"] = [np.mean([s["tokens"] for s in r["samples"]]) for r in records]
+    if all(s["J"] for r in records for s in r["samples"]):
+        for budget in budgets:
+            values[f"regret@{budget}"] = [
+                np.mean([regret(sample, budget) for sample in r["samples"]]) for r in records
+            ]
+            values[f"forced@{budget}"] = [
+                np.mean([accuracy_at(sample, budget) for sample in r["samples"]]) for r in records
+            ]
+    return values
+
+
+def majority(record: dict, k: int) -> float:
+    """maj@k of one problem: right answers are one class, whatever their form; wrong ones are told apart as text."""
+    answers = [record["answer"] if s["right"] else s["answer"] for s in record["samples"]]
+    return common.maj_at_k(answers, record["answer"], k)
+
+
+def curve(sample: dict) -> tuple[list[float], list[float]]:
+    """(tokens, J) at the boundaries of one trace: prefix tokens + mean tokens of the answers forced there."""
+    return [b + a for b, a in zip(sample["boundaries"], sample["answer_tokens"])], sample["J"]
+
+
+def regret(sample: dict, budget: int) -> float:
+    return common.normalized_regret(*curve(sample), budget)
+
+
+def accuracy_at(sample: dict, budget: int) -> float:
+    """J at the last boundary whose forced answer fits the budget; 0 before the first."""
+    tokens, values = curve(sample)
+    return next((v for t, v in zip(tokens[::-1], values[::-1]) if t <= budget), 0.0)
+
+
+def summarise(records: list[dict], ks: list[int], budgets: list[int], max_tokens: int) -> dict:
+    """Every metric with its 95 % interval; counts; what went wrong."""
+    samples = [s for r in records for s in r["samples"]]
+    metrics = {}
+    for name, values in per_problem(records, ks, budgets).items():
+        mean, low, high = common.bootstrap_interval(values)
+        metrics[name] = {"mean": mean, "low": low, "high": high}
+    progress = [np.diff(s["J"]) for s in samples if s["J"]]
+    flat = np.concatenate(progress) if progress else np.zeros(0)
+    return {
+        "problems": len(records),
+        "samples": len(samples),
+        "max_tokens": max_tokens,
+        "truncated": float(np.mean([s["finish"] == "length" for s in samples])),
+        "no_answer": float(np.mean([s["answer"] is None for s in samples])),
+        "thought_tokens": float(np.mean([s["thought_tokens"] for s in samples])),
+        "progress_per_episode": float(flat.mean()) if len(flat) else None,
+        "useless_episodes": float((np.abs(flat) < 0.05).mean()) if len(flat) else None,
+        "metrics": metrics,
+    }
+
+
+def markdown_table(summaries: dict[str, dict]) -> str:
+    names = list(next(iter(summaries.values()))["metrics"])
+    names = [n for n in names if all(n in s["metrics"] for s in summaries.values())]
+    lines = ["| | " + " | ".join(summaries) + " |", "|---|" + "---|" * len(summaries)]
+    for name in names:
+        cells = []
+        for summary in summaries.values():
+            m, digits = summary["metrics"][name], 1 if name == "tokens" else 3
+            cells.append(f"{m['mean']:.{digits}f} [{m['low']:.{digits}f}, {m['high']:.{digits}f}]")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name in ("truncated", "no_answer", "useless_episodes", "problems", "samples"):
+        cells = [s[name] for s in summaries.values()]
+        cells = ["–" if c is None else str(c) if isinstance(c, int) else f"{c:.3f}" for c in cells]
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------- comparison
+
+
+def compare(args) -> None:
+    """Table, differences to the first run and figures, from records alone."""
+    records, settings = {}, {}
+    for run in args.compare:
+        if not (run / "records.jsonl").exists():
+            fail(f"--compare {run}: no records.jsonl there; it must be the folder of an evaluation")
+        records[run.name] = load_records(run)
+        settings[run.name] = json.loads((run / "config.json").read_text())["settings"]
+    if len(records) < len(args.compare):
+        fail("--compare: two runs have the same folder name")
+    shared = set.intersection(*({r["id"] for r in rows} for rows in records.values()))
+    if not shared:
+        fail("--compare: the runs have no problem in common")
+    records = {name: sorted((r for r in rows if r["id"] in shared), key=lambda r: r["id"]) for name, rows in records.items()}
+    args.out.mkdir(parents=True, exist_ok=True)
+    summaries = {
+        name: summarise(rows, args.k, args.budgets, settings[name]["max_tokens"]) for name, rows in records.items()
+    }
+    table = markdown_table(summaries)
+    base, *others = records
+    if others:
+        table += f"\nDifference to {base} on the same {len(shared)} problems:\n\n"
+        values = {name: per_problem(rows, args.k, args.budgets) for name, rows in records.items()}
+        lines = ["| | " + " | ".join(others) + " |", "|---|" + "---|" * len(others)]
+        for metric in values[base]:
+            cells = []
+            for name in others:
+                if metric not in values[name]:
+                    cells.append("–")
+                    continue
+                mean, low, high = common.bootstrap_interval(np.array(values[name][metric]) - np.array(values[base][metric]))
+                cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+            lines.append(f"| {metric} | " + " | ".join(cells) + " |")
+        table += "\n".join(lines) + "\n"
+    common.write_json(args.out / "summary.json", summaries)
+    common.write_text(args.out / "summary.md", table)
+    print(table)
+    draw_anytime(args, records, settings)
+    draw_efficiency(args, records)
+    print(f"table: {args.out / 'summary.md'}   figures: {args.out / 'anytime.png'}, {args.out / 'efficiency.png'}")
+
+
+def band(axis, x, rows: np.ndarray, label: str, style: str = "-", color=None) -> None:
+    """A line with its 95 % band; rows [problems, points]."""
+    cells = [common.bootstrap_interval(column, draws=500) for column in rows.T]
+    mean, low, high = np.array(cells).T
+    line = axis.plot(x, mean, style, label=label, color=color)[0]
+    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def draw_anytime(args, records: dict[str, list[dict]], settings: dict[str, dict]) -> None:
+    """Accuracy of an answer forced within each budget (the area above it is the regret), and the normalised regret."""
+    if not all(s["J"] for rows in records.values() for r in rows for s in r["samples"]):
+        return
+    plt = common.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    top = max(s["max_tokens"] for s in settings.values())
+    grid = np.linspace(top / 32, top, 32)
+    for name, rows in records.items():
+        forced = [[np.mean([accuracy_at(s, x) for s in r["samples"]]) for x in grid] for r in rows]
+        band(axes[0], grid, np.array(forced), name)
+        regrets = [[np.mean([regret(s, b) for s in r["samples"]]) for b in args.budgets] for r in rows]
+        band(axes[1], args.budgets, np.array(regrets), name, "o-")
+    axes[0].set(xlabel="token budget", ylabel="accuracy of the answer forced by then", ylim=(0, 1), xlim=(0, top))
+    axes[1].set(xlabel="token budget C0", ylabel="normalised regret", xticks=args.budgets)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    common.save_figure(figure, args.out / "anytime.png")
+
+
+def draw_efficiency(args, records: dict[str, list[dict]]) -> None:
+    """pass@k and maj@k against the tokens of k samples (Figures 7 and 8)."""
+    plt = common.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True, sharey=True)
+    for name, rows in records.items():
+        n = min(len(r["samples"]) for r in rows)
+        ks = np.arange(1, n + 1)
+        tokens = np.mean([np.mean([s["tokens"] for s in r["samples"]]) for r in rows])
+        passed = [
+            [common.pass_at_k(len(r["samples"]), int(sum(s["right"] for s in r["samples"])), k) for k in ks] for r in rows
+        ]
+        band(axes[0], ks * tokens, np.array(passed), name, ".-")
+        band(axes[1], ks * tokens, np.array([[majority(r, int(k)) for k in ks] for r in rows]), name, ".-")
+    for axis, title in zip(axes, ("pass@k", "maj@k")):
+        axis.set(xlabel="tokens of k samples", ylabel=title, xscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(frameon=False)
+    common.save_figure(figure, args.out / "efficiency.png")
+
+
+if __name__ == "__main__":
+    main()

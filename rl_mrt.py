@@ -1,0 +1,557 @@
+"""rl_mrt.py: MRT by reinforcement learning (Section 6, Figure 6 right, Eq. 2); with --bonus 0 it is GRPO.
+
+    l_MRT = l_FT + α · E[ Σ_j r_prg(z_j; c_{j-1}) ],    r_prg(z_j; c) = J(μ | z_j, c) - J(μ | c)          (Eq. 2)
+
+One update: sample traces → split the thoughts into episodes → J(μ) at their boundaries → an advantage for each token
+→ clipped policy-gradient loss → AdamW. MRT differs from GRPO in the advantages alone; those lines are marked `# MRT`.
+
+    --bonus 0                      outcome-reward GRPO: G traces a problem, 0/1 reward, group-normalised
+    --bonus α --variant prefix     the paper's: a partial rollout is cut after a random number of episodes; from there m
+                                   rollouts stop and answer (they estimate J(μ|c)) and G go on thinking
+    --bonus α --variant online     the authors' later variant: forced answers at every boundary of on-policy traces,
+                                   each episode's tokens are credited with that episode's progress
+    --length-penalty w             the paper's third baseline (Arora & Zanette, arXiv 2502.04463)
+
+On a laptop, with the embedded model (seconds a step):
+    python rl_mrt.py --bonus 0
+    python rl_mrt.py --bonus 1 --variant online --progress likelihood
+On a GPU, with the paper's data and settings (Table 3):
+    python rl_mrt.py --model Qwen/Qwen2.5-1.5B-Instruct --bonus 1.0
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+from common import Completion, ForcedAnswers, Sampler, Trace, fail
+
+# flag: (embedded model, any other model); where the second comes from: Table 3 of the paper, or as noted
+DEFAULTS = {
+    "dataset": ("tiny", "AI-MO/NuminaMath-1.5"),  # the paper: NuminaMath, release not named
+    "problems_per_step": (32, 64),  # Table 3: batch of 256 samples
+    "group_size": (8, 4),  # Table 3: 4 generations a prompt
+    "max_tokens": (256, 16384),  # Table 3 allows 24,576; the published runs of the 1.5B model train at 16K
+    "answer_tokens": (8, 1024),  # ours; the authors' analysis uses 4,096
+    "temperature": (1.0, 0.9),  # Table 3
+    "lr": (5e-4, 1e-6),  # Table 3
+    "schedule": ("constant", "cosine"),  # Table 3
+    "warmup": (0.0, 0.1),  # Table 3
+    "weight_decay": (0.0, 0.01),  # Table 3
+    "kl": (0.0, 0.04),  # not published; the default of the trainer the authors built on
+    "max_episodes": (32, 6),  # the authors' online variant: at most 6 boundaries
+    "max_tokens_per_batch": (16384, 32768),
+}
+
+
+def flags(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common.add_common_flags(parser)
+    mrt = parser.add_argument_group("MRT")
+    mrt.add_argument("--bonus", type=common.non_negative, default=1.0, help="α of Eq. 2; 0 is GRPO (the authors swept "
+                     "0 to 1.6; default 1, their v0.1)")  # fmt: skip
+    mrt.add_argument("--variant", choices=("prefix", "online"), default="prefix", help="default: the paper's")
+    mrt.add_argument("--progress", choices=("sampled", "likelihood"), default="sampled",
+                     help="J by sampled forced answers, or by the gold answer's likelihood")  # fmt: skip
+    mrt.add_argument("--forced-answers", type=common.positive_int, default=4,
+                     help="sampled answers for each J; prefix: m of Figure 6 (4: the authors' v0.1)")  # fmt: skip
+    mrt.add_argument("--answer-tokens", type=common.positive_int, help="limit of a forced answer")
+    mrt.add_argument("--credit-lambda", type=float, default=0.0,
+                     help="online: 0 credits an episode with its own progress (the paper), 1 with all that follows")  # fmt: skip
+    mrt.add_argument("--max-episodes", type=common.positive_int, help="longer thoughts: neighbours are joined")
+    grpo = parser.add_argument_group("GRPO")
+    grpo.add_argument("--problems-per-step", type=common.positive_int)
+    grpo.add_argument("--group-size", type=common.positive_int, help="G rollouts a problem")
+    grpo.add_argument("--max-tokens", type=common.positive_int, help="budget of a completion, thought and answer")
+    grpo.add_argument("--temperature", type=float, help="of rollouts and forced answers; the loss divides by it, too")
+    grpo.add_argument("--no-std", action="store_true", help="advantages without the division by the group's std")
+    grpo.add_argument("--length-penalty", type=common.non_negative, default=0.0, help="weight w in [0, 1), 0: none")
+    grpo.add_argument("--clip", type=common.non_negative, default=0.2, help="ε of the ratio's clipping (PPO's)")
+    grpo.add_argument("--kl", type=common.non_negative, help="β of the k3 penalty to the initial model; 0: no copy kept")
+    grpo.add_argument("--updates-per-batch", type=common.positive_int, default=1, help="optimiser steps a batch")
+    train = parser.add_argument_group("optimisation")
+    train.add_argument("--steps", type=common.positive_int, help="default: one pass over the problems")
+    train.add_argument("--max-sampled-tokens", type=common.positive_int, help="stop after so many sampled tokens, "
+                       "forced answers included, instead of --steps")  # fmt: skip
+    train.add_argument("--lr", type=common.non_negative)
+    train.add_argument("--schedule", choices=("constant", "cosine"))
+    train.add_argument("--warmup", type=common.non_negative, help="share of the run with rising learning rate")
+    train.add_argument("--weight-decay", type=common.non_negative)
+    train.add_argument("--max-grad-norm", type=common.non_negative, default=1.0)
+    train.add_argument("--max-tokens-per-batch", type=common.positive_int, help="tokens of a micro-batch, with padding")
+    train.add_argument("--checkpoint-every", type=common.positive_int, default=10, help="steps")
+    train.add_argument("--keep", type=common.positive_int, default=1, help="checkpoints kept")
+    train.add_argument("--eval-every", type=int, default=10, help="steps between validations; 0: none")
+    train.add_argument("--eval-problems", type=common.positive_int, default=96)
+    args = common.parse_flags(parser, argv)
+    for name, values in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[args.model != "tiny"])
+    if args.split is None:
+        args.split = "train"
+    kind = "grpo" if args.bonus == 0 else f"{args.variant}-{args.progress}" if args.variant == "online" else "prefix"
+    args.out = args.out or Path("runs") / f"rl-{Path(args.model).name}-{kind}-seed{args.seed}"
+    if args.group_size == 1 and not args.no_std:
+        fail("--group-size 1: a group of one has no spread to normalise by; use a larger group or --no-std")
+    if args.bonus > 0 and args.variant == "prefix" and args.progress == "likelihood":
+        fail("--progress likelihood needs --variant online: the prefix variant's m rollouts that stop are samples")
+    if args.length_penalty >= 1:
+        fail(f"--length-penalty {args.length_penalty}: must be below 1, or right answers could lose to wrong ones")
+    if not 0 <= args.credit_lambda <= 1:
+        fail(f"--credit-lambda {args.credit_lambda}: must be between 0 and 1")
+    if not args.temperature > 0:
+        fail(f"--temperature {args.temperature}: must be above 0, a group of greedy rollouts has no spread")
+    if args.engine == "vllm":
+        fail("--engine vllm: this version samples with transformers only")
+    return args
+
+
+def main() -> None:
+    args = flags()
+    problems = common.load_problems(args.dataset, args.split, args.limit)
+    tokenizer = common.load_tokenizer(args.model)
+    prompts = {p["id"]: common.prompt_ids(tokenizer, p["problem"]) for p in problems}
+    if not common.thinks(tokenizer):
+        print(f"{args.model} has no {common.THINK_END} token: the whole completion is the thought, episodes come from it")
+    model = common.load_model(args.model, common.pick_device())
+    phrase = len(common.encode(tokenizer, "\n\n" + common.STOP_PHRASE + common.ANSWER_CUE))
+    room = args.max_tokens + phrase + args.answer_tokens
+    common.check_lengths(problems, list(prompts.values()), room, common.context_length(model))
+    settings = {k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "keep")}
+    run = common.open_run(args.out, settings, args.resume, args.overwrite)
+    train(args, run, model, tokenizer, problems, prompts)
+
+
+# ---------------------------------------------------------------------------------------------- rollouts and credit
+
+
+def sample_traces(args, sampler: Sampler, problems: list[dict], prompts: list[list[int]], limits, seed: tuple):
+    """G traces for each (problem, prompt), graded: a list of groups. A prompt may hold a prefix of the thought."""
+    tokenizer = sampler.tokenizer
+    seeds = [(*seed, common.key(p["id"])) for p in problems]
+    sampled = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
+    groups = [
+        [common.read_trace(tokenizer, problem, prompt, completion, args.max_episodes) for completion in row]
+        for problem, prompt, row in zip(problems, prompts, sampled)
+    ]
+    common.grade_traces([trace for group in groups for trace in group])
+    return groups
+
+
+def outcome_advantages(args, groups: list[list[Trace]]) -> torch.Tensor:
+    """GRPO's advantage of each trace, [groups, G]."""
+    rewards = torch.tensor([[t.reward for t in group] for group in groups], dtype=torch.float64)
+    if args.length_penalty:
+        lengths = torch.tensor([[len(t.completion.token_ids) for t in g] for g in groups], dtype=torch.float64)
+        rewards = penalise_length(rewards, lengths, args.length_penalty)
+    return common.group_advantages(rewards, not args.no_std)
+
+
+def penalise_length(rewards: torch.Tensor, lengths: torch.Tensor, weight: float) -> torch.Tensor:
+    """r · (1 - w · sigmoid((length - mean) / std)), mean and std over the right answers of the same problem
+    (Arora & Zanette, arXiv 2502.04463, Eq. 4); wrong answers keep reward 0. Shapes [groups, G]."""
+    right = rewards > 0
+    count = right.sum(-1, keepdim=True).clamp(min=1)
+    mean = (lengths * right).sum(-1, keepdim=True) / count
+    std = (((lengths - mean) ** 2 * right).sum(-1, keepdim=True) / count).sqrt()
+    z = (lengths - mean) / (std + 1e-6)
+    return rewards * (1 - weight * torch.sigmoid(z))
+
+
+def rollouts_grpo(args, sampler, problems, prompts, seed):
+    """GRPO: every token of a trace has the trace's advantage."""
+    groups = sample_traces(args, sampler, problems, prompts, args.max_tokens, (*seed, 0))
+    outcome = outcome_advantages(args, groups).tolist()
+    return groups, [[[a] * len(t.completion.token_ids) for t, a in zip(g, row)] for g, row in zip(groups, outcome)], {}
+
+
+def rollouts_online(args, sampler, problems, prompts, seed):
+    """MRT online: GRPO's traces, plus J(μ) at every boundary, plus credit for progress where it was made."""
+    groups, advantages, _ = rollouts_grpo(args, sampler, problems, prompts, seed)
+    traces = [trace for group in groups for trace in group]
+    how = ForcedAnswers(args.progress, args.forced_answers, args.answer_tokens, args.temperature)
+    common.success_rates(sampler, traces, how, (*seed, 1))
+    values = [trace.values for trace in traces]
+    for group, rows in zip(groups, advantages):
+        add_progress(rows, group, args.bonus, args.credit_lambda)
+    progress = np.concatenate([np.diff(row) for row in values])
+    return groups, advantages, {
+        "J_empty": float(np.mean([row[0] for row in values])),
+        "J_end": float(np.mean([row[-1] for row in values])),
+        "progress_per_episode": float(progress.mean()),
+        "useless_episodes": float((np.abs(progress) < 0.05).mean()),
+    }  # fmt: skip
+
+
+def add_progress(rows: list[list[float]], group: list[Trace], bonus: float, credit_lambda: float) -> None:
+    """Adds α · (credit of the episode - mean credit of the group's episodes) to the tokens of each episode, in place.
+
+    Credited to whole traces the bonus would vanish: Σ_j r_prg telescopes to J(end) - J(empty), so it says nothing about
+    the path. Credited to its own episode, progress is an advantage with J(μ | prefix) as baseline; the group's mean is
+    a second baseline that makes an episode of less than average progress cost something. It is not divided by a std:
+    where nothing makes progress, J's noise would be blown up to a signal. The answer, and the token that ends the
+    thought, make no progress and have the outcome's advantage alone.
+    """
+    credits = [common.episode_credits(trace.values, credit_lambda) for trace in group]
+    mean = float(np.mean([c for row in credits for c in row] or [0.0]))
+    for row, trace, credit in zip(rows, group, credits):
+        for j, c in enumerate(credit):
+            for token in range(trace.boundaries[j], trace.boundaries[j + 1]):
+                row[token] += bonus * (c - mean)  # MRT: α · r_prg(z_j; c_{j-1}), Eq. 2
+
+
+def rollouts_prefix(args, sampler, problems, prompts, seed):
+    """MRT as in Figure 6: cut a partial rollout, m rollouts stop there, G go on.
+
+    If all G rollouts shared the prefix and were normalised among themselves, J(μ|c) would be a constant that the
+    mean takes away again: r = f + α(f - c) is affine in f, and the update exactly GRPO's. So the bonus is added
+    after the normalisation and keeps the termination baseline: A = A_GRPO(f) + α (f - J(μ|c)). Rollouts that only do
+    as well as stopping at once get nothing from it, and where the prefix has the answer and thinking on loses it, all
+    of them together are pushed down.
+    """
+    tokenizer = sampler.tokenizer
+    # The context c from the old policy: one partial rollout a problem, cut after a random number of its episodes.
+    # It is sampled by the model as it is before this update, and never trained on.
+    seeds = [(*seed, 2, common.key(p["id"])) for p in problems]
+    partial = sampler.generate(prompts, args.max_tokens - 1, seeds, temperature=args.temperature)
+    contexts, stops, cuts = [], [], []
+    for problem, prompt, (completion,), key in zip(problems, prompts, partial, seeds):
+        trace = common.read_trace(tokenizer, problem, prompt, completion, args.max_episodes)
+        count = int(np.random.default_rng(key).integers(len(trace.boundaries)))
+        cut = min(trace.boundaries[count], args.max_tokens - 1)
+        trace.finished = False  # at the cut the thought is open, also where the rollout went on to close it
+        contexts.append(prompt + completion.token_ids[:cut])
+        stops.append(common.forced_prompt(tokenizer, trace, cut))
+        cuts.append(cut)
+    how = dict(n=args.forced_answers, temperature=args.temperature)
+    answers = sampler.generate(stops, args.answer_tokens, [(*s, 3) for s in seeds], **how)
+    baseline = common.mean_accuracy(problems, answers)  # MRT: J(μ|c) from the m rollouts that stop
+    limits = [args.max_tokens - cut for cut in cuts]
+    groups = sample_traces(args, sampler, problems, contexts, limits, (*seed, 4))
+    outcome = outcome_advantages(args, groups).tolist()
+    advantages = [
+        [
+            [a + args.bonus * (trace.reward - j)] * len(trace.completion.token_ids)  # MRT: α · r_prg(z; c), Eq. 2
+            for trace, a in zip(group, row)
+        ]
+        for group, row, j in zip(groups, outcome, baseline)
+    ]
+    for group, j in zip(groups, baseline):
+        for trace in group:
+            trace.values = [j, trace.reward]
+    continued = np.mean([[trace.reward for trace in group] for group in groups], axis=1)
+    stats = {"J_prefix": float(np.mean(baseline)), "progress_of_going_on": float(np.mean(continued - baseline))}
+    return groups, advantages, stats
+
+
+# ---------------------------------------------------------------------------------------------- the update
+
+
+def micro_batches(examples: list[tuple[list[int], int, list[float]]], max_tokens: int, device):
+    """Sorted by length and cut where rows × width would exceed `max_tokens`. An example is (ids, first trained
+    place, advantage of each trained token); yields (order, ids [B, T], where [B, T], advantages [N])."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    while order:
+        width, batch = len(examples[order[-1]][0]), []
+        while order and (not batch or (len(batch) + 1) * width <= max_tokens):
+            batch.append(order.pop())
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        where = torch.zeros(len(batch), width, dtype=torch.bool)
+        for row, i in enumerate(batch):
+            tokens, first, _ = examples[i]
+            ids[row, : len(tokens)] = torch.tensor(tokens)  # padded on the right: causal, needs no mask
+            where[row, first : len(tokens)] = True
+        advantages = torch.tensor([a for i in batch for a in examples[i][2]], dtype=torch.float32)
+        yield batch, ids.to(device), where.to(device), advantages.to(device)
+
+
+def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict[str, float]:
+    """One or more optimiser steps on the sampled tokens; returns the update's metrics."""
+    traces = [trace for group in groups for trace in group]
+    flat = [row for rows in advantages for row in rows]
+    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), row) for t, row in zip(traces, flat)]
+    chosen = [np.arange(len(examples))]
+    if args.updates_per_batch > 1:  # whole groups go round-robin into the parts
+        chosen = [np.arange(len(examples))[i :: args.updates_per_batch] for i in range(args.updates_per_batch)]
+        chosen = [part for part in chosen if len(part)]
+    sums = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "padded": 0}
+    gaps, norms = [], []
+    old = {}
+    if len(chosen) > 1:  # the ratio's denominator: the policy before the first of several steps
+        with torch.no_grad(), common.autocast(dtype):
+            for batch, ids, where, _ in micro_batches(examples, args.max_tokens_per_batch, model.device):
+                logprobs, _ = common.token_logprobs(model, ids, where, args.temperature)
+                old.update(zip(batch, logprobs.split([len(examples[i][2]) for i in batch])))
+    tokens = sum(len(row) for row in flat)
+    for part in chosen:
+        mine = [examples[i] for i in part]
+        denominator = sum(len(row) for _, _, row in mine)  # of the whole part, fixed before the loop
+        optimizer.zero_grad()
+        for batch, ids, where, advantage in micro_batches(mine, args.max_tokens_per_batch, model.device):
+            with common.autocast(dtype):
+                logprobs, entropies = common.token_logprobs(model, ids, where, args.temperature)
+                ref = None
+                if reference is not None:
+                    with torch.no_grad():
+                        ref, _ = common.token_logprobs(reference, ids, where, args.temperature)
+            before = torch.cat([old[part[i]] for i in batch]) if old else logprobs.detach()
+            loss, of = common.grpo_loss(
+                logprobs, before, advantage, torch.ones_like(advantage, dtype=torch.bool), denominator, args.clip, ref, args.kl
+            )
+            loss.backward()
+            sums["loss"] += float(loss) * denominator
+            sums["entropy"] += float(entropies.sum())
+            sums["padded"] += ids.numel()
+            for name, value in of.items():
+                sums[name] += value
+            if not norms:  # before the first step: sampler and trainer are the same policy
+                drawn = torch.tensor([lp for i in batch for lp in traces[part[i]].completion.logprobs])
+                gaps.append((logprobs.detach().cpu() - drawn).abs())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {float(norm)}")
+        optimizer.step()
+        norms.append(float(norm))
+    gap = torch.cat(gaps)
+    return {
+        "loss": sums["loss"] / tokens,
+        "grad_norm": float(np.mean(norms)),
+        "entropy": sums["entropy"] / tokens,
+        "clip_share": sums["clipped"] / tokens,
+        "kl": sums["kl"] / tokens,
+        "sampler_gap_mean": float(gap.mean()),
+        "sampler_gap_max": float(gap.max()),
+        "trained_tokens": tokens,
+        "padding_share": 1 - sum(len(ids) for ids, _, _ in examples) / sums["padded"],
+    }
+
+
+def learning_rate(args, done: float) -> float:
+    """At a share `done` of the run: linear warm-up, then constant or a cosine to 0."""
+    if done < args.warmup:
+        return args.lr * max(done / args.warmup, 0.02)
+    if args.schedule == "constant":
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (done - args.warmup) / max(1e-9, 1 - args.warmup)))
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict[str, list[int]]) -> None:
+    device, dtype = model.device, common.pick_dtype(args.dtype)
+    sampler = Sampler(model, tokenizer, dtype)
+    if args.model != "tiny":
+        model.gradient_checkpointing_enable()
+    reference = None
+    if args.kl > 0:
+        reference = common.load_model(args.model, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    state = {"step": 0, "sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
+    checkpoint = latest_checkpoint(run) if args.resume else None
+    if checkpoint:
+        state = load_checkpoint(checkpoint, model, optimizer)
+        print(f"resumed from {checkpoint} at step {state['step']}")
+    rewind(run, state["step"])
+    sampler.sampled_tokens, sampler.computed_tokens = state["sampled_tokens"], state["computed_tokens"]
+    steps = args.steps or math.ceil(len(problems) / args.problems_per_step)
+    if args.max_sampled_tokens:
+        steps = args.steps or math.inf
+    validation = None
+    if args.eval_every and args.model == "tiny":
+        validation = common.load_problems(args.dataset, "validation", args.eval_problems)
+    rollouts = rollouts_grpo if args.bonus == 0 else {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant]
+    goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
+    method = "GRPO (bonus 0)" if args.bonus == 0 else f"MRT {args.variant}, bonus {args.bonus:g}"
+    print(f"{method}: {len(problems)} problems, {args.problems_per_step} × {args.group_size} rollouts a step, {goal}")
+    began, tokens_then = time.time() - state["seconds"], sampler.sampled_tokens
+    if validation and state["step"] == 0:
+        validate(args, run, sampler, validation, 0)
+    started_here = time.time()
+    while state["step"] < steps and sampler.sampled_tokens < (args.max_sampled_tokens or math.inf):
+        step, clock = state["step"], time.time()
+        done = sampler.sampled_tokens / args.max_sampled_tokens if args.max_sampled_tokens else step / steps
+        rate = learning_rate(args, done)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = problems_of_step(problems, args.problems_per_step, step, args.seed)
+        model.eval()
+        groups, advantages, stats = rollouts(args, sampler, batch, [prompts[p["id"]] for p in batch], (args.seed, step))
+        sampling_seconds = time.time() - clock
+        model.train()
+        try:
+            metrics = update(args, model, reference, optimizer, groups, advantages, dtype)
+        except FloatingPointError as error:
+            common.append_jsonl(run / "failed.jsonl", records(step, groups))
+            fail(f"step {step}: {error}; nothing was updated, the step's samples are in {run / 'failed.jsonl'}")
+        if step == 0 and metrics["sampler_gap_mean"] > (0.05 if dtype == torch.bfloat16 else 1e-3):
+            fail(
+                f"sampler and trainer disagree on the log-probs of the same tokens by {metrics['sampler_gap_mean']:.3g} "
+                "nats on average: look at temperature, dtype and the end-of-turn tokens before training on this"
+            )
+        traces = [trace for group in groups for trace in group]
+        rewards = np.array([[trace.reward for trace in group] for group in groups])
+        state = {"step": step + 1, "sampled_tokens": sampler.sampled_tokens,
+                 "computed_tokens": sampler.computed_tokens, "seconds": time.time() - began}  # fmt: skip
+        line = {
+            **state,
+            "reward": float(rewards.mean()),
+            "flat_groups": float((rewards.std(-1) == 0).mean()),
+            "truncated": float(np.mean([t.completion.finish_reason == "length" for t in traces])),
+            "tokens": float(np.mean([len(t.completion.token_ids) for t in traces])),
+            "episodes": float(np.mean([len(t.boundaries) - 1 for t in traces])),
+            **stats,
+            **metrics,
+            "lr": rate,
+            "sampling_seconds": sampling_seconds,
+            "update_seconds": time.time() - clock - sampling_seconds,
+        }
+        common.append_jsonl(run / "records.jsonl", records(step, groups))
+        common.append_jsonl(run / "metrics.jsonl", [line])
+        share = sampler.sampled_tokens / args.max_sampled_tokens if args.max_sampled_tokens else state["step"] / steps
+        gone = (sampler.sampled_tokens - tokens_then) / max(1, sampler.sampled_tokens) * share
+        left = (time.time() - started_here) / max(gone, 1e-9) * max(0.0, 1 - share)
+        print(
+            f"step {state['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  "
+            f"truncated {line['truncated']:.2f}  loss {line['loss']:+.4f}  sampled {sampler.sampled_tokens / 1e3:,.0f}k  "
+            f"{line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s  {common.duration(left)} left",
+            flush=True,
+        )
+        if validation and state["step"] % args.eval_every == 0:
+            validate(args, run, sampler, validation, state["step"])
+        if state["step"] % args.checkpoint_every == 0:
+            save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
+        draw_run(run)
+    if validation and state["step"] % args.eval_every:
+        validate(args, run, sampler, validation, state["step"])
+    save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
+    draw_run(run)
+    finish = run / "model.tmp"
+    shutil.rmtree(finish, ignore_errors=True)
+    model.save_pretrained(finish)
+    tokenizer.save_pretrained(finish)
+    shutil.rmtree(run / "model", ignore_errors=True)
+    finish.rename(run / "model")
+    last = common.read_jsonl(run / "metrics.jsonl")[-1]
+    common.write_json(run / "summary.json", {"method": method, **last})
+    print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
+
+
+def problems_of_step(problems: list[dict], count: int, step: int, seed: int) -> list[dict]:
+    """Problems `step * count …` of the endless sequence of shuffled passes: a function of the step, so a resumed run
+    sees the same data."""
+    places = range(step * count, (step + 1) * count)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(len(problems)) for epoch in
+              {place // len(problems) for place in places}}  # fmt: skip
+    return [problems[orders[place // len(problems)][place % len(problems)]] for place in places]
+
+
+def records(step: int, groups: list[list[Trace]]) -> list[dict]:
+    return [
+        {
+            "step": step,
+            "id": trace.problem["id"],
+            "sample": s,
+            "reward": trace.reward,
+            "answer": common.extract_answer(trace.answer or ""),
+            "tokens": len(trace.completion.token_ids),
+            "finish": trace.completion.finish_reason,
+            "boundaries": trace.boundaries,
+            "J": [round(v, 5) for v in trace.values],
+            "text": trace.completion.text,
+        }
+        for group in groups
+        for s, trace in enumerate(group)
+    ]
+
+
+def validate(args, run: Path, sampler: Sampler, problems: list[dict], step: int) -> None:
+    """Accuracy and tokens on validation problems, and the accuracy of answers forced at a few budgets. Its tokens are
+    not counted as the run's."""
+    counted = sampler.sampled_tokens, sampler.computed_tokens
+    sampler.model.eval()
+    line = {"step": step, "sampled_tokens": counted[0], **common.anytime_accuracy(
+        sampler, problems, [args.max_tokens // 4, args.max_tokens // 2, args.max_tokens], args.max_tokens,
+        args.answer_tokens, args.temperature, (args.seed, 99))}  # fmt: skip
+    sampler.sampled_tokens, sampler.computed_tokens = counted
+    common.append_jsonl(run / "validation.jsonl", [line])
+    forced = "  ".join(f"forced at {b}: {a:.3f}" for b, a in line["forced"].items())
+    print(f"  validation after {step} steps: right {line['accuracy']:.3f}  tokens {line['tokens']:.1f}  {forced}", flush=True)
+
+
+def rewind(run: Path, step: int) -> None:
+    """Drops the lines of steps after the checkpoint that a run goes on from; they are made again."""
+    for name, first_lost in (("metrics.jsonl", step + 1), ("records.jsonl", step), ("validation.jsonl", step + 1)):
+        if (run / name).exists():
+            lines = (run / name).read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < first_lost] if step else []
+            common.write_text(run / name, "".join(kept))
+
+
+def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict, keep: int) -> None:
+    """`checkpoints/step_N`: the model in Hugging Face format and what training needs to go on. It is written under
+    another name and renamed when complete; older ones go afterwards."""
+    final = run / "checkpoints" / f"step_{state['step']:06d}"
+    if final.exists():
+        return
+    temporary = final.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    torch.save({"optimizer": optimizer.state_dict(), "state": state}, temporary / "training.pt")
+    temporary.rename(final)
+    for old in sorted((run / "checkpoints").glob("step_??????"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    return max((run / "checkpoints").glob("step_??????"), default=None)
+
+
+def load_checkpoint(folder: Path, model, optimizer) -> dict:
+    """Restores weights and optimiser in place; returns the run's state."""
+    saved = torch.load(folder / "training.pt", map_location=model.device, weights_only=True)
+    model.load_state_dict(common.load_model(str(folder), model.device).state_dict())
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["state"]
+
+
+def draw_run(run: Path) -> None:
+    """`progress.png`: the run so far."""
+    plt = common.pyplot()
+    lines = common.read_jsonl(run / "metrics.jsonl")
+    x = np.array([line["sampled_tokens"] for line in lines]) / 1e3
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3), constrained_layout=True)
+    axes[0].plot(x, [line["reward"] for line in lines], color="C0", alpha=0.5, label="rollouts")
+    if (run / "validation.jsonl").exists():
+        checks = common.read_jsonl(run / "validation.jsonl")
+        axes[0].plot([c["sampled_tokens"] / 1e3 for c in checks], [c["accuracy"] for c in checks], "o-", color="C0",
+                     label="validation")  # fmt: skip
+        for i, budget in enumerate(checks[0]["forced"]):
+            axes[0].plot([c["sampled_tokens"] / 1e3 for c in checks], [c["forced"][budget] for c in checks], ".--",
+                         color=f"C{i + 1}", label=f"forced at {budget}")  # fmt: skip
+    axes[0].set(ylabel="share of right answers", ylim=(0, 1))
+    axes[0].legend(fontsize=7)
+    axes[1].plot(x, [line["tokens"] for line in lines], label="tokens of a rollout")
+    axes[1].set(ylabel="tokens of a rollout", ylim=(0, None))
+    axes[2].plot(x, [line["entropy"] for line in lines], label="entropy (nats)")
+    axes[2].plot(x, [line["truncated"] for line in lines], label="truncated share")
+    axes[2].plot(x, [line["flat_groups"] for line in lines], label="flat groups")
+    axes[2].legend(fontsize=7)
+    for axis in axes:
+        axis.set_xlabel("sampled tokens (thousands)")
+        axis.grid(alpha=0.3)
+    common.save_figure(figure, run / "progress.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""The loss and the log-probs: each rule that a well-known GRPO implementation gets wrong somewhere is a test here."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import common
+import rl_mrt
+from common import group_advantages, grpo_loss, token_logprobs
+
+
+def mask_of(x):
+    return torch.ones_like(x, dtype=torch.bool)
+
+
+def random_batch(seed=0, shape=(6, 9)):
+    g = torch.Generator().manual_seed(seed)
+    logp = -torch.rand(shape, generator=g, dtype=torch.float64) * 3
+    advantage = torch.randn(shape, generator=g, dtype=torch.float64)
+    lengths = torch.randint(1, shape[1] + 1, (shape[0],), generator=g)
+    return logp, advantage, torch.arange(shape[1])[None] < lengths[:, None]
+
+
+def gradient(logp, old, advantage, mask, denominator, **more):
+    logp = logp.clone().requires_grad_()
+    loss, _ = grpo_loss(logp, old, advantage, mask, denominator, **more)
+    loss.backward()
+    return logp.grad
+
+
+def test_rule_1_on_policy_gradient_is_minus_advantage_over_tokens():
+    logp, advantage, mask = random_batch()
+    n = int(mask.sum())
+    grad = gradient(logp, logp.clone(), advantage, mask, n)
+    torch.testing.assert_close(grad, torch.where(mask, -advantage / n, 0.0))
+
+
+@pytest.mark.parametrize("split", [[1] * 6, [2, 4], [5, 1], [6]])
+def test_rule_2_any_split_into_micro_batches_gives_the_same_gradient(split):
+    logp, advantage, mask = random_batch()
+    n = int(mask.sum())
+    whole = gradient(logp, logp - 0.1, advantage, mask, n)
+    parts = [
+        gradient(*rows, n)
+        for rows in zip(logp.split(split), (logp - 0.1).split(split), advantage.split(split), mask.split(split))
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("junk", [0.0, -math.inf, math.nan])
+def test_rule_3_padding_changes_nothing_whatever_it_holds(junk):
+    logp, advantage, mask = random_batch()
+    n = int(mask.sum())
+    wide = torch.nn.functional.pad(logp, (0, 4), value=junk)
+    kwargs = {"ref_logprobs": logp - 0.3, "kl": 0.1}
+    plain, _ = grpo_loss(logp, logp - 0.1, advantage, mask, n, **kwargs)
+    leaf = wide.clone().requires_grad_()
+    padded, _ = grpo_loss(
+        leaf,
+        wide - 0.1,
+        torch.nn.functional.pad(advantage, (0, 4), value=7.0),
+        torch.nn.functional.pad(mask, (0, 4)),
+        n,
+        ref_logprobs=torch.nn.functional.pad(logp - 0.3, (0, 4), value=junk),
+        kl=0.1,
+    )
+    padded.backward()
+    torch.testing.assert_close(padded, plain)
+    assert torch.isfinite(leaf.grad).all() and (leaf.grad[:, -4:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "advantage, shift, passes",
+    [(1.0, 0.3, False), (-1.0, -0.3, False), (1.0, -0.3, True), (-1.0, 0.3, True), (1.0, 0.1, True), (-1.0, -0.1, True)],
+)
+def test_rule_4_clipping_stops_only_the_gradient_that_leads_further_away(advantage, shift, passes):
+    old = torch.tensor([-1.0], dtype=torch.float64)
+    a = torch.tensor([advantage], dtype=torch.float64)
+    grad = gradient(old + shift, old, a, mask_of(old), 1)
+    expected = -advantage * math.exp(shift) if passes else 0.0
+    assert grad.item() == pytest.approx(expected)
+
+
+def test_rule_5_k3_is_zero_at_equality_and_bounded_far_away():
+    logp = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    zero = torch.zeros_like(logp)
+    loss, sums = grpo_loss(logp, logp, zero, mask_of(logp), 2, ref_logprobs=logp.clone(), kl=1.0)
+    assert float(loss) == 0 and sums["kl"] == 0
+    assert (gradient(logp, logp, zero, mask_of(logp), 2, ref_logprobs=logp.clone(), kl=1.0) == 0).all()
+    far, _ = grpo_loss(logp - 800, logp - 800, zero, mask_of(logp), 2, ref_logprobs=logp, kl=1.0)
+    assert math.isfinite(float(far)) and float(far) == pytest.approx(math.exp(10) - 11)
+
+
+def test_rule_6_k3_estimates_kl_policy_to_reference_and_its_gradient_is_the_other_kl():
+    logits = torch.tensor([0.3, -0.5, 1.0, 0.1], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([0.9, 0.2, -0.4, 0.0], dtype=torch.float64).log_softmax(-1)
+    logp = logits.log_softmax(-1)
+    weights = logp.exp().detach()  # the expectation over samples of the policy, exactly
+    values = torch.stack([grpo_loss(lp[None], lp[None].detach(), torch.zeros(1, dtype=torch.float64),
+                                    mask_of(lp[None]), 1, ref_logprobs=r[None], kl=1.0)[0]
+                          for lp, r in zip(logp, ref)])  # fmt: skip
+    expected = (weights * values).sum()
+    assert float(expected) == pytest.approx(float((weights * (logp - ref)).sum()))  # KL(π‖ref)
+    (grad,) = torch.autograd.grad(expected, logits, retain_graph=True)
+    (reverse,) = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), logits)  # KL(ref‖π)
+    torch.testing.assert_close(grad, reverse)
+
+
+def test_rule_7_flat_groups_and_groups_of_one_have_exactly_no_advantage():
+    rewards = torch.tensor([[0.01] * 4, [0.3, 0.3, 0.1 + 0.2, 0.3], [1.0] * 4], dtype=torch.float64)
+    assert (group_advantages(rewards) == 0).all()
+    assert (group_advantages(rewards.float()) == 0).all()
+    assert (group_advantages(torch.tensor([[1.0], [0.0]])) == 0).all()
+
+
+def test_rule_8_difficulty_weighting_of_the_std_is_what_the_docstring_says():
+    rewards = torch.zeros(1, 16, dtype=torch.float64)
+    rewards[0, 3] = 1
+    assert group_advantages(rewards, False)[0, 3].item() == pytest.approx(0.9375)
+    assert group_advantages(rewards, True)[0, 3].item() == pytest.approx(0.9375 / (math.sqrt(15) / 16 + 1e-4))
+    assert group_advantages(rewards, True).sum().item() == pytest.approx(0, abs=1e-9)
+
+
+def test_rule_9_inputs_are_left_as_they_are(model):
+    logp, advantage, mask = random_batch()
+    inputs = [logp, logp - 0.1, advantage, mask, logp - 0.2]
+    before = copy.deepcopy(inputs)
+    grpo_loss(*inputs[:4], 10, ref_logprobs=inputs[4], kl=0.1)
+    ids = torch.randint(0, 600, (2, 7))
+    where = torch.tensor([[False] * 3 + [True] * 4] * 2)
+    kept = ids.clone(), where.clone()
+    with torch.no_grad():
+        token_logprobs(model, ids, where, 0.7)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
+    assert torch.equal(ids, kept[0]) and torch.equal(where, kept[1])
+
+
+def plain_logprobs(model, ids, temperature):
+    logits = model(torch.tensor([ids])).logits[0].float() / temperature
+    return logits.log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+def test_rule_10_log_probs_equal_a_plain_forward(model, tokenizer, side, temperature):
+    eos = tokenizer.eos_token_id
+    rows = [[5, 9, eos, 300, 301, 302, eos], [400, eos, eos, 17, 18]]  # end-of-turn ids inside the prompt
+    first = [3, 3]
+    width = 7 if side == "none" else 10
+    for keep in [[0], [1]] if side == "none" else [[0, 1]]:
+        ids = torch.full((len(keep), len(rows[keep[0]]) if side == "none" else width), eos)
+        where, attention = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids)
+        for r, i in enumerate(keep):
+            start = width - len(rows[i]) if side == "left" else 0
+            ids[r, start : start + len(rows[i])] = torch.tensor(rows[i])
+            where[r, start + first[i] : start + len(rows[i])] = True
+            attention[r, start : start + len(rows[i])] = 1
+        with torch.no_grad():
+            got, entropy = token_logprobs(
+                model, ids, where, temperature, attention_mask=attention if side == "left" else None
+            )
+            expected = torch.cat([plain_logprobs(model, rows[i], temperature)[first[i] - 1 :] for i in keep])
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+        assert (entropy > 0).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_rule_10_chunks_change_neither_values_nor_gradients(tied, chunk):
+    torch.manual_seed(1)
+    config = Qwen2Config(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, tie_word_embeddings=tied)  # fmt: skip
+    net = Qwen2ForCausalLM(config)
+    ids = torch.randint(0, 50, (3, 8))
+    where = torch.rand(3, 8) > 0.4
+    where[:, 0] = False
+    logp, _ = token_logprobs(net, ids, where, 0.8, chunk=chunk)
+    logp.sum().backward()
+    got = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    full = (net(ids).logits[:, :-1] / 0.8).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    expected = full[where[:, 1:]]
+    expected.sum().backward()
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
+    for a, p in zip(got, net.parameters()):
+        torch.testing.assert_close(a, p.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_rules_11_and_12_the_sampled_ids_are_the_trained_ids_and_a_chosen_end_of_turn_is_among_them(
+    sampler, tokenizer, problems, prompts, monkeypatch
+):
+    rows = sampler.generate(prompts[:6], 60, [(1, i) for i in range(6)], n=4)
+    done = [c for row in rows for c in row]
+    stopped = [c for c in done if c.finish_reason == "stop"]
+    cut = [c for c in done if c.finish_reason == "length"]
+    assert stopped and cut, "the test needs both kinds"
+    assert all(c.token_ids[-1] == tokenizer.eos_token_id for c in stopped)
+    assert all(tokenizer.eos_token_id not in c.token_ids and len(c.token_ids) == 60 for c in cut)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("text was tokenized between sampling and loss")
+
+    traces = [common.read_trace(tokenizer, p, q, c, 8) for p, q, row in zip(problems, prompts, rows) for c in row]
+    monkeypatch.setattr(common, "encode", forbidden)
+    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), [0.0] * len(t.completion.token_ids)) for t in traces]
+    seen = 0
+    for order, ids, where, advantages in rl_mrt.micro_batches(examples, 600, "cpu"):
+        for row, i in enumerate(order):
+            assert ids[row][where[row]].tolist() == traces[i].completion.token_ids
+            seen += 1
+        assert len(advantages) == where.sum()
+    assert seen == len(traces)
+
+
+def test_micro_batches_keep_every_example_once_under_the_limit():
+    examples = [([1] * n, 1, [0.0] * (n - 1)) for n in (3, 50, 7, 7, 20, 90, 4)]
+    seen = []
+    for order, ids, _, _ in rl_mrt.micro_batches(examples, 60, "cpu"):
+        assert ids.numel() <= 60 or len(order) == 1
+        seen += order
+    assert sorted(seen) == list(range(7))

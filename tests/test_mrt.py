@@ -1,0 +1,224 @@
+"""What MRT adds to GRPO: credit for progress. Hand-computed examples, the traps of the method, and bonus 0 = GRPO."""
+
+import copy
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import rl_mrt
+from common import Completion, ForcedAnswers, Trace, episode_credits
+
+
+def options(*flags):
+    return rl_mrt.flags(["--problems-per-step", "4", "--group-size", "4", "--max-tokens", "120", *flags])
+
+
+def a_trace(values, tokens_an_episode=2, answer_tokens=1, reward=1.0):
+    k = len(values) - 1
+    ids = list(range(k * tokens_an_episode + answer_tokens))
+    completion = Completion(ids, [0.0] * len(ids), "stop", "", [0] * (len(ids) + 1))
+    boundaries = [j * tokens_an_episode for j in range(k + 1)]
+    return Trace({"id": "p", "answer": "1"}, [7], completion, boundaries, True, "", reward, list(values))
+
+
+# ------------------------------------------------------------------------------------------------ progress and credit
+
+
+def test_progress_telescopes_so_a_whole_trace_bonus_would_say_nothing_about_the_path():
+    for values in ([0.1, 0.1, 0.9, 0.9], [0.1, 0.8, 0.2, 0.9], [0.1, 0.3, 0.6, 0.9]):
+        assert sum(episode_credits(values, 0.0)) == pytest.approx(0.8)
+
+
+def test_credit_lambda_interpolates_between_own_progress_and_all_that_follows():
+    values = [0.1, 0.1, 0.6, 0.4, 1.0]
+    np.testing.assert_allclose(episode_credits(values, 0.0), np.diff(values))
+    np.testing.assert_allclose(episode_credits(values, 1.0), [1.0 - v for v in values[:-1]])
+    np.testing.assert_allclose(  # Σ_{l≥j} λ^{l-j} r_l, written out
+        episode_credits(values, 0.5),
+        [0 + 0.25 - 0.05 + 0.075, 0.5 - 0.1 + 0.15, -0.2 + 0.3, 0.6],
+    )
+    assert episode_credits([0.5], 0.5) == []
+
+
+def test_online_bonus_reinforces_the_episode_that_gains_and_not_the_one_that_gains_nothing():
+    """Two traces, both right: GRPO sees a flat group and learns nothing; MRT tells their episodes apart."""
+    group = [a_trace([0.1, 0.1, 0.9]), a_trace([0.1, 0.9, 0.9])]
+    rows = [[0.0] * 5, [0.0] * 5]
+    rl_mrt.add_progress(rows, group, bonus=1.0, credit_lambda=0.0)
+    # mean progress over the 4 episodes: 0.4. Two tokens an episode; the answer's token has no bonus.
+    np.testing.assert_allclose(rows, [[-0.4, -0.4, 0.4, 0.4, 0], [0.4, 0.4, -0.4, -0.4, 0]], atol=1e-12)
+
+
+def test_online_bonus_scales_with_alpha_and_punishes_lost_ground():
+    group = [a_trace([0.5, 0.9, 0.2, 0.9])]
+    rows = [[1.0] * 7]
+    rl_mrt.add_progress(rows, group, bonus=2.0, credit_lambda=0.0)
+    mean = 0.4 / 3
+    expected = [1 + 2 * (0.4 - mean)] * 2 + [1 + 2 * (-0.7 - mean)] * 2 + [1 + 2 * (0.7 - mean)] * 2 + [1]
+    np.testing.assert_allclose(rows[0], expected)
+    assert rows[0][2] < 0
+
+
+def scripted(monkeypatch, prefix_right, going_on_right):
+    """Runs the prefix variant with scripted outcomes: how many of the m stops and of the G rollouts are right."""
+    args = options("--bonus", "1", "--forced-answers", "4")
+    tokenizer = common.load_tokenizer("tiny")
+    problems = common.load_problems("tiny", "validation", 1)
+    prompts = [common.prompt_ids(tokenizer, problems[0]["problem"])]
+    gold = problems[0]["answer"]
+
+    def completion(text, right):
+        text += f"</think>\n\n**Final Answer:** \\boxed{{{gold if right else 'wrong'}}}"
+        ids = common.encode(tokenizer, text) + [tokenizer.eos_token_id]
+        text, offsets = common.text_and_offsets(tokenizer, ids)
+        return Completion(ids, [0.0] * len(ids), "stop", text, offsets)
+
+    calls = []
+
+    def generate(asked, limits, seeds, n=1, **_):
+        calls.append(asked)
+        if len(calls) == 1:
+            return [[completion("Okay, maybe there is no such x at all.\n\n", False)]]
+        right = prefix_right if len(calls) == 2 else going_on_right
+        return [[completion("", i < right) for i in range(n)]]
+
+    sampler = types.SimpleNamespace(tokenizer=tokenizer, generate=generate)
+    groups, advantages, stats = rl_mrt.rollouts_prefix(args, sampler, problems, prompts, (0, 0))
+    return [row[0] for row in advantages[0]], stats, calls, groups
+
+
+def test_prefix_variant_is_not_grpo_and_pushes_up_what_beats_stopping(monkeypatch):
+    """J(μ|c) = 0, half of the rollouts that go on are right: on balance going on is reinforced."""
+    advantages, stats, _, _ = scripted(monkeypatch, prefix_right=0, going_on_right=2)
+    grpo = 0.5 / (0.5 + 1e-4)
+    np.testing.assert_allclose(advantages, [grpo + 1, grpo + 1, -grpo, -grpo])
+    assert sum(advantages) > 0 and stats["progress_of_going_on"] == 0.5
+
+
+def test_prefix_variant_favours_stopping_where_the_prefix_is_solved(monkeypatch):
+    advantages, stats, _, _ = scripted(monkeypatch, prefix_right=4, going_on_right=2)
+    grpo = 0.5 / (0.5 + 1e-4)
+    np.testing.assert_allclose(advantages, [grpo, grpo, -grpo - 1, -grpo - 1])
+    assert sum(advantages) < 0 and stats["J_prefix"] == 1
+
+
+def test_trap_1_normalising_the_bonus_within_the_shared_prefix_group_would_be_grpo():
+    """r = f + α(f - c) is affine in f when c is shared; after mean and std it is GRPO's advantage. Ours is not."""
+    f = torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    for alpha, c in ((0.4, 0.25), (1.6, 0.75)):
+        trapped = common.group_advantages(f + alpha * (f - c))
+        torch.testing.assert_close(trapped, common.group_advantages(f), atol=1e-3, rtol=0)
+        ours = common.group_advantages(f) + alpha * (f - c)
+        assert (ours - common.group_advantages(f)).abs().max() > 0.1
+
+
+def test_prefix_variant_trains_only_what_follows_the_prefix(monkeypatch):
+    _, _, calls, groups = scripted(monkeypatch, prefix_right=0, going_on_right=2)
+    partial, stops, contexts = calls
+    stop = common.encode(common.load_tokenizer("tiny"), common.STOP_PHRASE)
+    assert stops[0][-len(stop) :] == stop
+    assert contexts[0] == groups[0][0].prompt and contexts[0][: len(partial[0])] == partial[0]
+
+
+# ------------------------------------------------------------------------------------------------ one real update
+
+
+def one_update(model, tokenizer, args, seed=0):
+    model = copy.deepcopy(model)
+    sampler = common.Sampler(model, tokenizer)
+    problems = common.load_problems("tiny", "train", args.problems_per_step)
+    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    rollouts = rl_mrt.rollouts_grpo if args.bonus == 0 else rl_mrt.rollouts_online
+    groups, advantages, _ = rollouts(args, sampler, problems, prompts, (seed, 0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.train()
+    metrics = rl_mrt.update(args, model, None, optimizer, groups, advantages, torch.float32)
+    return groups, advantages, [b - p.detach() for b, p in zip(before, model.parameters())], metrics
+
+
+def test_bonus_zero_is_grpo_token_for_token(model, tokenizer):
+    """The gradient of --bonus 0 equals a GRPO gradient written out here from the published formula."""
+    args = options("--bonus", "0", "--max-grad-norm", "0")
+    groups, _, got, metrics = one_update(model, tokenizer, args)
+    reference = copy.deepcopy(model)
+    rewards = np.array([[t.reward for t in g] for g in groups])
+    assert 0 < rewards.mean() < 1
+    total = sum(len(t.completion.token_ids) for g in groups for t in g)
+    for group, row in zip(groups, rewards):
+        for trace, r in zip(group, row):
+            advantage = (r - row.mean()) / (row.std() + 1e-4)
+            ids = torch.tensor([trace.prompt + trace.completion.token_ids])
+            logp = reference(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+            (-advantage * logp[len(trace.prompt) - 1 :].sum() / total).backward()
+    for grad, p in zip(got, reference.parameters()):
+        torch.testing.assert_close(grad, p.grad, atol=2e-6, rtol=1e-3)
+    assert metrics["sampler_gap_max"] < 1e-4 and metrics["trained_tokens"] == total
+
+
+@pytest.mark.parametrize("variant", ["online", "prefix"])
+def test_bonus_zero_ignores_the_variant_and_a_bonus_does_not(model, tokenizer, variant):
+    sampler = common.Sampler(model, tokenizer)
+    problems = common.load_problems("tiny", "train", 4)
+    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    args = options("--bonus", "1", "--variant", variant)
+    rollouts = {"online": rl_mrt.rollouts_online, "prefix": rl_mrt.rollouts_prefix}[variant]
+    _, with_bonus, _ = rollouts(args, sampler, problems, prompts, (0, 0))
+    args.bonus = 0.0
+    groups, without, _ = rollouts(args, sampler, problems, prompts, (0, 0))
+    outcome = rl_mrt.outcome_advantages(args, groups)
+    for row, a in zip((r for rows in without for r in rows), outcome.flatten().tolist()):
+        np.testing.assert_allclose(row, a)
+    assert not all(np.allclose(a, b) for x, y in zip(with_bonus, without) for a, b in zip(x, y))
+
+
+def test_online_and_grpo_train_on_the_same_sampled_tokens(model, tokenizer):
+    grpo, *_ = one_update(model, tokenizer, options("--bonus", "0"))
+    mrt, *_ = one_update(model, tokenizer, options("--bonus", "1", "--variant", "online", "--progress", "likelihood"))
+    for a, b in zip((t for g in grpo for t in g), (t for g in mrt for t in g)):
+        assert a.completion.token_ids == b.completion.token_ids
+
+
+@pytest.mark.parametrize("parts", [300, 100_000])
+def test_micro_batch_size_does_not_change_the_step(model, tokenizer, parts):
+    flags = ["--bonus", "1", "--variant", "online", "--progress", "likelihood", "--max-grad-norm", "0"]
+    *_, whole, _ = one_update(model, tokenizer, options(*flags))
+    *_, split, _ = one_update(model, tokenizer, options(*flags, "--max-tokens-per-batch", str(parts)))
+    for a, b in zip(whole, split):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_several_updates_a_batch_use_the_policy_before_the_first(model, tokenizer):
+    *_, metrics = one_update(model, tokenizer, options("--bonus", "0", "--updates-per-batch", "2", "--lr", "1"))
+    assert metrics["sampler_gap_max"] < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ length penalty, J
+
+
+def test_length_penalty_is_arora_and_zanettes():
+    rewards = torch.tensor([[1.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
+    lengths = torch.tensor([[10.0, 20.0, 500.0, 30.0]], dtype=torch.float64)
+    got = rl_mrt.penalise_length(rewards, lengths, 0.4)[0].tolist()
+    z = 10 / (200 / 3) ** 0.5
+    sigmoid = 1 / (1 + np.exp(-z))
+    np.testing.assert_allclose(got, [1 - 0.4 * (1 - sigmoid), 1 - 0.4 * 0.5, 0, 1 - 0.4 * sigmoid], rtol=1e-6)
+    one = rl_mrt.penalise_length(torch.tensor([[1.0, 0.0]]), torch.tensor([[9.0, 4.0]]), 0.4)
+    assert one.tolist() == [[pytest.approx(0.8), 0.0]]
+
+
+def test_likelihood_agrees_with_many_sampled_answers(sampler, tokenizer, problems, prompts):
+    """Two independent routes to J(μ|prefix): exact likelihood, and 64 sampled and graded answers."""
+    rows = sampler.generate(prompts[:4], 150, [(3, i) for i in range(4)])
+    traces = [common.read_trace(tokenizer, p, q, c, 32) for p, q, (c,) in zip(problems, prompts, rows)]
+    common.grade_traces(traces)
+    common.success_rates(sampler, traces, ForcedAnswers("sampled", 64, 8, 1.0), (5,))
+    sampled = np.concatenate([t.values for t in traces])
+    common.success_rates(sampler, traces, ForcedAnswers("likelihood", 0, 0, 1.0), (5,))
+    exact = np.concatenate([t.values for t in traces])
+    assert len(exact) > 12 and np.ptp(exact) > 0.5
+    error = np.sqrt(np.maximum(exact * (1 - exact), 0.01) / 64)
+    assert (np.abs(sampled - exact) < 5 * error + 0.02).all()

@@ -1,0 +1,352 @@
+"""tiny.py: the embedded reasoner, its problems, and the command that rebuilds it.
+
+A model of 0.6M parameters that thinks the way R1 does, only about small problems, so that every script runs on a
+laptop in minutes (`--model tiny --dataset tiny`, the defaults). A problem and one trace:
+
+    Find x between 1 and 20 such that x² + 17 ≡ 5 (mod 61).
+
+    <think>
+    Okay, try x = 8: 8² ≡ 3, + 17 ≡ 20 vs 5: no.                <- episode 1: three paragraphs, as the segmentation asks
+    try x = 2: 2² ≡ 4, + 17 ≡ 21 vs 5: no.
+    try x = 19: 19² ≡ 56, + 17 ≡ 12 vs 5: no.
+    But hold on, maybe there is no such x at all.               <- episode 2: talk, no progress
+    ...
+    Wait, try x = 7: 7² ≡ 49, + 17 ≡ 5 vs 5: yes, x = 7 works.  <- episode 3: J(μ) jumps from 1/17 to 1
+    </think>
+
+    **Final Answer:** \\boxed{7}
+
+Checking a candidate is easy and guessing is hard. What an episode is worth is in plain sight: three new candidates are
+progress, going over old ones (re-check) or talk (doubt) is not. The stored model has been warm-started on traces that
+waste well over half of their tokens, give up early and go on after the answer is found; it has the skill (lines and
+answers are right) but not the strategy, which is what reinforcement learning is to change.
+
+    python tiny.py --check             # figures the stored model must meet, on sampled behaviour
+    python tiny.py --rebuild           # warm-start it again from nothing (about 25 minutes on two cores)
+    python tiny.py --show 3            # print problems and traces of the warm start
+"""
+
+import argparse
+import math
+import random
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import common
+from common import ANSWER_CUE, STOP_PHRASE, THINK_END
+
+HERE = Path(__file__).resolve().parent / "tiny"
+PRIME = 61  # 1²…30² are different modulo 61, so every problem has exactly one solution
+LEVELS = (10, 20, 30)  # difficulty: the number of candidates
+SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}
+OPENINGS = ("Wait, ", "Alternatively, ", "But hold on, ")
+DOUBTS = (
+    "maybe there is no such x at all.\n\n",
+    "maybe I should think about the squares first.\n\n",
+    "the problem says that there is one.\n\n",
+    "the numbers here are hard to see through.\n\n",
+    "let me think about what the problem wants.\n\n",
+    "squares wrap around, so this can take a while.\n\n",
+)
+GIVE_UP = "I can not find it, so I will guess.\n\n"
+
+
+# ------------------------------------------------------------------------------------------------ problems
+
+
+def problems(split: str, levels: tuple[int, ...] = LEVELS) -> list[dict]:
+    """All problems of a split, in a fixed shuffled order: `{problem, answer, id, level}`.
+
+    An equation (b, x) belongs to one split whatever its level, so the splits are disjoint by construction. Levels
+    take turns, so any first n problems hold the levels in equal shares.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"--split {split}: the tiny problems have {', '.join(SPLITS)}")
+    if not levels or not all(2 <= level <= 30 for level in levels):
+        raise ValueError("--dataset tiny:N,…: each N is a number of candidates from 2 to 30")
+    equations = [(b, x) for b in range(PRIME) for x in range(1, 31)]
+    random.Random(61).shuffle(equations)
+    start = round(sum(list(SPLITS.values())[: list(SPLITS).index(split)]) * len(equations))
+    mine = equations[start : start + round(SPLITS[split] * len(equations))]
+    rows = {n: [(b, x, n) for b, x in mine if x <= n] for n in levels}
+    count = min(len(r) for r in rows.values())
+    chosen = [rows[n][i] for i in range(count) for n in levels]
+    return [
+        {
+            "problem": f"Find x between 1 and {n} such that x² + {b} ≡ {(x * x + b) % PRIME} (mod {PRIME}).",
+            "answer": str(x),
+            "id": f"tiny-{split}-{n}-{b}-{x}",
+            "level": n,
+        }
+        for b, x, n in chosen
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ warm-start traces
+
+
+def line(x: int, b: int, target: int, verb: str = "try") -> str:
+    """One checked candidate, a paragraph of the thought."""
+    total = (x * x + b) % PRIME
+    verdict = f": yes, x = {x} works.\n\n" if total == target else ": no.\n\n"
+    return f"{verb} x = {x}: {x}² ≡ {x * x % PRIME}, + {b} ≡ {total} vs {target}{verdict}"
+
+
+def warm_start_trace(b: int, solution: int, n: int, rng: random.Random) -> tuple[str, list[int], int | None, list[int]]:
+    """A wasteful thought. Returns (thought, offsets where an episode ends, the x it found or None, tried candidates)."""
+    target = (solution * solution + b) % PRIME
+    thought, ends, tried, found = "", [], [], None
+    for episode in range(40):
+        thought += "Okay, " if episode == 0 else rng.choice(OPENINGS)
+        kind = "try" if episode == 0 else rng.choices(("try", "recheck", "doubt"), (0.4, 0.3, 0.3))[0]
+        if found is not None:
+            kind = rng.choice(("recheck", "doubt"))
+        untried = [x for x in range(1, n + 1) if x not in tried]
+        if kind == "try" and untried and found is None:
+            for x in rng.sample(untried, min(3, len(untried))):
+                thought += line(x, b, target)
+                tried.append(x)
+                if x == solution:
+                    found = x
+                    break
+        elif kind == "recheck":
+            for x in [found] * 3 if found is not None else rng.sample(tried, 3):
+                thought += line(x, b, target, "check")
+        else:
+            thought += "".join(rng.sample(DOUBTS, 3))
+        ends.append(len(thought))
+        if found is not None and rng.random() < 0.4:
+            break
+        if found is None and (rng.random() < 0.04 or len(tried) == n):
+            thought += GIVE_UP
+            break
+    return thought, ends, found, tried
+
+
+def warm_start_text(problem: dict, rng: random.Random) -> tuple[str, str, str]:
+    """(thought, stop text, answer text): 40 % of the traces are stopped at a random episode so that μ exists.
+
+    A stopped thought that has found nothing answers with a candidate it has not ruled out. Teaching it the true answer
+    there would teach the model to solve the equation without thinking.
+    """
+    n, b, solution = (int(part) for part in problem["id"].split("-")[2:])
+    thought, ends, found, tried = warm_start_trace(b, solution, n, rng)
+    stop = THINK_END + "\n\n**"
+    if rng.random() < 0.4:
+        cut = rng.choice([0, *ends])
+        thought = thought[:cut]
+        shown = f"x = {solution} works" in thought
+        found = solution if shown else None
+        tried = [x for x in tried if f"try x = {x}:" in thought]
+        stop = ("" if cut else "\n\n") + STOP_PHRASE
+    guess = rng.choice([x for x in range(1, n + 1) if x not in tried] or [solution])
+    return thought, stop, f"{ANSWER_CUE}{found or guess}}}"
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer and model
+
+
+def build_tokenizer():
+    """A byte-level tokenizer (any text goes in and comes out) with whole phrases as tokens.
+
+    Operands carry their sign (` + 17`, ` ≡ 5`, ` vs 5`), as a trained BPE's tokens do: every copy is then a copy of a
+    typed token, one attention hop, and a model this small learns it in minutes instead of never.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    xs, residues = range(1, 31), range(PRIME)
+    stop_head, stop_tail = STOP_PHRASE.split(THINK_END)
+    phrases = ["Find x between 1", " such that x²", f" (mod {PRIME}).", "Okay, ", *OPENINGS, ": no.\n\n"]
+    phrases += [stop_head, stop_tail, "\n\n", "\n\n**", "Final Answer:** ", "\\boxed{"]
+    phrases += [f" and {x}" for x in range(2, 31)] + [str(x) for x in xs]
+    phrases += [f"{verb} x = {x}:" for verb in ("try", "check") for x in xs]
+    phrases += [f" {x}² ≡ {x * x % PRIME}," for x in xs] + [f": yes, x = {x} works.\n\n" for x in xs]
+    phrases += [f"{sign}{r}" for sign in (" + ", " ≡ ", " vs ") for r in residues]
+    for sentence in (*DOUBTS, GIVE_UP):  # talk costs about as many tokens as work: three pieces to a half-sentence
+        words = sentence.rstrip("\n").split(" ")
+        phrases += [words[0]] + [" " + w for w in words[1:-1]] + [" " + words[-1] + "\n\n"]
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ["<think>", THINK_END, *dict.fromkeys(phrases)]])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", clean_up_tokenization_spaces=False
+    )
+    wrapped.chat_template = (
+        "{% for m in messages %}{{ '<|user|>' if m['role'] == 'user' else '<|assistant|>' }}{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    )
+    return wrapped
+
+
+def build_model(vocabulary: int):
+    """Qwen2 with 2 layers of width 128; a larger initialisation than usual, without which copying comes late."""
+    config = Qwen2Config(
+        vocab_size=math.ceil(vocabulary / 64) * 64,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+# ------------------------------------------------------------------------------------------------ warm start
+
+
+def warm_start(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
+    """Supervised training on generated traces of the training problems; writes model and tokenizer to `out`."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer))
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
+    rows = problems("train")
+    prompts = {r["id"]: common.prompt_ids(tokenizer, r["problem"]) for r in rows}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps))))
+    )
+    began, tokens, pool = time.time(), 0, []
+    for step in range(steps):
+        if not pool:  # batches of similar length waste little on padding
+            texts = []
+            for row in (rng.choice(rows) for _ in range(batch * 16)):
+                thought, stop, answer = warm_start_text(row, rng)
+                head = prompts[row["id"]] + common.encode(tokenizer, thought)
+                tail, end = common.encode(tokenizer, stop), common.encode(tokenizer, answer) + [tokenizer.eos_token_id]
+                natural = stop.startswith(THINK_END)
+                mask = [0] * len(prompts[row["id"]]) + [1] * (len(head) - len(prompts[row["id"]]))
+                texts.append((head + tail + end, mask + [int(natural)] * len(tail) + [1] * len(end)))
+            texts.sort(key=lambda t: len(t[0]))
+            pool = [texts[i : i + batch] for i in range(0, len(texts), batch)]
+            rng.shuffle(pool)
+        rows_now = pool.pop()
+        width = max(len(ids) for ids, _ in rows_now)
+        ids = torch.tensor([i + [tokenizer.pad_token_id] * (width - len(i)) for i, _ in rows_now])
+        mask = torch.tensor([m + [0] * (width - len(m)) for _, m in rows_now])
+        logits = model(input_ids=ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100).flatten()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        tokens += int(mask.sum())
+        if step % 50 == 0 or step == steps - 1:
+            rate = tokens / (time.time() - began)
+            left = (time.time() - began) / (step + 1) * (steps - step - 1) / 60
+            print(f"step {step:5d}  loss {loss.item():.4f}  {rate:,.0f} tokens/s  {left:.1f} min left", flush=True)
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"written to {out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.2f} MB")
+
+
+# ------------------------------------------------------------------------------------------------ acceptance
+
+LINE = re.compile(r"(?:try|check) x = (\d+): (\d+)² ≡ (\d+), \+ (\d+) ≡ (\d+) vs (\d+): (no\.|yes, x = (\d+) works\.)$")
+
+
+def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
+    """Prints what the model does on validation problems when it samples, beside what is asked of it."""
+    tokenizer = common.load_tokenizer(model)
+    sampler = common.Sampler(common.load_model(model, "cpu"), tokenizer)
+    rows = problems("validation")[:count]
+    prompts = [common.prompt_ids(tokenizer, r["problem"]) for r in rows]
+    began = time.time()
+    seeds = [(seed, common.key(r["id"])) for r in rows]
+    sampled = sampler.generate(prompts, 2 * max_tokens, seeds, n=4)
+    rate = sampler.sampled_tokens / (time.time() - began)
+    traces = [common.read_trace(tokenizer, r, p, c, 64) for r, p, row in zip(rows, prompts, sampled) for c in row]
+    common.grade_traces(traces)
+    lines = valid = found = right_after = useful = recheck = doubt = 0
+    for trace in traces:
+        n, b, x = (int(part) for part in trace.problem["id"].split("-")[2:])
+        thought = trace.prefix(trace.boundaries[-1])
+        for start, end in zip(trace.boundaries, trace.boundaries[1:]):
+            episode = trace.prefix(end)[len(trace.prefix(start)) :]
+            useful, recheck = useful + ("try x" in episode), recheck + ("check x" in episode and "try x" not in episode)
+            doubt += "x = " not in episode
+        paragraphs = thought.split("\n\n")[:-1]  # the last may be cut
+        for paragraph in paragraphs:
+            if "x = " in paragraph:
+                body = re.sub(r"^(Okay|Wait|Alternatively|But hold on), ", "", paragraph)
+                lines, m = lines + 1, LINE.fullmatch(body)
+                valid += bool(m) and f"{body}\n\n" == line(int(m[1]), b, (x * x + b) % PRIME, body.split()[0])
+        if trace.finished and f"x = {x} works" in thought:
+            found, right_after = found + 1, right_after + trace.reward
+    how = common.ForcedAnswers("sampled", 4, 8, 1.0)
+    solved, forced, formed = [], 0, 0
+    prompts = [common.forced_prompt(tokenizer, t, b) for t in traces for b in t.boundaries[: 1 if t.finished else None]]
+    for trace in traces:
+        prompts += [common.forced_prompt(tokenizer, trace, b) for b in trace.boundaries[1:-1]]
+    for (answer,) in sampler.generate(prompts, how.max_tokens, [(seed, i) for i in range(len(prompts))]):
+        forced, formed = forced + 1, formed + bool(re.fullmatch(r"Final Answer:\*\* \\boxed\{\d+\}", answer.text))
+    common.success_rates(sampler, traces, how, (seed, 5))
+    for trace in traces:
+        shown = f"x = {trace.problem['answer']} works"
+        solved += [v for b, v in zip(trace.boundaries, trace.values) if shown in trace.prefix(b)]
+    at_budget = [t.reward * (len(t.completion.token_ids) <= max_tokens) for t in traces]
+    lengths = [len(t.completion.token_ids) for t in traces]
+    episodes = max(1, useful + recheck + doubt)
+    figures = [
+        ("valid lines", valid / max(1, lines), 0.95, 1),
+        ("right answer after a find", right_after / max(1, found), 0.95, 1),
+        ("J(μ) at prefixes that hold the solution", float(np.mean(solved)), 0.95, 1),
+        ("forced answers well-formed", formed / forced, 0.98, 1),
+        (f"pass@1 within {max_tokens} tokens", float(np.mean(at_budget)), 0.3, 0.6),
+        ("episodes that try", useful / episodes, 0.2, 0.6),
+        ("episodes that re-check", recheck / episodes, 0.15, 0.6),
+        ("episodes that doubt", doubt / episodes, 0.15, 0.6),
+        (f"traces beyond {max_tokens} tokens", float(np.mean(np.array(lengths) > max_tokens)), 0.02, 0.5),
+    ]
+    for name, value, low, high in figures:
+        print(f"{'ok  ' if low <= value <= high else 'MISS'} {name:42s} {value:.3f}   wanted {low} to {high}")
+    print(f"     {len(traces)} traces, {lines} lines, mean {np.mean(lengths):.0f} tokens, {rate:,.0f} sampled tokens/s")
+    for n in LEVELS:
+        print(f"     {n} candidates: pass@1 {np.mean([r for r, t in zip(at_budget, traces) if t.problem['level'] == n]):.3f}")
+    return all(low <= value <= high for _, value, low, high in figures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rebuild", action="store_true", help="warm-start the model from nothing and store it in --out")
+    parser.add_argument("--check", action="store_true", help="print the sampled behaviour; exit 1 if it is not as wanted")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N problems and warm-start traces")
+    parser.add_argument("--model", default="tiny", help="--check: another model of these problems")
+    parser.add_argument("--problems", type=int, default=128, help="--check: validation problems, 4 traces each")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE)
+    args = parser.parse_args()
+    if not (args.rebuild or args.check or args.show):
+        parser.print_help()
+    rng = random.Random(args.seed)
+    for problem in rng.sample(problems("train"), args.show):
+        print(problem["problem"], "\n\n<think>\n", *warm_start_text(problem, rng), "\n" + "-" * 80 + "\n", sep="")
+    if args.rebuild:
+        warm_start(args.steps, args.batch, args.lr, args.seed, args.out)
+    if args.check and not check(args.model, args.problems, args.seed):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
