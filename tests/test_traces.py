@@ -1,0 +1,110 @@
+"""Thoughts, episodes as token spans, and the prompts of the meta-prover."""
+
+import pytest
+
+import common
+from common import STOP_PHRASE, Completion, forced_prompt, read_trace
+
+TWO_EPISODES = (
+    "Okay, try x = 8: 8² ≡ 3, + 17 ≡ 20 vs 5: no.\n\ntry x = 2: 2² ≡ 4, + 17 ≡ 21 vs 5: no.\n\n"
+    "try x = 9: 9² ≡ 20, + 17 ≡ 37 vs 5: no.\n\nWait, try x = 7: 7² ≡ 49, + 17 ≡ 5 vs 5: yes, x = 7 works.\n\n"
+)
+
+
+def completion_of(tokenizer, text, finish="stop"):
+    ids = common.encode(tokenizer, text) + [tokenizer.eos_token_id] * (finish == "stop")
+    got, offsets = common.text_and_offsets(tokenizer, ids)
+    assert got == text
+    return Completion(ids, [0.0] * len(ids), finish, got, offsets)
+
+
+def trace_of(tokenizer, text, finish="stop", max_episodes=32, gold="7"):
+    problem = {"problem": "p", "answer": gold, "id": "1"}
+    return read_trace(tokenizer, problem, [1, 2], completion_of(tokenizer, text, finish), max_episodes)
+
+
+def text_between(trace, start, end):
+    return trace.prefix(end)[len(trace.prefix(start)) :]
+
+
+def test_episodes_are_contiguous_token_spans_that_cover_the_thought(tokenizer):
+    trace = trace_of(tokenizer, TWO_EPISODES + "</think>\n\n**Final Answer:** \\boxed{7}")
+    assert len(trace.boundaries) == 3 and trace.boundaries[0] == 0 and trace.finished
+    first, second = (text_between(trace, a, b) for a, b in zip(trace.boundaries, trace.boundaries[1:]))
+    assert first + second == TWO_EPISODES and second.startswith("Wait, try x = 7")
+    assert trace.answer == "\n\n**Final Answer:** \\boxed{7}"
+    assert trace.completion.token_ids[trace.boundaries[-1]] == common.encode(tokenizer, "</think>")[0]
+
+
+def test_every_sampled_trace_splits_as_its_text_does(tokenizer, sampler, problems, prompts):
+    rows = sampler.generate(prompts, 200, [(9, i) for i in range(len(prompts))], n=4)
+    for problem, prompt, row in zip(problems, prompts, rows):
+        for c in row:
+            trace = read_trace(tokenizer, problem, prompt, c, 50)
+            thought = c.text.split("</think>")[0]
+            episodes = [text_between(trace, a, b) for a, b in zip(trace.boundaries, trace.boundaries[1:])]
+            assert "".join(episodes) == thought
+            assert [e.rstrip("\n") for e in episodes] == common.split_episodes(thought, 49)
+
+
+def test_long_thoughts_are_joined_to_at_most_so_many_episodes(tokenizer):
+    thought = "".join("Wait, maybe there is no such x at all.\n\n" + "the problem says that there is one.\n\n" * 2
+                      for _ in range(11))  # fmt: skip
+    for most in (1, 3, 4, 11, 20):
+        trace = trace_of(tokenizer, thought, "length", most)
+        assert len(trace.boundaries) - 1 <= most
+        assert trace.boundaries[-1] == len(trace.completion.token_ids)
+
+
+@pytest.mark.parametrize("text", ["I think \\boxed{7}", TWO_EPISODES + "so \\boxed{7}"])
+def test_a_thought_that_was_cut_has_no_answer_whatever_boxes_it_holds(tokenizer, text):
+    trace = trace_of(tokenizer, text, "length")
+    common.grade_traces([trace])
+    assert not trace.finished and trace.answer is None and trace.reward == 0
+
+
+def test_only_what_follows_the_thought_is_graded(tokenizer):
+    wrong = trace_of(tokenizer, "so \\boxed{7}</think>\n\n**Final Answer:** \\boxed{9}")
+    right = trace_of(tokenizer, "so \\boxed{9}</think>\n\n**Final Answer:** \\boxed{7}")
+    common.grade_traces([wrong, right])
+    assert (wrong.reward, right.reward) == (0, 1)
+
+
+def test_empty_thoughts_have_one_boundary_and_no_episode(tokenizer):
+    trace = trace_of(tokenizer, "</think>\n\n**Final Answer:** \\boxed{7}")
+    assert trace.boundaries == [0] and trace.finished
+
+
+def test_forced_prompts_are_the_published_text_over_the_sampled_tokens(tokenizer):
+    trace = trace_of(tokenizer, TWO_EPISODES + "</think>\n\n**Final Answer:** \\boxed{7}")
+    empty, middle, end = trace.boundaries
+    for boundary in (empty, middle):
+        ids = forced_prompt(tokenizer, trace, boundary)
+        assert ids[: 2 + boundary] == [1, 2] + trace.completion.token_ids[:boundary]
+        assert tokenizer.decode(ids[2:]) == trace.prefix(boundary).rstrip("\n") + "\n\n" + STOP_PHRASE
+    whole = tokenizer.decode(forced_prompt(tokenizer, trace, end)[2:])
+    assert whole == TWO_EPISODES + "</think>"  # the complete thought gets only the end-of-thinking marker
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\n\n"])
+def test_the_stop_phrase_stands_after_exactly_one_blank_line(tokenizer, ending):
+    trace = trace_of(tokenizer, "the numbers" + ending, "length")
+    text = tokenizer.decode(forced_prompt(tokenizer, trace, trace.boundaries[-1])[2:])
+    assert text == "the numbers\n\n" + STOP_PHRASE
+
+
+def test_j_is_one_where_the_prefix_holds_the_answer_and_small_where_it_does_not(sampler, tokenizer):
+    problem = next(p for p in common.load_problems("tiny", "test") if p["level"] == 30)
+    _, _, _, b, x = problem["id"].split("-")
+    prompt = common.prompt_ids(tokenizer, problem["problem"])
+    import tiny
+
+    target = (int(x) ** 2 + int(b)) % tiny.PRIME
+    miss = [y for y in range(1, 31) if y != int(x)][:3]
+    thought = "Okay, " + "".join(tiny.line(y, int(b), target) for y in miss)
+    thought += "Wait, " + tiny.line(int(x), int(b), target)
+    trace = read_trace(tokenizer, problem, prompt, completion_of(tokenizer, thought, "length"), 8)
+    for how in (common.ForcedAnswers("sampled", 16, 8, 1.0), common.ForcedAnswers("likelihood", 0, 0, 1.0)):
+        common.success_rates(sampler, [trace], how, (0,))
+        assert trace.values[0] < 0.3 and trace.values[1] < 0.3 and trace.values[2] > 0.9
+        assert all(n <= 8 for n in trace.answer_tokens)
