@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from tokenizers.decoders import DecodeStream
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-from grading import check_gold, extract_answer, grade_all
+from grading import check_gold, extract_answer, grade, grade_all, group_answers  # noqa: F401  also for scripts
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if platform.system() == "Linux" and not torch.cuda.is_available():
@@ -636,7 +637,7 @@ def forced_prompt(tokenizer, trace: Trace, boundary: int) -> list[int]:
     tokens to the very tokens that were sampled.
     """
     text = trace.prefix(boundary)
-    if trace.finished and boundary == trace.boundaries[-1]:
+    if thinks(tokenizer) and trace.finished and boundary == trace.boundaries[-1]:
         tail = ("" if text.endswith("\n") else "\n") + THINK_END
     else:
         gap = "\n\n"[min(2, len(text) - len(text.rstrip("\n"))) :]
@@ -1017,7 +1018,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--model", default="tiny", help="Hub id, folder or tiny (the embedded reasoner)")
     data.add_argument("--dataset", help="Hub id, .jsonl file, tiny or tiny:N (N candidates); default: tiny for the "
                       "embedded model, else the paper's")  # fmt: skip
-    data.add_argument("--split", help="split of the data set; default: the script's own")
+    data.add_argument("--split", help="split of the data set")
     data.add_argument("--limit", type=positive_int, help="use only the first problems")
     run = parser.add_argument_group("run")
     run.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="what samples")
@@ -1047,12 +1048,16 @@ def non_negative(text: str) -> float:
     return value
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses flags over the defaults of a --config file, if one is given."""
+def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], argv: list[str] | None = None):
+    """Parses flags over the settings of a --config file, if one is given, over the script's defaults.
+
+    defaults: flag → (default with the embedded model, default with any other, where the second comes from).
+    """
+    actions = {action.dest: action for action in parser._actions}
+    for name, (small, large, source) in defaults.items():
+        actions[name].help = f"{actions[name].help or ''} (default: {small} for tiny, else {large}; {source})".strip()
     known, _ = parser.parse_known_args(argv)
     if known.config:
-        import yaml
-
         try:
             settings = yaml.safe_load(known.config.read_text())
         except (OSError, yaml.YAMLError) as error:
@@ -1060,15 +1065,17 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
         if not isinstance(settings, dict):
             fail(f"--config {known.config}: expected lines of `flag: value`")
         settings = {key.replace("-", "_"): value for key, value in settings.items()}
-        actions = {a.dest: a for a in parser._actions}
         for key, value in settings.items():
             if key not in actions:
                 fail(f"--config {known.config}: no such flag --{key.replace('_', '-')}")
-            # Strings go through the flag's own type check; YAML reads 1e-6 as a string, too.
-            if actions[key].nargs != 0 and value is not None:
+            if actions[key].nargs != 0 and value is not None:  # as text it goes through the flag's own check
                 settings[key] = str(value)
         parser.set_defaults(**settings)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, (small, large, _) in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, small if is_tiny(args.model) else large)
+    return args
 
 
 def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
@@ -1112,10 +1119,10 @@ def pyplot():
     return plt
 
 
-def save_figure(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> Path:
     figure.savefig(path.with_suffix(".tmp.png"), dpi=160)
-    path.with_suffix(".tmp.png").replace(path)
     pyplot().close(figure)
+    return path.with_suffix(".tmp.png").replace(path)
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ interval from a bootstrap over problems; comparisons are paired on the same prob
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +20,17 @@ import numpy as np
 import common
 from common import ForcedAnswers, Sampler, Trace, fail
 
-# flag: (embedded model, any other model); where the second comes from
+# flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
-    "dataset": ("tiny", "HuggingFaceH4/aime_2024"),
-    "split": ("test", "train"),  # the Hub's AIME sets have that one split
-    "num_samples": (8, 20),  # Table 1
-    "max_tokens": (256, 16384),  # Table 1
-    "temperature": (1.0, 0.6),  # Appendix F
-    "top_p": (1.0, 0.95),  # Appendix F
-    "answer_tokens": (8, 1024),
-    "budgets": ("64,128,192,256", "4096,8192,12288,16384"),  # Section 7
-    "max_episodes": (32, 16),
+    "dataset": ("tiny", "HuggingFaceH4/aime_2024", "Table 1"),
+    "split": ("test", "train", "the only one of that set"),
+    "num_samples": (8, 20, "Table 1"),
+    "max_tokens": (256, 16384, "Table 1"),
+    "temperature": (1.0, 0.6, "Appendix F"),
+    "top_p": (1.0, 0.95, "Appendix F"),
+    "answer_tokens": (8, 1024, "ours"),
+    "budgets": ("64,128,192,256", "4096,8192,12288,16384", "Section 7"),
+    "max_episodes": (32, 16, "ours"),
 }
 
 
@@ -53,11 +54,7 @@ def flags(argv=None) -> argparse.Namespace:
     what.add_argument(
         "--compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base"
     )
-    args = common.parse_flags(parser, argv)
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            # A trained copy of the embedded model is told by its problems: it has no other.
-            setattr(args, name, values[not common.is_tiny(args.model)])
+    args = common.parse_flags(parser, DEFAULTS, argv)
     args.out = args.out or Path("runs") / (
         "compare" if args.compare else f"eval-{args.model.strip('/').replace('/', '-')}"
     )
@@ -191,9 +188,9 @@ def per_problem(records: list[dict], ks: list[int], budgets: list[int]) -> dict[
 
 
 def majority(record: dict, k: int) -> float:
-    """maj@k of one problem: right answers are one class, whatever their form; wrong ones are told apart as text."""
-    answers = [record["answer"] if s["right"] else s["answer"] for s in record["samples"]]
-    return common.maj_at_k(answers, record["answer"], k)
+    """maj@k of one problem; answers vote together if they are equal mathematically."""
+    classes = common.group_answers([s["answer"] for s in record["samples"]], record["answer"])
+    return common.maj_at_k([None if c is None else str(c) for c in classes], "0", k)
 
 
 def curve(sample: dict) -> tuple[list[float], list[float]]:
@@ -291,12 +288,19 @@ def compare(args) -> None:
                 cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             lines.append(f"| {metric} | " + " | ".join(cells) + " |")
         table += "\n".join(lines) + "\n"
-    common.write_json(args.out / "summary.json", summaries)
+    curves = {name: efficiency(rows) for name, rows in records.items()}
+    ratios = {name: {m: token_ratio(curves[base], curves[name], m) for m in curves[base].scores} for name in others}
+    for name, of in ratios.items():
+        for metric, r in of.items():
+            table += (
+                f"\nFor {metric} = {r['at']:.3f} {base} needs {r['ratio']:.2f} times the tokens of {name} "
+                f"[{r['low']:.2f}, {r['high']:.2f}].\n"
+            )
+    common.write_json(args.out / "summary.json", {"runs": summaries, "token_ratio_to_first": ratios})
     common.write_text(args.out / "summary.md", table)
     print(table)
-    draw_anytime(args, records, settings)
-    draw_efficiency(args, records)
-    print(f"table: {args.out / 'summary.md'}   figures: {args.out / 'anytime.png'}, {args.out / 'efficiency.png'}")
+    drawn = [draw_anytime(args, records, settings), draw_efficiency(args, curves)]
+    print(f"table: {args.out / 'summary.md'}   figures: {', '.join(str(path) for path in drawn if path)}")
 
 
 def band(axis, x, rows: np.ndarray, label: str, style: str = "-", color=None) -> None:
@@ -307,10 +311,11 @@ def band(axis, x, rows: np.ndarray, label: str, style: str = "-", color=None) ->
     axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def draw_anytime(args, records: dict[str, list[dict]], settings: dict[str, dict]) -> None:
-    """Accuracy of an answer forced within each budget (the area above it is the regret), and the normalised regret."""
+def draw_anytime(args, records: dict[str, list[dict]], settings: dict[str, dict]) -> Path | None:
+    """Accuracy of an answer forced within each budget (the area above it is the regret), and the normalised regret.
+    None where the records hold no forced answers."""
     if not all(s["J"] for rows in records.values() for r in rows for s in r["samples"]):
-        return
+        return None
     plt = common.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     top = max(s["max_tokens"] for s in settings.values())
@@ -325,28 +330,69 @@ def draw_anytime(args, records: dict[str, list[dict]], settings: dict[str, dict]
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    common.save_figure(figure, args.out / "anytime.png")
+    return common.save_figure(figure, args.out / "anytime.png")
 
 
-def draw_efficiency(args, records: dict[str, list[dict]]) -> None:
+@dataclass
+class Efficiency:
+    """One model's tokens and accuracy with k = 1 … n samples, for each problem: arrays [problems, n]."""
+
+    tokens: np.ndarray
+    scores: dict[str, np.ndarray]  # "pass@k", "maj@k"
+
+
+def efficiency(rows: list[dict]) -> Efficiency:
+    ks = range(1, min(len(r["samples"]) for r in rows) + 1)
+    right = [(len(r["samples"]), int(sum(s["right"] for s in r["samples"]))) for r in rows]
+    passed = np.array([[common.pass_at_k(n, c, k) for k in ks] for n, c in right])
+    voted = np.array([[majority(r, k) for k in ks] for r in rows])
+    tokens = np.outer([np.mean([s["tokens"] for s in r["samples"]]) for r in rows], ks)
+    return Efficiency(tokens, {"pass@k": passed, "maj@k": voted})
+
+
+def tokens_for(target: float, tokens: np.ndarray, scores: np.ndarray) -> float:
+    """Tokens at which a curve first reaches a score, linear between its points; its first point if it starts above."""
+    above = np.flatnonzero(scores >= target - 1e-12)
+    if not len(above):
+        return float("nan")
+    i = above[0]
+    if i == 0:
+        return float(tokens[0])
+    share = (target - scores[i - 1]) / (scores[i] - scores[i - 1])
+    return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
+
+
+def token_ratio(base: Efficiency, other: Efficiency, metric: str, draws: int = 1000) -> dict:
+    """Tokens the base needs over tokens the other needs for the highest score that both reach (Section 7, "token
+    efficiency"), with a bootstrap over the problems they share; above 1 the other is more efficient."""
+
+    def ratio(chosen) -> tuple[float, float]:
+        curves = [(e.tokens[chosen].mean(0), e.scores[metric][chosen].mean(0)) for e in (base, other)]
+        target = min(scores.max() for _, scores in curves)
+        return tokens_for(target, *curves[0]) / tokens_for(target, *curves[1]), target
+
+    count = len(base.tokens)
+    picks = np.random.default_rng(0).integers(count, size=(draws, count))
+    low, high = np.quantile([ratio(chosen)[0] for chosen in picks], [0.025, 0.975])
+    value, target = ratio(np.arange(count))
+    return {"at": float(target), "ratio": value, "low": float(low), "high": float(high)}
+
+
+def draw_efficiency(args, curves: dict[str, Efficiency]) -> Path:
     """pass@k and maj@k against the tokens of k samples (Figures 7 and 8)."""
     plt = common.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True, sharey=True)
-    for name, rows in records.items():
-        n = min(len(r["samples"]) for r in rows)
-        ks = np.arange(1, n + 1)
-        tokens = np.mean([np.mean([s["tokens"] for s in r["samples"]]) for r in rows])
-        passed = [
-            [common.pass_at_k(len(r["samples"]), int(sum(s["right"] for s in r["samples"])), k) for k in ks]
-            for r in rows
-        ]
-        band(axes[0], ks * tokens, np.array(passed), name, ".-")
-        band(axes[1], ks * tokens, np.array([[majority(r, int(k)) for k in ks] for r in rows]), name, ".-")
+    for name, curve in curves.items():
+        for axis, scores in zip(axes, curve.scores.values()):
+            band(axis, curve.tokens.mean(0), scores, name, ".-")
     for axis, title in zip(axes, ("pass@k", "maj@k")):
         axis.set(xlabel="tokens of k samples", ylabel=title, xscale="log")
-        axis.grid(alpha=0.3, which="both")
+        axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(plt.matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axis.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
+        axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    common.save_figure(figure, args.out / "efficiency.png")
+    return common.save_figure(figure, args.out / "efficiency.png")
 
 
 if __name__ == "__main__":

@@ -32,21 +32,23 @@ import torch
 import common
 from common import ForcedAnswers, Sampler, Trace, fail
 
-# flag: (embedded model, any other model); where the second comes from: Table 3 of the paper, or as noted
+# flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
-    "dataset": ("tiny", "AI-MO/NuminaMath-1.5"),  # the paper: NuminaMath, release not named
-    "problems_per_step": (32, 64),  # Table 3: batch of 256 samples
-    "group_size": (8, 4),  # Table 3: 4 generations a prompt
-    "max_tokens": (256, 16384),  # Table 3 allows 24,576; the published runs of the 1.5B model train at 16K
-    "answer_tokens": (8, 1024),  # ours; the authors' analysis uses 4,096
-    "temperature": (1.0, 0.9),  # Table 3
-    "lr": (5e-4, 1e-6),  # Table 3
-    "schedule": ("constant", "cosine"),  # Table 3
-    "warmup": (0.0, 0.1),  # Table 3
-    "weight_decay": (0.0, 0.01),  # Table 3
-    "kl": (0.0, 0.04),  # not published; the default of the trainer the authors built on
-    "max_episodes": (32, 6),  # the authors' online variant: at most 6 boundaries
-    "max_tokens_per_batch": (16384, 32768),
+    "dataset": ("tiny", "AI-MO/NuminaMath-1.5", "the paper: NuminaMath, release not named"),
+    "split": ("train", "train", "Section 6"),
+    "limit": (None, 4000, "Section 6: 4,000 NuminaMath problems"),
+    "problems_per_step": (32, 64, "Table 3: a batch of 256 samples"),
+    "group_size": (8, 4, "Table 3"),
+    "max_tokens": (256, 16384, "the authors' runs of 1.5B models; Table 3 allows 24576"),
+    "answer_tokens": (8, 1024, "ours"),
+    "temperature": (1.0, 0.9, "Table 3"),
+    "lr": (5e-4, 1e-6, "Table 3"),
+    "schedule": ("constant", "cosine", "Table 3"),
+    "warmup": (0.0, 0.1, "Table 3"),
+    "weight_decay": (0.0, 0.01, "Table 3"),
+    "kl": (0.0, 0.04, "not published; the default of the trainer the authors built on"),
+    "max_episodes": (32, 6, "the authors' online variant"),
+    "max_tokens_per_batch": (16384, 32768, "ours"),
 }
 
 
@@ -94,12 +96,7 @@ def flags(argv=None) -> argparse.Namespace:
     train.add_argument("--eval-every", type=int, default=10, help="steps between validations; 0: none")
     train.add_argument("--eval-dataset", help="problems to validate on; default: tiny's own, none for other data")
     train.add_argument("--eval-problems", type=common.positive_int, default=96)
-    args = common.parse_flags(parser, argv)
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[not common.is_tiny(args.model)])
-    if args.split is None:
-        args.split = "train"
+    args = common.parse_flags(parser, DEFAULTS, argv)
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
     args.out = args.out or Path("runs") / f"rl-{Path(args.model).name}-{kind}-seed{args.seed}"
     if args.group_size == 1 and not args.no_std:
@@ -110,6 +107,8 @@ def flags(argv=None) -> argparse.Namespace:
         fail(f"--length-penalty {args.length_penalty}: must be below 1, or right answers could lose to wrong ones")
     if not 0 <= args.credit_lambda <= 1:
         fail(f"--credit-lambda {args.credit_lambda}: must be between 0 and 1")
+    if args.max_tokens < 2:
+        fail(f"--max-tokens {args.max_tokens}: leaves no room for a thought and an answer")
     if not args.temperature > 0:
         fail(f"--temperature {args.temperature}: must be above 0, a group of greedy rollouts has no spread")
     if args.engine == "vllm":
@@ -141,7 +140,7 @@ def main() -> None:
 def sample_traces(args, sampler: Sampler, problems: list[dict], prompts: list[list[int]], limits, seed: tuple):
     """G traces for each (problem, prompt), graded: a list of groups. A prompt may hold a prefix of the thought."""
     tokenizer = sampler.tokenizer
-    seeds = [(*seed, common.key(p["id"])) for p in problems]
+    seeds = [(*seed, place, common.key(p["id"])) for place, p in enumerate(problems)]
     sampled = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
     groups = [
         [common.read_trace(tokenizer, problem, prompt, completion, args.max_episodes) for completion in row]
@@ -162,7 +161,7 @@ def outcome_advantages(args, groups: list[list[Trace]]) -> torch.Tensor:
 
 def penalise_length(rewards: torch.Tensor, lengths: torch.Tensor, weight: float) -> torch.Tensor:
     """r · (1 - w · sigmoid((length - mean) / std)), mean and std over the right answers of the same problem
-    (Arora & Zanette, arXiv 2502.04463, Eq. 4); wrong answers keep reward 0. Shapes [groups, G]."""
+    (Arora & Zanette, arXiv 2502.04463); wrong answers keep reward 0. Shapes [groups, G]."""
     right = rewards > 0
     count = right.sum(-1, keepdim=True).clamp(min=1)
     mean = (lengths * right).sum(-1, keepdim=True) / count
@@ -225,7 +224,7 @@ def rollouts_prefix(args, sampler, problems, prompts, seed):
     tokenizer = sampler.tokenizer
     # The context c from the old policy: one partial rollout a problem, cut after a random number of its episodes.
     # It is sampled by the model as it is before this update, and never trained on.
-    seeds = [(*seed, 2, common.key(p["id"])) for p in problems]
+    seeds = [(*seed, 2, place, common.key(p["id"])) for place, p in enumerate(problems)]
     partial = sampler.generate(prompts, args.max_tokens - 1, seeds, temperature=args.temperature)
     contexts, stops, cuts = [], [], []
     for problem, prompt, (completion,), key in zip(problems, prompts, partial, seeds):
@@ -283,7 +282,7 @@ def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict
     flat = [row for rows in advantages for row in rows]
     examples = [(t.prompt + t.completion.token_ids, len(t.prompt), row) for t, row in zip(traces, flat)]
     chosen = [np.arange(len(examples))]
-    if args.updates_per_batch > 1:  # whole groups go round-robin into the parts
+    if args.updates_per_batch > 1:  # every part has rollouts of every group
         chosen = [np.arange(len(examples))[i :: args.updates_per_batch] for i in range(args.updates_per_batch)]
         chosen = [part for part in chosen if len(part)]
     sums = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "padded": 0}
@@ -361,7 +360,8 @@ def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict
     device, dtype = model.device, common.pick_dtype(args.dtype)
     sampler = Sampler(model, tokenizer, dtype)
     if not common.is_tiny(args.model):
-        model.gradient_checkpointing_enable()
+        # the name in newer and in older transformers
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     reference = None
     if args.kl > 0:
         reference = common.load_model(args.model, device)

@@ -1,0 +1,359 @@
+"""The scripts as real processes at toy size: what they write, that a killed run goes on as if nothing had happened.
+
+Two processes start as a user starts them. The others come from a fork server that has imported the libraries once (a
+start is 8 seconds of imports otherwise); each runs the script's own file as `__main__` and can be killed.
+"""
+
+import json
+import math
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMING = ("seconds", "sampling_seconds", "update_seconds")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def child(script: str, argv: list[str], folder: Path) -> None:
+    """In the forked process: what `python script argv` does, with its output in files."""
+    os.chdir(folder)
+    for stream, name in ((1, "stdout.txt"), (2, "stderr.txt")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.argv = [script, *argv]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+@pytest.fixture(scope="session")
+def start():
+    """start(folder, script, *flags) → a running process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rl_mrt", "evaluate", "tiny", "datasets", "matplotlib.pyplot"])
+    with pytest.MonkeyPatch.context() as patch:  # the server keeps the environment that it starts in
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+
+    def start_one(folder: Path, script: str, *flags) -> multiprocessing.Process:
+        process = context.Process(target=child, args=(script, [str(f) for f in flags], folder))
+        process.start()
+        return process
+
+    return start_one
+
+
+@pytest.fixture(scope="session")
+def execute(start):
+    """execute(folder, script, *flags) → Done, when the process has ended."""
+
+    def run_one(folder: Path, script: str, *flags) -> Done:
+        process = start(folder, script, *flags)
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            pytest.fail(f"{script} {flags} took longer than two minutes")
+        return Done(process.exitcode, (folder / "stdout.txt").read_text(), (folder / "stderr.txt").read_text())
+
+    return run_one
+
+
+def succeeded(done) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kill_at_line(process, file: Path, count: int) -> None:
+    """SIGKILL as soon as the file has so many lines."""
+    deadline = time.time() + 120
+    while not (file.exists() and file.read_bytes().count(b"\n") >= count):
+        assert process.is_alive() and time.time() < deadline, f"{file.name} never had {count} lines"
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def jsonl(file: Path) -> list[dict]:
+    text = file.read_text()
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def without_timing(file: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in jsonl(file)]
+
+
+def is_picture(file: Path) -> bool:
+    return file.read_bytes().startswith(PNG) and file.stat().st_size > 5000 and not list(file.parent.glob("*.tmp*"))
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+TOY = ("--problems-per-step", 4, "--group-size", 4, "--max-tokens", 80, "--steps", 2, "--eval-problems", 4)
+METHODS = {
+    "grpo": ("--bonus", 0),
+    "prefix": ("--bonus", 1, "--variant", "prefix"),
+    "sampled": ("--bonus", 1, "--variant", "online", "--progress", "sampled"),
+    "likelihood": ("--bonus", 1, "--variant", "online", "--progress", "likelihood"),
+    "length": ("--bonus", 0, "--length-penalty", 0.3),
+    "kl": ("--bonus", 0, "--kl", 0.05, "--updates-per-batch", 2),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method):
+    flags = [*METHODS[method], *TOY, "--out", "run"]
+    if method == "grpo":  # as a user starts it
+        command = [sys.executable, str(ROOT / "rl_mrt.py"), *map(str, flags)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    else:
+        done = execute(tmp_path, "rl_mrt.py", *flags)
+    printed, run = succeeded(done), tmp_path / "run"
+    assert "step    1" in printed and "step    2" in printed and "validation after 2 steps" in printed
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    assert settings["max_tokens"] == 80 and settings["bonus"] == METHODS[method][1] and settings["model"] == "tiny"
+
+    records = jsonl(run / "records.jsonl")
+    assert len(records) == 32
+    assert {(r["step"], r["sample"]) for r in records} == {(step, s) for step in range(2) for s in range(4)}
+    for row in records:
+        assert {"step", "id", "sample", "reward", "tokens", "text", "boundaries", "J"} <= row.keys()
+        assert row["id"].startswith("tiny-train-") and row["reward"] in (0, 1) and 1 <= row["tokens"] <= 80
+        assert row["boundaries"] == sorted(row["boundaries"]) and row["boundaries"][-1] <= row["tokens"]
+        values = {"prefix": 2, "sampled": len(row["boundaries"]), "likelihood": len(row["boundaries"])}
+        assert len(row["J"]) == values.get(method, 0) and all(0 <= j <= 1 for j in row["J"])
+
+    metrics = jsonl(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2]
+    for line, step in zip(metrics, range(2)):
+        mine = [r for r in records if r["step"] == step]
+        assert line["reward"] == pytest.approx(np.mean([r["reward"] for r in mine]))
+        assert line["tokens"] == pytest.approx(np.mean([r["tokens"] for r in mine]))
+        assert all(math.isfinite(v) for v in line.values())
+        extra = {"prefix": "J_prefix", "sampled": "progress_per_episode", "likelihood": "progress_per_episode"}
+        assert extra.get(method, "reward") in line
+    assert (metrics[1]["kl"] > 0) == (method == "kl")
+    assert json.loads((run / "summary.json").read_text())["step"] == 2
+    assert [line["step"] for line in jsonl(run / "validation.jsonl")] == [0, 2]
+    assert is_picture(run / "progress.png")
+
+    trained, base = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (run / "model", ROOT / "tiny")
+    )
+    assert trained.config.embedded_reasoner
+    changes = [float((a - b).abs().max()) for a, b in zip(trained.parameters(), base.parameters())]
+    assert max(changes) > 1e-4 and all(map(math.isfinite, changes))
+    text = "Find x between 1 and 10 such that x² + 3 ≡ 7 (mod 61).</think>"
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (run / "model", ROOT / "tiny")]
+    assert tokenizers[0].encode(text) == tokenizers[1].encode(text)
+
+
+SMALL = ("--bonus", 1, "--variant", "online", "--problems-per-step", 2, "--group-size", 4, "--max-tokens", 48,
+         "--steps", 6, "--checkpoint-every", 2, "--eval-every", 4, "--eval-problems", 4, "--forced-answers", 2)  # fmt: skip
+
+
+def litter(run: Path) -> None:
+    """What a crash at the worst moment leaves behind: lines without an end, half-written files and folders."""
+    for name in ("metrics.jsonl", "records.jsonl", "validation.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"step": 1, "text": "half a li')
+    for name in ("checkpoints/step_000002.tmp", "checkpoints/step_000006.tmp", "model.tmp"):
+        (run / name).mkdir(parents=True, exist_ok=True)
+        (run / name / "model.safetensors").write_bytes(b"half a model")
+    (run / "metrics.jsonl.tmp").write_text("half a file")
+
+
+def assert_same_training(run: Path, straight: Path) -> None:
+    assert without_timing(run / "metrics.jsonl") == without_timing(straight / "metrics.jsonl")
+    for name in ("records.jsonl", "validation.jsonl", "model/model.safetensors", "model/config.json"):
+        assert (run / name).read_bytes() == (straight / name).read_bytes(), name
+    ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (run, straight))
+    assert {k: v for k, v in ours.items() if k not in TIMING} == {k: v for k, v in theirs.items() if k not in TIMING}
+    assert [folder.name for folder in (run / "checkpoints").glob("step_??????")] == ["step_000006"]
+
+
+@pytest.fixture(scope="module")
+def straight_training(tmp_path_factory, execute):
+    folder = tmp_path_factory.mktemp("straight")
+    succeeded(execute(folder, "rl_mrt.py", *SMALL, "--out", "run"))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("lines", [1, 3, 4])
+def test_a_killed_training_resumes_to_the_same_bits(tmp_path, start, execute, straight_training, lines):
+    """Line 1: before any checkpoint. Line 3: between two. Line 4: while one is being written, or just after."""
+    run = tmp_path / "run"
+    kill_at_line(start(tmp_path, "rl_mrt.py", *SMALL, "--out", "run"), run / "metrics.jsonl", lines)
+    assert not (run / "model").exists()
+    if lines == 3:
+        litter(run)
+    printed = succeeded(execute(tmp_path, "rl_mrt.py", *SMALL, "--out", "run", "--resume"))
+    assert ("resumed from" in printed) == (lines > 1)
+    assert_same_training(run, straight_training)
+
+
+def test_resuming_a_finished_training_changes_nothing(tmp_path, execute, straight_training):
+    shutil.copytree(straight_training, tmp_path / "run")
+    succeeded(execute(tmp_path, "rl_mrt.py", *SMALL, "--out", "run", "--resume"))
+    assert_same_training(tmp_path / "run", straight_training)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+EVALUATION = ("--limit", 6, "--metric", "all", "--max-tokens", 96, "--forced-answers", 2, "--batch-problems", 2,
+              "--budgets", "48,96", "--k", "1,2,4")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight_evaluation(tmp_path_factory, execute):
+    folder = tmp_path_factory.mktemp("evaluation")
+    succeeded(execute(folder, "evaluate.py", *EVALUATION, "--num-samples", 4, "--out", "run"))
+    return folder / "run"
+
+
+def test_an_evaluation_writes_records_and_a_summary_of_them(straight_evaluation):
+    records = jsonl(straight_evaluation / "records.jsonl")
+    assert len(records) == len({r["id"] for r in records}) == 6 and all(len(r["samples"]) == 4 for r in records)
+    for sample in (s for r in records for s in r["samples"]):
+        assert len(sample["J"]) == len(sample["boundaries"]) == len(sample["answer_tokens"])
+        assert sample["right"] in (0, 1) and sample["tokens"] <= 96 and sample["thought_tokens"] <= sample["tokens"]
+        assert not sample["right"] or sample["answer"]
+    right = [[s["right"] for s in r["samples"]] for r in records]
+    assert 0 < np.mean(right) < 1
+    summary = json.loads((straight_evaluation / "summary.json").read_text())
+    assert summary["problems"] == 6 and summary["samples"] == 24 and summary["max_tokens"] == 96
+    metrics = summary["metrics"]
+    assert metrics["pass@1"]["mean"] == pytest.approx(np.mean(right))
+    assert metrics["pass@4"]["mean"] == pytest.approx(np.mean([max(row) for row in right]))
+    assert {"pass@2", "maj@2", "maj@4", "tokens", "regret@48", "regret@96", "forced@48", "forced@96"} <= metrics.keys()
+    for numbers in metrics.values():
+        assert numbers["low"] <= numbers["mean"] <= numbers["high"]
+    table = (straight_evaluation / "summary.md").read_text()
+    assert f"| pass@1 | {np.mean(right):.3f} [" in table and "regret@96" in table and "run" in table.splitlines()[0]
+
+
+def assert_same_evaluation(run: Path, straight: Path) -> None:
+    for name in ("records.jsonl", "summary.json", "summary.md"):
+        assert (run / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+def test_a_killed_evaluation_resumes_to_the_same_records(tmp_path, start, execute, straight_evaluation):
+    flags = [*EVALUATION, "--num-samples", 4, "--out", "run"]
+    kill_at_line(start(tmp_path, "evaluate.py", *flags), tmp_path / "run" / "records.jsonl", 2)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    succeeded(execute(tmp_path, "evaluate.py", *flags, "--resume"))
+    assert_same_evaluation(tmp_path / "run", straight_evaluation)
+
+
+def test_a_record_cut_by_a_crash_is_made_again(tmp_path, execute, straight_evaluation):
+    """Killed within a write: the file ends in the middle of a line."""
+    shutil.copytree(straight_evaluation, tmp_path / "run")
+    lines = (straight_evaluation / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run" / "records.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][: len(lines[2]) // 2])
+    succeeded(execute(tmp_path, "evaluate.py", *EVALUATION, "--num-samples", 4, "--out", "run", "--resume"))
+    assert_same_evaluation(tmp_path / "run", straight_evaluation)
+
+
+def test_more_samples_are_added_to_those_there(tmp_path, execute, straight_evaluation):
+    flags, file = [*EVALUATION, "--out", "run"], tmp_path / "run" / "records.jsonl"
+    succeeded(execute(tmp_path, "evaluate.py", *flags, "--num-samples", 2))
+    first = file.read_bytes()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["samples"] == 12
+    succeeded(execute(tmp_path, "evaluate.py", *flags, "--num-samples", 4, "--resume"))
+    assert file.read_bytes().startswith(first)  # what was there stays as it is
+    joined: dict[str, list[dict]] = {}
+    for row in jsonl(file):
+        joined.setdefault(row["id"], []).extend(row["samples"])
+    for record in jsonl(straight_evaluation / "records.jsonl"):
+        assert len(joined[record["id"]]) == 4
+        for ours, theirs in zip(joined[record["id"]], record["samples"]):
+            assert ours.pop("mean_logprob") == pytest.approx(theirs.pop("mean_logprob"), abs=1e-5)
+            assert ours == theirs
+    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (tmp_path / "run", straight_evaluation))
+    assert ours == theirs
+
+
+def test_a_comparison_needs_records_alone(tmp_path, execute, straight_evaluation):
+    """Against a copy that has one problem less, every answer right and each trace 10 tokens shorter."""
+    shutil.copytree(straight_evaluation, tmp_path / "base")
+    shutil.copytree(straight_evaluation, tmp_path / "better")
+    records = jsonl(straight_evaluation / "records.jsonl")
+    pass_1 = np.mean([[s["right"] for s in r["samples"]] for r in records[1:]])
+    for sample in (s for r in records for s in r["samples"]):
+        sample.update(right=1.0, tokens=sample["tokens"] - 10)
+    (tmp_path / "better" / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:0:-1]))
+    flags = ("--k", "1,4", "--budgets", "48,96", "--model", "/nowhere/at/all", "--out", "both")
+    printed = succeeded(execute(tmp_path, "evaluate.py", "--compare", "base", "better", *flags))
+    table = (tmp_path / "both" / "summary.md").read_text()
+    assert table in printed
+    assert table.splitlines()[0] == "| | base | better |"
+    assert f"| pass@1 | {pass_1:.3f} [" in table and "| 1.000 [1.000, 1.000] |" in table
+    assert f"| pass@1 | {1 - pass_1:+.3f} [" in table and "| tokens | -10.000 [-10.000, -10.000] |" in table
+    assert "| problems | 5 | 5 |" in table and "| regret@96 | +0.000 [+0.000, +0.000] |" in table
+    assert is_picture(tmp_path / "both" / "anytime.png") and is_picture(tmp_path / "both" / "efficiency.png")
+    assert json.loads((tmp_path / "both" / "summary.json").read_text())["better"]["metrics"]["pass@4"]["mean"] == 1
+
+    done = execute(tmp_path, "evaluate.py", "--compare", "base", "nowhere", "--out", "other")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "nowhere" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the embedded model
+
+
+def test_tiny_shows_a_problem_and_a_trace(tmp_path, execute):
+    printed = succeeded(execute(tmp_path, "tiny.py", "--show", 1))
+    assert printed.count("Find x between 1 and ") == 1 and "(mod 61)" in printed
+    assert "<think>\nOkay, " in printed and "</think>" in printed and "\\boxed{" in printed
+
+
+def test_tiny_splits_share_no_equation():
+    equations = {split: {tuple(p["id"].split("-")[3:]) for p in tiny.problems(split)} for split in tiny.SPLITS}
+    assert set(equations) == {"train", "validation", "test"}
+    assert sum(map(len, equations.values())) == len(set.union(*equations.values()))
+    assert all(len(e) > 100 for e in equations.values())
+
+
+@pytest.mark.parametrize("split", tiny.SPLITS)
+def test_every_tiny_problem_has_exactly_one_solution_in_range(split):
+    problems = tiny.problems(split)
+    assert len({p["id"] for p in problems}) == len({p["problem"] for p in problems}) == len(problems)
+    for problem in problems:
+        words = problem["problem"].replace("(mod 61).", "").split()  # Find x between 1 and n such that x² + b ≡ r
+        n, b, r = int(words[5]), int(words[10]), int(words[12])
+        assert n == problem["level"]
+        assert [x for x in range(1, n + 1) if (x * x + b) % 61 == r] == [int(problem["answer"])]
+
+
+def test_tiny_levels_come_in_equal_shares():
+    first = [p["level"] for p in tiny.problems("train")[:60]]
+    assert {level: first.count(level) for level in tiny.LEVELS} == {10: 20, 20: 20, 30: 20}
+    assert {p["level"] for p in tiny.problems("test", (2, 25))} == {2, 25}
+
+
+def test_the_stored_model_is_small(model):
+    assert sum(p.numel() for p in model.parameters()) <= 1_000_000
+    assert sum(f.stat().st_size for f in (ROOT / "tiny").rglob("*")) <= 2_000_000
