@@ -87,14 +87,22 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that end with a newline; a crash can only have cut the last."""
+    with path.open(encoding="utf-8", newline="\n") as lines:  # not splitlines(): text may hold U+2028 and the like
+        return [line for line in lines if line.endswith("\n")]
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes all or nothing: a reader never sees half a file."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
     temporary.replace(path)
 
 
 def write_json(path: Path, value) -> None:
+    """As `write_text`; a number that is not finite becomes null, JSON has none."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -107,6 +115,7 @@ def key(name: str) -> int:
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "solution")
+NOT_ANSWERS = ("proof", "notfound", "not found", "see solution", "n/a", "none", "unknown")  # NuminaMath has them
 
 
 def load_problems(dataset: str, split: str, limit: int | None = None) -> list[dict]:
@@ -115,7 +124,7 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[di
     `answer` is the bare gold answer: what follows GSM8K's `####`, or a solution's last box. A row of a file whose
     answer cannot be graded ends the run and is named; rows of a Hub set (NuminaMath has proofs) are left out, counted.
     """
-    if dataset == "tiny" or dataset.startswith("tiny:"):
+    if is_tiny_dataset(dataset):
         import tiny
 
         try:
@@ -168,6 +177,10 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[di
     return problems
 
 
+def is_tiny_dataset(dataset: str) -> bool:
+    return dataset == "tiny" or dataset.startswith("tiny:")
+
+
 def gold_answer(text: str, is_solution: bool) -> str:
     """The bare answer of an answer column's text; ValueError where there is none that can be graded."""
     if "####" in text:
@@ -177,8 +190,11 @@ def gold_answer(text: str, is_solution: bool) -> str:
         if boxed is None:
             raise ValueError("the solution holds no \\boxed{} answer")
         text = boxed
-    check_gold(text.strip())
-    return text.strip()
+    text = text.strip()
+    if text.lower() in NOT_ANSWERS:
+        raise ValueError(f"{text!r} is not an answer")
+    check_gold(text)
+    return text
 
 
 def first_line(error: Exception) -> str:
@@ -213,10 +229,10 @@ def load_tokenizer(model: str):
         fail(f"--model {model}: neither a model folder nor a model that the Hub gives: {first_line(error)}")
 
 
-def load_model(model: str, device: str):
-    """The model with float32 weights (the master weights of training); `autocast` does bf16 arithmetic over them."""
+def load_model(model: str, device: str, dtype: torch.dtype = torch.float32):
+    """The model. Training keeps its weights in float32 and does bf16 arithmetic over them by `autocast`."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype)
     except Exception as error:
         fail(f"--model {model}: cannot be loaded: {first_line(error)}")
     return loaded.to(device).eval()
@@ -251,8 +267,8 @@ def _encode(tokenizer, text: str) -> tuple[int, ...]:
 def prompt_ids(tokenizer, problem: str) -> list[int]:
     """The problem through the chat template, up to where the model starts to think; the user message is the bare
     problem, as in the authors' code."""
-    if tokenizer.chat_template is None:
-        return encode(tokenizer, problem + "\n\n")
+    if tokenizer.chat_template is None:  # a base model: the bare text, with the tokenizer's own beginning
+        return tokenizer.encode(problem + "\n\n")
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True
     )
@@ -325,7 +341,6 @@ class Sampler:
     def __init__(self, model, tokenizer, dtype: torch.dtype = torch.float32, max_rows: int = 512):
         self.model, self.tokenizer, self.dtype, self.max_rows = model, tokenizer, dtype, max_rows
         self.stop_ids = torch.tensor(stop_token_ids(tokenizer, model), device=model.device)
-        self.cache_bytes = torch.cuda.mem_get_info()[0] // 3 if model.device.type == "cuda" else 3 << 30
         self.sampled_tokens = 0  # drawn
         self.computed_tokens = 0  # run through the model: prompts (shared parts once) and drawn tokens
 
@@ -348,7 +363,8 @@ class Sampler:
         done: list[list[Completion]] = [[] for _ in prompts]
         # A batch has as many rows as its cache may have; fewer samples than n at a time only if n alone are too many.
         longest = max(map(len, prompts), default=1) + max(limits, default=1)
-        rows = max(1, min(self.max_rows, self.cache_bytes // (cache_bytes_of_a_token(self.model.config) * longest)))
+        memory = torch.cuda.mem_get_info()[0] // 3 if self.model.device.type == "cuda" else 3 << 30
+        rows = max(1, min(self.max_rows, memory // (cache_bytes_of_a_token(self.model.config) * longest)))
         for start in range(first, first + n, rows):
             samples = range(start, min(first + n, start + rows))
             room = max(1, rows // len(samples))
@@ -607,7 +623,7 @@ def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completi
     if thinks(tokenizer):
         marker = encode(tokenizer, THINK_END)[0]
         finished = marker in ids
-        end = ids.index(marker) if finished else len(ids)
+        end = ids.index(marker) if finished else len(ids) - (completion.finish_reason == "stop")
         answer = completion.text[offsets[end + 1] :] if finished else None
     else:
         finished = completion.finish_reason == "stop"
@@ -637,12 +653,15 @@ def forced_prompt(tokenizer, trace: Trace, boundary: int) -> list[int]:
     tokens to the very tokens that were sampled.
     """
     text = trace.prefix(boundary)
+    opening = (
+        "<think>\n" if boundary == 0 and trace.completion.text.startswith("<think>") else ""
+    )  # not in the template
     if thinks(tokenizer) and trace.finished and boundary == trace.boundaries[-1]:
         tail = ("" if text.endswith("\n") else "\n") + THINK_END
     else:
         gap = "\n\n"[min(2, len(text) - len(text.rstrip("\n"))) :]
         phrase = STOP_PHRASE if thinks(tokenizer) else STOP_PHRASE.replace(THINK_END + "\n", "")
-        tail = gap + phrase
+        tail = opening + gap + phrase
     return trace.prompt + trace.completion.token_ids[:boundary] + encode(tokenizer, tail)
 
 
@@ -654,6 +673,7 @@ class ForcedAnswers:
     n: int
     max_tokens: int
     temperature: float
+    top_p: float = 1.0
 
 
 def success_rates(sampler: Sampler, traces: list[Trace], how: ForcedAnswers, seed: tuple) -> None:
@@ -680,7 +700,8 @@ def success_rates(sampler: Sampler, traces: list[Trace], how: ForcedAnswers, see
         lengths.update(zip(asked, [float(len(cue) + len(tail)) for cue, tail in zip(cues, tails)]))
     else:
         keys = [(*seed, zlib.crc32(np.array(prompt).tobytes())) for prompt in asked]
-        answers = sampler.generate([[*p] for p in asked], how.max_tokens, keys, n=how.n, temperature=how.temperature)
+        asked_ids = [[*prompt] for prompt in asked]
+        answers = sampler.generate(asked_ids, how.max_tokens, keys, how.n, how.temperature, how.top_p)
         values.update(zip(asked, mean_accuracy([{"answer": golds[prompt]} for prompt in asked], answers).tolist()))
         lengths.update(zip(asked, [float(np.mean([len(a.token_ids) for a in row])) for row in answers]))
     for t, trace in enumerate(traces):
@@ -743,7 +764,8 @@ def anytime_accuracy(sampler, problems, budgets, max_tokens: int, answer_tokens:
     sampled = sampler.generate(prompts, max_tokens, seeds, temperature=temperature)
     traces = [read_trace(tokenizer, p, q, c, 1) for p, q, (c,) in zip(problems, prompts, sampled)]
     grade_traces(traces)
-    longer = [(b, i) for b in budgets for i, t in enumerate(traces) if len(t.completion.token_ids) > b]
+    cut = [t.completion.finish_reason == "length" for t in traces]
+    longer = [(b, i) for b in budgets for i, t in enumerate(traces) if len(t.completion.token_ids) + cut[i] > b]
     forced = [forced_prompt(tokenizer, traces[i], cut_at_budget(traces[i], b)) for b, i in longer]
     answers = sampler.generate(forced, answer_tokens, [(*seeds[i], b) for b, i in longer], temperature=temperature)
     right = dict(zip(longer, mean_accuracy([problems[i] for _, i in longer], answers))) if longer else {}
@@ -1024,7 +1046,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="what samples")
     run.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
                      help="arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=whole_number, default=0)
     run.add_argument("--out", type=Path, help="folder of the run; default: runs/ and a name made of the settings")
     run.add_argument("--config", type=Path, help="YAML file of defaults; flags override it")
     again = run.add_mutually_exclusive_group()
@@ -1032,10 +1054,14 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--overwrite", action="store_true", help="discard the run in --out and start again")
 
 
-def positive_int(text: str) -> int:
-    if not text.lstrip("+").isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+def whole_number(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
     return int(text)
+
+
+def positive_int(text: str) -> int:
+    return whole_number(text, 1)
 
 
 def non_negative(text: str) -> float:
@@ -1064,13 +1090,16 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
             fail(f"--config {known.config}: {first_line(error)}")
         if not isinstance(settings, dict):
             fail(f"--config {known.config}: expected lines of `flag: value`")
-        settings = {key.replace("-", "_"): value for key, value in settings.items()}
+        from_file = []
         for key, value in settings.items():
-            if key not in actions:
+            action = actions.get(key.replace("-", "_"))
+            if action is None:
                 fail(f"--config {known.config}: no such flag --{key.replace('_', '-')}")
-            if actions[key].nargs != 0 and value is not None:  # as text it goes through the flag's own check
-                settings[key] = str(value)
-        parser.set_defaults(**settings)
+            if action.nargs == 0 and not isinstance(value, bool):
+                fail(f"--config {known.config}: {key} is true or false, found {value!r}")
+            if value is not None and value is not False:  # as flags before the others they go through the same checks
+                from_file += [action.option_strings[-1], *([] if value is True else [str(value)])]
+        argv = from_file + (sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     for name, (small, large, _) in defaults.items():
         if getattr(args, name) is None:
@@ -1084,18 +1113,20 @@ def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
     same = {k: v for k, v in settings.items() if k not in ("resume", "overwrite", "config", "out")}
     file = out / "config.json"
     if out.exists() and any(out.iterdir()):
-        if not file.exists():
+        earlier = json.loads(file.read_text()).get("settings") if file.exists() else None
+        if earlier is None:
             fail(f"--out {out}: holds something that is not a run of this program; name another folder")
         if overwrite:
             shutil.rmtree(out)
         elif not resume:
             fail(f"--out {out}: holds a run already; add --resume to continue it or --overwrite to discard it")
         else:
-            earlier = json.loads(file.read_text())["settings"]
             changed = [k for k in same if same[k] != earlier.get(k)]
             if changed:
                 was = ", ".join(f"--{k.replace('_', '-')} {earlier.get(k)} (now {same[k]})" for k in changed)
                 fail(f"--out {out}: the run there has other settings: {was}")
+            for lines in out.glob("*.jsonl"):  # a crash may have cut the last line
+                write_text(lines, "".join(whole_lines(lines)))
             return out
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, {"settings": same, "versions": versions(), "device": device_name(), "command": sys.argv})
@@ -1103,7 +1134,7 @@ def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
 
 
 def append_jsonl(path: Path, rows: list[dict]) -> None:
-    """Appends whole lines and flushes them; a line without its newline is one a crash cut, and readers drop it."""
+    """Appends one line a row."""
     with path.open("a", encoding="utf-8") as out:
         out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

@@ -30,7 +30,8 @@ DEFAULTS = {
     "top_p": (1.0, 0.95, "Appendix F"),
     "answer_tokens": (8, 1024, "ours"),
     "budgets": ("64,128,192,256", "4096,8192,12288,16384", "Section 7"),
-    "max_episodes": (32, 16, "ours"),
+    "max_episodes": (32, 16, "ours; the authors' regret study joins episodes by tens"),
+    "batch_problems": (64, 4, "ours"),
 }
 
 
@@ -50,7 +51,7 @@ def flags(argv=None) -> argparse.Namespace:
     what.add_argument("--answer-tokens", type=common.positive_int, help="limit of a forced answer")
     what.add_argument("--max-episodes", type=common.positive_int, help="longer thoughts: neighbours are joined")
     what.add_argument("--budgets", help="token budgets C0 of the normalised regret")
-    what.add_argument("--batch-problems", type=common.positive_int, default=64, help="problems sampled together")
+    what.add_argument("--batch-problems", type=common.positive_int, help="problems sampled and recorded together")
     what.add_argument(
         "--compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base"
     )
@@ -78,14 +79,15 @@ def main() -> None:
     problems = common.load_problems(args.dataset, args.split, args.limit)
     tokenizer = common.load_tokenizer(args.model)
     prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
-    model = common.load_model(args.model, common.pick_device())
+    dtype = common.pick_dtype(args.dtype)
+    model = common.load_model(args.model, common.pick_device(), dtype)
     phrase = len(common.encode(tokenizer, "\n\n" + common.STOP_PHRASE))
     room = args.max_tokens + phrase + args.answer_tokens
     common.check_lengths(problems, prompts, room, common.context_length(model))
     volatile = ("config", "batch_problems", "metric", "k", "budgets", "num_samples", "compare", "limit")
     settings = {k: v for k, v in vars(args).items() if k not in volatile}
     run = common.open_run(args.out, settings, args.resume, args.overwrite)
-    sampler = Sampler(model, tokenizer, common.pick_dtype(args.dtype))
+    sampler = Sampler(model, tokenizer, dtype)
     sample(args, run, sampler, problems, prompts)
     by_id = {r["id"]: r for r in load_records(run)}
     records = [by_id[p["id"]] for p in problems]
@@ -101,10 +103,13 @@ def main() -> None:
 
 
 def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: list[list[int]]) -> None:
-    """Writes one record a problem as it is done. Samples that are recorded already are not made again: a run goes on
-    where it stopped, and more samples are added to those there."""
+    """Writes one record a problem, as each batch of problems is done. Samples that are recorded already are not made
+    again: a run goes on where it stopped, and more samples are added to those there."""
     file = run / "records.jsonl"
-    have = {r["id"]: len(r["samples"]) for r in load_records(run)} if file.exists() else {}
+    recorded = load_records(run) if file.exists() else []
+    if args.metric in ("regret", "all") and any(not s["J"] for r in recorded for s in r["samples"]):
+        fail(f"--metric {args.metric}: the records in {run} were made without forced answers; use another --out")
+    have = {r["id"]: len(r["samples"]) for r in recorded}
     counts = [have.get(p["id"], 0) for p in problems]
     todo = [i for i, c in enumerate(counts) if c < args.num_samples]
     began, total = time.time(), len(todo)
@@ -122,7 +127,7 @@ def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: lis
         traces = [trace for group in groups for trace in group]
         common.grade_traces(traces)
         if args.metric in ("regret", "all"):
-            how = ForcedAnswers("sampled", args.forced_answers, args.answer_tokens, args.temperature)
+            how = ForcedAnswers("sampled", args.forced_answers, args.answer_tokens, args.temperature, args.top_p)
             common.success_rates(sampler, traces, how, (args.seed, 1))
         common.append_jsonl(file, [record(group) for group in groups])
         share, seconds = 1 - len(todo) / total, time.time() - began
@@ -158,10 +163,9 @@ def record(group: list[Trace]) -> dict:
 def load_records(run: Path) -> list[dict]:
     """The records of a run; lines of one problem (samples added later) are joined, a line cut by a crash is dropped."""
     records: dict[str, dict] = {}
-    for line in (run / "records.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            row = json.loads(line)
-            records.setdefault(row["id"], {**row, "samples": []})["samples"] += row["samples"]
+    for line in common.whole_lines(run / "records.jsonl"):
+        row = json.loads(line)
+        records.setdefault(row["id"], {**row, "samples": []})["samples"] += row["samples"]
     return list(records.values())
 
 
@@ -225,7 +229,6 @@ def summarise(records: list[dict], ks: list[int], budgets: list[int], max_tokens
         "no_answer": float(np.mean([s["answer"] is None for s in samples])),
         "thought_tokens": float(np.mean([s["thought_tokens"] for s in samples])),
         "progress_per_episode": float(flat.mean()) if len(flat) else None,
-        "useless_episodes": float((np.abs(flat) < 0.05).mean()) if len(flat) else None,
         "metrics": metrics,
     }
 
@@ -240,7 +243,7 @@ def markdown_table(summaries: dict[str, dict]) -> str:
             m, digits = summary["metrics"][name], 1 if name == "tokens" else 3
             cells.append(f"{m['mean']:.{digits}f} [{m['low']:.{digits}f}, {m['high']:.{digits}f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    for name in ("truncated", "no_answer", "useless_episodes", "problems", "samples"):
+    for name in ("truncated", "no_answer", "problems", "samples"):
         cells = [s[name] for s in summaries.values()]
         cells = ["–" if c is None else str(c) if isinstance(c, int) else f"{c:.3f}" for c in cells]
         lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
@@ -260,11 +263,15 @@ def compare(args) -> None:
         settings[run.name] = json.loads((run / "config.json").read_text())["settings"]
     if len(records) < len(args.compare):
         fail("--compare: two runs have the same folder name")
-    shared = set.intersection(*({r["id"] for r in rows} for rows in records.values()))
+    for setting in ("dataset", "split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes"):
+        if len({str(of[setting]) for of in settings.values()}) > 1:
+            print(f"warning: the runs differ in --{setting.replace('_', '-')}")
+    shared = set.intersection(*({(r["id"], r["problem"]) for r in rows} for rows in records.values()))
     if not shared:
         fail("--compare: the runs have no problem in common")
     records = {
-        name: sorted((r for r in rows if r["id"] in shared), key=lambda r: r["id"]) for name, rows in records.items()
+        name: sorted((r for r in rows if (r["id"], r["problem"]) in shared), key=lambda r: r["id"])
+        for name, rows in records.items()
     }
     args.out.mkdir(parents=True, exist_ok=True)
     summaries = {

@@ -93,12 +93,14 @@ def flags(argv=None) -> argparse.Namespace:
     train.add_argument("--max-tokens-per-batch", type=common.positive_int, help="tokens of a micro-batch, with padding")
     train.add_argument("--checkpoint-every", type=common.positive_int, default=10, help="steps")
     train.add_argument("--keep", type=common.positive_int, default=1, help="checkpoints kept")
-    train.add_argument("--eval-every", type=int, default=10, help="steps between validations; 0: none")
+    train.add_argument("--eval-every", type=common.whole_number, default=10, help="steps between validations; 0: none")
     train.add_argument("--eval-dataset", help="problems to validate on; default: tiny's own, none for other data")
+    train.add_argument("--eval-split", default="validation", help="split of --eval-dataset")
     train.add_argument("--eval-problems", type=common.positive_int, default=96)
     args = common.parse_flags(parser, DEFAULTS, argv)
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
-    args.out = args.out or Path("runs") / f"rl-{Path(args.model).name}-{kind}-seed{args.seed}"
+    name = args.model.strip("/").removesuffix("/model").split("/")[-1]
+    args.out = args.out or Path("runs") / f"rl-{name}-{kind}-seed{args.seed}"
     if args.group_size == 1 and not args.no_std:
         fail("--group-size 1: a group of one has no spread to normalise by; use a larger group or --no-std")
     if args.bonus > 0 and args.variant == "prefix" and args.progress == "likelihood":
@@ -119,6 +121,9 @@ def flags(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = flags()
     problems = common.load_problems(args.dataset, args.split, args.limit)
+    validation = []
+    if args.eval_every and (args.eval_dataset or common.is_tiny_dataset(args.dataset)):
+        validation = common.load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems)
     tokenizer = common.load_tokenizer(args.model)
     prompts = {p["id"]: common.prompt_ids(tokenizer, p["problem"]) for p in problems}
     if not common.thinks(tokenizer):
@@ -131,14 +136,18 @@ def main() -> None:
     common.check_lengths(problems, list(prompts.values()), room, common.context_length(model))
     settings = {k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "keep")}
     run = common.open_run(args.out, settings, args.resume, args.overwrite)
-    train(args, run, model, tokenizer, problems, prompts)
+    if args.resume and (run / "summary.json").exists():
+        print(f"{run} is complete")
+        return
+    train(args, run, model, tokenizer, problems, prompts, validation)
 
 
 # ---------------------------------------------------------------------------------------------- rollouts and credit
 
 
-def sample_traces(args, sampler: Sampler, problems: list[dict], prompts: list[list[int]], limits, seed: tuple):
-    """G traces for each (problem, prompt), graded: a list of groups. A prompt may hold a prefix of the thought."""
+def sample_traces(args, sampler: Sampler, problems, prompts, limits, seed: tuple, prefixes=None) -> list[list[Trace]]:
+    """G traces for each (problem, prompt), graded: a list of groups. A prompt may hold a prefix of the thought; its
+    text is graded with what follows where a model has no end-of-thinking marker, and so answers in its thought."""
     tokenizer = sampler.tokenizer
     seeds = [(*seed, place, common.key(p["id"])) for place, p in enumerate(problems)]
     sampled = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
@@ -146,6 +155,9 @@ def sample_traces(args, sampler: Sampler, problems: list[dict], prompts: list[li
         [common.read_trace(tokenizer, problem, prompt, completion, args.max_episodes) for completion in row]
         for problem, prompt, row in zip(problems, prompts, sampled)
     ]
+    for group, prefix in zip(groups, prefixes or []):
+        for trace in group:
+            trace.answer = trace.answer if common.thinks(tokenizer) else prefix + trace.completion.text
     common.grade_traces([trace for group in groups for trace in group])
     return groups
 
@@ -187,58 +199,68 @@ def rollouts_online(args, sampler, problems, prompts, seed):
     for group, rows in zip(groups, advantages):
         add_progress(rows, group, args.bonus, args.credit_lambda)
     progress = np.concatenate([np.diff(row) for row in values])
-    return groups, advantages, {
+    stats = {
         "J_empty": float(np.mean([row[0] for row in values])),
         "J_end": float(np.mean([row[-1] for row in values])),
-        "progress_per_episode": float(progress.mean()),
-        "useless_episodes": float((np.abs(progress) < 0.05).mean()),
-    }  # fmt: skip
+        "progress_per_episode": float(progress.mean()) if len(progress) else 0.0,
+    }
+    if args.progress == "likelihood":  # with a few sampled answers most differences of J are noise
+        stats["episodes_without_progress"] = float((progress < 0.05).mean()) if len(progress) else 0.0
+    return groups, advantages, stats
 
 
 def add_progress(rows: list[list[float]], group: list[Trace], bonus: float, credit_lambda: float) -> None:
-    """Adds α · (credit of the episode - mean credit of the group's episodes) to the tokens of each episode, in place.
+    """Adds α · (credit of a token's episode - mean credit of the group's episodes) to the advantages, in place.
 
     Credited to whole traces the bonus would vanish: Σ_j r_prg telescopes to J(end) - J(empty), so it says nothing about
-    the path. Credited to its own episode, progress is an advantage with J(μ | prefix) as baseline; the group's mean is
-    a second baseline that makes an episode of less than average progress cost something. It is not divided by a std:
-    where nothing makes progress, J's noise would be blown up to a signal. The answer, and the token that ends the
-    thought, make no progress and have the outcome's advantage alone.
+    the path. Credited to its own episode, progress is an advantage with J(μ | prefix) as baseline. The mean is a second
+    baseline, and to be one it must be taken from every token: what follows the thought makes no progress and gets
+    0 - mean. (Taken from the thought alone it would be a fee for each episode, so a length penalty in disguise, since
+    ending the thought would be free of it.) Nothing is divided by a std: where no episode makes progress, J's noise
+    would be blown up to a signal.
     """
     credits = [common.episode_credits(trace.values, credit_lambda) for trace in group]
     mean = float(np.mean([c for row in credits for c in row] or [0.0]))
     for row, trace, credit in zip(rows, group, credits):
+        for token in range(len(row)):
+            row[token] -= bonus * mean
         for j, c in enumerate(credit):
             for token in range(trace.boundaries[j], trace.boundaries[j + 1]):
-                row[token] += bonus * (c - mean)  # MRT: α · r_prg(z_j; c_{j-1}), Eq. 2
+                row[token] += bonus * c  # MRT: α · r_prg(z_j; c_{j-1}), Eq. 2
 
 
 def rollouts_prefix(args, sampler, problems, prompts, seed):
     """MRT as in Figure 6: cut a partial rollout, m rollouts stop there, G go on.
 
-    If all G rollouts shared the prefix and were normalised among themselves, J(μ|c) would be a constant that the
-    mean takes away again: r = f + α(f - c) is affine in f, and the update exactly GRPO's. So the bonus is added
-    after the normalisation and keeps the termination baseline: A = A_GRPO(f) + α (f - J(μ|c)). Rollouts that only do
-    as well as stopping at once get nothing from it, and where the prefix has the answer and thinking on loses it, all
-    of them together are pushed down.
+    If all G rollouts share the prefix and are normalised among themselves, J(μ|c) is a constant that the mean takes
+    away again: r = f + α(f - c) is affine in f, and the update exactly GRPO's. So the bonus is added after the
+    normalisation and keeps the termination baseline: A = A_GRPO(f) + α (f - J(μ|c)). Where going on does better than
+    stopping, going on is reinforced as a whole; where the prefix has the answer and thinking on loses it, it is pushed
+    down. In expectation J(μ|c) is only a baseline (it does not depend on what follows c): what the bonus adds to GRPO
+    is weight on the outcome, from prefixes that end at random episodes, free of the group's std.
     """
     tokenizer = sampler.tokenizer
     # The context c from the old policy: one partial rollout a problem, cut after a random number of its episodes.
     # It is sampled by the model as it is before this update, and never trained on.
     seeds = [(*seed, 2, place, common.key(p["id"])) for place, p in enumerate(problems)]
-    partial = sampler.generate(prompts, args.max_tokens - 1, seeds, temperature=args.temperature)
-    contexts, stops, cuts = [], [], []
+    partial = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
+    contexts, stops, cuts, prefixes = [], [], [], []
     for problem, prompt, (completion,), key in zip(problems, prompts, partial, seeds):
         trace = common.read_trace(tokenizer, problem, prompt, completion, args.max_episodes)
-        count = int(np.random.default_rng(key).integers(len(trace.boundaries)))
-        cut = min(trace.boundaries[count], args.max_tokens - 1)
+        # Not where an episode was cut off, nor after an answer, nor where no room is left to answer.
+        complete = trace.finished and common.thinks(tokenizer)
+        ends = trace.boundaries if complete else trace.boundaries[:-1] or [0]
+        ends = [end for end in ends if end + args.answer_tokens <= args.max_tokens] or [0]
+        cut = ends[int(np.random.default_rng(key).integers(len(ends)))]
         contexts.append(prompt + completion.token_ids[:cut])
         stops.append(common.forced_prompt(tokenizer, trace, cut))
         cuts.append(cut)
+        prefixes.append(trace.prefix(cut))
     how = dict(n=args.forced_answers, temperature=args.temperature)
     answers = sampler.generate(stops, args.answer_tokens, [(*s, 3) for s in seeds], **how)
     baseline = common.mean_accuracy(problems, answers)  # MRT: J(μ|c) from the m rollouts that stop
     limits = [args.max_tokens - cut for cut in cuts]
-    groups = sample_traces(args, sampler, problems, contexts, limits, (*seed, 4))
+    groups = sample_traces(args, sampler, problems, contexts, limits, (*seed, 4), prefixes)
     outcome = outcome_advantages(args, groups).tolist()
     advantages = [
         [
@@ -249,9 +271,13 @@ def rollouts_prefix(args, sampler, problems, prompts, seed):
     ]
     for group, j in zip(groups, baseline):
         for trace in group:
-            trace.values = [j, trace.reward]
+            trace.values = [float(j), trace.reward]  # J(μ|c) and the outcome of going on
     continued = np.mean([[trace.reward for trace in group] for group in groups], axis=1)
-    stats = {"J_prefix": float(np.mean(baseline)), "progress_of_going_on": float(np.mean(continued - baseline))}
+    stats = {
+        "J_prefix": float(np.mean(baseline)),
+        "progress_of_going_on": float(np.mean(continued - baseline)),
+        "prefix_tokens": float(np.mean(cuts)),
+    }
     return groups, advantages, stats
 
 
@@ -325,6 +351,11 @@ def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict
             if not norms:  # before the first step: sampler and trainer are the same policy
                 drawn = torch.tensor([lp for i in batch for lp in traces[part[i]].completion.logprobs])
                 gaps.append((logprobs.detach().cpu() - drawn).abs())
+        if not norms and (gap := float(torch.cat(gaps).mean())) > (0.05 if dtype == torch.bfloat16 else 1e-3):
+            raise FloatingPointError(
+                f"sampler and trainer differ by {gap:.3g} nats on average in the log-probs of the same tokens: look at "
+                "temperature, dtype and the end-of-turn tokens"
+            )
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"gradient norm is {float(norm)}")
@@ -356,7 +387,7 @@ def learning_rate(args, done: float) -> float:
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict[str, list[int]]) -> None:
+def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict[str, list[int]], validation) -> None:
     device, dtype = model.device, common.pick_dtype(args.dtype)
     sampler = Sampler(model, tokenizer, dtype)
     if not common.is_tiny(args.model):
@@ -376,9 +407,6 @@ def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict
     steps = args.steps or math.ceil(len(problems) / args.problems_per_step)
     if args.max_sampled_tokens:
         steps = args.steps or math.inf
-    validation = None
-    if args.eval_every and (args.eval_dataset or args.dataset.startswith("tiny")):
-        validation = common.load_problems(args.eval_dataset or args.dataset, "validation", args.eval_problems)
     rollouts = (
         rollouts_grpo if args.bonus == 0 else {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant]
     )
@@ -398,18 +426,15 @@ def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict
         batch = problems_of_step(problems, args.problems_per_step, step, args.seed)
         model.eval()
         groups, advantages, stats = rollouts(args, sampler, batch, [prompts[p["id"]] for p in batch], (args.seed, step))
+        if step == 0 and common.thinks(tokenizer) and never_closes(groups):
+            print(f"warning: {args.model} ends its turns without {common.THINK_END}: every answer counts as missing")
         sampling_seconds = time.time() - clock
         model.train()
         try:
             metrics = update(args, model, reference, optimizer, groups, advantages, dtype)
         except FloatingPointError as error:
             common.append_jsonl(run / "failed.jsonl", records(step, groups))
-            fail(f"step {step}: {error}; nothing was updated, the step's samples are in {run / 'failed.jsonl'}")
-        if step == 0 and metrics["sampler_gap_mean"] > (0.05 if dtype == torch.bfloat16 else 1e-3):
-            fail(
-                f"sampler and trainer differ by {metrics['sampler_gap_mean']:.3g} nats on average in the log-probs of the "
-                "same tokens: look at temperature, dtype and the end-of-turn tokens before training on this"
-            )
+            fail(f"step {step}: {error}; stopped before the update, the samples are in {run / 'failed.jsonl'}")
         traces = [trace for group in groups for trace in group]
         rewards = np.array([[trace.reward for trace in group] for group in groups])
         state = {"step": step + 1, "sampled_tokens": sampler.sampled_tokens,
@@ -459,6 +484,12 @@ def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict
     print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
 
 
+def never_closes(groups: list[list[Trace]]) -> bool:
+    """Almost all completions that ended by themselves did so without the end-of-thinking marker."""
+    ended = [t.finished for group in groups for t in group if t.completion.finish_reason == "stop"]
+    return bool(ended) and float(np.mean(ended)) < 0.05
+
+
 def problems_of_step(problems: list[dict], count: int, step: int, seed: int) -> list[dict]:
     """Problems `step * count …` of the endless sequence of shuffled passes: a function of the step, so a resumed run
     sees the same data."""
@@ -478,6 +509,7 @@ def records(step: int, groups: list[list[Trace]]) -> list[dict]:
             "answer": common.extract_answer(trace.answer or ""),
             "tokens": len(trace.completion.token_ids),
             "finish": trace.completion.finish_reason,
+            "prompt_tokens": len(trace.prompt),  # prefix variant: with the prefix
             "boundaries": trace.boundaries,
             "J": [round(v, 5) for v in trace.values],
             "text": trace.completion.text,
@@ -508,8 +540,7 @@ def rewind(run: Path, step: int) -> None:
     """Drops the lines of steps after the checkpoint that a run goes on from; they are made again."""
     for name, first_lost in (("metrics.jsonl", step + 1), ("records.jsonl", step), ("validation.jsonl", step + 1)):
         if (run / name).exists():
-            lines = (run / name).read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < first_lost] if step else []
+            kept = [line for line in common.whole_lines(run / name) if step and json.loads(line)["step"] < first_lost]
             common.write_text(run / name, "".join(kept))
 
 

@@ -60,32 +60,41 @@ GIVE_UP = "I can not find it, so I will guess.\n\n"
 # ------------------------------------------------------------------------------------------------ problems
 
 
-def problems(split: str, levels: tuple[int, ...] = LEVELS) -> list[dict]:
-    """All problems of a split, in a fixed shuffled order: `{problem, answer, id, level}`.
-
-    An equation (b, x) belongs to one split whatever its level, so the splits are disjoint by construction. Levels
-    take turns, so any first n problems hold the levels in equal shares.
-    """
+def equations(split: str) -> list[tuple[int, int]]:
+    """The equations (b, x) of a split, in a fixed shuffled order. An equation belongs to one split whatever the
+    difficulty, so the splits are disjoint by construction."""
     if split not in SPLITS:
         raise ValueError(f"--split {split}: the tiny problems have {', '.join(SPLITS)}")
+    every = [(b, x) for b in range(PRIME) for x in range(1, 31)]
+    random.Random(PRIME).shuffle(every)
+    start = round(sum(list(SPLITS.values())[: list(SPLITS).index(split)]) * len(every))
+    return every[start : start + round(SPLITS[split] * len(every))]
+
+
+def pose(b: int, x: int, n: int, split: str) -> dict:
+    return {
+        "problem": f"Find x between 1 and {n} such that x² + {b} ≡ {(x * x + b) % PRIME} (mod {PRIME}).",
+        "answer": str(x),
+        "id": f"tiny-{split}-{n}-{b}-{x}",
+        "level": n,
+    }
+
+
+def problems(split: str, levels: tuple[int, ...] = LEVELS) -> list[dict]:
+    """The problems of a split, in a fixed order: `{problem, answer, id, level}`.
+
+    Every equation is used once, at one level, so problems are independent. Levels take turns, so any first n problems
+    hold them in equal shares; within a level the solution is uniform, since level n is drawn with weight 1/n.
+    """
     if not levels or not all(2 <= level <= 30 for level in levels):
         raise ValueError("--dataset tiny:N,…: each N is a number of candidates from 2 to 30")
-    equations = [(b, x) for b in range(PRIME) for x in range(1, 31)]
-    random.Random(61).shuffle(equations)
-    start = round(sum(list(SPLITS.values())[: list(SPLITS).index(split)]) * len(equations))
-    mine = equations[start : start + round(SPLITS[split] * len(equations))]
-    rows = {n: [(b, x, n) for b, x in mine if x <= n] for n in levels}
-    count = min(len(r) for r in rows.values())
-    chosen = [rows[n][i] for i in range(count) for n in levels]
-    return [
-        {
-            "problem": f"Find x between 1 and {n} such that x² + {b} ≡ {(x * x + b) % PRIME} (mod {PRIME}).",
-            "answer": str(x),
-            "id": f"tiny-{split}-{n}-{b}-{x}",
-            "level": n,
-        }
-        for b, x, n in chosen
-    ]
+    rng = random.Random(split)
+    rows: dict[int, list[dict]] = {n: [] for n in levels}
+    for b, x in equations(split):
+        n = rng.choices(levels, [1 / n for n in levels])[0]
+        if x <= n:
+            rows[n].append(pose(b, x, n, split))
+    return [rows[n][i] for i in range(min(map(len, rows.values()))) for n in levels]
 
 
 # ------------------------------------------------------------------------------------------------ warm-start traces
@@ -216,7 +225,8 @@ def warm_start(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
     model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
-    rows = problems("train")
+    by_level = [[pose(b, x, n, "train") for b, x in equations("train") if x <= n] for n in LEVELS]
+    rows = [row for turn in zip(*by_level) for row in turn]
     prompts = {r["id"]: common.prompt_ids(tokenizer, r["problem"]) for r in rows}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -212,6 +212,7 @@ def test_the_budget_counts_towards_the_context(capsys, monkeypatch, tmp_path):
         ["--limit", "0"],
         ["--steps", "0"],
         ["--seed", "one"],
+        ["--eval-every", "-1"],
         ["--variant", "suffix"],
         ["--resume", "--overwrite"],
         ["--no-such-flag"],
@@ -387,8 +388,19 @@ def test_config_values_of_the_wrong_type(capsys, tmp_path, text):
 
 
 def test_overwrite_in_a_config_file_does_not_discard_a_run_that_is_to_go_on(tmp_path):
-    args = rl_mrt.flags(["--config", write(tmp_path / "c.yaml", "overwrite: true\n"), "--resume"])
-    assert args.resume and not args.overwrite
+    """Refused, or the flag wins; never both, of which --overwrite would come first."""
+    try:
+        args = rl_mrt.flags(["--config", write(tmp_path / "c.yaml", "overwrite: true\n"), "--resume"])
+    except SystemExit as stop:
+        assert stop.code == 2
+    else:
+        assert args.resume and not args.overwrite
+
+
+def test_a_config_file_can_name_the_runs_to_compare(tmp_path):
+    file = write(tmp_path / "c.yaml", "compare: [a, b]\nk: 1,2\n")
+    args = evaluate.flags(["--config", file])
+    assert args.compare == [Path("a"), Path("b")] and args.k == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------ comparisons

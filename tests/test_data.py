@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from conftest import SHARED
 
 import common
-from conftest import SHARED
 
 
 def write(path, rows):

@@ -48,8 +48,18 @@ def test_online_bonus_reinforces_the_episode_that_gains_and_not_the_one_that_gai
     group = [a_trace([0.1, 0.1, 0.9]), a_trace([0.1, 0.9, 0.9])]
     rows = [[0.0] * 5, [0.0] * 5]
     rl_mrt.add_progress(rows, group, bonus=1.0, credit_lambda=0.0)
-    # mean progress over the 4 episodes: 0.4. Two tokens an episode; the answer's token has no bonus.
-    np.testing.assert_allclose(rows, [[-0.4, -0.4, 0.4, 0.4, 0], [0.4, 0.4, -0.4, -0.4, 0]], atol=1e-12)
+    # Mean progress over the 4 episodes: 0.4. Two tokens an episode; the answer's token makes no progress.
+    expected = [[-0.4, -0.4, 0.4, 0.4, -0.4], [0.4, 0.4, -0.4, -0.4, -0.4]]
+    np.testing.assert_allclose(rows, expected, atol=1e-12)
+
+
+def test_the_mean_is_a_baseline_and_no_fee_for_episodes():
+    """Ending the thought and starting an episode that gains nothing are treated alike: no hidden length penalty."""
+    group = [a_trace([0.1, 0.9]), a_trace([0.1, 0.9, 0.9, 0.9])]
+    rows = [[0.0] * 3, [0.0] * 7]
+    rl_mrt.add_progress(rows, group, bonus=1.0, credit_lambda=0.0)
+    ends_at_once, goes_on = rows[0][2], rows[1][2]
+    assert ends_at_once == pytest.approx(goes_on) and ends_at_once < 0
 
 
 def test_online_bonus_scales_with_alpha_and_punishes_lost_ground():
@@ -57,7 +67,8 @@ def test_online_bonus_scales_with_alpha_and_punishes_lost_ground():
     rows = [[1.0] * 7]
     rl_mrt.add_progress(rows, group, bonus=2.0, credit_lambda=0.0)
     mean = 0.4 / 3
-    expected = [1 + 2 * (0.4 - mean)] * 2 + [1 + 2 * (-0.7 - mean)] * 2 + [1 + 2 * (0.7 - mean)] * 2 + [1]
+    episodes = [1 + 2 * (progress - mean) for progress in (0.4, -0.7, 0.7)]
+    expected = [a for a in episodes for _ in range(2)] + [1 - 2 * mean]
     np.testing.assert_allclose(rows[0], expected)
     assert rows[0][2] < 0
 

@@ -23,6 +23,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import common
+import evaluate
+import rl_mrt
 import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,26 +163,25 @@ def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method
     assert [line["step"] for line in jsonl(run / "validation.jsonl")] == [0, 2]
     assert is_picture(run / "progress.png")
 
-    trained, base = (
-        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (run / "model", ROOT / "tiny")
-    )
+    folders = (run / "model", ROOT / "tiny")
+    trained, base = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in folders)
     assert trained.config.embedded_reasoner
-    changes = [float((a - b).abs().max()) for a, b in zip(trained.parameters(), base.parameters())]
+    changes = [(a - b).abs().max().item() for a, b in zip(trained.parameters(), base.parameters())]
     assert max(changes) > 1e-4 and all(map(math.isfinite, changes))
     text = "Find x between 1 and 10 such that x² + 3 ≡ 7 (mod 61).</think>"
-    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (run / "model", ROOT / "tiny")]
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
     assert tokenizers[0].encode(text) == tokenizers[1].encode(text)
 
 
-SMALL = ("--bonus", 1, "--variant", "online", "--problems-per-step", 2, "--group-size", 4, "--max-tokens", 48,
-         "--steps", 6, "--checkpoint-every", 2, "--eval-every", 4, "--eval-problems", 4, "--forced-answers", 2)  # fmt: skip
+SMALL = "--bonus 1 --variant online --problems-per-step 2 --group-size 4 --max-tokens 48 --forced-answers 2".split()
+SMALL += "--steps 6 --checkpoint-every 2 --eval-every 4 --eval-problems 4".split()
 
 
 def litter(run: Path) -> None:
     """What a crash at the worst moment leaves behind: lines without an end, half-written files and folders."""
     for name in ("metrics.jsonl", "records.jsonl", "validation.jsonl"):
-        with (run / name).open("a") as file:
-            file.write('{"step": 1, "text": "half a li')
+        with (run / name).open("ab") as file:
+            file.write('{"step": 1, "text": "7²'.encode()[:-1])  # within a character
     for name in ("checkpoints/step_000002.tmp", "checkpoints/step_000006.tmp", "model.tmp"):
         (run / name).mkdir(parents=True, exist_ok=True)
         (run / name / "model.safetensors").write_bytes(b"half a model")
@@ -208,10 +210,11 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path, start, execute, st
     run = tmp_path / "run"
     kill_at_line(start(tmp_path, "rl_mrt.py", *SMALL, "--out", "run"), run / "metrics.jsonl", lines)
     assert not (run / "model").exists()
+    checkpoints = list((run / "checkpoints").glob("step_??????"))
     if lines == 3:
         litter(run)
     printed = succeeded(execute(tmp_path, "rl_mrt.py", *SMALL, "--out", "run", "--resume"))
-    assert ("resumed from" in printed) == (lines > 1)
+    assert ("resumed from" in printed) == bool(checkpoints)
     assert_same_training(run, straight_training)
 
 
@@ -269,12 +272,24 @@ def test_a_killed_evaluation_resumes_to_the_same_records(tmp_path, start, execut
 
 
 def test_a_record_cut_by_a_crash_is_made_again(tmp_path, execute, straight_evaluation):
-    """Killed within a write: the file ends in the middle of a line."""
+    """Killed within a write: the file ends in the middle of a line, and here of a character."""
     shutil.copytree(straight_evaluation, tmp_path / "run")
     lines = (straight_evaluation / "records.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "run" / "records.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][: len(lines[2]) // 2])
+    cut = lines[2][: lines[2].rindex("²".encode()) + 1]
+    (tmp_path / "run" / "records.jsonl").write_bytes(b"".join(lines[:2]) + cut)
     succeeded(execute(tmp_path, "evaluate.py", *EVALUATION, "--num-samples", 4, "--out", "run", "--resume"))
     assert_same_evaluation(tmp_path / "run", straight_evaluation)
+
+
+def test_text_with_rare_line_ends_stays_on_one_line(tmp_path):
+    """Models write U+2028, U+0085 and form feeds; only a newline ends a record."""
+    text = "a\u2028b\u2029c\x85d\x0ce\x1cf\r\ng\n\nh"
+    rows = [{"step": step, "id": str(step), "samples": [{"text": text}]} for step in range(3)]
+    common.append_jsonl(tmp_path / "records.jsonl", rows)
+    assert [r["samples"] for r in evaluate.load_records(tmp_path)] == [row["samples"] for row in rows]
+    assert common.read_jsonl(tmp_path / "records.jsonl") == rows
+    rl_mrt.rewind(tmp_path, 2)
+    assert common.read_jsonl(tmp_path / "records.jsonl") == rows[:2]
 
 
 def test_more_samples_are_added_to_those_there(tmp_path, execute, straight_evaluation):
@@ -314,7 +329,9 @@ def test_a_comparison_needs_records_alone(tmp_path, execute, straight_evaluation
     assert f"| pass@1 | {1 - pass_1:+.3f} [" in table and "| tokens | -10.000 [-10.000, -10.000] |" in table
     assert "| problems | 5 | 5 |" in table and "| regret@96 | +0.000 [+0.000, +0.000] |" in table
     assert is_picture(tmp_path / "both" / "anytime.png") and is_picture(tmp_path / "both" / "efficiency.png")
-    assert json.loads((tmp_path / "both" / "summary.json").read_text())["better"]["metrics"]["pass@4"]["mean"] == 1
+    assert (
+        json.loads((tmp_path / "both" / "summary.json").read_text())["runs"]["better"]["metrics"]["pass@4"]["mean"] == 1
+    )
 
     done = execute(tmp_path, "evaluate.py", "--compare", "base", "nowhere", "--out", "other")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "nowhere" in done.stderr
