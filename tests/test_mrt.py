@@ -129,9 +129,32 @@ def test_trap_1_normalising_the_bonus_within_the_shared_prefix_group_would_be_gr
 def test_prefix_variant_trains_only_what_follows_the_prefix(monkeypatch):
     _, _, calls, groups = scripted(monkeypatch, prefix_right=0, going_on_right=2)
     partial, stops, contexts = calls
-    stop = common.encode(common.load_tokenizer("tiny"), common.STOP_PHRASE)
-    assert stops[0][-len(stop) :] == stop
     assert contexts[0] == groups[0][0].prompt and contexts[0][: len(partial[0])] == partial[0]
+    assert stops[0][: len(contexts[0])] == contexts[0]
+    tail = common.load_tokenizer("tiny").decode(stops[0][len(contexts[0]) :]).lstrip("\n")
+    assert tail in (common.STOP_PHRASE, "</think>")  # the latter where the prefix is the complete thought
+
+
+def test_prefixes_leave_room_to_answer_and_end_where_an_episode_does(sampler, tokenizer):
+    problems = common.load_problems("tiny", "train", 24)
+    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    args = options("--bonus", "1", "--group-size", "2", "--max-tokens", "60")
+    groups, _, _ = rl_mrt.rollouts_prefix(args, sampler, problems, prompts, (0, 0))
+    cuts = [len(group[0].prompt) - len(prompt) for group, prompt in zip(groups, prompts)]
+    assert max(cuts) > 0 and max(cuts) + args.answer_tokens <= args.max_tokens
+    for group, cut in zip(groups, cuts):
+        prefix = tokenizer.decode(group[0].prompt[len(group[0].prompt) - cut :])
+        assert cut == 0 or (prefix.endswith("\n\n") and "</think>" not in prefix)
+
+
+def test_without_a_thinking_marker_the_prefix_is_graded_with_what_follows(sampler, tokenizer, monkeypatch):
+    """An answer that stands in the prefix is not lost, and no prefix ends after a complete answer."""
+    monkeypatch.setattr(common, "thinks", lambda _: False)
+    args = options("--bonus", "1")
+    problems = common.load_problems("tiny", "validation", 1)
+    prompts = [common.prompt_ids(tokenizer, problems[0]["problem"])]
+    groups = rl_mrt.sample_traces(args, sampler, problems, prompts, 1, (0,), [f"so \\boxed{{{problems[0]['answer']}}}"])
+    assert all(trace.reward == 1 for trace in groups[0])
 
 
 # ------------------------------------------------------------------------------------------------ one real update
