@@ -605,6 +605,7 @@ class Trace:
     finished: bool  # the model itself ended the thought
     answer: str | None  # what is graded: the text after the thought
     reward: float = 0.0  # outcome: 1 if the answer is right
+    verdict: str = "none"  # right, wrong, none (no answer) or timeout
     values: list[float] = field(default_factory=list)  # J(μ) at the boundaries, where estimated
     answer_tokens: list[float] = field(default_factory=list)  # mean tokens of the forced answers there
 
@@ -637,10 +638,10 @@ def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completi
 
 
 def grade_traces(traces: list[Trace]) -> None:
-    """Sets `reward`, the 0/1 outcome, of every trace."""
+    """Sets `verdict` and `reward`, the 0/1 outcome, of every trace."""
     verdicts = grade_all([(extract_answer(t.answer or ""), t.problem["answer"]) for t in traces])
     for trace, verdict in zip(traces, verdicts):
-        trace.reward = float(verdict == "right")
+        trace.verdict, trace.reward = verdict, float(verdict == "right")
 
 
 # ============================================================================================ 6 forced answers (μ)
@@ -1103,7 +1104,7 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     args = parser.parse_args(argv)
     for name, (small, large, _) in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, small if is_tiny(args.model) else large)
+            setattr(args, name, small if is_tiny(args.model.split(",")[0]) else large)
     return args
 
 

@@ -2,17 +2,22 @@
 
     python evaluate.py --metric pass@k                            # the embedded model on its test problems
     python evaluate.py --model runs/NAME/model --metric all       # pass@k, maj@k and normalised regret
+    python evaluate.py --model A,B --dataset aime.jsonl,amc.jsonl # every model on every data set, one table (Table 1)
     python evaluate.py --compare runs/A runs/B                    # table and figures from earlier evaluations' records
 
 Metrics: pass@1 (mean over samples), pass@k (unbiased), maj@k (exact, ties count ½), and with `--metric regret` or `all`
 the normalised regret (Section 7) from answers forced at every episode boundary of every trace. Every number has a 95 %
-interval from a bootstrap over problems; comparisons are paired on the same problems.
+interval from a bootstrap over problems, which holds the noise of a problem's samples too; differences between models
+are paired on the same problems.
 """
 
 import argparse
+import copy
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +45,13 @@ def flags(argv=None) -> argparse.Namespace:
     common.add_common_flags(parser)
     what = parser.add_argument_group("evaluation")
     what.add_argument("--metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), default="all")
-    what.add_argument("--k", default="1,2,4,8", help="for pass@k and maj@k; larger than --num-samples is left out")
+    what.add_argument("--k", help="k of pass@k and maj@k, as 1,2,4 (default: powers of 2 up to --num-samples)")
+    what.add_argument(
+        "--vote",
+        choices=("plain", "likelihood"),
+        default="plain",
+        help="maj@k: votes count 1, or 2^(mean token log-prob) as in the paper's analysis",
+    )
     what.add_argument("--num-samples", type=common.positive_int)
     what.add_argument("--max-tokens", type=common.positive_int, help="budget of a completion, thought and answer")
     what.add_argument("--temperature", type=common.non_negative)
@@ -56,14 +67,15 @@ def flags(argv=None) -> argparse.Namespace:
         "--compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base"
     )
     args = common.parse_flags(parser, DEFAULTS, argv)
-    args.out = args.out or Path("runs") / (
-        "compare" if args.compare else f"eval-{args.model.strip('/').replace('/', '-')}"
-    )
+    args.out = args.out or Path("runs") / ("compare" if args.compare else f"eval-{label(args.model, args.dataset)}")
+    args.k = args.k or ",".join(str(2**i) for i in range(args.num_samples.bit_length()))
     for name in ("k", "budgets"):
         try:
             setattr(args, name, sorted({common.positive_int(part) for part in getattr(args, name).split(",")}))
         except argparse.ArgumentTypeError as error:
             fail(f"--{name}: {error}")
+    if not args.compare and max(args.k) > args.num_samples:
+        fail(f"--k {max(args.k)}: more than the {args.num_samples} samples of a problem")
     if not 0 < args.top_p <= 1:
         fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
     if args.engine == "vllm":
@@ -71,12 +83,31 @@ def flags(argv=None) -> argparse.Namespace:
     return args
 
 
+def label(model: str, dataset: str) -> str:
+    """A short name of a model on a data set: `tiny-tiny`, `NAME-aime2024` for runs/NAME/model."""
+    names = [part.strip("/").removesuffix("/model").removesuffix(".jsonl") for part in (model, dataset)]
+    return "-".join(part.replace(",", "+").split("/")[-1].replace(":", "") for part in names)
+
+
 def main() -> None:
     args = flags()
     if args.compare:
-        compare(args)
+        compare(args, args.compare)
         return
-    problems = common.load_problems(args.dataset, args.split, args.limit)
+    datasets = {name: common.load_problems(name, args.split, args.limit) for name in args.dataset.split(",")}
+    pairs = [(model, dataset) for model in args.model.split(",") for dataset in datasets]
+    runs = []
+    for model, dataset in pairs:
+        one = copy.copy(args)
+        one.model, one.dataset = model, dataset
+        one.out = args.out if len(pairs) == 1 else args.out / label(model, dataset)
+        runs.append(evaluate(one, datasets[dataset]))
+    if len(runs) > 1:
+        compare(args, runs)
+
+
+def evaluate(args, problems: list[dict]) -> Path:
+    """One model on one data set; returns the folder of the run."""
     tokenizer = common.load_tokenizer(args.model)
     prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
     dtype = common.pick_dtype(args.dtype)
@@ -84,19 +115,19 @@ def main() -> None:
     phrase = len(common.encode(tokenizer, "\n\n" + common.STOP_PHRASE))
     room = args.max_tokens + phrase + args.answer_tokens
     common.check_lengths(problems, prompts, room, common.context_length(model))
-    volatile = ("config", "batch_problems", "metric", "k", "budgets", "num_samples", "compare", "limit")
+    volatile = ("config", "batch_problems", "metric", "k", "budgets", "num_samples", "compare", "limit", "vote")
     settings = {k: v for k, v in vars(args).items() if k not in volatile}
     run = common.open_run(args.out, settings, args.resume, args.overwrite)
-    sampler = Sampler(model, tokenizer, dtype)
-    sample(args, run, sampler, problems, prompts)
+    sample(args, run, Sampler(model, tokenizer, dtype), problems, prompts)
     by_id = {r["id"]: r for r in load_records(run)}
     records = [by_id[p["id"]] for p in problems]
-    summary = summarise(records, args.k, args.budgets, args.max_tokens)
+    summary = summarise(args, records)
     common.write_json(run / "summary.json", summary)
     table = markdown_table({args.out.name: summary})
     common.write_text(run / "summary.md", table)
     print(table)
     print(f"records: {run / 'records.jsonl'}   summary: {run / 'summary.json'}")
+    return run
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -146,6 +177,7 @@ def record(group: list[Trace]) -> dict:
             {
                 "answer": common.extract_answer(t.answer or ""),
                 "right": t.reward,
+                "verdict": t.verdict,
                 "finish": t.completion.finish_reason,
                 "thought_tokens": t.boundaries[-1],
                 "tokens": len(t.completion.token_ids),
@@ -172,29 +204,48 @@ def load_records(run: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------- numbers
 
 
-def per_problem(records: list[dict], ks: list[int], budgets: list[int]) -> dict[str, list[float]]:
+def per_problem(args, records: list[dict]) -> dict[str, list[float]]:
     """Each metric's value for each problem, in the order of the records."""
     values: dict[str, list[float]] = {"pass@1": [np.mean([s["right"] for s in r["samples"]]) for r in records]}
-    for k in ks:
-        if k > 1 and k <= min(len(r["samples"]) for r in records):
-            values[f"pass@{k}"] = [
-                common.pass_at_k(len(r["samples"]), int(sum(s["right"] for s in r["samples"])), k) for r in records
-            ]
-            values[f"maj@{k}"] = [majority(r, k) for r in records]
+    ks = [k for k in args.k if 1 < k <= min(len(r["samples"]) for r in records)]
+    if args.metric in ("pass@k", "all"):
+        for k in ks:
+            values[f"pass@{k}"] = [pass_at_k(r, k) for r in records]
+    if args.metric in ("maj@k", "all"):
+        for k in ks:
+            values[f"maj@{k}"] = [maj_at_k(r, k, args.vote) for r in records]
     values["tokens"] = [np.mean([s["tokens"] for s in r["samples"]]) for r in records]
-    if all(s["J"] for r in records for s in r["samples"]):
-        for budget in budgets:
-            values[f"regret@{budget}"] = [np.mean([regret(sample, budget) for sample in r["samples"]]) for r in records]
-            values[f"forced@{budget}"] = [
-                np.mean([accuracy_at(sample, budget) for sample in r["samples"]]) for r in records
-            ]
+    if args.metric in ("regret", "all") and all(s["J"] for r in records for s in r["samples"]):
+        for budget in args.budgets:
+            values[f"regret@{budget}"] = [np.mean([regret(s, budget) for s in r["samples"]]) for r in records]
+        for budget in args.budgets:
+            values[f"forced@{budget}"] = [np.mean([accuracy_at(s, budget) for s in r["samples"]]) for r in records]
     return values
 
 
-def majority(record: dict, k: int) -> float:
+def pass_at_k(record: dict, k: int) -> float:
+    return common.pass_at_k(len(record["samples"]), int(sum(s["right"] for s in record["samples"])), k)
+
+
+def maj_at_k(record: dict, k: int, vote: str) -> float:
     """maj@k of one problem; answers vote together if they are equal mathematically."""
-    classes = common.group_answers([s["answer"] for s in record["samples"]], record["answer"])
-    return common.maj_at_k([None if c is None else str(c) for c in classes], "0", k)
+    samples = record["samples"]
+    if "classes" not in record:
+        record["classes"] = common.group_answers([s["answer"] for s in samples], record["answer"])
+    classes = record["classes"]
+    if vote == "likelihood":
+        answers = [None if c is None else str(c) for c in classes]
+        return common.maj_at_k(answers, "0", k, [2 ** s["mean_logprob"] for s in samples])
+    sizes = Counter(classes)
+    missing, right = sizes.pop(None, 0), sizes.pop(0, 0)
+    return plain_maj_at_k(right, missing, tuple(sorted(sizes.values())), k)
+
+
+@cache
+def plain_maj_at_k(right: int, missing: int, rivals: tuple[int, ...], k: int) -> float:
+    """Plain votes depend on the sizes of the classes alone, and many problems have the same."""
+    answers = ["right"] * right + [None] * missing + [str(i) for i, size in enumerate(rivals) for _ in range(size)]
+    return common.maj_at_k(answers, "right", k)
 
 
 def curve(sample: dict) -> tuple[list[float], list[float]]:
@@ -212,40 +263,46 @@ def accuracy_at(sample: dict, budget: int) -> float:
     return next((v for t, v in zip(tokens[::-1], values[::-1]) if t <= budget), 0.0)
 
 
-def summarise(records: list[dict], ks: list[int], budgets: list[int], max_tokens: int) -> dict:
+def summarise(args, records: list[dict]) -> dict:
     """Every metric with its 95 % interval; counts; what went wrong."""
     samples = [s for r in records for s in r["samples"]]
     metrics = {}
-    for name, values in per_problem(records, ks, budgets).items():
+    for name, values in per_problem(args, records).items():
         mean, low, high = common.bootstrap_interval(values)
         metrics[name] = {"mean": mean, "low": low, "high": high}
-    progress = [np.diff(s["J"]) for s in samples if s["J"]]
-    flat = np.concatenate(progress) if progress else np.zeros(0)
+    progress = [np.diff(s["J"]) for s in samples if len(s["J"]) > 1]
     return {
         "problems": len(records),
         "samples": len(samples),
-        "max_tokens": max_tokens,
         "truncated": float(np.mean([s["finish"] == "length" for s in samples])),
-        "no_answer": float(np.mean([s["answer"] is None for s in samples])),
+        "no_answer": float(np.mean([s["verdict"] == "none" for s in samples])),
+        "timed_out": float(np.mean([s["verdict"] == "timeout" for s in samples])),
         "thought_tokens": float(np.mean([s["thought_tokens"] for s in samples])),
-        "progress_per_episode": float(flat.mean()) if len(flat) else None,
+        "answer_tokens": float(np.mean([s["tokens"] - s["thought_tokens"] for s in samples])),
+        "progress_per_episode": float(np.concatenate(progress).mean()) if progress else None,
+        "vote": args.vote,
         "metrics": metrics,
     }
 
 
+COUNTS = ("truncated", "no_answer", "timed_out", "thought_tokens", "answer_tokens", "problems", "samples")
+
+
+def cell(metric: dict, digits: int = 3, sign: str = "") -> str:
+    return f"{metric['mean']:{sign}.{digits}f} [{metric['low']:{sign}.{digits}f}, {metric['high']:{sign}.{digits}f}]"
+
+
 def markdown_table(summaries: dict[str, dict]) -> str:
-    names = list(next(iter(summaries.values()))["metrics"])
-    names = [n for n in names if all(n in s["metrics"] for s in summaries.values())]
+    """One column a run; each metric with its interval, then the counts."""
     lines = ["| | " + " | ".join(summaries) + " |", "|---|" + "---|" * len(summaries)]
-    for name in names:
-        cells = []
-        for summary in summaries.values():
-            m, digits = summary["metrics"][name], 1 if name == "tokens" else 3
-            cells.append(f"{m['mean']:.{digits}f} [{m['low']:.{digits}f}, {m['high']:.{digits}f}]")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    for name in ("truncated", "no_answer", "problems", "samples"):
+    for name in next(iter(summaries.values()))["metrics"]:
+        if all(name in s["metrics"] for s in summaries.values()):
+            cells = [cell(s["metrics"][name], 1 if name == "tokens" else 3) for s in summaries.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name in COUNTS:
         cells = [s[name] for s in summaries.values()]
-        cells = ["–" if c is None else str(c) if isinstance(c, int) else f"{c:.3f}" for c in cells]
+        digits = 1 if name.endswith("tokens") else 3
+        cells = [str(c) if isinstance(c, int) else f"{c:.{digits}f}" for c in cells]
         lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -253,61 +310,96 @@ def markdown_table(summaries: dict[str, dict]) -> str:
 # ---------------------------------------------------------------------------------------------- comparison
 
 
-def compare(args) -> None:
-    """Table, differences to the first run and figures, from records alone."""
-    records, settings = {}, {}
-    for run in args.compare:
-        if not (run / "records.jsonl").exists():
-            fail(f"--compare {run}: no records.jsonl there; it must be the folder of an evaluation")
-        records[run.name] = load_records(run)
-        settings[run.name] = json.loads((run / "config.json").read_text())["settings"]
-    if len(records) < len(args.compare):
-        fail("--compare: two runs have the same folder name")
-    for setting in ("dataset", "split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes"):
+def compare(args, runs: list[Path]) -> None:
+    """Tables, paired differences and figures from records alone; one section a data set, and a table of all."""
+    of_dataset: dict[str, dict[str, list[dict]]] = {}
+    settings = {}
+    for run in runs:
+        if not (run / "records.jsonl").exists() or not (run / "config.json").exists():
+            fail(f"--compare {run}: no records.jsonl and config.json there; it must be the folder of an evaluation")
+        settings[run] = json.loads((run / "config.json").read_text())["settings"]
+        dataset, name = settings[run]["dataset"], run.name
+        if len(runs) > len({r.name for r in runs}):
+            name = str(run)
+        of_dataset.setdefault(dataset, {})[name] = load_records(run)
+    for setting in ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes"):
         if len({str(of[setting]) for of in settings.values()}) > 1:
             print(f"warning: the runs differ in --{setting.replace('_', '-')}")
-    shared = set.intersection(*({(r["id"], r["problem"]) for r in rows} for rows in records.values()))
-    if not shared:
-        fail("--compare: the runs have no problem in common")
-    records = {
-        name: sorted((r for r in rows if (r["id"], r["problem"]) in shared), key=lambda r: r["id"])
-        for name, rows in records.items()
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    summaries = {
-        name: summarise(rows, args.k, args.budgets, settings[name]["max_tokens"]) for name, rows in records.items()
-    }
-    table = markdown_table(summaries)
+    top = max(of["max_tokens"] for of in settings.values())
+    text, summary, figures = "", {}, []
+    for dataset, records in of_dataset.items():
+        shared = set.intersection(*({(r["id"], r["problem"]) for r in rows} for rows in records.values()))
+        if not shared:
+            fail(f"--compare: the runs on {dataset} have no problem in common")
+        for rows in records.values():
+            rows[:] = sorted((r for r in rows if (r["id"], r["problem"]) in shared), key=lambda r: r["id"])
+        heading = "" if len(of_dataset) == 1 else f"## {dataset}\n\n"
+        part, summary[dataset] = compare_on_one(args, records)
+        text += heading + part + "\n"
+        stem = "" if len(of_dataset) == 1 else label("", dataset).strip("-") + "-"
+        args.out.mkdir(parents=True, exist_ok=True)
+        figures += [draw_anytime(args, records, top, stem), draw_efficiency(args, records, stem)]
+    if len(of_dataset) > 1:
+        models = {run: label(settings[run]["model"], "").strip("-") for run in runs}
+        text = table_of_datasets(args, runs, models, settings) + "\n" + text
+    common.write_json(args.out / "summary.json", summary)
+    common.write_text(args.out / "summary.md", text)
+    print(text)
+    print(f"table: {args.out / 'summary.md'}   figures: {', '.join(str(path) for path in figures if path)}")
+
+
+def compare_on_one(args, records: dict[str, list[dict]]) -> tuple[str, dict]:
+    """(Markdown, summary) of runs on the same problems; differences are to the first run."""
+    summaries = {name: summarise(args, rows) for name, rows in records.items()}
+    text = markdown_table(summaries)
     base, *others = records
-    if others:
-        table += f"\nDifference to {base} on the same {len(shared)} problems:\n\n"
-        values = {name: per_problem(rows, args.k, args.budgets) for name, rows in records.items()}
-        lines = ["| | " + " | ".join(others) + " |", "|---|" + "---|" * len(others)]
+    values = {name: per_problem(args, rows) for name, rows in records.items()}
+    differences: dict[str, dict] = {name: {} for name in others}
+    for name in others:
         for metric in values[base]:
-            cells = []
-            for name in others:
-                if metric not in values[name]:
-                    cells.append("–")
-                    continue
-                mean, low, high = common.bootstrap_interval(
-                    np.array(values[name][metric]) - np.array(values[base][metric])
-                )
-                cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-            lines.append(f"| {metric} | " + " | ".join(cells) + " |")
-        table += "\n".join(lines) + "\n"
-    curves = {name: efficiency(rows) for name, rows in records.items()}
+            if metric in values[name]:
+                gap = np.array(values[name][metric]) - np.array(values[base][metric])
+                mean, low, high = common.bootstrap_interval(gap)
+                differences[name][metric] = {"mean": mean, "low": low, "high": high}
+    if others:
+        text += f"\nDifference to {base} on the same {len(records[base])} problems:\n\n"
+        text += "| | " + " | ".join(others) + " |\n|---|" + "---|" * len(others) + "\n"
+        for metric in values[base]:
+            digits = 1 if metric == "tokens" else 3
+            cells = [cell(differences[n][metric], digits, "+") if metric in differences[n] else "–" for n in others]
+            text += f"| {metric} | " + " | ".join(cells) + " |\n"
+    curves = {name: efficiency(args, rows) for name, rows in records.items()}
     ratios = {name: {m: token_ratio(curves[base], curves[name], m) for m in curves[base].scores} for name in others}
     for name, of in ratios.items():
         for metric, r in of.items():
-            table += (
+            text += (
                 f"\nFor {metric} = {r['at']:.3f} {base} needs {r['ratio']:.2f} times the tokens of {name} "
                 f"[{r['low']:.2f}, {r['high']:.2f}].\n"
             )
-    common.write_json(args.out / "summary.json", {"runs": summaries, "token_ratio_to_first": ratios})
-    common.write_text(args.out / "summary.md", table)
-    print(table)
-    drawn = [draw_anytime(args, records, settings), draw_efficiency(args, curves)]
-    print(f"table: {args.out / 'summary.md'}   figures: {', '.join(str(path) for path in drawn if path)}")
+    return text, {"runs": summaries, "difference_to_first": differences, "token_ratio_to_first": ratios}
+
+
+def table_of_datasets(args, runs: list[Path], models: dict[Path, str], settings: dict[Path, dict]) -> str:
+    """pass@1 of every model on every data set and the average over data sets, as in Table 1. The average's interval
+    comes from independent bootstraps of the data sets."""
+    datasets = list(dict.fromkeys(of["dataset"] for of in settings.values()))
+    lines = ["| pass@1 | " + " | ".join(datasets) + " | average |", "|---|" + "---|" * (len(datasets) + 1)]
+    for model in dict.fromkeys(models.values()):
+        mine = {settings[run]["dataset"]: load_records(run) for run in runs if models[run] == model}
+        values = {d: [np.mean([s["right"] for s in r["samples"]]) for r in rows] for d, rows in mine.items()}
+        cells = []
+        for dataset in datasets:
+            mean, low, high = common.bootstrap_interval(values[dataset]) if dataset in values else [float("nan")] * 3
+            cells.append(cell({"mean": mean, "low": low, "high": high}) if dataset in values else "–")
+        if len(values) == len(datasets):
+            rng = np.random.default_rng(0)
+            draws = [np.array(v)[rng.integers(len(v), size=(2000, len(v)))].mean(1) for v in values.values()]
+            low, high = np.quantile(np.mean(draws, 0), [0.025, 0.975])
+            cells.append(cell({"mean": np.mean([np.mean(v) for v in values.values()]), "low": low, "high": high}))
+        else:
+            cells.append("–")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def band(axis, x, rows: np.ndarray, label: str, style: str = "-", color=None) -> None:
@@ -318,14 +410,13 @@ def band(axis, x, rows: np.ndarray, label: str, style: str = "-", color=None) ->
     axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def draw_anytime(args, records: dict[str, list[dict]], settings: dict[str, dict]) -> Path | None:
+def draw_anytime(args, records: dict[str, list[dict]], top: int, stem: str) -> Path | None:
     """Accuracy of an answer forced within each budget (the area above it is the regret), and the normalised regret.
     None where the records hold no forced answers."""
     if not all(s["J"] for rows in records.values() for r in rows for s in r["samples"]):
         return None
     plt = common.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    top = max(s["max_tokens"] for s in settings.values())
     grid = np.linspace(top / 32, top, 32)
     for name, rows in records.items():
         forced = [[np.mean([accuracy_at(s, x) for s in r["samples"]]) for x in grid] for r in rows]
@@ -337,7 +428,7 @@ def draw_anytime(args, records: dict[str, list[dict]], settings: dict[str, dict]
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    return common.save_figure(figure, args.out / "anytime.png")
+    return common.save_figure(figure, args.out / f"{stem}anytime.png")
 
 
 @dataclass
@@ -348,11 +439,11 @@ class Efficiency:
     scores: dict[str, np.ndarray]  # "pass@k", "maj@k"
 
 
-def efficiency(rows: list[dict]) -> Efficiency:
-    ks = range(1, min(len(r["samples"]) for r in rows) + 1)
-    right = [(len(r["samples"]), int(sum(s["right"] for s in r["samples"]))) for r in rows]
-    passed = np.array([[common.pass_at_k(n, c, k) for k in ks] for n, c in right])
-    voted = np.array([[majority(r, k) for k in ks] for r in rows])
+def efficiency(args, rows: list[dict]) -> Efficiency:
+    n = min(len(r["samples"]) for r in rows)
+    ks = sorted({k for i in range(n.bit_length()) for k in (2**i, 3 * 2**i) if k <= n} | {n})
+    passed = np.array([[pass_at_k(r, k) for k in ks] for r in rows])
+    voted = np.array([[maj_at_k(r, k, args.vote) for k in ks] for r in rows])
     tokens = np.outer([np.mean([s["tokens"] for s in r["samples"]]) for r in rows], ks)
     return Efficiency(tokens, {"pass@k": passed, "maj@k": voted})
 
@@ -385,11 +476,12 @@ def token_ratio(base: Efficiency, other: Efficiency, metric: str, draws: int = 1
     return {"at": float(target), "ratio": value, "low": float(low), "high": float(high)}
 
 
-def draw_efficiency(args, curves: dict[str, Efficiency]) -> Path:
+def draw_efficiency(args, records: dict[str, list[dict]], stem: str) -> Path:
     """pass@k and maj@k against the tokens of k samples (Figures 7 and 8)."""
     plt = common.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True, sharey=True)
-    for name, curve in curves.items():
+    for name, rows in records.items():
+        curve = efficiency(args, rows)
         for axis, scores in zip(axes, curve.scores.values()):
             band(axis, curve.tokens.mean(0), scores, name, ".-")
     for axis, title in zip(axes, ("pass@k", "maj@k")):
@@ -399,7 +491,7 @@ def draw_efficiency(args, curves: dict[str, Efficiency]) -> Path:
         axis.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    return common.save_figure(figure, args.out / "efficiency.png")
+    return common.save_figure(figure, args.out / f"{stem}efficiency.png")
 
 
 if __name__ == "__main__":

@@ -218,10 +218,16 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path, start, execute, st
     assert_same_training(run, straight_training)
 
 
-def test_resuming_a_finished_training_changes_nothing(tmp_path, execute, straight_training):
-    shutil.copytree(straight_training, tmp_path / "run")
+@pytest.mark.parametrize("missing", ["nothing", "model"])
+def test_resuming_a_finished_training_changes_nothing(tmp_path, execute, straight_training, missing):
+    """Also where it was killed after its last checkpoint and before the model was written."""
+    run = tmp_path / "run"
+    shutil.copytree(straight_training, run)
+    if missing == "model":
+        shutil.rmtree(run / "model")
+        (run / "summary.json").unlink()
     succeeded(execute(tmp_path, "rl_mrt.py", *SMALL, "--out", "run", "--resume"))
-    assert_same_training(tmp_path / "run", straight_training)
+    assert_same_training(run, straight_training)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
