@@ -119,7 +119,7 @@ NOT_ANSWERS = ("proof", "notfound", "not found", "see solution", "n/a", "none", 
 
 
 def load_problems(dataset: str, split: str, limit: int | None = None) -> list[dict]:
-    """`[{problem, answer, id}]` from `tiny`, `tiny:30` (only that difficulty), a .jsonl file or a Hub data set.
+    """`[{problem, answer, id}]` from `tiny`, `tiny:30` (only that difficulty), a .jsonl file or the Hub.
 
     `answer` is the bare gold answer: what follows GSM8K's `####`, or a solution's last box. A row of a file whose
     answer cannot be graded ends the run and is named; rows of a Hub set (NuminaMath has proofs) are left out, counted.
@@ -137,21 +137,14 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[di
     if from_file:
         rows = read_jsonl(Path(dataset))
     else:
-        try:
-            import datasets
-
-            rows = datasets.load_dataset(dataset, split=split)
-        except Exception as error:
-            fail(
-                f"--dataset {dataset}: neither a file nor a data set the Hub gives (split {split}): {first_line(error)}"
-            )
-    columns = list(rows[0]) if from_file else rows.column_names
-    problem_column = next((c for c in PROBLEM_COLUMNS if c in columns), None)
-    answer_column = next((c for c in ANSWER_COLUMNS if c in columns), None)
+        rows = load_from_hub(dataset, split)
+    columns = {c.lower(): c for c in (rows[0] if from_file else rows.column_names)}
+    problem_column = next((columns[c] for c in PROBLEM_COLUMNS if c in columns), None)
+    answer_column = next((columns[c] for c in ANSWER_COLUMNS if c in columns), None)
     if problem_column is None or answer_column is None:
         fail(
             f"--dataset {dataset}: needs one column of {'|'.join(PROBLEM_COLUMNS)} and one of "
-            f"{'|'.join(ANSWER_COLUMNS)}; found {', '.join(columns)}"
+            f"{'|'.join(ANSWER_COLUMNS)}; found {', '.join(columns.values())}"
         )
     problems, skipped = [], 0
     for number, row in enumerate(rows, 1):
@@ -160,7 +153,7 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[di
         try:
             if not isinstance(row.get(problem_column), str) or not row[problem_column].strip():
                 raise ValueError(f"column {problem_column} holds no text")
-            gold = gold_answer(str(row.get(answer_column, "")), is_solution=answer_column == "solution")
+            gold = gold_answer(str(row.get(answer_column, "")), is_solution=answer_column.lower() == "solution")
         except ValueError as error:
             if from_file:
                 fail(f"{dataset}, row {number}: {error}")
@@ -175,6 +168,20 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[di
         for number, problem in enumerate(problems):
             problem["id"] = f"{problem['id']}-{number}"
     return problems
+
+
+def load_from_hub(dataset: str, split: str):
+    """The rows of `owner/name` or `owner/name:subset`; a data set with one split is taken whatever that is called."""
+    import datasets
+
+    name, _, subset = dataset.partition(":")
+    try:
+        splits = datasets.load_dataset(name, subset or None)
+    except Exception as error:
+        fail(f"--dataset {dataset}: neither a file nor a data set that the Hub gives: {first_line(error)}")
+    if split not in splits and len(splits) > 1:
+        fail(f"--dataset {dataset}: has no split {split}; it has {', '.join(splits)}")
+    return splits[split] if split in splits else next(iter(splits.values()))
 
 
 def is_tiny_dataset(dataset: str) -> bool:

@@ -28,7 +28,7 @@ from common import ForcedAnswers, Sampler, Trace, fail
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
     "dataset": ("tiny", "HuggingFaceH4/aime_2024", "Table 1"),
-    "split": ("test", "train", "the only one of that set"),
+    "split": ("test", "test", "a set with one split is taken whatever it is called"),
     "num_samples": (8, 20, "Table 1"),
     "max_tokens": (256, 16384, "Table 1"),
     "temperature": (1.0, 0.6, "Appendix F"),
