@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -43,6 +44,7 @@ from transformers.utils import logging as transformers_logging
 from grading import check_gold, extract_answer, grade, grade_all, group_answers  # noqa: F401  also for scripts
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed is said in one line by us
 if platform.system() == "Linux" and not torch.cuda.is_available():
     with contextlib.suppress(Exception):  # glibc: keep freed tensors mapped; page faults cost a third of a CPU step
         ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -71,7 +73,7 @@ def read_jsonl(path: Path) -> list[dict]:
     if not path.is_file():
         fail(f"{path}: no such file")
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -79,6 +81,8 @@ def read_jsonl(path: Path) -> list[dict]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 fail(f"{path}, line {number}: not JSON ({error.msg})")
+            except UnicodeDecodeError as error:
+                fail(f"{path}, line {number}: not UTF-8 ({error.reason})")
             if not isinstance(row, dict):
                 fail(f"{path}, line {number}: expected an object, found {type(row).__name__}")
             rows.append(row)
@@ -89,8 +93,8 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def whole_lines(path: Path) -> list[str]:
     """The lines of a file that end with a newline; a crash can only have cut the last."""
-    with path.open(encoding="utf-8", newline="\n") as lines:  # not splitlines(): text may hold U+2028 and the like
-        return [line for line in lines if line.endswith("\n")]
+    with path.open("rb") as lines:  # bytes: the cut may be within a character, and text may hold U+2028 and the like
+        return [line.decode() for line in lines if line.endswith(b"\n")]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -128,7 +132,10 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[di
         import tiny
 
         try:
-            levels = tuple(int(n) for n in dataset[5:].split(",") if n) or tiny.LEVELS
+            numbers = [n for n in dataset[5:].split(",") if n]
+            levels = (
+                tuple(dict.fromkeys(int(n) if n.isdecimal() else 0 for n in numbers)) or tiny.LEVELS
+            )  # 0 is refused there
             rows = tiny.problems(split, levels)
         except ValueError as error:
             fail(str(error))
@@ -219,7 +226,10 @@ def resolve_model(model: str) -> str:
 def is_tiny(model: str) -> bool:
     """The embedded model, or one trained from it: `build_model` of tiny.py marks its configuration."""
     config = Path(resolve_model(model)) / "config.json"
-    return config.is_file() and "embedded_reasoner" in json.loads(config.read_text())
+    try:
+        return config.is_file() and "embedded_reasoner" in json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        fail(f"--model {model}: its config.json is not JSON")
 
 
 def load_tokenizer(model: str):
@@ -1093,20 +1103,26 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     known, _ = parser.parse_known_args(argv)
     if known.config:
         try:
-            settings = yaml.safe_load(known.config.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            settings = yaml.safe_load(known.config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             fail(f"--config {known.config}: {first_line(error)}")
         if not isinstance(settings, dict):
             fail(f"--config {known.config}: expected lines of `flag: value`")
         from_file = []
         for key, value in settings.items():
-            action = actions.get(key.replace("-", "_"))
+            name = str(key).replace("_", "-")
+            action = actions.get(name.replace("-", "_"))
             if action is None:
-                fail(f"--config {known.config}: no such flag --{key.replace('_', '-')}")
+                fail(f"--config {known.config}: no such flag --{name}")
             if action.nargs == 0 and not isinstance(value, bool):
                 fail(f"--config {known.config}: {key} is true or false, found {value!r}")
-            if value is not None and value is not False:  # as flags before the others they go through the same checks
-                from_file += [action.option_strings[-1], *([] if value is True else [str(value)])]
+            # As flags before the others they go through the same checks.
+            if action.nargs == 0:
+                from_file += [f"--{name}"] * value
+            elif action.nargs == "+" and isinstance(value, list):
+                from_file += [f"--{name}", *map(str, value)]
+            elif value is not None:
+                from_file.append(f"--{name}={value}")
         argv = from_file + (sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     for name, (small, large, _) in defaults.items():
@@ -1115,29 +1131,54 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     return args
 
 
-def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
-    """Creates the folder of a run and its `config.json`, or checks that the one there may be continued."""
+def settings_of(run: Path) -> dict | None:
+    """The settings of the run in a folder; None if there is none (a model's folder has a config.json, too)."""
+    try:
+        settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def lasting(config: dict) -> dict:
+    """The settings that a run shares with what continues it, as JSON holds them."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-    same = {k: v for k, v in settings.items() if k not in ("resume", "overwrite", "config", "out")}
-    file = out / "config.json"
-    if out.exists() and any(out.iterdir()):
-        earlier = json.loads(file.read_text()).get("settings") if file.exists() else None
-        if earlier is None:
-            fail(f"--out {out}: holds something that is not a run of this program; name another folder")
-        if overwrite:
-            shutil.rmtree(out)
-        elif not resume:
-            fail(f"--out {out}: holds a run already; add --resume to continue it or --overwrite to discard it")
-        else:
-            changed = [k for k in same if same[k] != earlier.get(k)]
-            if changed:
-                was = ", ".join(f"--{k.replace('_', '-')} {earlier.get(k)} (now {same[k]})" for k in changed)
-                fail(f"--out {out}: the run there has other settings: {was}")
-            for lines in out.glob("*.jsonl"):  # a crash may have cut the last line
-                write_text(lines, "".join(whole_lines(lines)))
-            return out
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"settings": same, "versions": versions(), "device": device_name(), "command": sys.argv})
+    return {k: v for k, v in settings.items() if k not in ("resume", "overwrite", "config", "out")}
+
+
+def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
+    """Ends the program if the run may not be written to `out`; is there one to continue? Changes nothing."""
+    if out.exists() and not out.is_dir():
+        fail(f"--out {out}: is not a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    earlier, now = settings_of(out), lasting(config)
+    if earlier is None:
+        fail(f"--out {out}: holds something that is not a run of this program; name another folder")
+    if overwrite and set(earlier) != set(now):  # such as the training run that holds the model to evaluate
+        fail(f"--out {out}: holds a run of another script or version; name another folder or delete it yourself")
+    if overwrite:
+        return False
+    if not resume:
+        fail(f"--out {out}: holds a run already; add --resume to continue it or --overwrite to discard it")
+    changed = [k for k in now if now[k] != earlier.get(k)]
+    if changed:
+        was = ", ".join(f"--{k.replace('_', '-')} {earlier.get(k)} (now {now[k]})" for k in changed)
+        fail(f"--out {out}: the run there has other settings: {was}")
+    return True
+
+
+def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
+    """Creates the folder of a run and its `config.json`, or makes the one there ready to be continued."""
+    if check_out(out, config, resume, overwrite):
+        for lines in out.glob("*.jsonl"):  # a crash may have cut the last line
+            write_text(lines, "".join(whole_lines(lines)))
+        return out
+    if out.exists():
+        shutil.rmtree(out)  # empty, or the run to overwrite
+    out.mkdir(parents=True)
+    about = {"versions": versions(), "device": device_name(), "command": sys.argv}
+    write_json(out / "config.json", {"settings": lasting(config), **about})
     return out
 
 

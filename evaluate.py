@@ -12,6 +12,7 @@ are paired on the same problems.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import time
@@ -94,16 +95,26 @@ def main() -> None:
     if args.compare:
         compare(args, args.compare)
         return
-    datasets = {name: common.load_problems(name, args.split, args.limit) for name in args.dataset.split(",")}
-    pairs = [(model, dataset) for model in args.model.split(",") for dataset in datasets]
-    runs = []
+    pairs = [(model, dataset) for model in args.model.split(",") for dataset in args.dataset.split(",")]
+    todo = []
     for model, dataset in pairs:
         one = copy.copy(args)
         one.model, one.dataset = model, dataset
         one.out = args.out if len(pairs) == 1 else args.out / label(model, dataset)
-        runs.append(evaluate(one, datasets[dataset]))
+        todo.append(one)
+    for one in todo:  # what can be refused at once is, before anything large is fetched
+        common.check_out(one.out, lasting_settings(one), one.resume, one.overwrite)
+        common.load_tokenizer(one.model)
+    datasets = {one.dataset: common.load_problems(one.dataset, one.split, one.limit) for one in todo}
+    runs = [evaluate(one, datasets[one.dataset]) for one in todo]
     if len(runs) > 1:
         compare(args, runs)
+
+
+def lasting_settings(args) -> dict:
+    """Without those that may differ when a run is continued."""
+    volatile = ("config", "batch_problems", "metric", "k", "budgets", "num_samples", "compare", "limit", "vote")
+    return {k: v for k, v in vars(args).items() if k not in volatile}
 
 
 def evaluate(args, problems: list[dict]) -> Path:
@@ -115,9 +126,7 @@ def evaluate(args, problems: list[dict]) -> Path:
     phrase = len(common.encode(tokenizer, "\n\n" + common.STOP_PHRASE))
     room = args.max_tokens + phrase + args.answer_tokens
     common.check_lengths(problems, prompts, room, common.context_length(model))
-    volatile = ("config", "batch_problems", "metric", "k", "budgets", "num_samples", "compare", "limit", "vote")
-    settings = {k: v for k, v in vars(args).items() if k not in volatile}
-    run = common.open_run(args.out, settings, args.resume, args.overwrite)
+    run = common.open_run(args.out, lasting_settings(args), args.resume, args.overwrite)
     sample(args, run, Sampler(model, tokenizer, dtype), problems, prompts)
     by_id = {r["id"]: r for r in load_records(run)}
     records = [by_id[p["id"]] for p in problems]
@@ -315,13 +324,15 @@ def compare(args, runs: list[Path]) -> None:
     of_dataset: dict[str, dict[str, list[dict]]] = {}
     settings = {}
     for run in runs:
-        if not (run / "records.jsonl").exists() or not (run / "config.json").exists():
-            fail(f"--compare {run}: no records.jsonl and config.json there; it must be the folder of an evaluation")
-        settings[run] = json.loads((run / "config.json").read_text())["settings"]
+        settings[run], rows = common.settings_of(run), []
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            rows = load_records(run)
+        if not rows or "top_p" not in (settings[run] or {}):
+            fail(f"--compare {run}: no records.jsonl and config.json of an evaluation there")
         dataset, name = settings[run]["dataset"], run.name
         if len(runs) > len({r.name for r in runs}):
             name = str(run)
-        of_dataset.setdefault(dataset, {})[name] = load_records(run)
+        of_dataset.setdefault(dataset, {})[name] = rows
     for setting in ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes"):
         if len({str(of[setting]) for of in settings.values()}) > 1:
             print(f"warning: the runs differ in --{setting.replace('_', '-')}")

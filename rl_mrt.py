@@ -120,11 +120,13 @@ def flags(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     args = flags()
+    settings = {k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "keep")}
+    common.check_out(args.out, settings, args.resume, args.overwrite)
+    tokenizer = common.load_tokenizer(args.model)  # small: a wrong --model is told before a data set is fetched
     problems = common.load_problems(args.dataset, args.split, args.limit)
     validation = []
     if args.eval_every and (args.eval_dataset or common.is_tiny_dataset(args.dataset)):
         validation = common.load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems)
-    tokenizer = common.load_tokenizer(args.model)
     prompts = {p["id"]: common.prompt_ids(tokenizer, p["problem"]) for p in problems}
     if not common.thinks(tokenizer):
         print(
@@ -134,7 +136,8 @@ def main() -> None:
     phrase = len(common.encode(tokenizer, "\n\n" + common.STOP_PHRASE + common.ANSWER_CUE))
     room = args.max_tokens + phrase + args.answer_tokens
     common.check_lengths(problems, list(prompts.values()), room, common.context_length(model))
-    settings = {k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "keep")}
+    to_validate = [common.prompt_ids(tokenizer, p["problem"]) for p in validation]
+    common.check_lengths(validation, to_validate, room, common.context_length(model))
     run = common.open_run(args.out, settings, args.resume, args.overwrite)
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
@@ -416,7 +419,7 @@ def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict
     began, tokens_then = time.time() - state["seconds"], sampler.sampled_tokens
     if validation and state["step"] == 0:
         validate(args, run, sampler, validation, 0)
-    started_here = time.time()
+    started_here, first_step = time.time(), state["step"]
     while state["step"] < steps and sampler.sampled_tokens < (args.max_sampled_tokens or math.inf):
         step, clock = state["step"], time.time()
         done = sampler.sampled_tokens / args.max_sampled_tokens if args.max_sampled_tokens else step / steps
@@ -469,7 +472,7 @@ def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict
         if state["step"] % args.checkpoint_every == 0:
             save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
             draw_run(run)
-    if validation and state["step"] % args.eval_every:
+    if validation and state["step"] > first_step and state["step"] % args.eval_every:
         validate(args, run, sampler, validation, state["step"])
     save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
     draw_run(run)
