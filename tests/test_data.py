@@ -36,7 +36,15 @@ def test_ids_are_kept_or_made_and_are_unique(tmp_path):
     assert len(common.load_problems(write(tmp_path / "e.jsonl", rows), "train", limit=1)) == 1
 
 
-SIZES = {"aime2024": 30, "aime2025": 30, "amc2023": 40, "math500": 500, "gsm8k": 1319}
+SIZES = {
+    "aime2024": 30,
+    "aime2025": 30,
+    "amc2023": 40,
+    "math500": 500,
+    "gsm8k": 1319,
+    "minerva_math": 272,
+    "olympiadbench": 675,
+}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real benchmarks are not here")

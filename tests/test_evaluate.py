@@ -1,0 +1,123 @@
+"""The numbers of evaluate.py from records made by hand, and the real benchmarks' scale."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+import evaluate
+from evaluate import Efficiency, token_ratio, tokens_for
+
+
+def options(*flags):
+    return evaluate.flags(list(flags))
+
+
+def record(i, answers, gold="7", tokens=100, logprobs=None):
+    samples = [
+        {
+            "answer": a,
+            "right": float(a == gold),
+            "verdict": "none" if a is None else "right" if a == gold else "wrong",
+            "finish": "stop" if a is not None else "length",
+            "tokens": tokens,
+            "thought_tokens": tokens - 5,
+            "mean_logprob": logprobs[s] if logprobs else -0.5,
+            "boundaries": [],
+            "J": [],
+            "answer_tokens": [],
+        }
+        for s, a in enumerate(answers)
+    ]
+    return {"id": str(i), "problem": f"p{i}", "answer": gold, "samples": samples}
+
+
+def test_each_metric_of_a_problem_by_hand():
+    args = options("--num-samples", "4", "--k", "1,2,4")
+    values = evaluate.per_problem(args, [record(0, ["7", "7.0", "3", None]), record(1, ["3", "3", None, None])])
+    assert values["pass@1"] == [0.25, 0.0]
+    assert values["pass@2"] == [0.5, 0.0] and values["pass@4"] == [1.0, 0.0]
+    # {7, 7.0} and 3 and none: pairs 77 7 3 -> ties; by hand over the 6 pairs: 1, ½, 1, ½, 1, 0
+    assert values["maj@2"][0] == pytest.approx((1 + 0.5 + 1 + 0.5 + 1 + 0) / 6)
+    assert values["maj@4"] == [1.0, 0.0]
+
+
+def test_likelihood_votes_weigh_two_to_the_mean_log_prob():
+    row = record(0, ["7", "3", "3"], logprobs=[-0.1, -2.0, -2.5])
+    assert evaluate.maj_at_k(row, 3, "plain") == 0.0
+    assert 2**-0.1 > 2**-2.0 + 2**-2.5
+    assert evaluate.maj_at_k(row, 3, "likelihood") == 1.0
+
+
+def test_tokens_for_a_score_lie_on_the_line_between_two_points():
+    tokens, scores = np.array([100.0, 200.0, 400.0]), np.array([0.5, 0.7, 0.8])
+    assert tokens_for(0.6, tokens, scores) == pytest.approx(150)
+    assert tokens_for(0.75, tokens, scores) == pytest.approx(300)
+    assert tokens_for(0.4, tokens, scores) == 100 and np.isnan(tokens_for(0.9, tokens, scores))
+
+
+def test_token_ratio_is_two_where_a_model_needs_half_of_the_tokens():
+    rng = np.random.default_rng(0)
+    scores = np.sort(rng.random((50, 4)), axis=1)
+    slow = Efficiency(np.tile([200.0, 400, 600, 800], (50, 1)), {"maj@k": scores})
+    fast = Efficiency(slow.tokens / 2, {"maj@k": scores})
+    ratio = token_ratio(slow, fast, "maj@k", draws=50)
+    assert ratio["ratio"] == pytest.approx(2) and ratio["low"] == pytest.approx(2) == pytest.approx(ratio["high"])
+
+
+def test_more_k_than_samples_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        options("--num-samples", "4", "--k", "8")
+    assert stop.value.code == 2 and "--k 8" in capsys.readouterr().err
+
+
+def write_run(folder, dataset, model, rows, **settings):
+    folder.mkdir(parents=True)
+    base = {"dataset": dataset, "model": model, "split": "test", "max_tokens": 256, "temperature": 1.0, "top_p": 1.0}
+    base |= {"forced_answers": 4, "max_episodes": 32, **settings}
+    (folder / "config.json").write_text(json.dumps({"settings": base}))
+    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def test_compare_pairs_problems_and_makes_one_table_of_several_data_sets(tmp_path, capsys):
+    right, half = ["7", "7"], ["7", "3"]
+    a = write_run(tmp_path / "a-x", "x.jsonl", "runs/a/model", [record(i, half) for i in range(6)])
+    b = write_run(tmp_path / "b-x", "x.jsonl", "runs/b/model", [record(i, right) for i in range(2, 8)])
+    c = write_run(tmp_path / "a-y", "y.jsonl", "runs/a/model", [record(i, half) for i in range(4)])
+    d = write_run(tmp_path / "b-y", "y.jsonl", "runs/b/model", [record(i, half) for i in range(4)])
+    args = options("--compare", str(a), str(b), str(c), str(d), "--out", str(tmp_path / "out"))
+    evaluate.compare(args, args.compare)
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "| a | 0.500 [0.500, 0.500] | 0.500 [0.500, 0.500] | 0.500 [0.500, 0.500] |" in text
+    assert "| b | 1.000 [1.000, 1.000] | 0.500 [0.500, 0.500] | 0.750 [0.750, 0.750] |" in text
+    assert "on the same 4 problems" in text  # 2 … 5 of x.jsonl are in both
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["x.jsonl"]["difference_to_first"]["b-x"]["pass@1"]["mean"] == 0.5
+
+
+def test_problems_with_one_id_and_different_texts_are_not_paired(tmp_path, capsys):
+    other = [{**record(i, ["7", "7"]), "problem": "something else"} for i in range(4)]
+    a = write_run(tmp_path / "a", "x", "a", [record(i, ["7", "3"]) for i in range(4)])
+    b = write_run(tmp_path / "b", "x", "b", other)
+    args = options("--compare", str(a), str(b), "--out", str(tmp_path / "out"))
+    with pytest.raises(SystemExit):
+        evaluate.compare(args, args.compare)
+    assert "no problem in common" in capsys.readouterr().err
+
+
+def test_five_hundred_problems_with_64_samples_are_scored_in_seconds():
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(500):
+        p = rng.beta(0.7, 0.7)
+        drawn = [
+            "7" if rng.random() < p else None if rng.random() < 0.1 else str(rng.zipf(1.6) + 10) for _ in range(64)
+        ]
+        rows.append(record(i, drawn))
+    args = options("--num-samples", "64", "--metric", "all")
+    began = time.perf_counter()
+    summary = evaluate.summarise(args, rows)
+    assert time.perf_counter() - began < 60
+    assert summary["metrics"]["maj@64"]["mean"] > summary["metrics"]["pass@1"]["mean"]
