@@ -1,24 +1,32 @@
 # Thin: a virtual environment, then the commands of the README.
 PYTHON ?= python3
+PY = .venv/bin/python
 DEMO = runs/demo
+BUDGET = --max-sampled-tokens 400000
+EVAL = $(PY) evaluate.py --num-samples 4 --overwrite
 
 .PHONY: demo test
 
 .venv/ready: requirements-cpu.txt
-	@echo "setting up .venv (torch, transformers and the rest: a minute or two)"
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/pip install --progress-bar off -r requirements-cpu.txt
+	@echo "setting up .venv: torch, transformers and the rest, a minute or two"
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --progress-bar off -r requirements-cpu.txt
 	touch .venv/ready
 
 demo: .venv/ready
-	.venv/bin/python rl_mrt.py --bonus 0 --max-sampled-tokens 600000 --out $(DEMO)/grpo --overwrite
-	.venv/bin/python rl_mrt.py --bonus 1 --variant online --progress likelihood --max-sampled-tokens 600000 --out $(DEMO)/mrt --overwrite
-	.venv/bin/python evaluate.py --limit 240 --out $(DEMO)/eval/base --overwrite
-	.venv/bin/python evaluate.py --limit 240 --model $(DEMO)/grpo/model --out $(DEMO)/eval/GRPO --overwrite
-	.venv/bin/python evaluate.py --limit 240 --model $(DEMO)/mrt/model --out $(DEMO)/eval/MRT --overwrite
-	.venv/bin/python evaluate.py --compare $(DEMO)/eval/base $(DEMO)/eval/GRPO $(DEMO)/eval/MRT --out $(DEMO)/compare
-	@echo "Look at $(DEMO)/compare: summary.md (the table), anytime.png (accuracy and regret against the token budget),"
-	@echo "efficiency.png (pass@k and maj@k against tokens). The runs themselves: $(DEMO)/grpo, $(DEMO)/mrt (progress.png)."
+	@echo "== 1 of 3: training with the outcome reward alone (GRPO), then with MRT, on the same number of sampled tokens"
+	$(PY) rl_mrt.py --bonus 0 $(BUDGET) --out $(DEMO)/grpo --overwrite
+	$(PY) rl_mrt.py --bonus 1 $(BUDGET) --out $(DEMO)/mrt --overwrite
+	@echo "== 2 of 3: base, GRPO and MRT on test problems, with forced answers at every episode"
+	$(EVAL) --out $(DEMO)/eval/base
+	$(EVAL) --model $(DEMO)/grpo/model --out $(DEMO)/eval/GRPO
+	$(EVAL) --model $(DEMO)/mrt/model --out $(DEMO)/eval/MRT
+	@echo "== 3 of 3: the comparison"
+	$(PY) evaluate.py --compare $(DEMO)/eval/base $(DEMO)/eval/GRPO $(DEMO)/eval/MRT --out $(DEMO)/compare
+	@echo "The table above is in $(DEMO)/compare/summary.md. Look at anytime.png there (accuracy of answers forced within a"
+	@echo "token budget, and the regret) and at efficiency.png (pass@k and maj@k against tokens). The training runs are"
+	@echo "$(DEMO)/grpo and $(DEMO)/mrt: progress.png, and records.jsonl with every trace. One seed and few tokens: the"
+	@echo "README says what several seeds show."
 
 test: .venv/ready
-	.venv/bin/python -m pytest -q tests
+	$(PY) -m pytest -q tests

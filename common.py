@@ -361,7 +361,7 @@ class Sampler:
         self.sampled_tokens = 0  # drawn
         self.computed_tokens = 0  # run through the model: prompts (shared parts once) and drawn tokens
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self,
         prompts: list[list[int]],
@@ -728,7 +728,7 @@ def success_rates(sampler: Sampler, traces: list[Trace], how: ForcedAnswers, see
         trace.answer_tokens = [0.0 if p in answered else lengths[prompts[p]] for p in places]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sequence_logprobs(sampler: Sampler, heads: list[list[int]], tails: list[list[int]]) -> np.ndarray:
     """log P(tail | head) for each pair, shared prefixes computed once.
 
