@@ -1131,6 +1131,9 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     return args
 
 
+SCRIPT = Path(sys.argv[0]).name  # whose run a folder holds
+
+
 def settings_of(run: Path) -> dict | None:
     """The settings of the run in a folder; None if there is none (a model's folder has a config.json, too)."""
     try:
@@ -1155,8 +1158,9 @@ def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
     earlier, now = settings_of(out), lasting(config)
     if earlier is None:
         fail(f"--out {out}: holds something that is not a run of this program; name another folder")
-    if overwrite and set(earlier) != set(now):  # such as the training run that holds the model to evaluate
-        fail(f"--out {out}: holds a run of another script or version; name another folder or delete it yourself")
+    script = json.loads((out / "config.json").read_text(encoding="utf-8")).get("script", SCRIPT)
+    if script != SCRIPT:  # such as the training run that holds the model to evaluate
+        fail(f"--out {out}: holds a run of {script}; name another folder")
     if overwrite:
         return False
     if not resume:
@@ -1177,7 +1181,7 @@ def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
     if out.exists():
         shutil.rmtree(out)  # empty, or the run to overwrite
     out.mkdir(parents=True)
-    about = {"versions": versions(), "device": device_name(), "command": sys.argv}
+    about = {"script": SCRIPT, "versions": versions(), "device": device_name(), "command": sys.argv}
     write_json(out / "config.json", {"settings": lasting(config), **about})
     return out
 

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -279,6 +280,9 @@ def summarise(args, records: list[dict]) -> dict:
     for name, values in per_problem(args, records).items():
         mean, low, high = common.bootstrap_interval(values)
         metrics[name] = {"mean": mean, "low": low, "high": high}
+        n = max(len(r["samples"]) for r in records)
+        if name.startswith("maj@") and args.vote == "likelihood" and math.comb(n, int(name[4:])) > common.EXACT_SUBSETS:
+            metrics[name]["draw_error"] = 0.5 / math.sqrt(100_000 * len(records))  # of drawing subsets, at most
     progress = [np.diff(s["J"]) for s in samples if len(s["J"]) > 1]
     return {
         "problems": len(records),

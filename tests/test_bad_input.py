@@ -53,9 +53,11 @@ def write_rows(path: Path, *rows) -> str:
     return write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def a_run(folder: Path, **settings) -> Path:
-    """A folder as a run leaves it, with something to lose."""
-    common.open_run(folder, {"model": "tiny", **settings}, resume=False, overwrite=False)
+def a_run(folder: Path, script: str | None = None, **settings) -> Path:
+    """A folder as a run leaves it, with something to lose; `script` if not this process's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "SCRIPT", script or common.SCRIPT)
+        common.open_run(folder, {"model": "tiny", **settings}, resume=False, overwrite=False)
     write(folder / "metrics.jsonl", '{"step": 1}\n')
     return folder
 
@@ -424,6 +426,15 @@ def test_comparing_what_is_no_evaluation(capsys, monkeypatch, tmp_path):
         assert not (tmp_path / "runs").exists()
 
 
+def test_the_run_of_another_script_is_not_overwritten(tmp_path, capsys):
+    """`evaluate.py --model runs/a/model --out runs/a --overwrite` would delete the model that it evaluates."""
+    run = a_run(tmp_path / "run", script="another.py")
+    with pytest.raises(SystemExit) as stop:
+        common.open_run(run, {"model": "tiny"}, resume=False, overwrite=True)
+    assert stop.value.code == 2 and "another.py" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").exists()
+
+
 # ------------------------------------------------------------------------------------------------ real processes
 
 
@@ -438,7 +449,7 @@ def test_comparing_what_is_no_evaluation(capsys, monkeypatch, tmp_path):
 def test_a_real_process_says_one_line_and_exits_with_2(tmp_path, monkeypatch, command, says):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_rows(tmp_path / "rows.jsonl", GOOD_ROW, {"problem": "?", "answer": ""})
-    a_run(tmp_path / "run")
+    a_run(tmp_path / "run", script="rl_mrt.py")
     before = sorted(tmp_path.rglob("*"))
     script, *argv = command.split()
     done = subprocess.run([sys.executable, str(ROOT / script), *argv], cwd=tmp_path, capture_output=True, text=True)

@@ -21,7 +21,7 @@ def a_trace(values, tokens_an_episode=2, answer_tokens=1, reward=1.0):
     ids = list(range(k * tokens_an_episode + answer_tokens))
     completion = Completion(ids, [0.0] * len(ids), "stop", "", [0] * (len(ids) + 1))
     boundaries = [j * tokens_an_episode for j in range(k + 1)]
-    return Trace({"id": "p", "answer": "1"}, [7], completion, boundaries, True, "", reward, list(values))
+    return Trace({"id": "p", "answer": "1"}, [7], completion, boundaries, True, "", reward, values=list(values))
 
 
 # ------------------------------------------------------------------------------------------------ progress and credit
