@@ -56,6 +56,7 @@ STOP_PHRASE = (
     "Time is up.\n\nGiven the time I've spent and the approaches I've tried, I should stop thinking and formulate a "
     f"final answer based on what I already have.\n{THINK_END}\n\n**Step-by-Step Explanation and Answer:**\n\n1. **"
 )
+BOX_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."  # Qwen's for mathematics
 ANSWER_CUE = "Final Answer:** \\boxed{"  # ours: where the gold answer's likelihood is read off, see `sequence_logprobs`
 
 
@@ -282,8 +283,11 @@ def _encode(tokenizer, text: str) -> tuple[int, ...]:
 
 
 def prompt_ids(tokenizer, problem: str) -> list[int]:
-    """The problem through the chat template, up to where the model starts to think; the user message is the bare
-    problem, as in the authors' code."""
+    """The problem through the chat template, up to where the model starts to think. The user message is the bare
+    problem, as in the authors' code; a model that does not think is asked for a boxed answer, or it seldom gives one.
+    """
+    if not thinks(tokenizer):
+        problem += "\n\n" + BOX_INSTRUCTION
     if tokenizer.chat_template is None:  # a base model: the bare text, with the tokenizer's own beginning
         return tokenizer.encode(problem + "\n\n")
     text = tokenizer.apply_chat_template(

@@ -129,9 +129,7 @@ def main() -> None:
         validation = common.load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems)
     prompts = {p["id"]: common.prompt_ids(tokenizer, p["problem"]) for p in problems}
     if not common.thinks(tokenizer):
-        print(
-            f"{args.model} has no {common.THINK_END} token: the whole completion is the thought, episodes come from it"
-        )
+        print(f"{args.model} has no {common.THINK_END}: its whole completion is the thought, and it is asked for a box")
     model = common.load_model(args.model, common.pick_device())
     phrase = len(common.encode(tokenizer, "\n\n" + common.STOP_PHRASE + common.ANSWER_CUE))
     room = args.max_tokens + phrase + args.answer_tokens
