@@ -36,7 +36,7 @@ def main(count: int) -> None:
     print(f"{len(traces)} traces, {len(reference)} prefixes, reference: 256 sampled answers each")
     print("| estimator | correlation | bias | RMS error | sampled tokens | computed tokens | seconds |")
     print("|---|---|---|---|---|---|---|")
-    estimators = [(f"{n} sampled answers", sampled_answers(n)) for n in (1, 4, 16)]
+    estimators = [(f"{n} sampled", sampled_answers(n)) for n in (1, 4, 16)]
     for name, how in [*estimators, ("likelihood", ForcedAnswers("likelihood", 0, 0, 1.0))]:
         values, (drawn, computed, seconds) = estimate(how, 2)
         error = values - reference

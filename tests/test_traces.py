@@ -108,3 +108,10 @@ def test_j_is_one_where_the_prefix_holds_the_answer_and_small_where_it_does_not(
         common.success_rates(sampler, [trace], how, (0,))
         assert trace.values[0] < 0.3 and trace.values[1] < 0.3 and trace.values[2] > 0.9
         assert all(n <= 8 for n in trace.answer_tokens)
+
+
+def test_only_a_model_that_does_not_think_is_asked_for_a_box(tokenizer, monkeypatch):
+    problem = "Find x between 1 and 10 such that x² + 6 ≡ 26 (mod 61)."
+    assert tokenizer.decode(common.prompt_ids(tokenizer, problem)) == f"<|user|>{problem}<|assistant|><think>\n"
+    monkeypatch.setattr(common, "thinks", lambda _: False)
+    assert "within \\boxed{}." in tokenizer.decode(common.prompt_ids(tokenizer, problem))
