@@ -224,6 +224,12 @@ def resolve_model(model: str) -> str:
     return str(Path(__file__).resolve().parent / "tiny") if model == "tiny" else model
 
 
+def short_name(path: str) -> str:
+    """What a model, a data set or a list of either is called in the names of runs: NAME for runs/NAME/model."""
+    path = path.strip("/").removesuffix("/model").removesuffix(".jsonl")
+    return path.replace(",", "+").split("/")[-1].replace(":", "")
+
+
 def is_tiny(model: str) -> bool:
     """The embedded model, or one trained from it: `build_model` of tiny.py marks its configuration."""
     config = Path(resolve_model(model)) / "config.json"
@@ -811,6 +817,7 @@ def episode_credits(values: list[float], credit_lambda: float) -> list[float]:
 
 # ============================================================================================ 7 metrics
 
+SUBSET_DRAWS = 100_000
 EXACT_SUBSETS = 200_000  # weighted maj_at_k goes through all subsets up to this many, then samples them
 _trapezoid = np.trapezoid if hasattr(np, "trapezoid") else np.trapz  # renamed in numpy 2
 
@@ -833,7 +840,7 @@ def maj_at_k(
     k: int,
     weights: Sequence[float] | None = None,
     seed: int = 0,
-    draws: int = 100_000,
+    draws: int = SUBSET_DRAWS,
 ) -> float:
     """Probability that `gold` wins the vote of k of the n answers, drawn without replacement.
 
@@ -1132,19 +1139,21 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     for name, (small, large, _) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, small if is_tiny(args.model.split(",")[0]) else large)
+    if args.engine == "vllm":
+        fail("--engine vllm: this version samples with transformers only")
     return args
 
 
 SCRIPT = Path(sys.argv[0]).name  # whose run a folder holds
 
 
-def settings_of(run: Path) -> dict | None:
-    """The settings of the run in a folder; None if there is none (a model's folder has a config.json, too)."""
+def config_of(run: Path) -> dict | None:
+    """config.json of the run in a folder; None if there is none (a model's folder has another config.json)."""
     try:
-        settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        return config if isinstance(config["settings"], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return settings if isinstance(settings, dict) else None
 
 
 def lasting(config: dict) -> dict:
@@ -1159,11 +1168,11 @@ def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
         fail(f"--out {out}: is not a folder")
     if not out.exists() or not any(out.iterdir()):
         return False
-    earlier, now = settings_of(out), lasting(config)
-    if earlier is None:
+    there = config_of(out)
+    if there is None:
         fail(f"--out {out}: holds something that is not a run of this program; name another folder")
-    script = json.loads((out / "config.json").read_text(encoding="utf-8")).get("script", SCRIPT)
-    if script != SCRIPT:  # such as the training run that holds the model to evaluate
+    earlier, now = there["settings"], lasting(config)
+    if (script := there.get("script", SCRIPT)) != SCRIPT:  # such as the training run that holds the model to evaluate
         fail(f"--out {out}: holds a run of {script}; name another folder")
     if overwrite:
         return False

@@ -80,15 +80,12 @@ def flags(argv=None) -> argparse.Namespace:
         fail(f"--k {max(args.k)}: more than the {args.num_samples} samples of a problem")
     if not 0 < args.top_p <= 1:
         fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
-    if args.engine == "vllm":
-        fail("--engine vllm: this version samples with transformers only")
     return args
 
 
 def label(model: str, dataset: str) -> str:
     """A short name of a model on a data set: `tiny-tiny`, `NAME-aime2024` for runs/NAME/model."""
-    names = [part.strip("/").removesuffix("/model").removesuffix(".jsonl") for part in (model, dataset)]
-    return "-".join(part.replace(",", "+").split("/")[-1].replace(":", "") for part in names)
+    return f"{common.short_name(model)}-{common.short_name(dataset)}"
 
 
 def main() -> None:
@@ -96,18 +93,22 @@ def main() -> None:
     if args.compare:
         compare(args, args.compare)
         return
-    pairs = [(model, dataset) for model in args.model.split(",") for dataset in args.dataset.split(",")]
-    todo = []
-    for model, dataset in pairs:
-        one = copy.copy(args)
-        one.model, one.dataset = model, dataset
-        one.out = args.out if len(pairs) == 1 else args.out / label(model, dataset)
-        todo.append(one)
-    for one in todo:  # what can be refused at once is, before anything large is fetched
-        common.check_out(one.out, lasting_settings(one), one.resume, one.overwrite)
-        common.load_tokenizer(one.model)
-    datasets = {one.dataset: common.load_problems(one.dataset, one.split, one.limit) for one in todo}
-    runs = [evaluate(one, datasets[one.dataset]) for one in todo]
+    models, datasets = args.model.split(","), args.dataset.split(",")
+    todo: dict[str, list[argparse.Namespace]] = {model: [] for model in models}
+    for model in todo:  # what can be refused at once is, before anything large is fetched
+        for dataset in datasets:
+            one = copy.copy(args)
+            one.model, one.dataset = model, dataset
+            one.out = args.out if len(models) == len(datasets) == 1 else args.out / label(model, dataset)
+            common.check_out(one.out, lasting_settings(one), one.resume, one.overwrite)
+            todo[model].append(one)
+        common.load_tokenizer(model)
+    problems = {name: common.load_problems(name, args.split, args.limit) for name in datasets}
+    runs, dtype = [], common.pick_dtype(args.dtype)
+    for name, evaluations in todo.items():
+        tokenizer = common.load_tokenizer(name)
+        sampler = Sampler(common.load_model(name, common.pick_device(), dtype), tokenizer, dtype)
+        runs += [evaluate(one, sampler, problems[one.dataset]) for one in evaluations]
     if len(runs) > 1:
         compare(args, runs)
 
@@ -118,20 +119,18 @@ def lasting_settings(args) -> dict:
     return {k: v for k, v in vars(args).items() if k not in volatile}
 
 
-def evaluate(args, problems: list[dict]) -> Path:
+def evaluate(args, sampler: Sampler, problems: list[dict]) -> Path:
     """One model on one data set; returns the folder of the run."""
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer, model = sampler.tokenizer, sampler.model
     prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
-    dtype = common.pick_dtype(args.dtype)
-    model = common.load_model(args.model, common.pick_device(), dtype)
     phrase = len(common.encode(tokenizer, "\n\n" + common.STOP_PHRASE))
     room = args.max_tokens + phrase + args.answer_tokens
     common.check_lengths(problems, prompts, room, common.context_length(model))
     run = common.open_run(args.out, lasting_settings(args), args.resume, args.overwrite)
-    sample(args, run, Sampler(model, tokenizer, dtype), problems, prompts)
+    sample(args, run, sampler, problems, prompts)
     by_id = {r["id"]: r for r in load_records(run)}
     records = [by_id[p["id"]] for p in problems]
-    summary = summarise(args, records)
+    summary = summarise(args, records, per_problem(args, records))
     common.write_json(run / "summary.json", summary)
     table = markdown_table({args.out.name: summary})
     common.write_text(run / "summary.md", table)
@@ -153,7 +152,7 @@ def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: lis
     have = {r["id"]: len(r["samples"]) for r in recorded}
     counts = [have.get(p["id"], 0) for p in problems]
     todo = [i for i, c in enumerate(counts) if c < args.num_samples]
-    began, total = time.time(), len(todo)
+    began, total, tokens_before = time.time(), len(todo), sampler.sampled_tokens
     while todo:
         some = [i for i in todo if counts[i] == counts[todo[0]]][: args.batch_problems]
         todo = [i for i in todo if i not in some]
@@ -172,8 +171,9 @@ def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: lis
             common.success_rates(sampler, traces, how, (args.seed, 1))
         common.append_jsonl(file, [record(group) for group in groups])
         share, seconds = 1 - len(todo) / total, time.time() - began
+        rate = (sampler.sampled_tokens - tokens_before) / seconds
         print(
-            f"{total - len(todo)} of {total} problems  {sampler.sampled_tokens / seconds:,.0f} tokens/s  "
+            f"{total - len(todo)} of {total} problems  {rate:,.0f} tokens/s  "
             f"{common.duration(seconds * (1 - share) / share)} left",
             flush=True,
         )
@@ -273,16 +273,20 @@ def accuracy_at(sample: dict, budget: int) -> float:
     return next((v for t, v in zip(tokens[::-1], values[::-1]) if t <= budget), 0.0)
 
 
-def summarise(args, records: list[dict]) -> dict:
-    """Every metric with its 95 % interval; counts; what went wrong."""
+def interval(values) -> dict[str, float]:
+    """A mean over problems with its 95 % bootstrap interval."""
+    mean, low, high = common.bootstrap_interval(values)
+    return {"mean": mean, "low": low, "high": high}
+
+
+def summarise(args, records: list[dict], values: dict[str, list[float]]) -> dict:
+    """Every metric with its 95 % interval, from `per_problem`'s values; counts; what went wrong."""
     samples = [s for r in records for s in r["samples"]]
-    metrics = {}
-    for name, values in per_problem(args, records).items():
-        mean, low, high = common.bootstrap_interval(values)
-        metrics[name] = {"mean": mean, "low": low, "high": high}
-        n = max(len(r["samples"]) for r in records)
+    metrics = {name: interval(of_problems) for name, of_problems in values.items()}
+    n = max(len(r["samples"]) for r in records)
+    for name, metric in metrics.items():
         if name.startswith("maj@") and args.vote == "likelihood" and math.comb(n, int(name[4:])) > common.EXACT_SUBSETS:
-            metrics[name]["draw_error"] = 0.5 / math.sqrt(100_000 * len(records))  # of drawing subsets, at most
+            metric["draw_error"] = 0.5 / math.sqrt(common.SUBSET_DRAWS * len(records))  # of drawing subsets, at most
     progress = [np.diff(s["J"]) for s in samples if len(s["J"]) > 1]
     return {
         "problems": len(records),
@@ -326,17 +330,17 @@ def markdown_table(summaries: dict[str, dict]) -> str:
 def compare(args, runs: list[Path]) -> None:
     """Tables, paired differences and figures from records alone; one section a data set, and a table of all."""
     of_dataset: dict[str, dict[str, list[dict]]] = {}
-    settings = {}
+    settings, loaded = {}, {}
     for run in runs:
-        settings[run], rows = common.settings_of(run), []
+        settings[run], rows = (common.config_of(run) or {}).get("settings", {}), []
         with contextlib.suppress(OSError, ValueError, KeyError):
             rows = load_records(run)
-        if not rows or "top_p" not in (settings[run] or {}):
+        if not rows or "top_p" not in settings[run]:
             fail(f"--compare {run}: no records.jsonl and config.json of an evaluation there")
         dataset, name = settings[run]["dataset"], run.name
         if len(runs) > len({r.name for r in runs}):
             name = str(run)
-        of_dataset.setdefault(dataset, {})[name] = rows
+        of_dataset.setdefault(dataset, {})[name] = loaded[run] = rows
     for setting in ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes"):
         if len({str(of[setting]) for of in settings.values()}) > 1:
             print(f"warning: the runs differ in --{setting.replace('_', '-')}")
@@ -346,36 +350,57 @@ def compare(args, runs: list[Path]) -> None:
         shared = set.intersection(*({(r["id"], r["problem"]) for r in rows} for rows in records.values()))
         if not shared:
             fail(f"--compare: the runs on {dataset} have no problem in common")
-        for rows in records.values():
-            rows[:] = sorted((r for r in rows if (r["id"], r["problem"]) in shared), key=lambda r: r["id"])
+        records = {
+            name: sorted((r for r in rows if (r["id"], r["problem"]) in shared), key=lambda r: r["id"])
+            for name, rows in records.items()
+        }
         heading = "" if len(of_dataset) == 1 else f"## {dataset}\n\n"
-        part, summary[dataset] = compare_on_one(args, records)
+        curves = {name: efficiency(args, rows) for name, rows in records.items()}
+        part, summary[dataset] = compare_on_one(args, records, curves)
         text += heading + part + "\n"
-        stem = "" if len(of_dataset) == 1 else label("", dataset).strip("-") + "-"
+        stem = "" if len(of_dataset) == 1 else common.short_name(dataset) + "-"
         args.out.mkdir(parents=True, exist_ok=True)
-        figures += [draw_anytime(args, records, top, stem), draw_efficiency(args, records, stem)]
+        figures += [draw_anytime(args, records, top, stem), draw_efficiency(args, curves, stem)]
     if len(of_dataset) > 1:
-        models = {run: label(settings[run]["model"], "").strip("-") for run in runs}
-        text = table_of_datasets(args, runs, models, settings) + "\n" + text
+        by_model: dict[str, dict[str, list[dict]]] = {}
+        for run, of in settings.items():
+            by_model.setdefault(common.short_name(of["model"]), {})[of["dataset"]] = loaded[run]
+        text = table_of_datasets(by_model, list(of_dataset)) + "\n" + text
     common.write_json(args.out / "summary.json", summary)
     common.write_text(args.out / "summary.md", text)
     print(text)
     print(f"table: {args.out / 'summary.md'}   figures: {', '.join(str(path) for path in figures if path)}")
 
 
-def compare_on_one(args, records: dict[str, list[dict]]) -> tuple[str, dict]:
+@dataclass
+class Efficiency:
+    """One model's tokens and accuracy with k = 1 … n samples, for each problem: arrays [problems, n]."""
+
+    tokens: np.ndarray
+    scores: dict[str, np.ndarray]  # "pass@k", "maj@k"
+
+
+def efficiency(args, rows: list[dict]) -> Efficiency:
+    n = min(len(r["samples"]) for r in rows)
+    ks = sorted({k for i in range(n.bit_length()) for k in (2**i, 3 * 2**i) if k <= n} | {n})
+    passed = np.array([[pass_at_k(r, k) for k in ks] for r in rows])
+    voted = np.array([[maj_at_k(r, k, args.vote) for k in ks] for r in rows])
+    tokens = np.outer([np.mean([s["tokens"] for s in r["samples"]]) for r in rows], ks)
+    return Efficiency(tokens, {"pass@k": passed, "maj@k": voted})
+
+
+def compare_on_one(args, records: dict[str, list[dict]], curves: dict[str, Efficiency]) -> tuple[str, dict]:
     """(Markdown, summary) of runs on the same problems; differences are to the first run."""
-    summaries = {name: summarise(args, rows) for name, rows in records.items()}
+    values = {name: per_problem(args, rows) for name, rows in records.items()}
+    summaries = {name: summarise(args, rows, values[name]) for name, rows in records.items()}
     text = markdown_table(summaries)
     base, *others = records
-    values = {name: per_problem(args, rows) for name, rows in records.items()}
     differences: dict[str, dict] = {name: {} for name in others}
     for name in others:
         for metric in values[base]:
             if metric in values[name]:
                 gap = np.array(values[name][metric]) - np.array(values[base][metric])
-                mean, low, high = common.bootstrap_interval(gap)
-                differences[name][metric] = {"mean": mean, "low": low, "high": high}
+                differences[name][metric] = interval(gap)
     if others:
         text += f"\nDifference to {base} on the same {len(records[base])} problems:\n\n"
         text += "| | " + " | ".join(others) + " |\n|---|" + "---|" * len(others) + "\n"
@@ -383,7 +408,6 @@ def compare_on_one(args, records: dict[str, list[dict]]) -> tuple[str, dict]:
             digits = 1 if metric == "tokens" else 3
             cells = [cell(differences[n][metric], digits, "+") if metric in differences[n] else "–" for n in others]
             text += f"| {metric} | " + " | ".join(cells) + " |\n"
-    curves = {name: efficiency(args, rows) for name, rows in records.items()}
     ratios = {name: {m: token_ratio(curves[base], curves[name], m) for m in curves[base].scores} for name in others}
     for name, of in ratios.items():
         for metric, r in of.items():
@@ -394,18 +418,13 @@ def compare_on_one(args, records: dict[str, list[dict]]) -> tuple[str, dict]:
     return text, {"runs": summaries, "difference_to_first": differences, "token_ratio_to_first": ratios}
 
 
-def table_of_datasets(args, runs: list[Path], models: dict[Path, str], settings: dict[Path, dict]) -> str:
+def table_of_datasets(by_model: dict[str, dict[str, list[dict]]], datasets: list[str]) -> str:
     """pass@1 of every model on every data set and the average over data sets, as in Table 1. The average's interval
     comes from independent bootstraps of the data sets."""
-    datasets = list(dict.fromkeys(of["dataset"] for of in settings.values()))
     lines = ["| pass@1 | " + " | ".join(datasets) + " | average |", "|---|" + "---|" * (len(datasets) + 1)]
-    for model in dict.fromkeys(models.values()):
-        mine = {settings[run]["dataset"]: load_records(run) for run in runs if models[run] == model}
+    for model, mine in by_model.items():
         values = {d: [np.mean([s["right"] for s in r["samples"]]) for r in rows] for d, rows in mine.items()}
-        cells = []
-        for dataset in datasets:
-            mean, low, high = common.bootstrap_interval(values[dataset]) if dataset in values else [float("nan")] * 3
-            cells.append(cell({"mean": mean, "low": low, "high": high}) if dataset in values else "–")
+        cells = [cell(interval(values[d])) if d in values else "–" for d in datasets]
         if len(values) == len(datasets):
             rng = np.random.default_rng(0)
             draws = [np.array(v)[rng.integers(len(v), size=(2000, len(v)))].mean(1) for v in values.values()]
@@ -446,23 +465,6 @@ def draw_anytime(args, records: dict[str, list[dict]], top: int, stem: str) -> P
     return common.save_figure(figure, args.out / f"{stem}anytime.png")
 
 
-@dataclass
-class Efficiency:
-    """One model's tokens and accuracy with k = 1 … n samples, for each problem: arrays [problems, n]."""
-
-    tokens: np.ndarray
-    scores: dict[str, np.ndarray]  # "pass@k", "maj@k"
-
-
-def efficiency(args, rows: list[dict]) -> Efficiency:
-    n = min(len(r["samples"]) for r in rows)
-    ks = sorted({k for i in range(n.bit_length()) for k in (2**i, 3 * 2**i) if k <= n} | {n})
-    passed = np.array([[pass_at_k(r, k) for k in ks] for r in rows])
-    voted = np.array([[maj_at_k(r, k, args.vote) for k in ks] for r in rows])
-    tokens = np.outer([np.mean([s["tokens"] for s in r["samples"]]) for r in rows], ks)
-    return Efficiency(tokens, {"pass@k": passed, "maj@k": voted})
-
-
 def tokens_for(target: float, tokens: np.ndarray, scores: np.ndarray) -> float:
     """Tokens at which a curve first reaches a score, linear between its points; its first point if it starts above."""
     above = np.flatnonzero(scores >= target - 1e-12)
@@ -491,12 +493,11 @@ def token_ratio(base: Efficiency, other: Efficiency, metric: str, draws: int = 1
     return {"at": float(target), "ratio": value, "low": float(low), "high": float(high)}
 
 
-def draw_efficiency(args, records: dict[str, list[dict]], stem: str) -> Path:
+def draw_efficiency(args, curves: dict[str, Efficiency], stem: str) -> Path:
     """pass@k and maj@k against the tokens of k samples (Figures 7 and 8)."""
     plt = common.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True, sharey=True)
-    for name, rows in records.items():
-        curve = efficiency(args, rows)
+    for name, curve in curves.items():
         for axis, scores in zip(axes, curve.scores.values()):
             band(axis, curve.tokens.mean(0), scores, name, ".-")
     for axis, title in zip(axes, ("pass@k", "maj@k")):

@@ -99,8 +99,7 @@ def flags(argv=None) -> argparse.Namespace:
     train.add_argument("--eval-problems", type=common.positive_int, default=96)
     args = common.parse_flags(parser, DEFAULTS, argv)
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
-    name = args.model.strip("/").removesuffix("/model").split("/")[-1]
-    args.out = args.out or Path("runs") / f"rl-{name}-{kind}-seed{args.seed}"
+    args.out = args.out or Path("runs") / f"rl-{common.short_name(args.model)}-{kind}-seed{args.seed}"
     if args.group_size == 1 and not args.no_std:
         fail("--group-size 1: a group of one has no spread to normalise by; use a larger group or --no-std")
     if args.bonus > 0 and args.variant == "prefix" and args.progress == "likelihood":
@@ -113,8 +112,6 @@ def flags(argv=None) -> argparse.Namespace:
         fail(f"--max-tokens {args.max_tokens}: leaves no room for a thought and an answer")
     if not args.temperature > 0:
         fail(f"--temperature {args.temperature}: must be above 0, a group of greedy rollouts has no spread")
-    if args.engine == "vllm":
-        fail("--engine vllm: this version samples with transformers only")
     return args
 
 
@@ -308,10 +305,8 @@ def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict
     traces = [trace for group in groups for trace in group]
     flat = [row for rows in advantages for row in rows]
     examples = [(t.prompt + t.completion.token_ids, len(t.prompt), row) for t, row in zip(traces, flat)]
-    chosen = [np.arange(len(examples))]
-    if args.updates_per_batch > 1:  # every part has rollouts of every group
-        chosen = [np.arange(len(examples))[i :: args.updates_per_batch] for i in range(args.updates_per_batch)]
-        chosen = [part for part in chosen if len(part)]
+    parts = min(args.updates_per_batch, len(examples))
+    chosen = [np.arange(len(examples))[i::parts] for i in range(parts)]  # every part has rollouts of every group
     sums = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "padded": 0}
     gaps, norms = [], []
     old = {}
