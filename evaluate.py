@@ -93,6 +93,7 @@ def main() -> None:
     if args.compare:
         compare(args, args.compare)
         return
+    args.engine = common.pick_engine(args.engine)
     models, datasets = args.model.split(","), args.dataset.split(",")
     todo: dict[str, list[argparse.Namespace]] = {model: [] for model in models}
     for model in todo:  # what can be refused at once is, before anything large is fetched
@@ -103,12 +104,19 @@ def main() -> None:
             common.check_out(one.out, lasting_settings(one), one.resume, one.overwrite)
             todo[model].append(one)
         common.load_tokenizer(model)
+    folders = [one.out for evaluations in todo.values() for one in evaluations]
+    if len(set(folders)) < len(folders):
+        fail(f"--model {args.model}: two of them would have the same folder {max(folders, key=folders.count)}")
     problems = {name: common.load_problems(name, args.split, args.limit) for name in datasets}
-    runs, dtype = [], common.pick_dtype(args.dtype)
+    runs = []
     for name, evaluations in todo.items():
-        tokenizer = common.load_tokenizer(name)
-        sampler = Sampler(common.load_model(name, common.pick_device(), dtype), tokenizer, dtype)
-        runs += [evaluate(one, sampler, problems[one.dataset]) for one in evaluations]
+        tokenizer, longest = common.load_tokenizer(name), 0
+        prompts = {d: [common.prompt_ids(tokenizer, p["problem"]) for p in problems[d]] for d in datasets}
+        for one in evaluations:
+            longest = max(longest, common.check_lengths(one, tokenizer, problems[one.dataset], prompts[one.dataset]))
+        sampler = common.open_sampler(evaluations[0], tokenizer, longest)
+        runs += [evaluate(one, sampler, problems[one.dataset], prompts[one.dataset]) for one in evaluations]
+        sampler.close()
     if len(runs) > 1:
         compare(args, runs)
 
@@ -119,13 +127,8 @@ def lasting_settings(args) -> dict:
     return {k: v for k, v in vars(args).items() if k not in volatile}
 
 
-def evaluate(args, sampler: Sampler, problems: list[dict]) -> Path:
+def evaluate(args, sampler: Sampler, problems: list[dict], prompts: list[list[int]]) -> Path:
     """One model on one data set; returns the folder of the run."""
-    tokenizer, model = sampler.tokenizer, sampler.model
-    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
-    phrase = len(common.encode(tokenizer, "\n\n" + common.STOP_PHRASE))
-    room = args.max_tokens + phrase + args.answer_tokens
-    common.check_lengths(problems, prompts, room, common.context_length(model))
     run = common.open_run(args.out, lasting_settings(args), args.resume, args.overwrite)
     sample(args, run, sampler, problems, prompts)
     by_id = {r["id"]: r for r in load_records(run)}

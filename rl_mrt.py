@@ -117,6 +117,7 @@ def flags(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     args = flags()
+    args.engine = common.pick_engine(args.engine)
     settings = {k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "keep")}
     common.check_out(args.out, settings, args.resume, args.overwrite)
     tokenizer = common.load_tokenizer(args.model)  # small: a wrong --model is told before a data set is fetched
@@ -127,17 +128,16 @@ def main() -> None:
     prompts = {p["id"]: common.prompt_ids(tokenizer, p["problem"]) for p in problems}
     if not common.thinks(tokenizer):
         print(f"{args.model} has no {common.THINK_END}: its whole completion is the thought, and it is asked for a box")
-    model = common.load_model(args.model, common.pick_device())
-    phrase = len(common.encode(tokenizer, "\n\n" + common.STOP_PHRASE + common.ANSWER_CUE))
-    room = args.max_tokens + phrase + args.answer_tokens
-    common.check_lengths(problems, list(prompts.values()), room, common.context_length(model))
+    longest = common.check_lengths(args, tokenizer, problems, list(prompts.values()))
     to_validate = [common.prompt_ids(tokenizer, p["problem"]) for p in validation]
-    common.check_lengths(validation, to_validate, room, common.context_length(model))
+    longest = max(longest, common.check_lengths(args, tokenizer, validation, to_validate))
+    model = common.load_model(args.model, common.pick_device())
     run = common.open_run(args.out, settings, args.resume, args.overwrite)
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
         return
-    train(args, run, model, tokenizer, problems, prompts, validation)
+    sampler = common.open_sampler(args, tokenizer, longest, trained=model)
+    train(args, run, sampler, problems, prompts, validation)
 
 
 # ---------------------------------------------------------------------------------------------- rollouts and credit
@@ -350,7 +350,8 @@ def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict
         if not norms and (gap := float(torch.cat(gaps).mean())) > (0.05 if dtype == torch.bfloat16 else 1e-3):
             raise FloatingPointError(
                 f"sampler and trainer differ by {gap:.3g} nats on average in the log-probs of the same tokens: look at "
-                "temperature, dtype and the end-of-turn tokens"
+                "temperature, dtype and the end-of-turn tokens; after the first step with vLLM, at whether its weights "
+                "and its prefix cache are those of the updated model"
             )
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
         if not torch.isfinite(norm):
@@ -383,20 +384,20 @@ def learning_rate(args, done: float) -> float:
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict[str, list[int]], validation) -> None:
-    device, dtype = model.device, common.pick_dtype(args.dtype)
-    sampler = Sampler(model, tokenizer, dtype)
+def train(args, run: Path, sampler: Sampler, problems: list[dict], prompts: dict[str, list[int]], validation) -> None:
+    model, tokenizer, dtype = sampler.model, sampler.tokenizer, common.pick_dtype(args.dtype)
     if not common.is_tiny(args.model):
         # the name in newer and in older transformers
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     reference = None
     if args.kl > 0:
-        reference = common.load_model(args.model, device)
+        reference = common.load_model(args.model, model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     state = {"step": 0, "sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
     checkpoint = latest_checkpoint(run) if args.resume else None
     if checkpoint:
         state = load_checkpoint(checkpoint, model, optimizer)
+        sampler.sync()
         print(f"resumed from {checkpoint} at step {state['step']}")
     rewind(run, state["step"])
     sampler.sampled_tokens, sampler.computed_tokens = state["sampled_tokens"], state["computed_tokens"]
@@ -425,12 +426,14 @@ def train(args, run: Path, model, tokenizer, problems: list[dict], prompts: dict
         if step == 0 and common.thinks(tokenizer) and never_closes(groups):
             print(f"warning: {args.model} ends its turns without {common.THINK_END}: every answer counts as missing")
         sampling_seconds = time.time() - clock
+        sampler.pause()
         model.train()
         try:
             metrics = update(args, model, reference, optimizer, groups, advantages, dtype)
         except FloatingPointError as error:
             common.append_jsonl(run / "failed.jsonl", records(step, groups))
             fail(f"step {step}: {error}; stopped before the update, the samples are in {run / 'failed.jsonl'}")
+        sampler.sync()
         traces = [trace for group in groups for trace in group]
         rewards = np.array([[trace.reward for trace in group] for group in groups])
         state = {"step": step + 1, "sampled_tokens": sampler.sampled_tokens,

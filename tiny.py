@@ -277,7 +277,7 @@ LINE = re.compile(r"(?:try|check) x = (\d+): (\d+)² ≡ (\d+), \+ (\d+) ≡ (\d
 def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
     """Prints what the model does on validation problems when it samples, beside what is asked of it."""
     tokenizer = common.load_tokenizer(model)
-    sampler = common.Sampler(common.load_model(model, "cpu"), tokenizer)
+    sampler = common.Sampler(common.TransformersEngine(common.load_model(model, "cpu")), tokenizer)
     rows = problems("validation")[:count]
     prompts = [common.prompt_ids(tokenizer, r["problem"]) for r in rows]
     began = time.time()

@@ -16,7 +16,7 @@ from common import ForcedAnswers
 
 def main(count: int) -> None:
     tokenizer = common.load_tokenizer("tiny")
-    sampler = common.Sampler(common.load_model("tiny", "cpu"), tokenizer)
+    sampler = common.Sampler(common.TransformersEngine(common.load_model("tiny", "cpu")), tokenizer)
     problems = common.load_problems("tiny", "validation", count)
     prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
     sampled = sampler.generate(prompts, 256, [(7, i) for i in range(len(prompts))])

@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture()
 def sampler(model, tokenizer):
-    return common.Sampler(model, tokenizer)
+    return common.Sampler(common.TransformersEngine(model), tokenizer)
 
 
 @pytest.fixture(scope="session")

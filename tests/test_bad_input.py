@@ -238,7 +238,6 @@ def test_values_that_the_parser_refuses(capsys, argv):
         ["--length-penalty", "1"],
         ["--progress", "likelihood"],
         ["--progress", "likelihood", "--variant", "prefix"],
-        ["--engine", "vllm"],
     ],
     ids=" ".join,
 )

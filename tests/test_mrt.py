@@ -162,7 +162,7 @@ def test_without_a_thinking_marker_the_prefix_is_graded_with_what_follows(sample
 
 def one_update(model, tokenizer, args, seed=0):
     model = copy.deepcopy(model)
-    sampler = common.Sampler(model, tokenizer)
+    sampler = common.Sampler(common.TransformersEngine(model), tokenizer)
     problems = common.load_problems("tiny", "train", args.problems_per_step)
     prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
     rollouts = rl_mrt.rollouts_grpo if args.bonus == 0 else rl_mrt.rollouts_online
@@ -195,7 +195,7 @@ def test_bonus_zero_is_grpo_token_for_token(model, tokenizer):
 
 @pytest.mark.parametrize("variant", ["online", "prefix"])
 def test_bonus_zero_ignores_the_variant_and_a_bonus_does_not(model, tokenizer, variant):
-    sampler = common.Sampler(model, tokenizer)
+    sampler = common.Sampler(common.TransformersEngine(model), tokenizer)
     problems = common.load_problems("tiny", "train", 4)
     prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
     args = options("--bonus", "1", "--variant", variant)

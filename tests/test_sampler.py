@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import common
-from common import Sampler, pack_prefixes, pack_tensors
+import sampling
+from common import Sampler, TransformersEngine, pack_prefixes, pack_tensors
 
 
 def keys(prompts, seed=0):
@@ -54,13 +55,13 @@ def test_draws_follow_the_distribution():
     """A chi-square test of 20,000 draws, and no token without probability is ever drawn."""
     logits = torch.tensor([[-math.inf, 0.0, 1.0, -1.0, 2.0, -math.inf]])
     uniform = torch.from_numpy(np.random.default_rng(0).random(20_000))
-    token, _ = common.draw(logits.expand(20_000, -1), uniform, 1.0, 1.0)
+    token, _ = sampling.draw(logits.expand(20_000, -1), uniform, 1.0, 1.0)
     counts = torch.bincount(token, minlength=6).double()
     expected = logits[0].double().softmax(-1) * 20_000
     assert counts[0] == counts[5] == 0
     assert float(((counts - expected) ** 2 / expected)[1:5].sum()) < 16.3  # 99.9 % of χ² with 3 degrees of freedom
     for u in (0.0, 1 - 2**-53):
-        token, logprob = common.draw(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0)
+        token, logprob = sampling.draw(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0)
         assert torch.isfinite(logprob).all() and token.item() in (1, 4)
 
 
@@ -68,7 +69,9 @@ def test_a_sample_depends_on_its_seed_and_number_and_not_on_the_batch(sampler, u
     together = sampler.generate(uneven, 50, keys(uneven), n=3)
     alone = sampler.generate(uneven[4:5], 50, [(0, 4)], n=3)[0]
     later = sampler.generate(uneven[4:5], 50, [(0, 4)], n=1, first=2)[0]
-    tight = Sampler(sampler.model, sampler.tokenizer, max_rows=2).generate(uneven[3:6], 50, keys(uneven)[3:6], n=3)[1]
+    tight = Sampler(TransformersEngine(sampler.model, max_rows=2), sampler.tokenizer).generate(
+        uneven[3:6], 50, keys(uneven)[3:6], n=3
+    )[1]
     expected = [c.token_ids for c in together[4]]
     assert [c.token_ids for c in alone] == expected and [c.token_ids for c in tight] == expected
     assert later[0].token_ids == expected[2]
