@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
 
@@ -491,62 +492,69 @@ def _grading_worker(cpu_seconds: int) -> None:
         print(verdict, file=replies, flush=True)
 
 
-_worker: subprocess.Popen | None = None
-_worker_owner = 0  # a forked process must not share its parent's pipes
-_worker_lock = threading.Lock()
+class _Worker:
+    """math-verify in a child process; `ask` gives its verdict, or "" if it hung and had to be killed."""
+
+    def __init__(self):
+        source = f"{inspect.getsource(_grading_worker)}\n_grading_worker({GRADER_CPU_SECONDS})"
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self.process = subprocess.Popen([sys.executable, "-c", source], bufsize=0, **pipes)
+        if self.receive(GRADER_START_SECONDS) != "ready":
+            self.process.kill()
+            message = self.process.communicate()[1].decode()[-500:]
+            raise RuntimeError(f"the grading worker did not start: {message}")
+
+    def receive(self, seconds: float) -> str:
+        """One line, or "" if the process ended or said nothing for so long."""
+        ready = multiprocessing.connection.wait([self.process.stdout.fileno()], seconds)
+        return self.process.stdout.readline().decode().strip() if ready else ""
+
+    def ask(self, gold: str, answer: str | None) -> str:
+        verdict = ""
+        try:
+            self.process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+            verdict = self.receive(GRADER_WALL_SECONDS)
+        except BrokenPipeError:
+            pass
+        finally:
+            if not verdict:  # also on Ctrl-C: a late reply must not be read as the next one's
+                self.stop()
+        return verdict
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
-def _stop_worker() -> None:
-    global _worker
-    if _worker is not None and _worker_owner == os.getpid():
-        _worker.kill()
-        _worker.communicate()
-    _worker = None
+_idle: list[_Worker] = []  # at most one worker for each thread that grades
+_owner = os.getpid()  # a forked process must not share its parent's pipes
+_lock = threading.Lock()
 
 
-atexit.register(_stop_worker)
-
-
-def _receive(seconds: float) -> str:
-    """One line from the worker, or "" if it ended or said nothing for so long."""
-    return (
-        _worker.stdout.readline().decode().strip()
-        if multiprocessing.connection.wait([_worker.stdout.fileno()], seconds)
-        else ""
-    )
+@atexit.register
+def _stop_workers() -> None:
+    while _owner == os.getpid() and _idle:
+        _idle.pop().stop()
 
 
 @lru_cache(maxsize=100_000)
 def _math_verify(gold: str, answer: str | None) -> str:
     """math-verify's verdict on two LaTeX strings: "right", "wrong", "unreadable" (the gold) or "timeout"."""
-    global _worker, _worker_owner, grader_timeouts
-    with _worker_lock:
-        if _worker is None or _worker_owner != os.getpid() or _worker.poll() is not None:
-            source = f"{inspect.getsource(_grading_worker)}\n_grading_worker({GRADER_CPU_SECONDS})"
-            _worker = subprocess.Popen(
-                [sys.executable, "-c", source],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-            )
-            _worker_owner = os.getpid()
-            if _receive(GRADER_START_SECONDS) != "ready":
-                _worker.kill()
-                message = _worker.communicate()[1].decode()[-500:]
-                raise RuntimeError(f"the grading worker did not start: {message}")
-        verdict = ""
-        try:
-            _worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-            verdict = _receive(GRADER_WALL_SECONDS)
-        except BrokenPipeError:
-            pass
-        finally:
-            if not verdict:  # also on Ctrl-C: a late reply must not be read as the next one's
-                _stop_worker()
-        if not verdict:
+    global grader_timeouts, _owner
+    with _lock:
+        if _owner != os.getpid():
+            _idle.clear()
+            _owner = os.getpid()
+        worker = _idle.pop() if _idle else None
+    if worker is None or worker.process.poll() is not None:
+        worker = _Worker()
+    verdict = worker.ask(gold, answer)
+    with _lock:
+        if verdict:
+            _idle.append(worker)
+        else:
             grader_timeouts += 1
-        return verdict or "timeout"
+    return verdict or "timeout"
 
 
 def _ask_math_verify(gold: str | None, answer: str | None) -> bool:
@@ -595,8 +603,15 @@ def _verdict(answer: str | None, gold: str) -> str:
 
 
 def grade_all(pairs: list[tuple[str | None, str]]) -> list[str]:
-    """Verdict on each (extracted answer, gold): right, wrong, none (no answer) or timeout."""
-    return [_verdict(answer, gold) for answer, gold in pairs]
+    """Verdict on each (extracted answer, gold): right, wrong, none (no answer) or timeout. Uses all cores."""
+    different = list(dict.fromkeys(pairs))
+    threads = min(os.cpu_count() or 1, len(different) // 50)  # a worker starts in 2 s, so few answers need but one
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:  # what takes long is in the workers' processes
+            verdicts = dict(zip(different, pool.map(lambda pair: _verdict(*pair), different)))
+    else:
+        verdicts = {pair: _verdict(*pair) for pair in different}
+    return [verdicts[pair] for pair in pairs]
 
 
 def answers_equal(answer: str | None, gold: str) -> bool:

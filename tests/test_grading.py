@@ -188,8 +188,8 @@ def test_hang_is_a_timeout_and_counted():
 
 def test_dead_worker_is_replaced():
     assert grading.answers_equal(r"\sqrt{12}", r"2\sqrt{3}")
-    grading._worker.kill()
-    grading._worker.wait()
+    grading._idle[-1].process.kill()
+    grading._idle[-1].process.wait()
     assert grading.answers_equal(r"\sqrt{20}", r"2\sqrt{5}")
 
 
@@ -209,12 +209,19 @@ def test_works_from_threads():
     assert not wrong
 
 
+def test_many_answers_are_graded_by_several_workers(monkeypatch):
+    monkeypatch.setattr(grading.os, "cpu_count", lambda: 3)
+    pairs = [(rf"\sqrt{{{4 * k}}}", rf"{n}\sqrt{{{k}}}") for k in range(2, 90) for n in (2, 3)]
+    assert grading.grade_all(pairs) == ["right", "wrong"] * 88
+    assert 1 < len(grading._idle) <= 4
+
+
 def test_works_from_a_script_and_leaves_no_process(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "print('once')\nimport grading\n"
         "assert grading.grade(r'\\boxed{\\sqrt{8}}', r'2\\sqrt{2}')\n"
-        "print(grading._worker.pid)\n"
+        "print(grading._idle[-1].process.pid)\n"
     )
     home = str(Path(grading.__file__).parent)
     done = subprocess.run(
