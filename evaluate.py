@@ -14,12 +14,9 @@ are paired on the same problems.
 import argparse
 import contextlib
 import copy
-import json
 import math
 import time
-from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +128,7 @@ def evaluate(args, sampler: Sampler, problems: list[dict], prompts: list[list[in
     """One model on one data set; returns the folder of the run."""
     run = common.open_run(args.out, lasting_settings(args), args.resume, args.overwrite)
     sample(args, run, sampler, problems, prompts)
-    by_id = {r["id"]: r for r in load_records(run)}
+    by_id = {r["id"]: r for r in common.load_records(run)}
     records = [by_id[p["id"]] for p in problems]
     summary = summarise(args, records, per_problem(args, records))
     common.write_json(run / "summary.json", summary)
@@ -149,7 +146,7 @@ def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: lis
     """Writes one record a problem, as each batch of problems is done. Samples that are recorded already are not made
     again: a run goes on where it stopped, and more samples are added to those there."""
     file = run / "records.jsonl"
-    recorded = load_records(run) if file.exists() else []
+    recorded = common.load_records(run) if file.exists() else []
     if args.metric in ("regret", "all") and any(not s["J"] for r in recorded for s in r["samples"]):
         fail(f"--metric {args.metric}: the records in {run} were made without forced answers; use another --out")
     have = {r["id"]: len(r["samples"]) for r in recorded}
@@ -205,15 +202,6 @@ def record(group: list[Trace]) -> dict:
     }
 
 
-def load_records(run: Path) -> list[dict]:
-    """The records of a run; lines of one problem (samples added later) are joined, a line cut by a crash is dropped."""
-    records: dict[str, dict] = {}
-    for line in common.whole_lines(run / "records.jsonl"):
-        row = json.loads(line)
-        records.setdefault(row["id"], {**row, "samples": []})["samples"] += row["samples"]
-    return list(records.values())
-
-
 # ---------------------------------------------------------------------------------------------- numbers
 
 
@@ -230,9 +218,11 @@ def per_problem(args, records: list[dict]) -> dict[str, list[float]]:
     values["tokens"] = [np.mean([s["tokens"] for s in r["samples"]]) for r in records]
     if args.metric in ("regret", "all") and all(s["J"] for r in records for s in r["samples"]):
         for budget in args.budgets:
-            values[f"regret@{budget}"] = [np.mean([regret(s, budget) for s in r["samples"]]) for r in records]
+            values[f"regret@{budget}"] = [np.mean([common.regret_at(s, budget) for s in r["samples"]]) for r in records]
         for budget in args.budgets:
-            values[f"forced@{budget}"] = [np.mean([accuracy_at(s, budget) for s in r["samples"]]) for r in records]
+            values[f"forced@{budget}"] = [
+                np.mean([common.accuracy_at(s, budget) for s in r["samples"]]) for r in records
+            ]
     return values
 
 
@@ -245,47 +235,14 @@ def maj_at_k(record: dict, k: int, vote: str) -> float:
     samples = record["samples"]
     if "classes" not in record:
         record["classes"] = common.group_answers([s["answer"] for s in samples], record["answer"])
-    classes = record["classes"]
-    if vote == "likelihood":
-        answers = [None if c is None else str(c) for c in classes]
-        return common.maj_at_k(answers, "0", k, [2 ** s["mean_logprob"] for s in samples])
-    sizes = Counter(classes)
-    missing, right = sizes.pop(None, 0), sizes.pop(0, 0)
-    return plain_maj_at_k(right, missing, tuple(sorted(sizes.values())), k)
-
-
-@cache
-def plain_maj_at_k(right: int, missing: int, rivals: tuple[int, ...], k: int) -> float:
-    """Plain votes depend on the sizes of the classes alone, and many problems have the same."""
-    answers = ["right"] * right + [None] * missing + [str(i) for i, size in enumerate(rivals) for _ in range(size)]
-    return common.maj_at_k(answers, "right", k)
-
-
-def curve(sample: dict) -> tuple[list[float], list[float]]:
-    """(tokens, J) at the boundaries of one trace: prefix tokens + mean tokens of the answers forced there."""
-    return [b + a for b, a in zip(sample["boundaries"], sample["answer_tokens"])], sample["J"]
-
-
-def regret(sample: dict, budget: int) -> float:
-    return common.normalized_regret(*curve(sample), budget)
-
-
-def accuracy_at(sample: dict, budget: int) -> float:
-    """J at the last boundary whose forced answer fits the budget; 0 before the first."""
-    tokens, values = curve(sample)
-    return next((v for t, v in zip(tokens[::-1], values[::-1]) if t <= budget), 0.0)
-
-
-def interval(values) -> dict[str, float]:
-    """A mean over problems with its 95 % bootstrap interval."""
-    mean, low, high = common.bootstrap_interval(values)
-    return {"mean": mean, "low": low, "high": high}
+    weights = [2 ** s["mean_logprob"] for s in samples] if vote == "likelihood" else None
+    return common.vote_at_k(record["classes"], k, weights)
 
 
 def summarise(args, records: list[dict], values: dict[str, list[float]]) -> dict:
     """Every metric with its 95 % interval, from `per_problem`'s values; counts; what went wrong."""
     samples = [s for r in records for s in r["samples"]]
-    metrics = {name: interval(of_problems) for name, of_problems in values.items()}
+    metrics = {name: common.interval(of_problems) for name, of_problems in values.items()}
     n = max(len(r["samples"]) for r in records)
     for name, metric in metrics.items():
         if name.startswith("maj@") and args.vote == "likelihood" and math.comb(n, int(name[4:])) > common.EXACT_SUBSETS:
@@ -337,7 +294,7 @@ def compare(args, runs: list[Path]) -> None:
     for run in runs:
         settings[run], rows = (common.config_of(run) or {}).get("settings", {}), []
         with contextlib.suppress(OSError, ValueError, KeyError):
-            rows = load_records(run)
+            rows = common.load_records(run)
         if not rows or "top_p" not in settings[run]:
             fail(f"--compare {run}: no records.jsonl and config.json of an evaluation there")
         dataset, name = settings[run]["dataset"], run.name
@@ -403,7 +360,7 @@ def compare_on_one(args, records: dict[str, list[dict]], curves: dict[str, Effic
         for metric in values[base]:
             if metric in values[name]:
                 gap = np.array(values[name][metric]) - np.array(values[base][metric])
-                differences[name][metric] = interval(gap)
+                differences[name][metric] = common.interval(gap)
     if others:
         text += f"\nDifference to {base} on the same {len(records[base])} problems:\n\n"
         text += "| | " + " | ".join(others) + " |\n|---|" + "---|" * len(others) + "\n"
@@ -427,7 +384,7 @@ def table_of_datasets(by_model: dict[str, dict[str, list[dict]]], datasets: list
     lines = ["| pass@1 | " + " | ".join(datasets) + " | average |", "|---|" + "---|" * (len(datasets) + 1)]
     for model, mine in by_model.items():
         values = {d: [np.mean([s["right"] for s in r["samples"]]) for r in rows] for d, rows in mine.items()}
-        cells = [cell(interval(values[d])) if d in values else "–" for d in datasets]
+        cells = [cell(common.interval(values[d])) if d in values else "–" for d in datasets]
         if len(values) == len(datasets):
             rng = np.random.default_rng(0)
             draws = [np.array(v)[rng.integers(len(v), size=(2000, len(v)))].mean(1) for v in values.values()]
@@ -439,14 +396,6 @@ def table_of_datasets(by_model: dict[str, dict[str, list[dict]]], datasets: list
     return "\n".join(lines) + "\n"
 
 
-def band(axis, x, rows: np.ndarray, label: str, style: str = "-", color=None) -> None:
-    """A line with its 95 % band; rows [problems, points]."""
-    cells = [common.bootstrap_interval(column, draws=500) for column in rows.T]
-    mean, low, high = np.array(cells).T
-    line = axis.plot(x, mean, style, label=label, color=color)[0]
-    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-
-
 def draw_anytime(args, records: dict[str, list[dict]], top: int, stem: str) -> Path | None:
     """Accuracy of an answer forced within each budget (the area above it is the regret), and the normalised regret.
     None where the records hold no forced answers."""
@@ -456,10 +405,10 @@ def draw_anytime(args, records: dict[str, list[dict]], top: int, stem: str) -> P
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     grid = np.linspace(top / 32, top, 32)
     for name, rows in records.items():
-        forced = [[np.mean([accuracy_at(s, x) for s in r["samples"]]) for x in grid] for r in rows]
-        band(axes[0], grid, np.array(forced), name)
-        regrets = [[np.mean([regret(s, b) for s in r["samples"]]) for b in args.budgets] for r in rows]
-        band(axes[1], args.budgets, np.array(regrets), name, "o-")
+        forced = [[np.mean([common.accuracy_at(s, x) for s in r["samples"]]) for x in grid] for r in rows]
+        common.band(axes[0], grid, np.array(forced), name)
+        regrets = [[np.mean([common.regret_at(s, b) for s in r["samples"]]) for b in args.budgets] for r in rows]
+        common.band(axes[1], args.budgets, np.array(regrets), name, "o-")
     axes[0].set(xlabel="token budget", ylabel="accuracy of the answer forced by then", ylim=(0, 1), xlim=(0, top))
     axes[1].set(xlabel="token budget C0", ylabel="normalised regret", xticks=args.budgets)
     for axis in axes:
@@ -502,7 +451,7 @@ def draw_efficiency(args, curves: dict[str, Efficiency], stem: str) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True, sharey=True)
     for name, curve in curves.items():
         for axis, scores in zip(axes, curve.scores.values()):
-            band(axis, curve.tokens.mean(0), scores, name, ".-")
+            common.band(axis, curve.tokens.mean(0), scores, name, ".-")
     for axis, title in zip(axes, ("pass@k", "maj@k")):
         axis.set(xlabel="tokens of k samples", ylabel=title, xscale="log")
         axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))

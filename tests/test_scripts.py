@@ -24,7 +24,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
-import evaluate
 import rl_mrt
 import tiny
 
@@ -291,7 +290,7 @@ def test_text_with_rare_line_ends_stays_on_one_line(tmp_path):
     text = "a\u2028b\u2029c\x85d\x0ce\x1cf\r\ng\n\nh"
     rows = [{"step": step, "id": str(step), "samples": [{"text": text}]} for step in range(3)]
     common.append_jsonl(tmp_path / "records.jsonl", rows)
-    assert [r["samples"] for r in evaluate.load_records(tmp_path)] == [row["samples"] for row in rows]
+    assert [r["samples"] for r in common.load_records(tmp_path)] == [row["samples"] for row in rows]
     assert common.read_jsonl(tmp_path / "records.jsonl") == rows
     rl_mrt.rewind(tmp_path, 2)
     assert common.read_jsonl(tmp_path / "records.jsonl") == rows[:2]
