@@ -24,6 +24,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -469,9 +470,14 @@ def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completi
     starts = [start for start, _ in episode_spans(completion.text[: offsets[end]], max_steps, group_size)]
     starts = starts[:: math.ceil(len(starts) / max_episodes)]
     # A token belongs to the episode it starts in.
-    cuts = {bisect_left(offsets, start, hi=end) for start in starts}
+    cuts = {min(first_at(offsets, start), end) for start in starts}
     boundaries = sorted(cuts | {0, end})
     return Trace(problem, prompt, completion, boundaries, finished, answer)
+
+
+def first_at(offsets: list[int], character: int) -> int:
+    """The first token that starts at a character or after it."""
+    return bisect_left(offsets, character)
 
 
 def grade_traces(traces: list[Trace]) -> None:
@@ -744,6 +750,14 @@ def positive_int(text: str) -> int:
     return whole_number(text, 1)
 
 
+def numbers(flag: str, text: str) -> list[int]:
+    """The positive whole numbers of a list like 1,2,4, in order, each once."""
+    try:
+        return sorted({positive_int(part) for part in str(text).split(",")})
+    except argparse.ArgumentTypeError as error:
+        fail(f"{flag}: {error}")
+
+
 def non_negative(text: str) -> float:
     try:
         value = float(text)
@@ -861,6 +875,20 @@ def load_records(run: Path) -> list[dict]:
         row = json.loads(line)
         records.setdefault(row["id"], {**row, "samples": []})["samples"] += row["samples"]
     return list(records.values())
+
+
+class Clock:
+    """Progress of long work: a line with the speed and the time left."""
+
+    def __init__(self, total: int, what: str, sampler: Sampler):
+        self.total, self.what, self.sampler = total, what, sampler
+        self.began, self.tokens = time.time(), sampler.sampled_tokens
+
+    def tell(self, done: int) -> None:
+        seconds = time.time() - self.began
+        rate = (self.sampler.sampled_tokens - self.tokens) / max(seconds, 1e-9)
+        left = duration(seconds * (self.total - done) / max(1, done))
+        print(f"{done} of {self.total} {self.what}  {rate:,.0f} tokens/s  {left} left", flush=True)
 
 
 def pyplot():

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import copy
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +67,7 @@ def flags(argv=None) -> argparse.Namespace:
     args = common.parse_flags(parser, DEFAULTS, argv)
     args.out = args.out or Path("runs") / ("compare" if args.compare else f"eval-{label(args.model, args.dataset)}")
     args.k = args.k or ",".join(str(2**i) for i in range(args.num_samples.bit_length()))
-    for name in ("k", "budgets"):
-        try:
-            setattr(args, name, sorted({common.positive_int(part) for part in getattr(args, name).split(",")}))
-        except argparse.ArgumentTypeError as error:
-            fail(f"--{name}: {error}")
+    args.k, args.budgets = common.numbers("--k", args.k), common.numbers("--budgets", args.budgets)
     if not args.compare and max(args.k) > args.num_samples:
         fail(f"--k {max(args.k)}: more than the {args.num_samples} samples of a problem")
     if not 0 < args.top_p <= 1:
@@ -152,7 +147,7 @@ def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: lis
     have = {r["id"]: len(r["samples"]) for r in recorded}
     counts = [have.get(p["id"], 0) for p in problems]
     todo = [i for i, c in enumerate(counts) if c < args.num_samples]
-    began, total, tokens_before = time.time(), len(todo), sampler.sampled_tokens
+    total, clock = len(todo), common.Clock(len(todo), "problems", sampler)
     while todo:
         some = [i for i in todo if counts[i] == counts[todo[0]]][: args.batch_problems]
         todo = [i for i in todo if i not in some]
@@ -170,13 +165,7 @@ def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: lis
             how = ForcedAnswers("sampled", args.forced_answers, args.answer_tokens, args.temperature, args.top_p)
             common.success_rates(sampler, traces, how, (args.seed, 1))
         common.append_jsonl(file, [record(group) for group in groups])
-        share, seconds = 1 - len(todo) / total, time.time() - began
-        rate = (sampler.sampled_tokens - tokens_before) / seconds
-        print(
-            f"{total - len(todo)} of {total} problems  {rate:,.0f} tokens/s  "
-            f"{common.duration(seconds * (1 - share) / share)} left",
-            flush=True,
-        )
+        clock.tell(total - len(todo))
 
 
 def record(group: list[Trace]) -> dict:

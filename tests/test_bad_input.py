@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import analyze_r1
 import common
 import evaluate
 import rl_mrt
@@ -67,6 +68,25 @@ def copy_of_tiny(folder: Path, *without: str) -> Path:
     for name in without:
         (folder / name).unlink()
     return folder
+
+
+# ------------------------------------------------------------------------------------------------ analysis
+
+
+def test_given_responses_that_cannot_be_read(capsys, monkeypatch, tmp_path):
+    row = {"problem": "?", "answer": "2"}
+    for response in ({}, {"response": None}, {"response": ["a"]}):
+        file = write_rows(tmp_path / "r.jsonl", {**row, "response": "fine"}, {**row, **response})
+        main = main_with(monkeypatch, analyze_r1, "--traces", file, "--out", tmp_path / "run")
+        message = refusal(capsys, main)
+        assert "r.jsonl, row 2: column response" in message and not (tmp_path / "run").exists()
+    main = main_with(monkeypatch, analyze_r1, "--traces", tmp_path / "nowhere.jsonl", "--out", tmp_path / "run")
+    assert "nowhere.jsonl" in refusal(capsys, main)
+
+
+def test_redrawing_what_is_no_analysis(capsys, monkeypatch, tmp_path):
+    for folder in (tmp_path / "nowhere", a_run(tmp_path / "training")):
+        assert str(folder) in refusal(capsys, main_with(monkeypatch, analyze_r1, "--from", folder))
 
 
 # ------------------------------------------------------------------------------------------------ data sets
@@ -164,7 +184,7 @@ def test_a_model_folder_without_weights(capsys, tmp_path):
     assert str(folder) in refusal(capsys, common.load_model, str(folder), "cpu")
 
 
-@pytest.mark.parametrize("script", [rl_mrt, evaluate])
+@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1])
 def test_a_model_folder_with_a_broken_configuration(capsys, monkeypatch, tmp_path, script):
     folder = copy_of_tiny(tmp_path / "m")
     write(folder / "config.json", '{"model_type": "qw')
@@ -173,7 +193,7 @@ def test_a_model_folder_with_a_broken_configuration(capsys, monkeypatch, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", [rl_mrt, evaluate])
+@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1])
 def test_a_wrong_model_is_told_before_a_data_set_is_fetched(capsys, monkeypatch, tmp_path, script):
     """Without --dataset that is the paper's, of gigabytes; the tokenizer is a file."""
     monkeypatch.chdir(tmp_path)
@@ -181,7 +201,7 @@ def test_a_wrong_model_is_told_before_a_data_set_is_fetched(capsys, monkeypatch,
     assert "--model nobody/nothing" in refusal(capsys, main_with(monkeypatch, script, "--model", "nobody/nothing"))
 
 
-@pytest.mark.parametrize("script", [rl_mrt, evaluate])
+@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1])
 def test_a_prompt_longer_than_the_context_is_named(capsys, monkeypatch, tmp_path, script):
     run = a_run(tmp_path / "run")
     rows = {**GOOD_ROW, "id": "short"}, {"problem": "a long story " * 600, "answer": "2", "id": "the-long-one"}
@@ -245,7 +265,7 @@ def test_settings_that_make_no_sense(capsys, argv):
     assert argv[0] in refusal(capsys, rl_mrt.flags, argv)
 
 
-@pytest.mark.parametrize("script", [rl_mrt, evaluate])
+@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1])
 def test_a_negative_seed_is_refused_before_numpy_does(capsys, script):
     assert "--seed" in parser_refusal(capsys, script.flags, ["--seed", "-1"])
 
@@ -315,7 +335,7 @@ def test_an_output_folder_that_is_a_file(capsys, tmp_path, overwrite):
     assert (tmp_path / "out").read_text() == "notes"
 
 
-@pytest.mark.parametrize("script", [rl_mrt, evaluate])
+@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1])
 def test_a_taken_output_folder_is_told_before_data_and_model_are_loaded(capsys, monkeypatch, tmp_path, script):
     run = a_run(tmp_path / "run")
     for name in ("load_problems", "load_tokenizer", "load_model"):

@@ -52,7 +52,7 @@ def child(script: str, argv: list[str], folder: Path) -> None:
 def start():
     """start(folder, script, *flags) → a running process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rl_mrt", "evaluate", "tiny", "datasets", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["rl_mrt", "evaluate", "analyze_r1", "tiny", "datasets", "matplotlib.pyplot"])
     with pytest.MonkeyPatch.context() as patch:  # the server keeps the environment that it starts in
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -338,6 +338,66 @@ def test_a_comparison_needs_records_alone(tmp_path, execute, straight_evaluation
     done = execute(tmp_path, "evaluate.py", "--compare", "base", "nowhere", "--out", "other")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "nowhere" in done.stderr
     assert not (tmp_path / "other").exists()
+
+
+# ------------------------------------------------------------------------------------------------ analysis
+
+ANALYSIS = "--limit 6 --num-samples 2 --max-tokens 96 --forced-answers 4 --batch-problems 2 --budgets 48,96".split()
+FIGURES = ("scaling.png", "budgets.png", "progress.png")
+
+
+@pytest.fixture(scope="module")
+def straight_analysis(tmp_path_factory, execute):
+    folder = tmp_path_factory.mktemp("analysis")
+    flags = (*ANALYSIS, "--direct-model", "tiny", "--direct-samples", 4, "--out", "run")
+    succeeded(execute(folder, "analyze_r1.py", *flags))
+    return folder / "run"
+
+
+def test_an_analysis_writes_records_and_numbers_and_pictures_of_them(straight_analysis):
+    records = jsonl(straight_analysis / "records.jsonl")
+    assert len(records) == 6 and all(len(r["samples"]) == 2 for r in records)
+    for s in (s for r in records for s in r["samples"]):
+        points = len(s["boundaries"])
+        assert points == len(s["J"]) == len(s["forced"]) == len(s["characters"]) == len(s["answer_tokens"])
+        for value, forced in zip(s["J"], s["forced"]):
+            assert value == np.mean([c == 0 for c in forced["classes"]]) and len(forced["texts"]) == 4
+    summary = json.loads((straight_analysis / "summary.json").read_text())
+    assert summary["traces"] == 12 == sum(p["traces"] for p in summary["panels"])
+    assert summary["direct"]["k"] == [1, 2, 4]
+    assert summary["direct"]["pass@k"][0]["mean"] == pytest.approx(summary["direct"]["maj@k"][0]["mean"])
+    assert all(is_picture(straight_analysis / name) for name in FIGURES)
+    assert "normalised regret at 96" in (straight_analysis / "summary.md").read_text()
+
+
+def test_a_killed_analysis_resumes_to_the_same_records_and_can_be_redrawn(tmp_path, start, execute, straight_analysis):
+    flags = [*ANALYSIS, "--out", "run"]
+    kill_at_line(start(tmp_path, "analyze_r1.py", *flags), tmp_path / "run" / "records.jsonl", 2)
+    succeeded(execute(tmp_path, "analyze_r1.py", *flags, "--resume"))
+    assert (tmp_path / "run/records.jsonl").read_bytes() == (straight_analysis / "records.jsonl").read_bytes()
+    shutil.copytree(straight_analysis, tmp_path / "again")
+    for name in ("summary.json", "trace.html", *FIGURES):
+        (tmp_path / "again" / name).unlink()
+    succeeded(execute(tmp_path, "analyze_r1.py", "--from", "again", "--budgets", "48,96", "--model", "/nowhere"))
+    for name in ("summary.json", "trace.html"):
+        assert (tmp_path / "again" / name).read_bytes() == (straight_analysis / name).read_bytes()
+    assert all(is_picture(tmp_path / "again" / name) for name in FIGURES)
+
+
+def test_given_responses_are_analysed(tmp_path, execute):
+    thought = "Okay, a.\n\nb.\n\nc.\n\nWait, d.\r\n\r\ne.\n\n<script>alert(1)</script>"
+    rows = [
+        {"problem": "What is 3 + 4?", "answer": "7", "response": f"<think>\n{thought}</think>\n\\boxed{{7}}"},
+        {"problem": "What is 3 + 5?", "answer": "8", "response": "  "},
+        {"problem": "What is 3 + 4?", "answer": "7", "response": thought},
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    printed = succeeded(execute(tmp_path, "analyze_r1.py", "--traces", "r.jsonl", "--out", "run"))
+    assert "problem 1: no usable response" in printed
+    records = jsonl(tmp_path / "run/records.jsonl")
+    assert [[s["verdict"] for s in r["samples"]] for r in records] == [["right", "none"], []]
+    assert json.loads((tmp_path / "run/summary.json").read_text())["problems_without_trace"] == ["1"]
+    assert "<script>alert" not in (tmp_path / "run/trace.html").read_text()
 
 
 # ------------------------------------------------------------------------------------------------ the embedded model
