@@ -204,24 +204,13 @@ def analyse(args, run: Path, sampler: Sampler, problems, prompts, given: list[li
     for start in range(0, len(todo), args.batch_problems):
         some = todo[start : start + args.batch_problems]
         if given is None:
-            groups = sample_traces(args, sampler, [problems[i] for i in some], [prompts[i] for i in some])
+            groups = common.sample_traces(args, sampler, [problems[i] for i in some], [prompts[i] for i in some],
+                                          max_steps=args.max_steps, group_size=args.episodes_per_point)  # fmt: skip
         else:
             groups = [given[i] for i in some]
         common.success_rates(sampler, [trace for group in groups for trace in group], how, (args.seed, 1))
         common.append_jsonl(file, [record(args, problems[i], group) for i, group in zip(some, groups)])
         clock.tell(start + len(some))
-
-
-def sample_traces(args, sampler: Sampler, problems, prompts) -> list[list[Trace]]:
-    seeds = [(args.seed, common.key(p["id"])) for p in problems]
-    rows = sampler.generate(prompts, args.max_tokens, seeds, args.num_samples, args.temperature, args.top_p)
-    how = dict(max_steps=args.max_steps, group_size=args.episodes_per_point)
-    groups = [
-        [common.read_trace(sampler.tokenizer, problem, prompt, completion, **how) for completion in row]
-        for problem, prompt, row in zip(problems, prompts, rows)
-    ]
-    common.grade_traces([trace for group in groups for trace in group])
-    return groups
 
 
 def record(args, problem: dict, traces: list[Trace]) -> dict:
@@ -231,6 +220,8 @@ def record(args, problem: dict, traces: list[Trace]) -> dict:
         "samples": [
             {
                 "text": t.completion.text,
+                "token_ids": t.completion.token_ids,
+                "finished": t.finished,
                 "finish": t.completion.finish_reason,
                 "answer": common.extract_answer(t.answer or ""),
                 "right": t.reward,
@@ -489,13 +480,6 @@ def markdown(summary: dict) -> str:
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def line(axis, x, cells: list[dict], color, label=None, style="-", band=True) -> None:
-    axis.plot(x, [c["mean"] for c in cells], style, color=color, label=label, markersize=3, linewidth=1.2)
-    if band:
-        low, high = ([c[end] for c in cells] for end in ("low", "high"))
-        axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-
-
 def draw_scaling(summary: dict, run: Path) -> Path:
     """Figure 3: a column a panel; above over episodes, below over tokens with the votes branching off."""
     plt = common.pyplot()
@@ -509,18 +493,20 @@ def draw_scaling(summary: dict, run: Path) -> Path:
         title = f"{first}–{last} episodes" if last > first else f"{first} episode{'s' * (first > 1)}"
         above.set_title(f"{title}\n{panel['traces']} traces, {panel['problems']} problems", fontsize=8)
         for p, color in zip(VOTES, colors):
-            line(above, panel["after_episodes"], panel["weighted"][p], color, f"maj@{p}", ".-", band=p == VOTES[0])
+            common.line(
+                above, panel["after_episodes"], panel["weighted"][p], color, f"maj@{p}", ".-", band=p == VOTES[0]
+            )
         above.set(xlabel="episodes", ylim=(0, 1))
         above.xaxis.set_major_locator(plt.matplotlib.ticker.MaxNLocator(5, integer=True))
-        line(below, panel["tokens"][1], panel["weighted"][1], "C0", "after each episode, maj@1", ".-")
+        common.line(below, panel["tokens"][1], panel["weighted"][1], "C0", "after each episode, maj@1", ".-")
         for j in range(len(panel["after_episodes"])):
             x = [panel["tokens"][p][j] for p in VOTES]
             y = [panel["weighted"][p][j]["mean"] for p in VOTES]
             below.plot(x, y, ".--", color="C2", linewidth=0.8, markersize=3, label=None if j else "votes of 1, 2, 4, 8")
         if "direct" in summary:
             direct = summary["direct"]
-            line(below, direct["tokens"], direct["pass@k"], "C1", "direct, pass@k (oracle)", ".-", band=False)
-            line(below, direct["tokens"], direct["maj@k"], "C3", "direct, maj@k", ".-", band=False)
+            common.line(below, direct["tokens"], direct["pass@k"], "C1", "direct, pass@k (oracle)", ".-", band=False)
+            common.line(below, direct["tokens"], direct["maj@k"], "C3", "direct, maj@k", ".-", band=False)
         below.set(xlabel="tokens", xscale="log", ylim=(0, 1))
         below.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(base=2, numticks=6))
         below.xaxis.set_major_formatter(plt.matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -538,12 +524,12 @@ def draw_budgets(summary: dict, run: Path) -> Path:
     plt = common.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), constrained_layout=True)
     curve, budgets = summary["accuracy_at"], [int(b) for b in summary["regret"]]
-    line(axes[0], curve["budget"], curve["forced"], "C0")
+    common.line(axes[0], curve["budget"], curve["forced"], "C0")
     axes[0].set(xlabel="token budget", ylabel="accuracy of the answer forced by then", ylim=(0, 1))
-    line(axes[1], budgets, [r["normalised"] for r in summary["regret"].values()], "C3", style="o-")
+    common.line(axes[1], budgets, [r["normalised"] for r in summary["regret"].values()], "C3", style="o-")
     axes[1].set(xlabel="token budget C0", ylabel="normalised regret", xticks=budgets, ylim=(0, 1))
     regret = summary["regret_over_episodes"]
-    line(axes[2], range(1, len(regret) + 1), regret, "C4", "the model", "o-")
+    common.line(axes[2], range(1, len(regret) + 1), regret, "C4", "the model", "o-")
     axes[2].plot(range(1, len(regret) + 1), range(1, len(regret) + 1), ":", color="grey", label="never right")
     axes[2].set(xlabel="points k at which it is forced to answer", ylabel="cumulative regret, Σ (1 - J)")
     axes[2].legend(frameon=False, fontsize=7)
@@ -567,7 +553,7 @@ def draw_progress(summary: dict, run: Path) -> Path:
                           f"{moved['noise']:.2f}", fontsize=8)  # fmt: skip
         numbers = [row["number"] for row in moved["by_number"]]
         if numbers:
-            line(axes[1], numbers, [row["mean"] for row in moved["by_number"]], "C0", style="o-")
+            common.line(axes[1], numbers, [row["mean"] for row in moved["by_number"]], "C0", style="o-")
         axes[1].axhline(0, color="grey", linewidth=0.8)
         axes[1].set(xlabel="number of the episode", ylabel="mean progress")
         fifths = moved["by_fifth_of_the_trace"]

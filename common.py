@@ -333,12 +333,12 @@ def context_length(model: str) -> int:
     return getattr(config, "max_position_embeddings", None) or 1 << 30
 
 
-def check_lengths(args, tokenizer, problems: list[dict], prompts: list[list[int]]) -> int:
+def check_lengths(args, tokenizer, problems: list[dict], prompts: list[list[int]], more: int = 0) -> int:
     """Ends the run if a prompt and what may follow it (a thought, the stop phrase, a forced answer) do not fit the
     model's context; returns the tokens of the longest."""
     context = context_length(args.model)
     phrase = len(encode(tokenizer, "\n\n" + STOP_PHRASE + ANSWER_CUE))
-    room = args.max_tokens + phrase + args.answer_tokens
+    room = args.max_tokens + more + phrase + args.answer_tokens
     too_long = [(len(q), p["id"]) for p, q in zip(problems, prompts) if len(q) + room > context]
     if too_long:
         longest, name = max(too_long)
@@ -487,6 +487,20 @@ def grade_traces(traces: list[Trace]) -> None:
         trace.verdict, trace.reward = verdict, float(verdict == "right")
 
 
+def sample_traces(args, sampler: Sampler, problems, prompts, missing: int | None = None, first: int = 0,
+                  **how) -> list[list[Trace]]:  # fmt: skip
+    """--num-samples graded traces a problem (or `missing` of them, from number `first`); `how`: see `read_trace`."""
+    seeds = [(args.seed, key(p["id"])) for p in problems]
+    count = args.num_samples if missing is None else missing
+    rows = sampler.generate(prompts, args.max_tokens, seeds, count, args.temperature, args.top_p, first)
+    groups = [
+        [read_trace(sampler.tokenizer, problem, prompt, completion, **how) for completion in row]
+        for problem, prompt, row in zip(problems, prompts, rows)
+    ]
+    grade_traces([trace for group in groups for trace in group])
+    return groups
+
+
 # ============================================================================================ 6 forced answers (μ)
 
 
@@ -595,9 +609,12 @@ def mean_accuracy(problems: list[dict], answers: list[list[Completion]]) -> np.n
     return np.array([v == "right" for v in grade_all(pairs)], dtype=float).reshape(len(problems), -1).mean(1)
 
 
-def cut_at_budget(trace: Trace, budget: int) -> int:
-    """The last paragraph end of the thought within `budget` tokens, or the budget itself where there is none."""
+def cut_at_budget(trace: Trace, budget: int, exact: bool = False) -> int:
+    """The last paragraph end of the thought within `budget` tokens, or the budget itself where there is none, or if
+    `exact`."""
     end = min(budget, trace.boundaries[-1])
+    if exact:
+        return end
     return next((b for b in range(end, 0, -1) if trace.prefix(b).endswith("\n\n")), end)
 
 
@@ -877,6 +894,16 @@ def load_records(run: Path) -> list[dict]:
     return list(records.values())
 
 
+def cell(metric: dict, digits: int = 3, sign: str = "") -> str:
+    """A mean with its interval, for a table."""
+    return f"{metric['mean']:{sign}.{digits}f} [{metric['low']:{sign}.{digits}f}, {metric['high']:{sign}.{digits}f}]"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])
+
+
 class Clock:
     """Progress of long work: a line with the speed and the time left."""
 
@@ -908,6 +935,13 @@ def band(axis, x, rows: np.ndarray, label: str, style: str = "-", color=None) ->
     mean, low, high = np.array(cells).T
     line = axis.plot(x, mean, style, label=label, color=color)[0]
     axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def line(axis, x, cells: list[dict], color=None, label=None, style="-", band=True) -> None:
+    axis.plot(x, [c["mean"] for c in cells], style, color=color, label=label, markersize=3, linewidth=1.2)
+    if band:
+        low, high = ([c[end] for c in cells] for end in ("low", "high"))
+        axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def save_figure(figure, path: Path) -> Path:

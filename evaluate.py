@@ -151,16 +151,10 @@ def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: lis
     while todo:
         some = [i for i in todo if counts[i] == counts[todo[0]]][: args.batch_problems]
         todo = [i for i in todo if i not in some]
-        seeds = [(args.seed, common.key(problems[i]["id"])) for i in some]
         missing = args.num_samples - counts[some[0]]
-        rows = sampler.generate([prompts[i] for i in some], args.max_tokens, seeds, missing, args.temperature,
-                                args.top_p, first=counts[some[0]])  # fmt: skip
-        groups = [
-            [common.read_trace(sampler.tokenizer, problems[i], prompts[i], c, args.max_episodes) for c in row]
-            for i, row in zip(some, rows)
-        ]
+        groups = common.sample_traces(args, sampler, [problems[i] for i in some], [prompts[i] for i in some], missing,
+                                      counts[some[0]], max_episodes=args.max_episodes)  # fmt: skip
         traces = [trace for group in groups for trace in group]
-        common.grade_traces(traces)
         if args.metric in ("regret", "all"):
             how = ForcedAnswers("sampled", args.forced_answers, args.answer_tokens, args.temperature, args.top_p)
             common.success_rates(sampler, traces, how, (args.seed, 1))
@@ -254,16 +248,12 @@ def summarise(args, records: list[dict], values: dict[str, list[float]]) -> dict
 COUNTS = ("truncated", "no_answer", "timed_out", "thought_tokens", "answer_tokens", "problems", "samples")
 
 
-def cell(metric: dict, digits: int = 3, sign: str = "") -> str:
-    return f"{metric['mean']:{sign}.{digits}f} [{metric['low']:{sign}.{digits}f}, {metric['high']:{sign}.{digits}f}]"
-
-
 def markdown_table(summaries: dict[str, dict]) -> str:
     """One column a run; each metric with its interval, then the counts."""
     lines = ["| | " + " | ".join(summaries) + " |", "|---|" + "---|" * len(summaries)]
     for name in next(iter(summaries.values()))["metrics"]:
         if all(name in s["metrics"] for s in summaries.values()):
-            cells = [cell(s["metrics"][name], 1 if name == "tokens" else 3) for s in summaries.values()]
+            cells = [common.cell(s["metrics"][name], 1 if name == "tokens" else 3) for s in summaries.values()]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for name in COUNTS:
         cells = [s[name] for s in summaries.values()]
@@ -355,7 +345,9 @@ def compare_on_one(args, records: dict[str, list[dict]], curves: dict[str, Effic
         text += "| | " + " | ".join(others) + " |\n|---|" + "---|" * len(others) + "\n"
         for metric in values[base]:
             digits = 1 if metric == "tokens" else 3
-            cells = [cell(differences[n][metric], digits, "+") if metric in differences[n] else "–" for n in others]
+            cells = [
+                common.cell(differences[n][metric], digits, "+") if metric in differences[n] else "–" for n in others
+            ]
             text += f"| {metric} | " + " | ".join(cells) + " |\n"
     ratios = {name: {m: token_ratio(curves[base], curves[name], m) for m in curves[base].scores} for name in others}
     for name, of in ratios.items():
@@ -373,12 +365,14 @@ def table_of_datasets(by_model: dict[str, dict[str, list[dict]]], datasets: list
     lines = ["| pass@1 | " + " | ".join(datasets) + " | average |", "|---|" + "---|" * (len(datasets) + 1)]
     for model, mine in by_model.items():
         values = {d: [np.mean([s["right"] for s in r["samples"]]) for r in rows] for d, rows in mine.items()}
-        cells = [cell(common.interval(values[d])) if d in values else "–" for d in datasets]
+        cells = [common.cell(common.interval(values[d])) if d in values else "–" for d in datasets]
         if len(values) == len(datasets):
             rng = np.random.default_rng(0)
             draws = [np.array(v)[rng.integers(len(v), size=(2000, len(v)))].mean(1) for v in values.values()]
             low, high = np.quantile(np.mean(draws, 0), [0.025, 0.975])
-            cells.append(cell({"mean": np.mean([np.mean(v) for v in values.values()]), "low": low, "high": high}))
+            cells.append(
+                common.cell({"mean": np.mean([np.mean(v) for v in values.values()]), "low": low, "high": high})
+            )
         else:
             cells.append("–")
         lines.append(f"| {model} | " + " | ".join(cells) + " |")

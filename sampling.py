@@ -15,6 +15,7 @@ import importlib.util
 import os
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -33,7 +34,7 @@ class Completion:
 
     token_ids: list[int]
     logprobs: list[float]
-    finish_reason: str  # "stop": the last token is an end-of-turn token, the model's own choice; "length": cut
+    finish_reason: str  # "stop": the last token is one that ends it, the model's own choice; "length": cut
     text: str = ""
     offsets: list[int] = field(default_factory=list)
 
@@ -82,15 +83,18 @@ class Sampler:
         temperature: float = 1.0,
         top_p: float = 1.0,
         first: int = 0,
+        stop: Sequence[int] = (),
     ) -> list[list[Completion]]:
         """Samples `first … first + n - 1` of each prompt. `max_tokens`: one limit, or one for each prompt; `seeds`: a
-        key of integers for each prompt. Temperature 0 is greedy; its log-probs are those of temperature 1."""
+        key of integers for each prompt; `stop`: tokens that end a completion beside the end-of-turn tokens.
+        Temperature 0 is greedy; its log-probs are those of temperature 1."""
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         if not len(prompts) == len(limits) == len(seeds) or min(limits, default=1) < 1 or not all(prompts):
             raise ValueError("generate() needs a limit of at least 1 and a seed for each non-empty prompt")
         before = self.engine.prompt_tokens
         samples = range(first, first + n)
-        done = self.engine.generate(prompts, limits, seeds, self.stop_ids, samples, temperature, top_p)
+        stop_ids = sorted({*self.stop_ids, *stop})
+        done = self.engine.generate(prompts, limits, seeds, stop_ids, samples, temperature, top_p)
         drawn = sum(len(c.token_ids) for row in done for c in row)
         self.sampled_tokens += drawn
         self.computed_tokens += drawn + self.engine.prompt_tokens - before

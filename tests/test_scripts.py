@@ -52,7 +52,9 @@ def child(script: str, argv: list[str], folder: Path) -> None:
 def start():
     """start(folder, script, *flags) → a running process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rl_mrt", "evaluate", "analyze_r1", "tiny", "datasets", "matplotlib.pyplot"])
+    context.set_forkserver_preload(
+        ["rl_mrt", "evaluate", "analyze_r1", "budget_force", "tiny", "datasets", "matplotlib.pyplot"]
+    )
     with pytest.MonkeyPatch.context() as patch:  # the server keeps the environment that it starts in
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -398,6 +400,56 @@ def test_given_responses_are_analysed(tmp_path, execute):
     assert [[s["verdict"] for s in r["samples"]] for r in records] == [["right", "none"], []]
     assert json.loads((tmp_path / "run/summary.json").read_text())["problems_without_trace"] == ["1"]
     assert "<script>alert" not in (tmp_path / "run/trace.html").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ budget forcing
+
+BUDGET = "--limit 6 --num-samples 2 --max-tokens 96 --forced-answers 2 --batch-problems 2 --budgets 32,96".split()
+BUDGET += "--extensions 2 --extension-tokens 8".split()
+
+
+@pytest.fixture(scope="module")
+def straight_budget(tmp_path_factory, execute):
+    folder = tmp_path_factory.mktemp("budget")
+    succeeded(execute(folder, "budget_force.py", "--model", "tiny", *BUDGET, "--out", "run"))
+    return folder / "run"
+
+
+def test_budget_forcing_writes_records_numbers_and_pictures(straight_budget):
+    records = jsonl(straight_budget / "records.jsonl")
+    assert len(records) == 6 and all(len(r["samples"]) == 2 for r in records)
+    metrics = json.loads((straight_budget / "summary.json").read_text())["runs"]["run"]["metrics"]
+    for name in ("32", "96"):
+        expected = np.mean([s["exploit"][name]["J"] for r in records for s in r["samples"]])
+        assert metrics[f"within {name}"]["mean"] == pytest.approx(expected)
+    for w in ("0", "2"):
+        expected = np.mean([s["extrapolate"][w]["J"] for r in records for s in r["samples"]])
+        assert metrics[f"{w} extensions"]["mean"] == pytest.approx(expected)
+    assert {"regret@32", "regret@96", "regret@112"} <= metrics.keys()
+    assert all(is_picture(straight_budget / name) for name in ("regret.png", "accuracy.png"))
+    assert "A budget counts the thought;" in (straight_budget / "summary.md").read_text()
+
+
+def test_killed_budget_forcing_resumes_and_is_compared_from_records(tmp_path, start, execute, straight_budget):
+    flags = ["--model", "tiny", *BUDGET, "--out", "run"]
+    kill_at_line(start(tmp_path, "budget_force.py", *flags), tmp_path / "run" / "records.jsonl", 2)
+    succeeded(execute(tmp_path, "budget_force.py", *flags, "--resume"))
+    for name in ("records.jsonl", "summary.json", "summary.md"):
+        assert (tmp_path / "run" / name).read_bytes() == (straight_budget / name).read_bytes(), name
+    shutil.copytree(straight_budget, tmp_path / "other")
+    printed = succeeded(execute(tmp_path, "budget_force.py", "--compare", "run", "other", "--out", "both"))
+    assert (
+        "Difference to run on the same 6 problems" in printed and "| within 96 | +0.000 [+0.000, +0.000] |" in printed
+    )
+
+
+def test_budget_forcing_goes_on_from_the_thoughts_of_an_analysis(tmp_path, execute, straight_analysis):
+    shutil.copytree(straight_analysis, tmp_path / "analysis")
+    succeeded(execute(tmp_path, "budget_force.py", "--thoughts", "analysis", *BUDGET, "--out", "run"))
+    ours, theirs = jsonl(tmp_path / "run/records.jsonl"), jsonl(tmp_path / "analysis/records.jsonl")
+    assert [[s["J"] for s in r["samples"]] for r in ours] == [[s["J"] for s in r["samples"]] for r in theirs]
+    assert [[s["tokens"] for s in r["samples"]] for r in ours] == [[len(s["token_ids"]) for s in r["samples"]]
+                                                                  for r in theirs]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the embedded model

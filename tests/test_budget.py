@@ -1,0 +1,203 @@
+"""budget_force.py: thoughts cut and extended on real tokens, without the bugs of the implementations people copy."""
+
+import itertools
+
+import numpy as np
+import pytest
+from test_bad_input import main_with, refusal
+
+import budget_force
+import common
+from common import Completion, Sampler, TransformersEngine
+
+
+class Watched(Sampler):
+    """The real sampler, which keeps what it was asked and what it gave."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.calls = []
+
+    def generate(self, prompts, max_tokens, seeds, n=1, temperature=1.0, top_p=1.0, first=0, stop=()):
+        rows = super().generate(prompts, max_tokens, seeds, n, temperature, top_p, first, stop)
+        self.calls.append((prompts, rows, list(stop)))
+        return rows
+
+
+@pytest.fixture()
+def watched(model, tokenizer):
+    return Watched(TransformersEngine(model), tokenizer)
+
+
+def options(*flags):
+    args = budget_force.flags(["--model", "tiny", "--max-tokens", "120", "--forced-answers", "2", *map(str, flags)])
+    args.num_samples = 2
+    return args
+
+
+@pytest.fixture()
+def traces(watched, problems, prompts):
+    groups = common.sample_traces(options(), watched, problems[:6], prompts[:6])
+    watched.calls.clear()
+    traces = [trace for group in groups for trace in group]
+    assert {t.finished for t in traces} == {True, False}, (
+        "the test needs thoughts that ended and thoughts that were cut"
+    )
+    return traces
+
+
+# ---------------------------------------------------------------------------------------------- exploit
+
+
+@pytest.mark.parametrize("cut", ["paragraph", "exact"])
+def test_one_thought_serves_all_budgets_and_is_told_to_stop_only_where_it_was_cut(watched, traces, cut):
+    budgets = [10, 40, 120]
+    results = budget_force.exploit(options("--budgets", "10,40,120", "--cut", cut), watched, traces)
+    phrase = common.encode(watched.tokenizer, common.STOP_PHRASE)
+    asked = {tuple(prompt) for prompt in watched.calls[0][0]}
+    assert len(watched.calls) == 1  # all budgets of all traces in one call
+    for trace, of in zip(traces, results):
+        end = trace.boundaries[-1]
+        for budget in budgets:
+            assert of[budget]["thought_tokens"] <= min(budget, end)
+            if trace.finished and end <= budget:
+                assert not of[budget]["cut"] and of[budget]["J"] == trace.reward
+                assert of[budget]["thought_tokens"] + of[budget]["answer_tokens"] == len(trace.completion.token_ids)
+                continue
+            at = of[budget]["thought_tokens"]
+            prompt = common.forced_prompt(watched.tokenizer, trace, at)
+            assert tuple(prompt) in asked and prompt[-len(phrase) :] == phrase
+            assert prompt[: len(trace.prompt) + at] == trace.prompt + trace.completion.token_ids[:at]
+            if cut == "exact":
+                assert at == min(budget, end)
+            else:
+                assert trace.prefix(at).endswith("\n\n") or at == min(budget, end)
+
+
+def test_a_budget_of_thought_and_answer_is_never_exceeded(watched, traces):
+    args = options("--budgets", "5,40,120", "--count", "total")
+    for of in budget_force.exploit(args, watched, traces):
+        for budget in (40, 120):
+            assert of[budget]["thought_tokens"] + args.answer_tokens <= budget or not of[budget]["cut"]
+            assert of[budget]["thought_tokens"] + of[budget]["answer_tokens"] <= budget
+        assert of[5]["thought_tokens"] == 0  # no room for a thought beside an answer of 8 tokens
+
+
+def test_only_what_follows_the_thought_is_graded(watched, tokenizer, problems, prompts):
+    """A thought that boxes the right answer over and over, and an answer of one token, which can hold no box."""
+    text = f"so \\boxed{{{problems[0]['answer']}}}.\n\n" * 10
+    ids = common.encode(tokenizer, text)
+    completion = Completion(ids, [], "length", *common.text_and_offsets(tokenizer, ids))
+    trace = common.read_trace(tokenizer, problems[0], prompts[0], completion)
+    args = options("--answer-tokens", "1", "--budgets", "20,40", "--extensions", "2", "--extension-tokens", "4")
+    for of in (budget_force.exploit(args, watched, [trace])[0], budget_force.extrapolate(args, watched, [trace])[0]):
+        assert all(point["J"] == 0 and point["answers"] == [None, None] for point in of.values())
+
+
+# ---------------------------------------------------------------------------------------------- extrapolate
+
+
+@pytest.mark.parametrize("style", ["paper", "s1"])
+def test_extensions_continue_the_very_tokens_and_no_budget_restarts(watched, tokenizer, traces, style):
+    args = options("--style", style, "--extensions", "6", "--extension-tokens", "20")
+    before = watched.sampled_tokens
+    results = budget_force.extrapolate(args, watched, traces)
+    marker = common.encode(tokenizer, common.THINK_END)[0]
+    answering = [call for call in watched.calls if not call[2]]
+    thinking = [call for call in watched.calls if call[2]]
+    assert [list(of) for of in results] == [[0, 2, 4, 6]] * len(traces) and len(answering) == 4
+    assert all(stop == [marker] for *_, stop in thinking)
+    for t, trace in enumerate(traces):
+        thoughts = []
+        for (prompts, _, _), w in zip(answering, (0, 2, 4, 6)):
+            prompt = prompts[t]
+            assert prompt[: len(trace.prompt)] == trace.prompt and prompt[-1] == marker
+            assert prompt.count(marker) == 1 and tokenizer.eos_token_id not in prompt[len(trace.prompt) :]
+            thought = prompt[len(trace.prompt) :][: results[t][w]["thought_tokens"]]
+            assert len(thought) == results[t][w]["thought_tokens"]
+            thoughts.append(thought)
+        # each thought begins with the one before it, and the first with the sampled tokens themselves
+        assert all(after[: len(thought)] == thought for thought, after in itertools.pairwise(thoughts))
+        sampled = trace.completion.token_ids[: trace.boundaries[-1]]
+        assert thoughts[0] == sampled[: len(thoughts[0])]
+        assert thoughts[0] == sampled or (style == "paper" and not trace.finished)
+        if style == "s1":
+            assert all(len(thought) <= args.max_tokens for thought in thoughts)
+        else:
+            string = max(len(common.encode(tokenizer, "\n" + s)) for s in args.strings)
+            growth = np.diff([len(thought) for thought in thoughts])
+            assert all(0 <= g <= 2 * (args.extension_tokens + string) for g in growth)
+    generated = sum(of[6]["generated"] - t.boundaries[-1] for of, t in zip(results, traces))
+    answers = sum(2 * of[w]["answer_tokens"] for of in results for w in of)
+    assert watched.sampled_tokens - before == generated + answers
+
+
+def test_the_strings_come_in_turn_and_a_cut_paragraph_is_dropped(watched, tokenizer, traces):
+    args = options("--extensions", "5", "--extension-tokens", "12")
+    budget_force.extrapolate(args, watched, traces)
+    thinking = [prompts for prompts, _, stop in watched.calls if stop]
+    for prompts, string in zip(thinking, ["Wait", "But wait", "Alternatively", "But hold on", "Wait"]):
+        assert all(tokenizer.decode(prompt).endswith("\n" + string) for prompt in prompts)
+    text = "first.\n\nsecond, which is not fini"
+    kept = budget_force.drop_unfinished(tokenizer, common.encode(tokenizer, text), 99, 0)
+    assert tokenizer.decode(kept) == "first.\n\n"
+    whole = common.encode(tokenizer, "first.\n\n")
+    start = whole + common.encode(tokenizer, "\nWait")  # "\n\n\nWait": the string's own line is no paragraph end
+    for added, kept in ((", and so", whole), (", done.\n\nand", start + common.encode(tokenizer, ", done.\n\n"))):
+        more = start + common.encode(tokenizer, added)
+        assert budget_force.drop_unfinished(tokenizer, more, len(whole), len(start)) == kept
+    one = common.encode(tokenizer, "only one paragraph")
+    assert budget_force.drop_unfinished(tokenizer, one, len(one), 0) == one
+
+
+def test_results_do_not_depend_on_the_batch(watched, traces):
+    args = options("--extensions", "2", "--extension-tokens", "16")
+    together = budget_force.extrapolate(args, watched, traces)
+    assert budget_force.extrapolate(args, watched, traces[4:6]) == together[4:6]
+
+
+def test_a_stop_token_ends_a_completion_and_belongs_to_it(watched, tokenizer, prompts):
+    marker = common.encode(tokenizer, common.THINK_END)[0]
+    rows = watched.generate(prompts, 250, [(0, i) for i in range(len(prompts))], stop=[marker])
+    ended = [c for (c,) in rows if c.finish_reason == "stop"]
+    assert ended and all(c.token_ids[-1] == marker and c.token_ids.count(marker) == 1 for c in ended)
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def test_the_curve_joins_cuts_or_episodes_and_extensions():
+    cut = {"thought_tokens": 10, "answer_tokens": 2.0, "J": 0.25, "cut": True}
+    free = {"thought_tokens": 30, "answer_tokens": 3.0, "J": 1.0, "cut": False}
+    sample = {"boundaries": [0, 30], "J": [], "answer_tokens": [], "exploit": {"10": cut, "40": free},
+              "extrapolate": {"0": {"thought_tokens": 30, "answer_tokens": 3.0, "J": 0.5},
+                              "2": {"thought_tokens": 50, "answer_tokens": 3.0, "J": 0.75}}}  # fmt: skip
+    assert budget_force.points(sample) == ([12.0, 33.0, 53.0], [0.25, 0.5, 0.75])
+    tokens, values = budget_force.points({**sample, "J": [0.0, 0.5], "answer_tokens": [2.0, 3.0]})
+    assert (tokens, values) == ([2.0, 33.0, 33.0, 53.0], [0.0, 0.5, 0.5, 0.75])
+
+
+def test_regret_budgets_go_on_where_extensions_may_reach():
+    args = options("--budgets", "60,120", "--extensions", "4", "--extension-tokens", "30")
+    assert budget_force.regret_budgets(vars(args)) == [60, 120, 180, 240]
+    assert budget_force.regret_budgets({**vars(args), "style": "s1"}) == [60, 120]
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_model_without_a_thinking_marker_is_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "thinks", lambda _: False)
+    main = main_with(monkeypatch, budget_force, "--out", tmp_path / "run", "--engine", "transformers")
+    assert "has no </think>" in refusal(capsys, main) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argv", [["--budgets", "0"], ["--budgets", "x"], ["--strings", "Wait,,But"], ["--top-p", "0"]])
+def test_flags_that_make_no_sense(capsys, argv):
+    assert argv[0] in refusal(capsys, budget_force.flags, argv)
+
+
+def test_thoughts_must_be_an_analysis_of_the_same_model(capsys, monkeypatch, tmp_path):
+    main = main_with(monkeypatch, budget_force, "--thoughts", tmp_path, "--model", "tiny", "--out", tmp_path / "run",
+                     "--engine", "transformers")  # fmt: skip
+    assert "--thoughts" in refusal(capsys, main)
