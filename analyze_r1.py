@@ -219,19 +219,10 @@ def record(args, problem: dict, traces: list[Trace]) -> dict:
         **problem,
         "samples": [
             {
-                "text": t.completion.text,
-                "token_ids": t.completion.token_ids,
-                "finished": t.finished,
-                "finish": t.completion.finish_reason,
-                "answer": common.extract_answer(t.answer or ""),
-                "right": t.reward,
-                "verdict": t.verdict,
+                **common.trace_record(t),
                 "tokens": len(t.completion.token_ids),
                 "episodes": len(common.episode_spans(t.prefix(t.boundaries[-1]), args.max_steps)),
-                "boundaries": t.boundaries,
                 "characters": [t.completion.offsets[b] for b in t.boundaries],
-                "J": t.values,
-                "answer_tokens": t.answer_tokens,
                 "forced": [forced_answers(problem, row) for row in t.forced],
             }
             for t in traces

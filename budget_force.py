@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import common
-from common import THINK_END, Completion, Sampler, Trace, fail
+from common import THINK_END, Sampler, Trace, fail
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
@@ -151,7 +151,8 @@ def force(args, run: Path, sampler: Sampler, problems, prompts, given: list[dict
         if given is None:
             groups = common.sample_traces(args, sampler, [problems[i] for i in some], [prompts[i] for i in some])
         else:
-            groups = [given_traces(sampler.tokenizer, given[i], prompts[i]) for i in some]
+            again = common.trace_from_record
+            groups = [[again(sampler.tokenizer, problems[i], prompts[i], s) for s in given[i]["samples"]] for i in some]
         traces = [trace for group in groups for trace in group]
         records = [
             {
@@ -173,17 +174,6 @@ def force(args, run: Path, sampler: Sampler, problems, prompts, given: list[dict
             records = records[len(group) :]
         common.append_jsonl(file, lines)
         clock.tell(start + len(some))
-
-
-def given_traces(tokenizer, record: dict, prompt: list[int]) -> list[Trace]:
-    """The traces of an analysis, with the very tokens that were sampled and the J's at their episodes."""
-    traces = []
-    for s in record["samples"]:
-        completion = Completion(s["token_ids"], [], s["finish"], *common.text_and_offsets(tokenizer, s["token_ids"]))
-        trace = Trace(record["problem"], prompt, completion, s["boundaries"], s["finished"], s["answer"], s["right"])
-        trace.values, trace.answer_tokens = s["J"], s["answer_tokens"]
-        traces.append(trace)
-    return traces
 
 
 def seed_of(args, traces: list[Trace], t: int, *what: int) -> tuple[int, ...]:

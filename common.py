@@ -4,7 +4,7 @@
             → reward, advantage per token → log-probs → loss
 
 Sections: 1 messages and files · 2 problems · 3 models and prompts · 4 the sampler · 5 thoughts and episodes
-· 6 forced answers (μ) and progress · 7 the GRPO loss · 8 the run folder.
+· 6 forced answers (μ) and progress · 7 the GRPO loss · 8 training · 9 the run folder.
 Three parts that are not about MRT alone have files of their own, and their names are here, too: sampling.py (the two
 engines), grading.py (is an answer the gold answer?), metrics.py (pass@k, maj@k, regret, intervals).
 
@@ -53,7 +53,7 @@ from metrics import (  # noqa: F401  also for scripts
     trace_curve,
     vote_at_k,
 )
-from sampling import (  # noqa: F401  also for scripts
+from sampling import (
     Completion,
     Sampler,
     TransformersEngine,
@@ -501,6 +501,32 @@ def sample_traces(args, sampler: Sampler, problems, prompts, missing: int | None
     return groups
 
 
+def trace_record(trace: Trace) -> dict:
+    """A trace as JSON holds it, with the very tokens that were sampled; without its forced answers' texts."""
+    return {
+        "text": trace.completion.text,
+        "token_ids": trace.completion.token_ids,
+        "finish": trace.completion.finish_reason,
+        "finished": trace.finished,
+        "answer": extract_answer(trace.answer or ""),
+        "right": trace.reward,
+        "verdict": trace.verdict,
+        "boundaries": trace.boundaries,
+        "J": trace.values,
+        "answer_tokens": trace.answer_tokens,
+    }
+
+
+def trace_from_record(tokenizer, problem: dict, prompt: list[int], record: dict) -> Trace:
+    """The trace again; `answer` is what its box held."""
+    ids = record["token_ids"]
+    completion = Completion(ids, [], record["finish"], *text_and_offsets(tokenizer, ids))
+    trace = Trace(problem, prompt, completion, record["boundaries"], record["finished"], record["answer"])
+    trace.reward, trace.verdict = record["right"], record["verdict"]
+    trace.values, trace.answer_tokens = record["J"], record["answer_tokens"]
+    return trace
+
+
 # ============================================================================================ 6 forced answers (μ)
 
 
@@ -729,7 +755,84 @@ def grpo_loss(
     return torch.where(mask, per_token, zero).sum() / denominator, sums
 
 
-# ============================================================================================ 8 the run folder
+# ============================================================================================ 8 training
+
+
+def micro_batches(examples: list[tuple[list[int], int, list[float]]], max_tokens: int, device):
+    """Sorted by length and cut where rows × width would exceed `max_tokens`. An example is (ids, first trained
+    place, advantage of each trained token); yields (order, ids [B, T], where [B, T], advantages [N])."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    while order:
+        width, batch = len(examples[order[-1]][0]), []
+        while order and (not batch or (len(batch) + 1) * width <= max_tokens):
+            batch.append(order.pop())
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        where = torch.zeros(len(batch), width, dtype=torch.bool)
+        for row, i in enumerate(batch):
+            tokens, first, _ = examples[i]
+            ids[row, : len(tokens)] = torch.tensor(tokens)  # padded on the right: causal, needs no mask
+            where[row, first : len(tokens)] = True
+        advantages = torch.tensor([a for i in batch for a in examples[i][2]], dtype=torch.float32)
+        yield batch, ids.to(device), where.to(device), advantages.to(device)
+
+
+def learning_rate(args, done: float) -> float:
+    """At a share `done` of the run: linear warm-up, then constant or a cosine to 0."""
+    if done < args.warmup:
+        return args.lr * max(done / args.warmup, 0.02)
+    if args.schedule == "constant":
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (done - args.warmup) / max(1e-9, 1 - args.warmup)))
+
+
+def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict, keep: int) -> None:
+    """`checkpoints/step_N`: the model in Hugging Face format and what training needs to go on. It is written under
+    another name and renamed when complete; older ones go afterwards."""
+    final = run / "checkpoints" / f"step_{state['step']:06d}"
+    if final.exists():
+        return
+    temporary = final.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    torch.save({"optimizer": optimizer.state_dict(), "state": state}, temporary / "training.pt")
+    temporary.rename(final)
+    for old in sorted((run / "checkpoints").glob("step_??????"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    return max((run / "checkpoints").glob("step_??????"), default=None)
+
+
+def load_checkpoint(folder: Path, model, optimizer) -> dict:
+    """Restores weights and optimiser in place; returns the run's state."""
+    saved = torch.load(folder / "training.pt", map_location=model.device, weights_only=True)
+    model.load_state_dict(load_model(str(folder), model.device).state_dict())
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["state"]
+
+
+def rewind(run: Path, step: int) -> None:
+    """Drops the lines of steps after the checkpoint that a run goes on from; they are made again."""
+    for name, first_lost in (("metrics.jsonl", step + 1), ("records.jsonl", step), ("validation.jsonl", step + 1)):
+        if (run / name).exists():
+            kept = [line for line in whole_lines(run / name) if step and json.loads(line)["step"] < first_lost]
+            write_text(run / name, "".join(kept))
+
+
+def save_model(folder: Path, model, tokenizer) -> None:
+    """The model in Hugging Face format; complete or not there."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+# ============================================================================================ 9 the run folder
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -868,7 +971,7 @@ def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
 def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
     """Creates the folder of a run and its `config.json`, or makes the one there ready to be continued."""
     if check_out(out, config, resume, overwrite):
-        for lines in out.glob("*.jsonl"):  # a crash may have cut the last line
+        for lines in out.rglob("*.jsonl"):  # a crash may have cut the last line
             write_text(lines, "".join(whole_lines(lines)))
         return out
     if out.exists():
@@ -879,10 +982,14 @@ def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
     return out
 
 
+def json_line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def append_jsonl(path: Path, rows: list[dict]) -> None:
     """Appends one line a row."""
     with path.open("a", encoding="utf-8") as out:
-        out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        out.write("".join(map(json_line, rows)))
 
 
 def load_records(run: Path) -> list[dict]:

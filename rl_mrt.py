@@ -20,9 +20,7 @@ On a GPU, with the paper's data and settings (Table 3):
 """
 
 import argparse
-import json
 import math
-import shutil
 import time
 from pathlib import Path
 
@@ -282,24 +280,6 @@ def rollouts_prefix(args, sampler, problems, prompts, seed):
 # ---------------------------------------------------------------------------------------------- the update
 
 
-def micro_batches(examples: list[tuple[list[int], int, list[float]]], max_tokens: int, device):
-    """Sorted by length and cut where rows × width would exceed `max_tokens`. An example is (ids, first trained
-    place, advantage of each trained token); yields (order, ids [B, T], where [B, T], advantages [N])."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
-    while order:
-        width, batch = len(examples[order[-1]][0]), []
-        while order and (not batch or (len(batch) + 1) * width <= max_tokens):
-            batch.append(order.pop())
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        where = torch.zeros(len(batch), width, dtype=torch.bool)
-        for row, i in enumerate(batch):
-            tokens, first, _ = examples[i]
-            ids[row, : len(tokens)] = torch.tensor(tokens)  # padded on the right: causal, needs no mask
-            where[row, first : len(tokens)] = True
-        advantages = torch.tensor([a for i in batch for a in examples[i][2]], dtype=torch.float32)
-        yield batch, ids.to(device), where.to(device), advantages.to(device)
-
-
 def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict[str, float]:
     """One or more optimiser steps on the sampled tokens; returns the update's metrics."""
     traces = [trace for group in groups for trace in group]
@@ -312,7 +292,7 @@ def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict
     old = {}
     if len(chosen) > 1:  # the ratio's denominator: the policy before the first of several steps
         with torch.no_grad(), common.autocast(dtype):
-            for batch, ids, where, _ in micro_batches(examples, args.max_tokens_per_batch, model.device):
+            for batch, ids, where, _ in common.micro_batches(examples, args.max_tokens_per_batch, model.device):
                 logprobs, _ = common.token_logprobs(model, ids, where, args.temperature)
                 old.update(zip(batch, logprobs.split([len(examples[i][2]) for i in batch])))
     tokens = sum(len(row) for row in flat)
@@ -320,7 +300,7 @@ def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict
         mine = [examples[i] for i in part]
         denominator = sum(len(row) for _, _, row in mine)  # of the whole part, fixed before the loop
         optimizer.zero_grad()
-        for batch, ids, where, advantage in micro_batches(mine, args.max_tokens_per_batch, model.device):
+        for batch, ids, where, advantage in common.micro_batches(mine, args.max_tokens_per_batch, model.device):
             with common.autocast(dtype):
                 logprobs, entropies = common.token_logprobs(model, ids, where, args.temperature)
                 ref = None
@@ -372,15 +352,6 @@ def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict
     }
 
 
-def learning_rate(args, done: float) -> float:
-    """At a share `done` of the run: linear warm-up, then constant or a cosine to 0."""
-    if done < args.warmup:
-        return args.lr * max(done / args.warmup, 0.02)
-    if args.schedule == "constant":
-        return args.lr
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (done - args.warmup) / max(1e-9, 1 - args.warmup)))
-
-
 # ---------------------------------------------------------------------------------------------- the run
 
 
@@ -394,12 +365,12 @@ def train(args, run: Path, sampler: Sampler, problems: list[dict], prompts: dict
         reference = common.load_model(args.model, model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     state = {"step": 0, "sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
-    checkpoint = latest_checkpoint(run) if args.resume else None
+    checkpoint = common.latest_checkpoint(run) if args.resume else None
     if checkpoint:
-        state = load_checkpoint(checkpoint, model, optimizer)
+        state = common.load_checkpoint(checkpoint, model, optimizer)
         sampler.sync()
         print(f"resumed from {checkpoint} at step {state['step']}")
-    rewind(run, state["step"])
+    common.rewind(run, state["step"])
     sampler.sampled_tokens, sampler.computed_tokens = state["sampled_tokens"], state["computed_tokens"]
     steps = args.steps or math.ceil(len(problems) / args.problems_per_step)
     if args.max_sampled_tokens:
@@ -417,7 +388,7 @@ def train(args, run: Path, sampler: Sampler, problems: list[dict], prompts: dict
     while state["step"] < steps and sampler.sampled_tokens < (args.max_sampled_tokens or math.inf):
         step, clock = state["step"], time.time()
         done = sampler.sampled_tokens / args.max_sampled_tokens if args.max_sampled_tokens else step / steps
-        rate = learning_rate(args, done)
+        rate = common.learning_rate(args, done)
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = problems_of_step(problems, args.problems_per_step, step, args.seed)
@@ -466,18 +437,13 @@ def train(args, run: Path, sampler: Sampler, problems: list[dict], prompts: dict
         if validation and state["step"] % args.eval_every == 0:
             validate(args, run, sampler, validation, state["step"])
         if state["step"] % args.checkpoint_every == 0:
-            save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
+            common.save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
             draw_run(run)
     if validation and state["step"] > first_step and state["step"] % args.eval_every:
         validate(args, run, sampler, validation, state["step"])
-    save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
+    common.save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
     draw_run(run)
-    finish = run / "model.tmp"
-    shutil.rmtree(finish, ignore_errors=True)
-    model.save_pretrained(finish)
-    tokenizer.save_pretrained(finish)
-    shutil.rmtree(run / "model", ignore_errors=True)
-    finish.rename(run / "model")
+    common.save_model(run / "model", model, tokenizer)
     last = common.read_jsonl(run / "metrics.jsonl")[-1]
     common.write_json(run / "summary.json", {"method": method, **last})
     print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
@@ -533,43 +499,6 @@ def validate(args, run: Path, sampler: Sampler, problems: list[dict], step: int)
         f"  validation after {step} steps: right {line['accuracy']:.3f}  tokens {line['tokens']:.1f}  {forced}",
         flush=True,
     )
-
-
-def rewind(run: Path, step: int) -> None:
-    """Drops the lines of steps after the checkpoint that a run goes on from; they are made again."""
-    for name, first_lost in (("metrics.jsonl", step + 1), ("records.jsonl", step), ("validation.jsonl", step + 1)):
-        if (run / name).exists():
-            kept = [line for line in common.whole_lines(run / name) if step and json.loads(line)["step"] < first_lost]
-            common.write_text(run / name, "".join(kept))
-
-
-def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict, keep: int) -> None:
-    """`checkpoints/step_N`: the model in Hugging Face format and what training needs to go on. It is written under
-    another name and renamed when complete; older ones go afterwards."""
-    final = run / "checkpoints" / f"step_{state['step']:06d}"
-    if final.exists():
-        return
-    temporary = final.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    torch.save({"optimizer": optimizer.state_dict(), "state": state}, temporary / "training.pt")
-    temporary.rename(final)
-    for old in sorted((run / "checkpoints").glob("step_??????"))[:-keep]:
-        shutil.rmtree(old)
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    return max((run / "checkpoints").glob("step_??????"), default=None)
-
-
-def load_checkpoint(folder: Path, model, optimizer) -> dict:
-    """Restores weights and optimiser in place; returns the run's state."""
-    saved = torch.load(folder / "training.pt", map_location=model.device, weights_only=True)
-    model.load_state_dict(common.load_model(str(folder), model.device).state_dict())
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["state"]
 
 
 def draw_run(run: Path) -> None:

@@ -172,7 +172,7 @@ class VllmEngine:
         except OSError:
             self.generation_config = None
         on_cuda = current_platform.device_type == "cuda"
-        self.sleeps = on_cuda and trained is not None
+        self.sleeps, self.asleep = on_cuda and trained is not None, False
         if on_cuda:
             here = {"gpu_memory_utilization": memory}
         else:
@@ -237,17 +237,19 @@ class VllmEngine:
         return AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype).to(device).eval()
 
     def pause(self) -> None:
-        if self.sleeps:
+        if self.sleeps and not self.asleep:
             self.llm.sleep(level=2)
+            self.asleep = True
 
     def sync(self) -> None:
-        if self.sleeps:
+        if self.asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.trained.state_dict().items()})
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache: answers would be sampled from old weights' states")
-        if self.sleeps:
+        if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
 
     def close(self) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory

@@ -13,6 +13,7 @@ import budget_force
 import common
 import evaluate
 import rl_mrt
+import star_mrt
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD_ROW = {"problem": "1 + 1 = ?", "answer": "2"}
@@ -185,7 +186,7 @@ def test_a_model_folder_without_weights(capsys, tmp_path):
     assert str(folder) in refusal(capsys, common.load_model, str(folder), "cpu")
 
 
-@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force])
+@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
 def test_a_model_folder_with_a_broken_configuration(capsys, monkeypatch, tmp_path, script):
     folder = copy_of_tiny(tmp_path / "m")
     write(folder / "config.json", '{"model_type": "qw')
@@ -194,7 +195,7 @@ def test_a_model_folder_with_a_broken_configuration(capsys, monkeypatch, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force])
+@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
 def test_a_wrong_model_is_told_before_a_data_set_is_fetched(capsys, monkeypatch, tmp_path, script):
     """Without --dataset that is the paper's, of gigabytes; the tokenizer is a file."""
     monkeypatch.chdir(tmp_path)
@@ -202,7 +203,7 @@ def test_a_wrong_model_is_told_before_a_data_set_is_fetched(capsys, monkeypatch,
     assert "--model nobody/nothing" in refusal(capsys, main_with(monkeypatch, script, "--model", "nobody/nothing"))
 
 
-@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force])
+@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
 def test_a_prompt_longer_than_the_context_is_named(capsys, monkeypatch, tmp_path, script):
     run = a_run(tmp_path / "run")
     rows = {**GOOD_ROW, "id": "short"}, {"problem": "a long story " * 600, "answer": "2", "id": "the-long-one"}
@@ -266,7 +267,7 @@ def test_settings_that_make_no_sense(capsys, argv):
     assert argv[0] in refusal(capsys, rl_mrt.flags, argv)
 
 
-@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force])
+@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
 def test_a_negative_seed_is_refused_before_numpy_does(capsys, script):
     assert "--seed" in parser_refusal(capsys, script.flags, ["--seed", "-1"])
 
@@ -336,7 +337,7 @@ def test_an_output_folder_that_is_a_file(capsys, tmp_path, overwrite):
     assert (tmp_path / "out").read_text() == "notes"
 
 
-@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force])
+@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
 def test_a_taken_output_folder_is_told_before_data_and_model_are_loaded(capsys, monkeypatch, tmp_path, script):
     run = a_run(tmp_path / "run")
     for name in ("load_problems", "load_tokenizer", "load_model"):

@@ -8,7 +8,6 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import common
-import rl_mrt
 from common import group_advantages, grpo_loss, token_logprobs
 
 
@@ -214,7 +213,7 @@ def test_rules_11_and_12_the_sampled_ids_are_the_trained_ids_and_a_chosen_end_of
     monkeypatch.setattr(common, "encode", forbidden)
     examples = [(t.prompt + t.completion.token_ids, len(t.prompt), [0.0] * len(t.completion.token_ids)) for t in traces]
     seen = 0
-    for order, ids, where, advantages in rl_mrt.micro_batches(examples, 600, "cpu"):
+    for order, ids, where, advantages in common.micro_batches(examples, 600, "cpu"):
         for row, i in enumerate(order):
             assert ids[row][where[row]].tolist() == traces[i].completion.token_ids
             seen += 1
@@ -225,7 +224,7 @@ def test_rules_11_and_12_the_sampled_ids_are_the_trained_ids_and_a_chosen_end_of
 def test_micro_batches_keep_every_example_once_under_the_limit():
     examples = [([1] * n, 1, [0.0] * (n - 1)) for n in (3, 50, 7, 7, 20, 90, 4)]
     seen = []
-    for order, ids, _, _ in rl_mrt.micro_batches(examples, 60, "cpu"):
+    for order, ids, _, _ in common.micro_batches(examples, 60, "cpu"):
         assert ids.numel() <= 60 or len(order) == 1
         seen += order
     assert sorted(seen) == list(range(7))

@@ -24,7 +24,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
-import rl_mrt
 import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +52,7 @@ def start():
     """start(folder, script, *flags) → a running process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["rl_mrt", "evaluate", "analyze_r1", "budget_force", "tiny", "datasets", "matplotlib.pyplot"]
+        ["rl_mrt", "evaluate", "analyze_r1", "budget_force", "star_mrt", "tiny", "datasets", "matplotlib.pyplot"]
     )
     with pytest.MonkeyPatch.context() as patch:  # the server keeps the environment that it starts in
         patch.setenv("PYTHONPATH", str(ROOT))
@@ -294,7 +293,7 @@ def test_text_with_rare_line_ends_stays_on_one_line(tmp_path):
     common.append_jsonl(tmp_path / "records.jsonl", rows)
     assert [r["samples"] for r in common.load_records(tmp_path)] == [row["samples"] for row in rows]
     assert common.read_jsonl(tmp_path / "records.jsonl") == rows
-    rl_mrt.rewind(tmp_path, 2)
+    common.rewind(tmp_path, 2)
     assert common.read_jsonl(tmp_path / "records.jsonl") == rows[:2]
 
 

@@ -225,7 +225,7 @@ class Recorder:
 
 def test_on_cuda_it_sleeps_through_the_update_and_wakes_in_order():
     engine = VllmEngine.__new__(VllmEngine)
-    engine.llm, engine.sleeps, engine.trained = Recorder(), True, torch.nn.Linear(1, 1)
+    engine.llm, engine.sleeps, engine.asleep, engine.trained = Recorder(), True, False, torch.nn.Linear(1, 1)
     engine.pause()
     engine.llm.calls.append("update")
     engine.sync()
@@ -237,11 +237,14 @@ def test_on_cuda_it_sleeps_through_the_update_and_wakes_in_order():
         "reset",
         "wake ['kv_cache']",
     ]
+    engine.llm.calls.clear()
+    engine.sync()  # awake already, as after a resume
+    assert engine.llm.calls == ["reload_weights ['bias', 'weight']", "reset"]
 
 
 def test_a_prefix_cache_that_is_not_emptied_stops_the_run():
     engine = VllmEngine.__new__(VllmEngine)
-    engine.llm, engine.sleeps, engine.trained = Recorder(), False, torch.nn.Linear(1, 1)
+    engine.llm, engine.asleep, engine.trained = Recorder(), False, torch.nn.Linear(1, 1)
     engine.llm.reset_prefix_cache = lambda: False
     with pytest.raises(RuntimeError, match="prefix cache"):
         engine.sync()

@@ -1,0 +1,170 @@
+"""star_mrt.py: what each filter keeps, what is trained, and that a killed run goes on to the same models."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_scripts import execute, jsonl, kill_at_line, start, succeeded  # noqa: F401  fixtures
+
+import common
+import star_mrt
+from common import Completion, Trace
+
+
+def options(*flags):
+    return star_mrt.flags(["--model", "tiny", *map(str, flags)])
+
+
+def trace(values, right=1.0, finished=True, name="p"):
+    """A thought of one token an episode, J at its boundaries, and an answer of one token."""
+    ids = list(range(300, 300 + len(values) - 1)) + [9] * finished
+    completion = Completion(ids, [], "stop" if finished else "length", "x" * len(ids), list(range(len(ids) + 1)))
+    t = Trace({"id": name, "problem": "?", "answer": "7"}, [1, 2], completion, list(range(len(values))), finished, None)
+    t.reward, t.values, t.answer_tokens = right, list(values), [1.0] * len(values)
+    return t
+
+
+@pytest.mark.parametrize(
+    "values, cut",
+    [
+        ((0.0, 0.5, 1.0, 1.0), 2),  # the first prefix with the highest J: what follows made no progress
+        ((0.0, 1.0, 0.2, 0.9), 1),  # it lost afterwards
+        ((0.1, 0.2, 0.3), None),  # never likely to be right: an answer would be luck
+        ((0.6, 0.6, 0.6), None),  # all prefixes equal: no progress
+        ((1.0, 0.2, 0.9), None),  # known from the start
+        ((0.0, 0.0, 0.0), None),  # never solved
+        ((0.7,), None),  # no episode
+        ((0.4, 0.5), 1),  # just enough
+    ],
+)
+def test_mrt_cuts_at_the_first_prefix_with_all_of_the_progress(values, cut):
+    assert star_mrt.keep_progress(options(), [trace(values)]) == ([] if cut is None else [(0, cut)])
+
+
+def test_mrt_keeps_a_cut_thought_whose_own_end_was_wrong_or_missing():
+    lost = [trace((0.0, 1.0, 0.0), right=0.0), trace((0.0, 1.0), right=0.0, finished=False)]
+    assert star_mrt.keep_progress(options(), lost) == [(0, 1), (1, 1)]
+    assert star_mrt.keep_right(options(), lost) == []
+
+
+def test_the_best_and_shortest_come_first_and_no_problem_crowds_out_others():
+    traces = [trace((0, 0, 0.9)), trace((0, 0, 1.0)), trace((0, 1.0)), trace((0, 0.6), name="q"), trace((0, 1.0))]
+    chosen = star_mrt.keep_progress(options(), traces)
+    assert [t for t, _ in chosen] == [2, 4, 1, 0, 3]
+    assert [t for t, _ in star_mrt.limit_per_problem(options("--per-problem", 2), traces, chosen)] == [2, 4, 3]
+
+
+def test_plain_star_keeps_right_traces_whole():
+    traces = [trace((0, 1, 1)), trace((0, 1), right=0.0), trace((0, 0))]
+    assert star_mrt.keep_right(options(), traces) == [(0, 2), (2, 1)]
+
+
+@pytest.fixture(scope="module")
+def sampled(model, tokenizer, problems, prompts):
+    sampler = common.Sampler(common.TransformersEngine(model), tokenizer)
+    groups = common.sample_traces(options(), sampler, problems, prompts)
+    traces = [t for group in groups for t in group]
+    common.success_rates(sampler, traces, common.ForcedAnswers("sampled", 8, 8, 1.0), (0,))
+    return sampler, traces
+
+
+@pytest.mark.parametrize("phrase", ["none", "masked", "trained"])
+def test_examples_are_the_sampled_tokens_and_end_in_a_right_answer(sampled, phrase):
+    sampler, traces = sampled
+    tokenizer = sampler.tokenizer
+    examples, kept = star_mrt.select(options("--stop-phrase", phrase), "mrt", sampler, traces, 1)
+    assert len(examples) == len(kept) > 3
+    cuts = 0
+    for (ids, first, weights), row in zip(examples, kept):
+        t = traces[row["trace"]]
+        assert ids[:first] == t.prompt and len(ids) - first == len(weights) == row["tokens"]
+        assert ids[first : first + row["cut"]] == t.completion.token_ids[: row["cut"]]
+        assert ids[-1] == tokenizer.eos_token_id
+        answer = tokenizer.decode(ids[first:]).rsplit(common.THINK_END, 1)[1]
+        assert common.grade(answer, t.problem["answer"])
+        told = common.encode(tokenizer, common.STOP_PHRASE)
+        inside = any(ids[i : i + len(told)] == told for i in range(len(ids)))
+        whole = row["cut"] == t.boundaries[-1] and t.finished
+        assert inside == (phrase != "none" and not whole)
+        assert sum(w == 0 for w in weights) == (0 if phrase != "masked" or whole else len(
+            star_mrt.ending_of(options("--stop-phrase", phrase), tokenizer, t, row["cut"])))  # fmt: skip
+        cuts += not whole
+        assert row["J"] >= 0.5 and row["J"] > row["J_empty"]
+    assert cuts, "the test needs a thought that was cut"
+
+
+def test_plain_star_trains_on_the_very_completions(sampled):
+    sampler, traces = sampled
+    examples, kept = star_mrt.select(options("--per-problem", 4), "outcome", sampler, traces, 1)
+    assert len(kept) == sum(t.reward for t in traces)
+    for (ids, first, weights), row in zip(examples, kept):
+        assert ids[first:] == traces[row["trace"]].completion.token_ids and set(weights) == {1.0}
+
+
+def test_one_step_has_the_gradient_of_a_plain_transformers_forward(model, sampled):
+    """Cross entropy over completion tokens, mean over all tokens of the batch, whatever the micro-batches."""
+    sampler, traces = sampled
+    examples, _ = star_mrt.select(options("--stop-phrase", "masked"), "mrt", sampler, traces, 1)
+    plain, ours = copy.deepcopy(model), copy.deepcopy(model)
+    total, count = torch.zeros(()), 0
+    for ids, first, weights in examples:
+        labels = torch.tensor([[-100] * first + [i if w else -100 for i, w in zip(ids[first:], weights)]])
+        loss = plain(input_ids=torch.tensor([ids]), labels=labels).loss
+        tokens = int((labels != -100).sum())
+        total, count = total + loss * tokens, count + tokens
+    (total / count).backward()
+    args = options("--max-tokens-per-batch", 300, "--max-grad-norm", 0)
+    value = star_mrt.train_step(args, ours, torch.optim.SGD(ours.parameters(), lr=0.0), examples, torch.float32)
+    assert value == pytest.approx((total / count).item(), abs=1e-5)
+    for a, b in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+TOY = "--limit 8 --num-samples 2 --max-tokens 160 --forced-answers 4 --batch-problems 4 --batch-size 2".split()
+TOY += "--epochs 2 --checkpoint-every 2 --eval-problems 4 --budgets 64,160".split()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, execute):  # noqa: F811
+    folder = tmp_path_factory.mktemp("star")
+    succeeded(execute(folder, "star_mrt.py", *TOY, "--out", "run"))
+    return folder / "run"
+
+
+def test_two_iterations_of_both_filters_from_the_same_samples(straight):
+    summary = json.loads((straight / "summary.json").read_text())
+    assert set(summary["models"]) == {"base", "STaR 1", "STaR 2", "MRT-STaR 1", "MRT-STaR 2"}
+    assert "regret@160" in summary["mrt_minus_star"]
+    for name in ("outcome", "mrt"):
+        kept = jsonl(straight / name / "selected_1.jsonl")
+        line = summary["kept"][name][0]
+        assert line["traces"] == len(kept) and line["tokens"] == sum(k["tokens"] for k in kept)
+        assert line["sampled_traces"] == 16 and not (straight / name / "samples_1.jsonl").exists()
+        base, first, second = (common.load_model(str(f), "cpu").state_dict() for f in
+                               ("tiny", straight / name / "model_1", straight / name / "model_2"))  # fmt: skip
+        weight = "model.norm.weight"
+        assert not torch.equal(base[weight], first[weight]) and not torch.equal(first[weight], second[weight])
+    assert (straight / "star.png").stat().st_size > 5000
+    expected = np.mean([s["right"] for r in jsonl(straight / "base.jsonl") for s in r["samples"]])
+    assert summary["models"]["base"]["right"]["mean"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("file, lines", [("samples_1.jsonl", 4), ("outcome/tuning_1/metrics.jsonl", 3),
+                                         ("mrt/samples_2.jsonl", 4)])  # fmt: skip
+def test_a_killed_run_resumes_to_the_same_models(tmp_path, start, execute, straight, file, lines):  # noqa: F811
+    flags = [*TOY, "--out", "run"]
+    kill_at_line(start(tmp_path, "star_mrt.py", *flags), tmp_path / "run" / file, lines)
+    succeeded(execute(tmp_path, "star_mrt.py", *flags, "--resume"))
+    for name in ("summary.json", "summary.md", "samples_1.jsonl", "mrt/samples_2.jsonl", "mrt/selected_2.jsonl",
+                 "mrt/model_2/model.safetensors", "outcome/model_2/model.safetensors"):  # fmt: skip
+        assert (tmp_path / "run" / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+def test_a_filter_that_keeps_nothing_says_so_and_exits_with_3(tmp_path, execute):  # noqa: F811
+    done = execute(tmp_path, "star_mrt.py", *TOY, "--filter", "outcome", "--max-tokens", 6, "--out", "run")
+    assert done.returncode == 3 and "the filter outcome kept no trace in iteration 1" in done.stdout
+    assert len(jsonl(tmp_path / "run/samples_1.jsonl")) == 8 and not (tmp_path / "run/outcome/model_1").exists()
