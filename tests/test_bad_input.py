@@ -13,6 +13,7 @@ import budget_force
 import common
 import evaluate
 import rl_mrt
+import runs
 import star_mrt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +60,7 @@ def write_rows(path: Path, *rows) -> str:
 def a_run(folder: Path, script: str | None = None, **settings) -> Path:
     """A folder as a run leaves it, with something to lose; `script` if not this process's own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "SCRIPT", script or common.SCRIPT)
+        patch.setattr(runs, "SCRIPT", script or runs.SCRIPT)
         common.open_run(folder, {"model": "tiny", **settings}, resume=False, overwrite=False)
     write(folder / "metrics.jsonl", '{"step": 1}\n')
     return folder
