@@ -48,7 +48,6 @@ from metrics import (  # noqa: F401
     vote_at_k,
 )
 from runs import (  # noqa: F401
-    SCRIPT,
     Clock,
     add_common_flags,
     append_jsonl,
@@ -76,6 +75,7 @@ from runs import (  # noqa: F401
     read_jsonl,
     resolve_model,
     save_figure,
+    script_name,
     short_name,
     versions,
     whole_lines,
@@ -95,13 +95,22 @@ from sampling import (
     vllm_or_why_not,
 )
 from training import (  # noqa: F401
+    full_weights,
+    gather_over_ranks,
     latest_checkpoint,
     learning_rate,
     load_checkpoint,
     micro_batches,
+    on_sigterm,
+    ranks,
     rewind,
+    same_number,
     save_checkpoint,
     save_model,
+    shard,
+    start_processes,
+    sum_over_ranks,
+    wait_for_ranks,
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -283,13 +292,16 @@ def thinks(tokenizer) -> bool:
     return len(encode(tokenizer, THINK_END)) == 1
 
 
-def context_length(model: str) -> int:
-    """Tokens that a model can attend to, from its config."""
+def load_config(model: str):
     try:
-        config = AutoConfig.from_pretrained(resolve_model(model)).get_text_config()
+        return AutoConfig.from_pretrained(resolve_model(model)).get_text_config()
     except Exception as error:
         fail(f"--model {model}: its config.json cannot be used: {first_line(error)}")
-    return getattr(config, "max_position_embeddings", None) or 1 << 30
+
+
+def context_length(model: str) -> int:
+    """Tokens that a model can attend to."""
+    return getattr(load_config(model), "max_position_embeddings", None) or 1 << 30
 
 
 def check_lengths(args, tokenizer, problems: list[dict], prompts: list[list[int]], more: int = 0) -> int:
@@ -335,8 +347,9 @@ def open_sampler(args, tokenizer, longest: int, trained=None) -> Sampler:
             return Sampler(VllmEngine(resolve_model(args.model), dtype, longest, trained, memory), tokenizer)
         except Exception as error:
             fail(f"--engine vllm: cannot start with {args.model}: {first_line(error)}")
-    model = load_model(args.model, pick_device(), dtype) if trained is None else trained
-    return Sampler(TransformersEngine(model, dtype), tokenizer)
+    if trained is not None and ranks()[1] == 1:
+        return Sampler(TransformersEngine(trained, dtype), tokenizer)
+    return Sampler(TransformersEngine(load_model(args.model, pick_device(), dtype), dtype, trained=trained), tokenizer)
 
 
 # ============================================================================================ 4 thoughts and episodes

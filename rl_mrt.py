@@ -20,12 +20,16 @@ On a GPU, with the paper's data and settings (Table 3):
 """
 
 import argparse
+import importlib
+import importlib.util
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 import common
 from common import ForcedAnswers, Sampler, Trace, fail
@@ -78,6 +82,8 @@ def flags(argv=None) -> argparse.Namespace:
     grpo.add_argument(
         "--kl", type=common.non_negative, help="β of the k3 penalty to the initial model; 0: no copy kept"
     )
+    grpo.add_argument("--is-cap", type=common.non_negative, default=2.0, help="cap of the importance weights between "
+                      "sampler and trainer")  # fmt: skip
     grpo.add_argument("--updates-per-batch", type=common.positive_int, default=1, help="optimiser steps a batch")
     train = parser.add_argument_group("optimisation")
     train.add_argument("--steps", type=common.positive_int, help="default: one pass over the problems")
@@ -95,6 +101,8 @@ def flags(argv=None) -> argparse.Namespace:
     train.add_argument("--eval-dataset", help="problems to validate on; default: tiny's own, none for other data")
     train.add_argument("--eval-split", default="validation", help="split of --eval-dataset")
     train.add_argument("--eval-problems", type=common.positive_int, default=96)
+    train.add_argument("--report-to", choices=("wandb", "trackio", "tensorboard"), help="metrics also go there")
+    train.add_argument("--dry-run", action="store_true", help="print the plan and a memory estimate, load no weights")
     args = common.parse_flags(parser, DEFAULTS, argv)
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
     args.out = args.out or Path("runs") / f"rl-{common.short_name(args.model)}-{kind}-seed{args.seed}"
@@ -110,13 +118,20 @@ def flags(argv=None) -> argparse.Namespace:
         fail(f"--max-tokens {args.max_tokens}: leaves no room for a thought and an answer")
     if not args.temperature > 0:
         fail(f"--temperature {args.temperature}: must be above 0, a group of greedy rollouts has no spread")
+    if args.report_to and importlib.util.find_spec(args.report_to) is None:
+        fail(f"--report-to {args.report_to}: pip install {args.report_to}")
     return args
 
 
 def main() -> None:
     args = flags()
+    rank, world = common.start_processes()
+    if args.problems_per_step < world:
+        fail(f"--problems-per-step {args.problems_per_step}: fewer than the {world} processes")
     args.engine = common.pick_engine(args.engine)
-    settings = {k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "keep")}
+    settings = {
+        k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "keep", "report_to", "dry_run")
+    }
     common.check_out(args.out, settings, args.resume, args.overwrite)
     tokenizer = common.load_tokenizer(args.model)  # small: a wrong --model is told before a data set is fetched
     problems = common.load_problems(args.dataset, args.split, args.limit)
@@ -129,13 +144,49 @@ def main() -> None:
     longest = common.check_lengths(args, tokenizer, problems, list(prompts.values()))
     to_validate = [common.prompt_ids(tokenizer, p["problem"]) for p in validation]
     longest = max(longest, common.check_lengths(args, tokenizer, validation, to_validate))
+    if args.dry_run:
+        print(plan(args, len(problems), longest))
+        return
     model = common.load_model(args.model, common.pick_device())
-    run = common.open_run(args.out, settings, args.resume, args.overwrite)
+    common.wait_for_ranks()  # all have looked at --out
+    run = common.open_run(args.out, settings, args.resume, args.overwrite) if rank == 0 else args.out
+    common.wait_for_ranks()
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
         return
     sampler = common.open_sampler(args, tokenizer, longest, trained=model)
-    train(args, run, sampler, problems, prompts, validation)
+    train(args, run, model, sampler, problems, prompts, validation)
+
+
+def plan(args, problems: int, longest: int) -> str:
+    """--dry-run: what the run will do, and an estimate of the memory that a process needs. Counted: float32 weights,
+    gradients and AdamW's two moments, shared among the processes; a copy for sampling and one for the KL penalty; a
+    micro-batch's layer inputs, kept for the backward pass, and one layer's inside; a chunk of logits."""
+    config, world = common.load_config(args.model), common.ranks()[1]
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    tokens, size = max(args.max_tokens_per_batch, longest), 4 if common.pick_dtype(args.dtype) == torch.float32 else 2
+    inside = 4 * config.intermediate_size + 8 * config.hidden_size
+    parts = {
+        "weights, gradients, moments": 16 * count / world,
+        "copy that samples": 0 if world == 1 and args.engine == "transformers" else size * count,
+        "reference of the KL penalty": 4 * count if args.kl else 0,
+        "activations of a micro-batch": size * tokens * (config.num_hidden_layers * config.hidden_size + inside),
+        "logits": 3 * 4 * min(tokens, 4096) * config.vocab_size,
+    }
+    steps = args.steps or math.ceil(problems / args.problems_per_step)
+    rollouts = args.problems_per_step * args.group_size
+    until = f"at most {args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
+    lines = [
+        f"{count / 1e6:,.1f}M parameters, {world} process{'es' * (world > 1)}, engine {args.engine}",
+        f"{problems} problems; {until} of {args.problems_per_step} × {args.group_size} = {rollouts} rollouts",
+        f"at most {args.max_tokens:,} tokens a rollout, {rollouts * args.max_tokens:,} a step; "
+        f"longest sequence {longest:,}",
+        "memory of a process (estimate, without the sampler's cache): "
+        f"{sum(parts.values()) / 2**30:.1f} GiB",
+        *(f"  {name:30s} {value / 2**30:8.2f} GiB" for name, value in parts.items()),
+    ]  # fmt: skip
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------- rollouts and credit
@@ -145,7 +196,7 @@ def sample_traces(args, sampler: Sampler, problems, prompts, limits, seed: tuple
     """G traces for each (problem, prompt), graded: a list of groups. A prompt may hold a prefix of the thought; its
     text is graded with what follows where a model has no end-of-thinking marker, and so answers in its thought."""
     tokenizer = sampler.tokenizer
-    seeds = [(*seed, place, common.key(p["id"])) for place, p in enumerate(problems)]
+    seeds = [(*seed, p["place"], common.key(p["id"])) for p in problems]
     sampled = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
     groups = [
         [common.read_trace(tokenizer, problem, prompt, completion, args.max_episodes) for completion in row]
@@ -182,27 +233,18 @@ def rollouts_grpo(args, sampler, problems, prompts, seed):
     """GRPO: every token of a trace has the trace's advantage."""
     groups = sample_traces(args, sampler, problems, prompts, args.max_tokens, (*seed, 0))
     outcome = outcome_advantages(args, groups).tolist()
-    return groups, [[[a] * len(t.completion.token_ids) for t, a in zip(g, row)] for g, row in zip(groups, outcome)], {}
+    return groups, [[[a] * len(t.completion.token_ids) for t, a in zip(g, row)] for g, row in zip(groups, outcome)]
 
 
 def rollouts_online(args, sampler, problems, prompts, seed):
     """MRT online: GRPO's traces, plus J(μ) at every boundary, plus credit for progress where it was made."""
-    groups, advantages, _ = rollouts_grpo(args, sampler, problems, prompts, seed)
+    groups, advantages = rollouts_grpo(args, sampler, problems, prompts, seed)
     traces = [trace for group in groups for trace in group]
     how = ForcedAnswers(args.progress, args.forced_answers, args.answer_tokens, args.temperature)
     common.success_rates(sampler, traces, how, (*seed, 1))
-    values = [trace.values for trace in traces]
     for group, rows in zip(groups, advantages):
         add_progress(rows, group, args.bonus, args.credit_lambda)
-    progress = np.concatenate([np.diff(row) for row in values])
-    stats = {
-        "J_empty": float(np.mean([row[0] for row in values])),
-        "J_end": float(np.mean([row[-1] for row in values])),
-        "progress_per_episode": float(progress.mean()) if len(progress) else 0.0,
-    }
-    if args.progress == "likelihood":  # with a few sampled answers most differences of J are noise
-        stats["episodes_without_progress"] = float((progress < 0.05).mean()) if len(progress) else 0.0
-    return groups, advantages, stats
+    return groups, advantages
 
 
 def add_progress(rows: list[list[float]], group: list[Trace], bonus: float, credit_lambda: float) -> None:
@@ -238,7 +280,7 @@ def rollouts_prefix(args, sampler, problems, prompts, seed):
     tokenizer = sampler.tokenizer
     # The context c from the old policy: one partial rollout a problem, cut after a random number of its episodes.
     # It is sampled by the model as it is before this update, and never trained on.
-    seeds = [(*seed, 2, place, common.key(p["id"])) for place, p in enumerate(problems)]
+    seeds = [(*seed, 2, p["place"], common.key(p["id"])) for p in problems]
     partial = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
     contexts, stops, cuts, prefixes = [], [], [], []
     for problem, prompt, (completion,), key in zip(problems, prompts, partial, seeds):
@@ -268,101 +310,163 @@ def rollouts_prefix(args, sampler, problems, prompts, seed):
     for group, j in zip(groups, baseline):
         for trace in group:
             trace.values = [float(j), trace.reward]  # J(μ|c) and the outcome of going on
-    continued = np.mean([[trace.reward for trace in group] for group in groups], axis=1)
+    return groups, advantages
+
+
+def progress_stats(args, groups: list[list[Trace]], prompts: dict[str, list[int]]) -> dict[str, float]:
+    """What a step's J's say, for metrics.jsonl."""
+    values = [trace.values for group in groups for trace in group]
+    if args.bonus == 0:
+        return {}
+    if args.variant == "prefix":
+        return {
+            "J_prefix": float(np.mean([row[0] for row in values])),
+            "progress_of_going_on": float(np.mean([row[1] - row[0] for row in values])),
+            "prefix_tokens": float(np.mean([len(g[0].prompt) - len(prompts[g[0].problem["id"]]) for g in groups])),
+        }
+    progress = np.concatenate([np.diff(row) for row in values])
     stats = {
-        "J_prefix": float(np.mean(baseline)),
-        "progress_of_going_on": float(np.mean(continued - baseline)),
-        "prefix_tokens": float(np.mean(cuts)),
+        "J_empty": float(np.mean([row[0] for row in values])),
+        "J_end": float(np.mean([row[-1] for row in values])),
+        "progress_per_episode": float(progress.mean()) if len(progress) else 0.0,
     }
-    return groups, advantages, stats
+    if args.progress == "likelihood":  # with a few sampled answers most differences of J are noise
+        stats["episodes_without_progress"] = float((progress < 0.05).mean()) if len(progress) else 0.0
+    return stats
 
 
 # ---------------------------------------------------------------------------------------------- the update
 
 
 def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict[str, float]:
-    """One or more optimiser steps on the sampled tokens; returns the update's metrics."""
+    """One or more optimiser steps on the sampled tokens; returns the update's metrics. With several processes each has
+    its own groups; counts, denominators and metrics are over all of them, and so is the gradient."""
+    world = common.ranks()[1]
+    score = model.scores if world > 1 else partial(common.token_logprobs, model)
     traces = [trace for group in groups for trace in group]
     flat = [row for rows in advantages for row in rows]
     examples = [(t.prompt + t.completion.token_ids, len(t.prompt), row) for t, row in zip(traces, flat)]
-    parts = min(args.updates_per_batch, len(examples))
-    chosen = [np.arange(len(examples))[i::parts] for i in range(parts)]  # every part has rollouts of every group
-    sums = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "padded": 0}
-    gaps, norms = [], []
+    number = np.concatenate([np.arange(len(g)) + g[0].problem["place"] * args.group_size for g in groups])
+    parts = min(args.updates_per_batch, args.problems_per_step * args.group_size)
+    chosen = [np.flatnonzero(number % parts == i) for i in range(parts)]  # every part has rollouts of every group
+    sums = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "padded": 0.0, "weight": 0.0}
+    gaps, norms, drawn = (
+        [torch.zeros(0)],
+        [],
+        [torch.tensor(t.completion.logprobs, device=model.device) for t in traces],
+    )
     old = {}
-    if len(chosen) > 1:  # the ratio's denominator: the policy before the first of several steps
+    if parts > 1:  # the ratio's denominator: the policy before the first of several steps
         with torch.no_grad(), common.autocast(dtype):
-            for batch, ids, where, _ in common.micro_batches(examples, args.max_tokens_per_batch, model.device):
-                logprobs, _ = common.token_logprobs(model, ids, where, args.temperature)
-                old.update(zip(batch, logprobs.split([len(examples[i][2]) for i in batch])))
-    tokens = sum(len(row) for row in flat)
+            for batch, ids, where, _ in batches_of(args, examples, range(len(examples)), model.device):
+                logprobs, _ = score(ids, where, args.temperature)
+                if batch:
+                    old.update(zip(batch, logprobs.split([len(examples[i][2]) for i in batch])))
     for part in chosen:
-        mine = [examples[i] for i in part]
-        denominator = sum(len(row) for _, _, row in mine)  # of the whole part, fixed before the loop
+        denominator = common.sum_over_ranks([float(sum(len(flat[i]) for i in part))])[0]  # before the loop
         optimizer.zero_grad()
-        for batch, ids, where, advantage in common.micro_batches(mine, args.max_tokens_per_batch, model.device):
+        for batch, ids, where, advantage in batches_of(args, examples, part, model.device):
             with common.autocast(dtype):
-                logprobs, entropies = common.token_logprobs(model, ids, where, args.temperature)
+                logprobs, entropies = score(ids, where, args.temperature)
                 ref = None
                 if reference is not None:
                     with torch.no_grad():
                         ref, _ = common.token_logprobs(reference, ids, where, args.temperature)
-            before = torch.cat([old[part[i]] for i in batch]) if old else logprobs.detach()
+            if not batch:  # a copy, so that all processes compute as often: its loss is 0
+                (logprobs.sum() * 0.0).backward()
+                continue
+            before = torch.cat([old[i] for i in batch]) if old else logprobs.detach()
+            # Sampler and trainer round differently: truncated importance weights, 1 where they are the same.
+            sampled = torch.cat([drawn[i] for i in batch])
+            weight = (before - sampled).exp().clamp(max=args.is_cap)
             loss, of = common.grpo_loss(
                 logprobs,
                 before,
-                advantage,
+                advantage * weight,
                 torch.ones_like(advantage, dtype=torch.bool),
                 denominator,
                 args.clip,
                 ref,
                 args.kl,
             )
-            loss.backward()
+            if not torch.isfinite(loss):
+                names = ", ".join(sorted({traces[i].problem["id"] for i in batch}))
+                raise FloatingPointError(f"the loss is {loss.item()} on samples of {names}")
+            (loss * world).backward()  # FSDP takes the mean of the processes' gradients
             sums["loss"] += loss.item() * denominator
             sums["entropy"] += float(entropies.sum())
             sums["padded"] += ids.numel()
+            sums["weight"] += float(weight.sum())
             for name, value in of.items():
                 sums[name] += value
             if not norms:  # before the first step: sampler and trainer are the same policy
-                drawn = torch.tensor([lp for i in batch for lp in traces[part[i]].completion.logprobs])
-                gaps.append((logprobs.detach().cpu() - drawn).abs())
-        if not norms and (gap := float(torch.cat(gaps).mean())) > (0.05 if dtype == torch.bfloat16 else 1e-3):
-            raise FloatingPointError(
-                f"sampler and trainer differ by {gap:.3g} nats on average in the log-probs of the same tokens: look at "
-                "temperature, dtype and the end-of-turn tokens; after the first step with vLLM, at whether its weights "
-                "and its prefix cache are those of the updated model"
-            )
+                gaps.append((logprobs.detach() - sampled).abs().cpu())
+        if not norms:
+            check_gap(gaps, dtype)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not torch.isfinite(norm):
             raise FloatingPointError(f"gradient norm is {float(norm)}")
         optimizer.step()
         norms.append(float(norm))
-    gap = torch.cat(gaps)
+    gap = torch.cat(common.gather_over_ranks(gaps))
+    names = list(sums)
+    lengths = [sum(len(row) for row in flat), sum(len(ids) for ids, _, _ in examples)]
+    tokens, length, *totals = common.sum_over_ranks([*map(float, lengths), *sums.values()])
+    total = dict(zip(names, totals))
     return {
-        "loss": sums["loss"] / tokens,
+        "loss": total["loss"] / tokens,
         "grad_norm": float(np.mean(norms)),
-        "entropy": sums["entropy"] / tokens,
-        "clip_share": sums["clipped"] / tokens,
-        "kl": sums["kl"] / tokens,
+        "entropy": total["entropy"] / tokens,
+        "clip_share": total["clipped"] / tokens,
+        "kl": total["kl"] / tokens,
+        "importance_weight": total["weight"] / tokens,
         "sampler_gap_mean": float(gap.mean()),
         "sampler_gap_max": float(gap.max()),
-        "trained_tokens": tokens,
-        "padding_share": 1 - sum(len(ids) for ids, _, _ in examples) / sums["padded"],
+        "trained_tokens": int(tokens),
+        "padding_share": 1 - length / total["padded"],
     }
+
+
+def batches_of(args, examples, part, device) -> list:
+    """Micro-batches of some examples, as many in every process; the order holds places in `examples`."""
+    mine = [examples[i] for i in part]
+    batches = [
+        ([int(part[i]) for i in order], *rest)
+        for order, *rest in common.micro_batches(mine, args.max_tokens_per_batch, device)
+    ]
+
+    def copy_that_counts_nothing():
+        _, ids, where, advantage = next(common.micro_batches(examples[:1], args.max_tokens_per_batch, device))
+        return [], ids, where, advantage
+
+    return common.same_number(batches, copy_that_counts_nothing)
+
+
+def check_gap(gaps: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Stops where sampler and trainer are not the same policy before the first step on a batch."""
+    total, count = common.sum_over_ranks([float(torch.cat(gaps).sum()), float(sum(map(len, gaps)))])
+    gap = total / count
+    if not gap <= (0.05 if dtype == torch.bfloat16 else 1e-3):
+        raise FloatingPointError(
+            f"sampler and trainer differ by {gap:.3g} nats on average in the log-probs of the same tokens: look at "
+            "temperature, dtype and the end-of-turn tokens; after the first step with vLLM, at whether its weights "
+            "and its prefix cache are those of the updated model"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def train(args, run: Path, sampler: Sampler, problems: list[dict], prompts: dict[str, list[int]], validation) -> None:
-    model, tokenizer, dtype = sampler.model, sampler.tokenizer, common.pick_dtype(args.dtype)
+def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompts: dict[str, list[int]], validation):
+    """The loop. Under torchrun every process samples its share of a step's problems; rank 0 writes."""
+    (rank, world), tokenizer, dtype = common.ranks(), sampler.tokenizer, common.pick_dtype(args.dtype)
     if not common.is_tiny(args.model):
         # the name in newer and in older transformers
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    reference = None
-    if args.kl > 0:
-        reference = common.load_model(args.model, model.device)
+    if world > 1:
+        common.shard(model, dtype, common.token_logprobs)
+    reference = common.load_model(args.model, sampler.model.device) if args.kl > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     state = {"step": 0, "sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
     checkpoint = common.latest_checkpoint(run) if args.resume else None
@@ -370,83 +474,118 @@ def train(args, run: Path, sampler: Sampler, problems: list[dict], prompts: dict
         state = common.load_checkpoint(checkpoint, model, optimizer)
         sampler.sync()
         print(f"resumed from {checkpoint} at step {state['step']}")
-    common.rewind(run, state["step"])
-    sampler.sampled_tokens, sampler.computed_tokens = state["sampled_tokens"], state["computed_tokens"]
+    if rank == 0:
+        common.rewind(run, state["step"])
+    tell, asked_to_stop = reporter(args, run), common.on_sigterm()
     steps = args.steps or math.ceil(len(problems) / args.problems_per_step)
     if args.max_sampled_tokens:
         steps = args.steps or math.inf
-    rollouts = (
-        rollouts_grpo if args.bonus == 0 else {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant]
-    )
+    rollouts = {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant] if args.bonus else rollouts_grpo
     goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
     method = "GRPO (bonus 0)" if args.bonus == 0 else f"MRT {args.variant}, bonus {args.bonus:g}"
     print(f"{method}: {len(problems)} problems, {args.problems_per_step} × {args.group_size} rollouts a step, {goal}")
-    began, tokens_then = time.time() - state["seconds"], sampler.sampled_tokens
     if validation and state["step"] == 0:
-        validate(args, run, sampler, validation, 0)
-    started_here, first_step = time.time(), state["step"]
-    while state["step"] < steps and sampler.sampled_tokens < (args.max_sampled_tokens or math.inf):
+        validate(args, run, sampler, validation, state)
+    first, began, line = dict(state), time.time(), {}
+    while state["step"] < steps and state["sampled_tokens"] < (args.max_sampled_tokens or math.inf):
         step, clock = state["step"], time.time()
-        done = sampler.sampled_tokens / args.max_sampled_tokens if args.max_sampled_tokens else step / steps
-        rate = common.learning_rate(args, done)
+        rate = common.learning_rate(args, share_done(args, state, steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = problems_of_step(problems, args.problems_per_step, step, args.seed)
+        batch = problems_of_step(problems, args.problems_per_step, step, args.seed)[rank::world]
         model.eval()
-        groups, advantages, stats = rollouts(args, sampler, batch, [prompts[p["id"]] for p in batch], (args.seed, step))
+        counted = sampler.sampled_tokens, sampler.computed_tokens
+        groups, advantages = rollouts(args, sampler, batch, [prompts[p["id"]] for p in batch], (args.seed, step))
         if step == 0 and common.thinks(tokenizer) and never_closes(groups):
             print(f"warning: {args.model} ends its turns without {common.THINK_END}: every answer counts as missing")
+        sampled, computed = common.sum_over_ranks([sampler.sampled_tokens - counted[0],
+                                                   sampler.computed_tokens - counted[1]])  # fmt: skip
         sampling_seconds = time.time() - clock
         sampler.pause()
         model.train()
         try:
             metrics = update(args, model, reference, optimizer, groups, advantages, dtype)
         except FloatingPointError as error:
-            common.append_jsonl(run / "failed.jsonl", records(step, groups))
-            fail(f"step {step}: {error}; stopped before the update, the samples are in {run / 'failed.jsonl'}")
+            name = run / ("failed.jsonl" if rank == 0 else f"failed_{rank}.jsonl")
+            common.append_jsonl(name, [{"step": step, "error": str(error)}, *records(step, groups)])
+            fail(f"step {step}: {error}; stopped before the update, the samples are in {name}")
         sampler.sync()
-        traces = [trace for group in groups for trace in group]
-        rewards = np.array([[trace.reward for trace in group] for group in groups])
-        state = {"step": step + 1, "sampled_tokens": sampler.sampled_tokens,
-                 "computed_tokens": sampler.computed_tokens, "seconds": time.time() - began}  # fmt: skip
+        groups = sorted(common.gather_over_ranks(groups), key=lambda g: g[0].problem["place"])
+        state = {"step": step + 1, "sampled_tokens": state["sampled_tokens"] + int(sampled),
+                 "computed_tokens": state["computed_tokens"] + int(computed),
+                 "seconds": first["seconds"] + time.time() - began}  # fmt: skip
         line = {
             **state,
-            "reward": float(rewards.mean()),
-            "flat_groups": float((rewards.std(-1) == 0).mean()),
-            "truncated": float(np.mean([t.completion.finish_reason == "length" for t in traces])),
-            "tokens": float(np.mean([len(t.completion.token_ids) for t in traces])),
-            "episodes": float(np.mean([len(t.boundaries) - 1 for t in traces])),
-            **stats,
+            **rollout_stats(groups),
+            **progress_stats(args, groups, prompts),
             **metrics,
             "lr": rate,
             "sampling_seconds": sampling_seconds,
             "update_seconds": time.time() - clock - sampling_seconds,
         }
-        common.append_jsonl(run / "records.jsonl", records(step, groups))
-        common.append_jsonl(run / "metrics.jsonl", [line])
-        share = sampler.sampled_tokens / args.max_sampled_tokens if args.max_sampled_tokens else state["step"] / steps
-        gone = (sampler.sampled_tokens - tokens_then) / max(1, sampler.sampled_tokens) * share
-        left = (time.time() - started_here) / max(gone, 1e-9) * max(0.0, 1 - share)
+        if rank == 0:
+            common.append_jsonl(run / "records.jsonl", records(step, groups))
+            common.append_jsonl(run / "metrics.jsonl", [line])
+            tell(line)
+        share = share_done(args, state, steps)
+        since = max(share - share_done(args, first, steps), 1e-9)
         print(
             f"step {state['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  "
             f"truncated {line['truncated']:.2f}  loss {line['loss']:+.4f}  "
-            f"sampled {sampler.sampled_tokens / 1e3:,.0f}k tokens  "
-            f"{line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s  {common.duration(left)} left",
+            f"sampled {state['sampled_tokens'] / 1e3:,.0f}k tokens  "
+            f"{line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s  "
+            f"{common.duration((time.time() - began) / since * max(0.0, 1 - share))} left",
             flush=True,
         )
         if validation and state["step"] % args.eval_every == 0:
-            validate(args, run, sampler, validation, state["step"])
-        if state["step"] % args.checkpoint_every == 0:
+            validate(args, run, sampler, validation, state)
+        stopping = common.sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
+        if state["step"] % args.checkpoint_every == 0 or stopping:
             common.save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
-            draw_run(run)
-    if validation and state["step"] > first_step and state["step"] % args.eval_every:
-        validate(args, run, sampler, validation, state["step"])
+            if rank == 0:
+                draw_run(run)
+        if stopping:
+            print(f"SIGTERM: stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
+            raise SystemExit(143)
+    if validation and state["step"] > first["step"] and state["step"] % args.eval_every:
+        validate(args, run, sampler, validation, state)
     common.save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
-    draw_run(run)
     common.save_model(run / "model", model, tokenizer)
-    last = common.read_jsonl(run / "metrics.jsonl")[-1]
-    common.write_json(run / "summary.json", {"method": method, **last})
+    if rank == 0:
+        draw_run(run)
+        last = common.read_jsonl(run / "metrics.jsonl")[-1]
+        common.write_json(run / "summary.json", {"method": method, **last})
     print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
+
+
+def share_done(args, state: dict, steps: float) -> float:
+    return state["sampled_tokens"] / args.max_sampled_tokens if args.max_sampled_tokens else state["step"] / steps
+
+
+def rollout_stats(groups: list[list[Trace]]) -> dict[str, float]:
+    traces = [trace for group in groups for trace in group]
+    rewards = np.array([[trace.reward for trace in group] for group in groups])
+    return {
+        "reward": float(rewards.mean()),
+        "flat_groups": float((rewards.std(-1) == 0).mean()),
+        "truncated": float(np.mean([t.completion.finish_reason == "length" for t in traces])),
+        "tokens": float(np.mean([len(t.completion.token_ids) for t in traces])),
+        "episodes": float(np.mean([len(t.boundaries) - 1 for t in traces])),
+    }
+
+
+def reporter(args, run: Path):
+    """What sends a step's metrics to --report-to; `metrics.jsonl` and `progress.png` are written in any case."""
+    if args.report_to is None or common.ranks()[0] > 0:
+        return lambda line: None
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run / "tensorboard")
+        return lambda line: [writer.add_scalar(name, value, line["step"]) for name, value in line.items()]
+    service = importlib.import_module(args.report_to)  # wandb and trackio have the same two calls
+    service.init(project="mrt", name=run.name, config={k: str(v) for k, v in vars(args).items()})
+    return lambda line: service.log(line, step=line["step"])
 
 
 def never_closes(groups: list[list[Trace]]) -> bool:
@@ -461,7 +600,8 @@ def problems_of_step(problems: list[dict], count: int, step: int, seed: int) -> 
     places = range(step * count, (step + 1) * count)
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(len(problems)) for epoch in
               {place // len(problems) for place in places}}  # fmt: skip
-    return [problems[orders[place // len(problems)][place % len(problems)]] for place in places]
+    picked = [problems[orders[place // len(problems)][place % len(problems)]] for place in places]
+    return [{**problem, "place": place} for place, problem in enumerate(picked)]
 
 
 def records(step: int, groups: list[list[Trace]]) -> list[dict]:
@@ -484,21 +624,26 @@ def records(step: int, groups: list[list[Trace]]) -> list[dict]:
     ]
 
 
-def validate(args, run: Path, sampler: Sampler, problems: list[dict], step: int) -> None:
+def validate(args, run: Path, sampler: Sampler, problems: list[dict], state: dict) -> None:
     """Accuracy and tokens on validation problems, and the accuracy of answers forced at a few budgets. Its tokens are
     not counted as the run's."""
-    counted = sampler.sampled_tokens, sampler.computed_tokens
+    counted, (rank, world) = (sampler.sampled_tokens, sampler.computed_tokens), common.ranks()
     sampler.model.eval()
-    line = {"step": step, "sampled_tokens": counted[0], **common.anytime_accuracy(
-        sampler, problems, [args.max_tokens // 4, args.max_tokens // 2, args.max_tokens], args.max_tokens,
-        args.answer_tokens, args.temperature, (args.seed, 99))}  # fmt: skip
+    budgets = [args.max_tokens // 4, args.max_tokens // 2, args.max_tokens]
+    mine = problems[rank::world]
+    of = {"accuracy": 0.0, "tokens": 0.0, "forced": dict.fromkeys(budgets, 0.0)}
+    if mine:  # fewer problems than processes
+        of = common.anytime_accuracy(sampler, mine, budgets, args.max_tokens, args.answer_tokens, args.temperature,
+                                     (args.seed, 99))  # fmt: skip
+    means = [len(mine) * value for value in (of["accuracy"], of["tokens"], *of["forced"].values())]
+    accuracy, tokens, *forced = (total / len(problems) for total in common.sum_over_ranks(means))
     sampler.sampled_tokens, sampler.computed_tokens = counted
-    common.append_jsonl(run / "validation.jsonl", [line])
-    forced = "  ".join(f"forced at {b}: {a:.3f}" for b, a in line["forced"].items())
-    print(
-        f"  validation after {step} steps: right {line['accuracy']:.3f}  tokens {line['tokens']:.1f}  {forced}",
-        flush=True,
-    )
+    line = {"step": state["step"], "sampled_tokens": state["sampled_tokens"], "accuracy": accuracy, "tokens": tokens,
+            "forced": dict(zip(budgets, forced))}  # fmt: skip
+    if rank == 0:
+        common.append_jsonl(run / "validation.jsonl", [line])
+    told = "  ".join(f"forced at {b}: {a:.3f}" for b, a in line["forced"].items())
+    print(f"  validation after {line['step']} steps: right {accuracy:.3f}  tokens {tokens:.1f}  {told}", flush=True)
 
 
 def draw_run(run: Path) -> None:

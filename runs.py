@@ -22,7 +22,6 @@ import torch
 import yaml
 
 from metrics import bootstrap_interval
-from sampling import Sampler
 
 # ============================================================================================ messages and files
 
@@ -199,7 +198,9 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     return args
 
 
-SCRIPT = Path(sys.argv[0]).name  # whose run a folder holds
+def script_name() -> str:
+    """Whose run a folder holds."""
+    return Path(sys.argv[0]).name
 
 
 def config_of(run: Path) -> dict | None:
@@ -227,7 +228,8 @@ def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
     if there is None:
         fail(f"--out {out}: holds something that is not a run of this program; name another folder")
     earlier, now = there["settings"], lasting(config)
-    if (script := there.get("script", SCRIPT)) != SCRIPT:  # such as the training run that holds the model to evaluate
+    script = there.get("script", script_name())
+    if script != script_name():  # such as the training run that holds the model to evaluate
         fail(f"--out {out}: holds a run of {script}; name another folder")
     if overwrite:
         return False
@@ -249,7 +251,7 @@ def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
     if out.exists():
         shutil.rmtree(out)  # empty, or the run to overwrite
     out.mkdir(parents=True)
-    about = {"script": SCRIPT, "versions": versions(), "device": device_name(), "command": sys.argv}
+    about = {"script": script_name(), "versions": versions(), "device": device_name(), "command": sys.argv}
     write_json(out / "config.json", {"settings": lasting(config), **about})
     return out
 
@@ -286,7 +288,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 class Clock:
     """Progress of long work: a line with the speed and the time left."""
 
-    def __init__(self, total: int, what: str, sampler: Sampler):
+    def __init__(self, total: int, what: str, sampler):
         self.total, self.what, self.sampler = total, what, sampler
         self.began, self.tokens = time.time(), sampler.sampled_tokens
 

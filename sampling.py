@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from training import full_weights
+
 
 @dataclass
 class Completion:
@@ -244,7 +246,7 @@ class VllmEngine:
     def sync(self) -> None:
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.trained.state_dict().items()})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(self.trained)})
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache: answers would be sampled from old weights' states")
         if self.asleep:
@@ -264,15 +266,16 @@ class VllmEngine:
 
 
 class TransformersEngine:
-    """A transformers model as a sampler; `model` is the trained one itself, so there is nothing to hand over.
+    """A transformers model as a sampler. In training it is the trained model itself, so there is nothing to hand over;
+    or, where that is sharded over processes, a whole copy of it, which follows `trained`.
 
     All prompts of a call are sampled together: prompts that share a prefix (a problem's samples, the forced answers
     along a trace) compute it once, batches are of similar length, finished rows leave them, the cache never grows by
     copying.
     """
 
-    def __init__(self, model, dtype: torch.dtype = torch.float32, max_rows: int = 512):
-        self.model, self.dtype, self.max_rows = model, dtype, max_rows
+    def __init__(self, model, dtype: torch.dtype = torch.float32, max_rows: int = 512, trained=None):
+        self.model, self.dtype, self.max_rows, self.trained = model, dtype, max_rows, trained
         self.generation_config = model.generation_config
         self.prompt_tokens = 0
 
@@ -298,8 +301,12 @@ class TransformersEngine:
     def pause(self) -> None:
         pass
 
+    @torch.no_grad()
     def sync(self) -> None:
-        pass
+        if self.trained is not None:
+            mine = self.model.state_dict()
+            for name, weights in full_weights(self.trained):
+                mine[name].copy_(weights)
 
     def close(self) -> None:
         pass

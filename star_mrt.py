@@ -100,6 +100,8 @@ def flags(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     args = flags()
+    if common.ranks()[1] > 1:
+        fail("star_mrt.py: runs in one process; rl_mrt.py is the one for torchrun")
     args.engine = common.pick_engine(args.engine)
     settings = {k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "batch_problems")}
     common.check_out(args.out, settings, args.resume, args.overwrite)

@@ -1,4 +1,4 @@
-"""training.py: what a training step needs beside its loss: micro-batches, schedule, checkpoints.
+"""training.py: what a training step needs beside its loss: micro-batches, schedule, several processes, checkpoints.
 
 Apart from common.py because nothing in it is about MRT.
 """
@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from runs import whole_lines, write_text
+from runs import fail, first_line, whole_lines, write_text
 
 
 def micro_batches(examples: list[tuple[list[int], int, list[float]]], max_tokens: int, device):
@@ -43,21 +57,113 @@ def learning_rate(args, done: float) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * (done - args.warmup) / max(1e-9, 1 - args.warmup)))
 
 
+# ============================================================================================ several processes
+
+
+def start_processes() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun set them; (0, 1) without it. Only rank 0 prints."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return ranks()
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, number of processes) of a training under torchrun. (vLLM initialises torch.distributed in any process,
+    so that alone says nothing.)"""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def shard(model, dtype: torch.dtype, scores: Callable) -> None:
+    """PyTorch's FSDP2: every process keeps a share of each weight, its gradient and its moments, and gathers a layer
+    when it computes it. `scores(model, …)` becomes `model.scores(…)`, which may use weights outside of `forward`."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    low = dtype != torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
+    for layer in model.base_model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    model.scores = types.MethodType(scores, model)
+    register_fsdp_forward_method(model, "scores")
+
+
+def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor) of a model that may be sharded; a collective, so every process goes through all of it."""
+    for name, tensor in model.state_dict().items():
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Each value summed over the processes."""
+    if ranks()[1] == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    total = total.cuda() if torch.cuda.is_available() else total
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_over_ranks(mine: list) -> list:
+    """The lists of all processes, joined."""
+    if ranks()[1] == 1:
+        return mine
+    parts: list = [None] * ranks()[1]
+    dist.all_gather_object(parts, mine)
+    return [item for part in parts for item in part]
+
+
+def wait_for_ranks() -> None:
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+def same_number(batches: list, zero: Callable) -> list:
+    """As many micro-batches in every process, or their collectives would wait for each other for ever: those with fewer
+    get copies of `zero()`, which count nothing."""
+    if ranks()[1] == 1:
+        return batches
+    most = max(gather_over_ranks([len(batches)]))
+    return batches + [zero() for _ in range(most - len(batches))]
+
+
+# ============================================================================================ checkpoints
+
+
+def on_sigterm() -> threading.Event:
+    """Set when the process is asked to end (SIGTERM), as schedulers do before they kill."""
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    return asked
+
+
 def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict, keep: int) -> None:
-    """`checkpoints/step_N`: the model in Hugging Face format and what training needs to go on. It is written under
-    another name and renamed when complete; older ones go afterwards."""
+    """`checkpoints/step_N`: the model in Hugging Face format and what training needs to go on, the same whichever
+    number of processes wrote it. It is written under another name and renamed when complete; then older ones go."""
     final = run / "checkpoints" / f"step_{state['step']:06d}"
-    if final.exists():
-        return
-    temporary = final.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    torch.save({"optimizer": optimizer.state_dict(), "state": state}, temporary / "training.pt")
-    temporary.rename(final)
-    for old in sorted((run / "checkpoints").glob("step_??????"))[:-keep]:
-        shutil.rmtree(old)
+    weights = dict(full_weights(model))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=ranks()[1] > 1)
+    moments = get_optimizer_state_dict(model, optimizer, options=options)
+    if ranks()[0] == 0 and not final.exists():
+        temporary = final.with_suffix(".tmp")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            model.save_pretrained(temporary, state_dict=weights)
+            tokenizer.save_pretrained(temporary)
+            torch.save({"optimizer": moments, "state": state}, temporary / "training.pt")
+            temporary.rename(final)
+        except Exception as error:  # a full disk, most likely; each library has its own exception for it
+            shutil.rmtree(temporary, ignore_errors=True)
+            there = latest_checkpoint(run)
+            fail(f"{final} cannot be written: {first_line(error)}; the last good checkpoint is {there or 'none'}")
+        for old in sorted((run / "checkpoints").glob("step_??????"))[:-keep]:
+            shutil.rmtree(old)
+    wait_for_ranks()
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -66,9 +172,11 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 def load_checkpoint(folder: Path, model, optimizer) -> dict:
     """Restores weights and optimiser in place; returns the run's state."""
-    saved = torch.load(folder / "training.pt", map_location=model.device, weights_only=True)
-    model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
-    optimizer.load_state_dict(saved["optimizer"])
+    saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    options = StateDictOptions(full_state_dict=ranks()[1] > 1)
+    set_model_state_dict(model, weights, options=options)
+    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
     return saved["state"]
 
 
@@ -82,9 +190,12 @@ def rewind(run: Path, step: int) -> None:
 
 def save_model(folder: Path, model, tokenizer) -> None:
     """The model in Hugging Face format; complete or not there."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    weights = dict(full_weights(model))
+    if ranks()[0] == 0:
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    wait_for_ranks()

@@ -13,7 +13,6 @@ import budget_force
 import common
 import evaluate
 import rl_mrt
-import runs
 import star_mrt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +59,7 @@ def write_rows(path: Path, *rows) -> str:
 def a_run(folder: Path, script: str | None = None, **settings) -> Path:
     """A folder as a run leaves it, with something to lose; `script` if not this process's own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "SCRIPT", script or runs.SCRIPT)
+        patch.setattr(sys, "argv", [script or sys.argv[0]])
         common.open_run(folder, {"model": "tiny", **settings}, resume=False, overwrite=False)
     write(folder / "metrics.jsonl", '{"step": 1}\n')
     return folder
@@ -206,7 +205,7 @@ def test_a_wrong_model_is_told_before_a_data_set_is_fetched(capsys, monkeypatch,
 
 @pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
 def test_a_prompt_longer_than_the_context_is_named(capsys, monkeypatch, tmp_path, script):
-    run = a_run(tmp_path / "run")
+    run = a_run(tmp_path / "run", f"{script.__name__}.py")
     rows = {**GOOD_ROW, "id": "short"}, {"problem": "a long story " * 600, "answer": "2", "id": "the-long-one"}
     file = write_rows(tmp_path / "d.jsonl", *rows)
     message = refusal(capsys, main_with(monkeypatch, script, "--dataset", file, "--out", run, "--overwrite"))
@@ -348,7 +347,7 @@ def test_a_taken_output_folder_is_told_before_data_and_model_are_loaded(capsys, 
 
 @pytest.mark.parametrize("bad", ["rows", "eval-dataset"])
 def test_bad_data_does_not_cost_the_run_that_would_be_overwritten(capsys, monkeypatch, tmp_path, bad):
-    run = a_run(tmp_path / "run")
+    run = a_run(tmp_path / "run", "rl_mrt.py")
     file = write_rows(tmp_path / "d.jsonl", GOOD_ROW, {"problem": "?", "answer": ""})
     flags = ["--dataset", file] if bad == "rows" else ["--limit", 4, "--eval-dataset", file]
     message = refusal(capsys, main_with(monkeypatch, rl_mrt, *flags, "--steps", 1, "--out", run, "--overwrite"))

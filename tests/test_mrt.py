@@ -73,6 +73,10 @@ def test_online_bonus_scales_with_alpha_and_punishes_lost_ground():
     assert rows[0][2] < 0
 
 
+def placed(problems):
+    return [{**p, "place": i} for i, p in enumerate(problems)]
+
+
 def scripted(monkeypatch, prefix_right, going_on_right):
     """Runs the prefix variant with scripted outcomes: how many of the m stops and of the G rollouts are right."""
     args = options("--bonus", "1", "--forced-answers", "4")
@@ -97,7 +101,8 @@ def scripted(monkeypatch, prefix_right, going_on_right):
         return [[completion("", i < right) for i in range(n)]]
 
     sampler = types.SimpleNamespace(tokenizer=tokenizer, generate=generate)
-    groups, advantages, stats = rl_mrt.rollouts_prefix(args, sampler, problems, prompts, (0, 0))
+    groups, advantages = rl_mrt.rollouts_prefix(args, sampler, placed(problems), prompts, (0, 0))
+    stats = rl_mrt.progress_stats(args, groups, {problems[0]["id"]: prompts[0]})
     return [row[0] for row in advantages[0]], stats, calls, groups
 
 
@@ -139,7 +144,7 @@ def test_prefixes_leave_room_to_answer_and_end_where_an_episode_does(sampler, to
     problems = common.load_problems("tiny", "train", 24)
     prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
     args = options("--bonus", "1", "--group-size", "2", "--max-tokens", "60")
-    groups, _, _ = rl_mrt.rollouts_prefix(args, sampler, problems, prompts, (0, 0))
+    groups, _ = rl_mrt.rollouts_prefix(args, sampler, placed(problems), prompts, (0, 0))
     cuts = [len(group[0].prompt) - len(prompt) for group, prompt in zip(groups, prompts)]
     assert max(cuts) > 0 and max(cuts) + args.answer_tokens <= args.max_tokens
     for group, cut in zip(groups, cuts):
@@ -153,7 +158,9 @@ def test_without_a_thinking_marker_the_prefix_is_graded_with_what_follows(sample
     args = options("--bonus", "1")
     problems = common.load_problems("tiny", "validation", 1)
     prompts = [common.prompt_ids(tokenizer, problems[0]["problem"])]
-    groups = rl_mrt.sample_traces(args, sampler, problems, prompts, 1, (0,), [f"so \\boxed{{{problems[0]['answer']}}}"])
+    groups = rl_mrt.sample_traces(
+        args, sampler, placed(problems), prompts, 1, (0,), [f"so \\boxed{{{problems[0]['answer']}}}"]
+    )
     assert all(trace.reward == 1 for trace in groups[0])
 
 
@@ -166,7 +173,7 @@ def one_update(model, tokenizer, args, seed=0):
     problems = common.load_problems("tiny", "train", args.problems_per_step)
     prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
     rollouts = rl_mrt.rollouts_grpo if args.bonus == 0 else rl_mrt.rollouts_online
-    groups, advantages, _ = rollouts(args, sampler, problems, prompts, (seed, 0))
+    groups, advantages = rollouts(args, sampler, placed(problems), prompts, (seed, 0))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [p.detach().clone() for p in model.parameters()]
     model.train()
@@ -200,9 +207,9 @@ def test_bonus_zero_ignores_the_variant_and_a_bonus_does_not(model, tokenizer, v
     prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
     args = options("--bonus", "1", "--variant", variant)
     rollouts = {"online": rl_mrt.rollouts_online, "prefix": rl_mrt.rollouts_prefix}[variant]
-    _, with_bonus, _ = rollouts(args, sampler, problems, prompts, (0, 0))
+    _, with_bonus = rollouts(args, sampler, placed(problems), prompts, (0, 0))
     args.bonus = 0.0
-    groups, without, _ = rollouts(args, sampler, problems, prompts, (0, 0))
+    groups, without = rollouts(args, sampler, placed(problems), prompts, (0, 0))
     outcome = rl_mrt.outcome_advantages(args, groups)
     for row, a in zip((r for rows in without for r in rows), outcome.flatten().tolist()):
         np.testing.assert_allclose(row, a)

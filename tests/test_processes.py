@@ -1,0 +1,166 @@
+"""Several processes train as one does; what interrupts a training leaves it whole."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_bad_input import parser_refusal, refusal
+from test_scripts import execute, jsonl, start, succeeded  # noqa: F401  fixtures
+
+import common
+import rl_mrt
+
+ROOT = Path(__file__).resolve().parents[1]
+# Five problems a step: two and three processes have uneven shares, and batches of different numbers and sizes.
+FLAGS = (
+    "--bonus 1 --variant online --progress likelihood --problems-per-step 5 --group-size 4 --max-tokens 96 --steps 3"
+)
+FLAGS += (
+    " --eval-every 3 --eval-problems 7 --checkpoint-every 1 --keep 3 --max-tokens-per-batch 700 --updates-per-batch 2"
+)
+
+
+def torchrun(folder: Path, count: int, *flags) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+               ROOT / "rl_mrt.py", *FLAGS.split(), *flags]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = (folder / "out.txt").open("w")
+    return subprocess.Popen([*map(str, command)], cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen, folder: Path) -> str:
+    assert process.wait(timeout=240) == 0, (folder / "out.txt").read_text()[-3000:]
+    return (folder / "out.txt").read_text()
+
+
+def curve(run: Path) -> list[list[float]]:
+    names = ("loss", "grad_norm", "entropy", "clip_share", "reward", "progress_per_episode", "sampled_tokens")
+    return [[line[name] for name in names] for line in jsonl(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, execute):  # noqa: F811
+    folder = tmp_path_factory.mktemp("alone")
+    succeeded(execute(folder, "rl_mrt.py", *FLAGS.split(), "--out", "run"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    printed = finish(torchrun(folder, 2, "--out", "run"), folder)
+    assert printed.count("step    1 ") == 1  # one process speaks
+    return folder / "run"
+
+
+def assert_same(run: Path, alone: Path) -> None:
+    assert torch.tensor(curve(run)) == pytest.approx(torch.tensor(curve(alone)), abs=1e-5)
+    assert (run / "records.jsonl").read_bytes() == (alone / "records.jsonl").read_bytes()
+    ours, theirs = (jsonl(folder / "validation.jsonl") for folder in (run, alone))
+    assert ours == [pytest.approx(line) if isinstance(line, float) else line for line in theirs]
+    weights = [common.load_model(str(folder / "model"), "cpu").state_dict() for folder in (run, alone)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=2e-4, rtol=0)
+
+
+def test_two_processes_train_as_one(of_two, alone):
+    assert_same(of_two, alone)
+    config = json.loads((of_two / "model/config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLM"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(tmp_path, execute, of_two, alone, count):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(of_two, run)
+    for name in ("model", "checkpoints/step_000003", "checkpoints/step_000002"):
+        shutil.rmtree(run / name)
+    (run / "summary.json").unlink()
+    if count == 1:
+        printed = succeeded(execute(tmp_path, "rl_mrt.py", *FLAGS.split(), "--out", "run", "--resume"))
+    else:
+        printed = finish(torchrun(tmp_path, count, "--out", "run", "--resume"), tmp_path)
+    assert "at step 1" in printed
+    assert_same(run, alone)
+
+
+def test_a_process_that_dies_brings_the_others_down(tmp_path):
+    process = torchrun(tmp_path, 2, "--out", "run", "--steps", "500")
+    deadline = time.time() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.wait(timeout=90) != 0
+    assert "SIGKILL" in (tmp_path / "out.txt").read_text() or "-9" in (tmp_path / "out.txt").read_text()
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_fewer_problems_than_processes_are_refused(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rl_mrt.py", "--problems-per-step", "1"])
+    monkeypatch.setattr(common, "start_processes", lambda: (0, 2))
+    assert "--problems-per-step" in refusal(capsys, rl_mrt.main)
+
+
+# ---------------------------------------------------------------------------------------------- interruptions
+
+
+def test_sigterm_writes_a_checkpoint_from_which_the_run_goes_on(tmp_path, start, execute, alone):  # noqa: F811
+    flags = [*FLAGS.split(), "--checkpoint-every", 100, "--out", "run"]
+    process = start(tmp_path, "rl_mrt.py", *flags)
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(120)
+    assert process.exitcode == 143 and "SIGTERM: stopped after step" in (tmp_path / "stdout.txt").read_text()
+    assert "Traceback" not in (tmp_path / "stderr.txt").read_text()
+    assert len(list((tmp_path / "run/checkpoints").glob("step_??????"))) == 1
+    succeeded(execute(tmp_path, "rl_mrt.py", *flags, "--resume"))
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (alone / "model/model.safetensors").read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(tmp_path, model, tokenizer, capsys):
+    """A limit on the size of files stands in for the disk: what writes the weights fails with an error of its own."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    common.save_checkpoint(tmp_path, model, tokenizer, optimizer, {"step": 1}, keep=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+        message = refusal(capsys, common.save_checkpoint, tmp_path, model, tokenizer, optimizer, {"step": 2}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert "step_000002" in message and "step_000001" in message
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+    assert common.load_checkpoint(tmp_path / "checkpoints/step_000001", model, optimizer) == {"step": 1}
+
+
+# ---------------------------------------------------------------------------------------------- plan, reports
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, execute):  # noqa: F811
+    printed = succeeded(execute(tmp_path, "rl_mrt.py", *FLAGS.split(), "--dry-run", "--out", "run"))
+    assert "0.6M parameters, 1 process" in printed and "3 steps of 5 × 4 = 20 rollouts" in printed
+    assert "GiB" in printed and not (tmp_path / "run").exists()
+
+
+def test_a_missing_reporter_is_told_at_once(capsys, monkeypatch):
+    monkeypatch.setattr(rl_mrt.importlib.util, "find_spec", lambda name: None)
+    assert "--report-to wandb" in refusal(capsys, rl_mrt.flags, ["--report-to", "wandb"])
+    assert "--report-to" in parser_refusal(capsys, rl_mrt.flags, ["--report-to", "paper"])
+
+
+def test_importance_weights_are_one_for_the_same_policy_and_capped(model, tokenizer, alone):
+    lines = jsonl(alone / "metrics.jsonl")
+    assert all(line["importance_weight"] == pytest.approx(1, abs=1e-5) for line in lines)
