@@ -117,7 +117,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed is said in one line by us
 if platform.system() == "Linux" and not torch.cuda.is_available():
     with contextlib.suppress(Exception):  # glibc: keep freed tensors mapped; page faults cost a third of a CPU step
-        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 26)  # M_MMAP_THRESHOLD; larger ones would fragment the heap
         ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 THINK_END = "</think>"
@@ -664,14 +664,17 @@ def group_advantages(rewards: torch.Tensor, normalize_std: bool = True) -> torch
     return torch.where(std > 1e-6, scaled, torch.zeros_like(scaled))
 
 
+CHUNK_LOGITS = 1 << 26  # 256 MiB in float32
+
+
 def token_logprobs(model, input_ids: torch.Tensor, where: torch.Tensor, temperature: float = 1.0, attention_mask=None,
-                   chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+                   chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Log-probs of the tokens at `where` given all before them, under softmax(logits / temperature).
 
     input_ids [B, T]; where [B, T] bool, never the first column. Returns (log-probs [N], entropies [N], no gradient),
-    N = where.sum(), in row-major order. The logits exist for `chunk` tokens at a time and are computed again in the
-    backward pass, so no [tokens, vocabulary] tensor is ever kept. Rows padded on the right need no attention mask;
-    rows padded on the left do.
+    N = where.sum(), in row-major order. The logits exist for `chunk` tokens at a time (if not told, so many as have
+    CHUNK_LOGITS logits) and are computed again in the backward pass: no [tokens, vocabulary] tensor is ever kept.
+    Rows padded on the right need no attention mask; rows padded on the left do.
     """
     positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
     hidden = model.base_model(
@@ -679,6 +682,7 @@ def token_logprobs(model, input_ids: torch.Tensor, where: torch.Tensor, temperat
     ).last_hidden_state
     before, target = hidden[:, :-1][where[:, 1:]], input_ids[:, 1:][where[:, 1:]]
     head = model.get_output_embeddings()
+    chunk = chunk or max(1, CHUNK_LOGITS // head.weight.shape[0])
 
     def of_chunk(states, tokens):
         logprobs = (head(states).float() / temperature).log_softmax(-1)

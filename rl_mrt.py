@@ -172,7 +172,7 @@ def plan(args, problems: int, longest: int) -> str:
         "copy that samples": 0 if world == 1 and args.engine == "transformers" else size * count,
         "reference of the KL penalty": 4 * count if args.kl else 0,
         "activations of a micro-batch": size * tokens * (config.num_hidden_layers * config.hidden_size + inside),
-        "logits": 3 * 4 * min(tokens, 4096) * config.vocab_size,
+        "logits": 3 * 4 * min(tokens * config.vocab_size, common.CHUNK_LOGITS),
     }
     steps = args.steps or math.ceil(problems / args.problems_per_step)
     rollouts = args.problems_per_step * args.group_size
