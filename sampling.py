@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from training import full_weights
+from training import full_weights, ranks
 
 
 @dataclass
@@ -185,6 +185,8 @@ class VllmEngine:
                 "enable_chunked_prefill": False,  # half a prompt and a seed: "CPU Generator does not use offset"
                 "max_num_batched_tokens": max(8192, longest),
             }
+        if ranks()[1] > 1:  # under torchrun every process has an engine of its own
+            here["distributed_executor_backend"] = "external_launcher"
         self.llm = LLM(
             model=path,
             dtype=str(dtype).removeprefix("torch."),

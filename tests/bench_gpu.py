@@ -66,8 +66,8 @@ def main() -> None:
     groups = traces_of(model, args.sequences, length, dtype)
     rng = np.random.default_rng(0)
     advantages = [[rng.normal(size=len(t.completion.token_ids)).tolist() for t in group] for group in groups]
-    settings = SimpleNamespace(updates_per_batch=1, problems_per_step=len(groups), group_size=2, temperature=1.0,
-                               clip=0.2, kl=0.0, is_cap=2.0, max_grad_norm=1.0, max_tokens_per_batch=length)  # fmt: skip
+    settings = SimpleNamespace(updates_per_batch=1, problems_per_step=len(groups), group_size=2, temperature=1,
+                               clip=0.2, kl=0.0, is_cap=2.0, max_grad_norm=1, max_tokens_per_batch=length)  # fmt: skip
     model.train()
     for name in ("first (with AdamW's moments to make)", "second"):
         if device == "cuda":
