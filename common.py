@@ -100,6 +100,7 @@ from training import (  # noqa: F401
     latest_checkpoint,
     learning_rate,
     load_checkpoint,
+    load_weights,
     micro_batches,
     on_sigterm,
     ranks,

@@ -25,6 +25,7 @@ import copy
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,7 @@ def flags(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     args = flags()
-    if common.ranks()[1] > 1:
-        fail("star_mrt.py: runs in one process; rl_mrt.py is the one for torchrun")
+    rank, world = common.start_processes()
     args.engine = common.pick_engine(args.engine)
     settings = {k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "batch_problems")}
     common.check_out(args.out, settings, args.resume, args.overwrite)
@@ -117,53 +117,63 @@ def main() -> None:
     longest = common.check_lengths(args, tokenizer, problems, prompts)
     longest = max(longest, common.check_lengths(args, tokenizer, held_out, held_prompts))
     model = common.load_model(args.model, common.pick_device())
-    run = common.open_run(args.out, settings, args.resume, args.overwrite)
+    common.wait_for_ranks()  # all have looked at --out
+    run = common.open_run(args.out, settings, args.resume, args.overwrite) if rank == 0 else args.out
+    common.wait_for_ranks()
     sampler = common.open_sampler(args, tokenizer, longest, trained=model)
+    if not common.is_tiny(args.model):
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if world > 1:
+        common.shard(model, common.pick_dtype(args.dtype), common.token_logprobs)
     if held_out:
         evaluate(args, run / "base.jsonl", sampler, held_out, held_prompts)
     ran_dry = False
     for name in ("outcome", "mrt") if args.filter == "both" else (args.filter,):
-        base = common.load_model(args.model, model.device)
-        model.load_state_dict(base.state_dict())  # every filter starts from the base
+        common.load_weights(model, common.resolve_model(args.model))  # every filter starts from the base
         sampler.sync()
         (run / name).mkdir(exist_ok=True)
         for iteration in range(1, args.iterations + 1):
-            if not iterate(args, run, name, iteration, sampler, problems, prompts):
+            if not iterate(args, run, name, iteration, model, sampler, problems, prompts):
                 ran_dry = True
                 break
             if held_out:
                 evaluate(args, run / name / f"evaluation_{iteration}.jsonl", sampler, held_out, held_prompts)
-    report(args, run)
+    if rank == 0:
+        report(args, run)
     if ran_dry:
         raise SystemExit(3)
 
 
-def iterate(args, run: Path, name: str, iteration: int, sampler: Sampler, problems, prompts) -> bool:
+def iterate(args, run: Path, name: str, iteration: int, model, sampler: Sampler, problems, prompts) -> bool:
     """One iteration of one filter; False if it left nothing to train on. What is done already is not repeated."""
-    folder, model, tokenizer = run / name, sampler.model, sampler.tokenizer
+    folder, tokenizer, rank = run / name, sampler.tokenizer, common.ranks()[0]
     final = folder / f"model_{iteration}"
     if final.exists():
-        model.load_state_dict(common.load_model(str(final), model.device).state_dict())
+        common.load_weights(model, final)
         sampler.sync()
         return True
     print(f"== {name}, iteration {iteration} of {args.iterations}")
     # The first iteration samples from the base: the same traces for every filter.
     file = run / "samples_1.jsonl" if iteration == 1 else folder / f"samples_{iteration}.jsonl"
     traces = sample(args, file, sampler, problems, prompts, iteration)
-    examples, kept = select(args, name, sampler, traces, iteration)
-    common.write_text(folder / f"selected_{iteration}.jsonl", "".join(common.json_line(row) for row in kept))
+    # One process decides for all: on GPUs two of them may draw different answers from one seed.
+    chosen = [select(args, name, sampler, traces, iteration)] if rank == 0 else []
+    ((examples, kept),) = common.gather_over_ranks(chosen)
     line = {"iteration": iteration, **describe(traces, kept)}
     print(
         f"kept {line['traces']} of {len(traces)} traces, {line['problems']} problems, "
         f"{line['mean_tokens']:.0f} tokens on average, progress per episode {line['progress_per_episode']:.3f}"
     )
+    if rank == 0:
+        common.write_text(folder / f"selected_{iteration}.jsonl", "".join(common.json_line(row) for row in kept))
+        common.write_json(folder / f"iteration_{iteration}.json", line)
     if not examples:
         print(f"the filter {name} kept no trace in iteration {iteration}: nothing to train on; samples: {file}")
-        common.write_json(folder / f"iteration_{iteration}.json", line)
         return False
     sampler.pause()
     line |= fine_tune(args, folder / f"tuning_{iteration}", model, tokenizer, examples)
-    common.write_json(folder / f"iteration_{iteration}.json", line)
+    if rank == 0:
+        common.write_json(folder / f"iteration_{iteration}.json", line)
     common.save_model(final, model, tokenizer)
     sampler.sync()
     return True
@@ -172,21 +182,32 @@ def iterate(args, run: Path, name: str, iteration: int, sampler: Sampler, proble
 # ---------------------------------------------------------------------------------------------- samples
 
 
+def traced(args, sampler: Sampler, problems, prompts, answers: int, seed: int) -> list[dict]:
+    """[{id, samples}]: traces of problems with J at every boundary. Each process does its share."""
+    (rank, world), settings = common.ranks(), copy.copy(args)
+    settings.seed = seed
+    groups = common.sample_traces(settings, sampler, problems[rank::world], prompts[rank::world],
+                                  max_episodes=args.max_episodes)  # fmt: skip
+    how = ForcedAnswers("sampled", answers, args.answer_tokens, args.temperature, args.top_p)
+    if groups:
+        common.success_rates(sampler, [t for group in groups for t in group], how, (seed, 1))
+    mine = [(group[0].problem["id"], [common.trace_record(t) for t in group]) for group in groups]
+    rows = dict(common.gather_over_ranks(mine))
+    return [{"id": p["id"], "samples": rows[p["id"]]} for p in problems]
+
+
 def sample(args, file: Path, sampler: Sampler, problems, prompts, iteration: int) -> list[Trace]:
-    """Traces with J at every boundary; recorded as each batch of problems is done, and read back where they are."""
+    """The iteration's traces; recorded as each batch of problems is done, and read back where they are."""
     recorded = {row["id"]: row for row in common.read_jsonl(file)} if file.exists() else {}
+    common.wait_for_ranks()  # all have read it
     todo = [i for i, p in enumerate(problems) if p["id"] not in recorded]
-    how = ForcedAnswers("sampled", args.forced_answers, args.answer_tokens, args.temperature, args.top_p)
-    settings = copy.copy(args)
-    settings.seed = (args.seed + 1) * 1000 + iteration
     clock = common.Clock(len(todo), "problems", sampler)
     for start in range(0, len(todo), args.batch_problems):
         some = todo[start : start + args.batch_problems]
-        groups = common.sample_traces(settings, sampler, [problems[i] for i in some], [prompts[i] for i in some],
-                                      max_episodes=args.max_episodes)  # fmt: skip
-        common.success_rates(sampler, [t for group in groups for t in group], how, (settings.seed, 1))
-        rows = [{"id": group[0].problem["id"], "samples": [common.trace_record(t) for t in group]} for group in groups]
-        common.append_jsonl(file, rows)
+        rows = traced(args, sampler, [problems[i] for i in some], [prompts[i] for i in some], args.forced_answers,
+                      (args.seed + 1) * 1000 + iteration)  # fmt: skip
+        if common.ranks()[0] == 0:
+            common.append_jsonl(file, rows)
         recorded |= {row["id"]: row for row in rows}
         clock.tell(start + len(some))
     return [
@@ -302,19 +323,17 @@ def describe(traces: list[Trace], kept: list[dict]) -> dict:
 
 def fine_tune(args, folder: Path, model, tokenizer, examples: list[tuple]) -> dict:
     """--epochs of supervised fine-tuning in place; goes on from the last checkpoint in `folder`."""
-    folder.mkdir(exist_ok=True)
-    if not common.is_tiny(args.model):
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    dtype = common.pick_dtype(args.dtype)
+    rank, dtype, asked_to_stop = common.ranks()[0], common.pick_dtype(args.dtype), common.on_sigterm()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    state = {"step": 0}
+    state = {"step": 0, "loss": 0.0}
     if checkpoint := common.latest_checkpoint(folder):
         state = common.load_checkpoint(checkpoint, model, optimizer)
         print(f"resumed from {checkpoint}")
+    if rank == 0:
+        folder.mkdir(exist_ok=True)
+        common.rewind(folder, state["step"])
     a_pass = math.ceil(len(examples) / args.batch_size)
-    steps = a_pass * args.epochs
-    common.rewind(folder, state["step"])
-    began, losses = time.time(), []
+    steps, began, first = a_pass * args.epochs, time.time(), state["step"]
     model.train()
     while state["step"] < steps:
         step = state["step"]
@@ -322,33 +341,52 @@ def fine_tune(args, folder: Path, model, tokenizer, examples: list[tuple]) -> di
         batch = [examples[i] for i in order[step % a_pass :: a_pass]]  # all batches of a pass are of like size
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(args, step / steps)
-        losses.append(train_step(args, model, optimizer, batch, dtype))
-        state = {"step": step + 1}
-        common.append_jsonl(folder / "metrics.jsonl", [{**state, "loss": losses[-1], "examples": len(batch)}])
-        if state["step"] % args.checkpoint_every == 0:
+        state = {"step": step + 1, "loss": train_step(args, model, optimizer, batch, dtype)}
+        if not math.isfinite(state["loss"]):
+            fail(
+                f"step {step} of the fine-tuning in {folder}: the loss is {state['loss']}; the last checkpoint is sound"
+            )
+        if rank == 0:
+            common.append_jsonl(folder / "metrics.jsonl", [{**state, "examples": len(batch)}])
+        stopping = common.sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
+        if state["step"] % args.checkpoint_every == 0 or stopping:
             common.save_checkpoint(folder, model, tokenizer, optimizer, state, keep=1)
+        if stopping:
+            print(f"SIGTERM: stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
+            raise SystemExit(143)
         if state["step"] % max(1, steps // 5) == 0:
-            left = (time.time() - began) / len(losses) * (steps - state["step"])
-            print(f"step {state['step']} of {steps}  loss {losses[-1]:.4f}  {common.duration(left)} left", flush=True)
+            left = (time.time() - began) / (state["step"] - first) * (steps - state["step"])
+            print(
+                f"step {state['step']} of {steps}  loss {state['loss']:.4f}  {common.duration(left)} left", flush=True
+            )
     model.eval()
-    return {"steps": steps, "loss": common.read_jsonl(folder / "metrics.jsonl")[-1]["loss"]}
+    return {"steps": steps, "loss": state["loss"]}
 
 
 def train_step(args, model, optimizer, batch: list[tuple], dtype) -> float:
     """One optimiser step on -Σ w log p / Σ w over the trained tokens of the whole batch: however it is split into
-    micro-batches, a token counts the same. Prompts are not trained, a masked stop phrase has weight 0."""
+    micro-batches and over processes, a token counts the same. Prompts are not trained, a masked stop phrase has
+    weight 0."""
+    rank, world = common.ranks()
+    score = model.scores if world > 1 else partial(common.token_logprobs, model)
     denominator = sum(sum(weights) for _, _, weights in batch)
+    batches = list(common.micro_batches(batch[rank::world], args.max_tokens_per_batch, model.device))
+
+    def copy_that_counts_nothing():
+        _, ids, where, weights = next(common.micro_batches(batch[:1], args.max_tokens_per_batch, model.device))
+        return [], ids, where, weights * 0
+
     optimizer.zero_grad()
     total = 0.0
-    for _, ids, where, weights in common.micro_batches(batch, args.max_tokens_per_batch, model.device):
+    for _, ids, where, weights in common.same_number(batches, copy_that_counts_nothing):
         with common.autocast(dtype):
-            logprobs, _ = common.token_logprobs(model, ids, where)
+            logprobs, _ = score(ids, where)
         loss = -(weights * logprobs).sum() / denominator
-        loss.backward()
+        (loss * world).backward()  # FSDP takes the mean of the processes' gradients
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
     optimizer.step()
-    return total
+    return common.sum_over_ranks([total])[0]
 
 
 # ---------------------------------------------------------------------------------------------- held-out problems
@@ -359,13 +397,9 @@ def evaluate(args, file: Path, sampler: Sampler, problems, prompts) -> None:
     if file.exists():
         return
     sampler.model.eval()
-    settings = copy.copy(args)
-    settings.seed = 77
-    groups = common.sample_traces(settings, sampler, problems, prompts, max_episodes=args.max_episodes)
-    how = ForcedAnswers("sampled", 4, args.answer_tokens, args.temperature, args.top_p)
-    common.success_rates(sampler, [t for group in groups for t in group], how, (77, 1))
-    rows = [{**p, "samples": [common.trace_record(t) for t in group]} for p, group in zip(problems, groups)]
-    common.write_text(file, "".join(common.json_line(row) for row in rows))
+    rows = traced(args, sampler, problems, prompts, 4, 77)
+    if common.ranks()[0] == 0:
+        common.write_text(file, "".join(map(common.json_line, rows)))
 
 
 def metrics_of(args, file: Path) -> dict[str, np.ndarray]:

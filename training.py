@@ -170,12 +170,17 @@ def latest_checkpoint(run: Path) -> Path | None:
     return max((run / "checkpoints").glob("step_??????"), default=None)
 
 
+def load_weights(model, folder: Path | str) -> None:
+    """Those of a model in Hugging Face format, in place, into a model that may be sharded."""
+    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=ranks()[1] > 1))
+
+
 def load_checkpoint(folder: Path, model, optimizer) -> dict:
     """Restores weights and optimiser in place; returns the run's state."""
     saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    load_weights(model, folder)
     options = StateDictOptions(full_state_dict=ranks()[1] > 1)
-    set_model_state_dict(model, weights, options=options)
     set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
     return saved["state"]
 

@@ -28,9 +28,9 @@ FLAGS += (
 )
 
 
-def torchrun(folder: Path, count: int, *flags) -> subprocess.Popen:
+def torchrun(folder: Path, count: int, *flags, script: str = "rl_mrt.py") -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
-               ROOT / "rl_mrt.py", *FLAGS.split(), *flags]  # fmt: skip
+               ROOT / script, *(FLAGS.split() if script == "rl_mrt.py" else ()), *flags]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = (folder / "out.txt").open("w")
     return subprocess.Popen([*map(str, command)], cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
@@ -90,6 +90,22 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(tmp_path, exe
         printed = finish(torchrun(tmp_path, count, "--out", "run", "--resume"), tmp_path)
     assert "at step 1" in printed
     assert_same(run, alone)
+
+
+def test_two_processes_fine_tune_as_one(tmp_path, execute):  # noqa: F811
+    flags = "--limit 7 --num-samples 2 --max-tokens 160 --forced-answers 4 --batch-problems 4 --batch-size 3 --epochs 2"
+    flags = [*flags.split(), *"--filter mrt --iterations 2 --eval-problems 3 --budgets 160 --lr 1e-4 --out run".split()]
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        folder.mkdir()
+    succeeded(execute(folders[0], "star_mrt.py", *flags))
+    finish(torchrun(folders[1], 2, *flags, script="star_mrt.py"), folders[1])
+    for name in ("samples_1.jsonl", "mrt/selected_1.jsonl", "base.jsonl"):
+        assert (folders[0] / "run" / name).read_bytes() == (folders[1] / "run" / name).read_bytes(), name
+    for iteration in (1, 2):
+        curves = [[line["loss"] for line in jsonl(f / f"run/mrt/tuning_{iteration}/metrics.jsonl")] for f in folders]
+        assert len(curves[0]) > 3 and curves[1] == pytest.approx(curves[0], abs=1e-4)
+    assert (folders[1] / "run/star.png").exists()
 
 
 def test_a_process_that_dies_brings_the_others_down(tmp_path):
