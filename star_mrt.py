@@ -343,9 +343,7 @@ def fine_tune(args, folder: Path, model, tokenizer, examples: list[tuple]) -> di
             group["lr"] = common.learning_rate(args, step / steps)
         state = {"step": step + 1, "loss": train_step(args, model, optimizer, batch, dtype)}
         if not math.isfinite(state["loss"]):
-            fail(
-                f"step {step} of the fine-tuning in {folder}: the loss is {state['loss']}; the last checkpoint is sound"
-            )
+            fail(f"step {step} of the fine-tuning in {folder}: the loss is {state['loss']}")
         if rank == 0:
             common.append_jsonl(folder / "metrics.jsonl", [{**state, "examples": len(batch)}])
         stopping = common.sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0

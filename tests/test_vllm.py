@@ -278,8 +278,8 @@ def test_training_with_vllm_resumes_and_its_log_probs_stay_the_trainers(tmp_path
 @needs_vllm
 def test_two_processes_have_an_engine_each_that_follows_the_sharded_model(tmp_path):
     done = run(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "rl_mrt.py",
-               "--engine", "vllm", "--bonus", "0", "--problems-per-step", "3", "--group-size", "4", "--max-tokens", "96",
-               "--eval-every", "0", "--steps", "3", "--lr", "1e-3", "--out", "r")  # fmt: skip
+               "--engine", "vllm", "--bonus", "0", "--problems-per-step", "3", "--group-size", "4", "--max-tokens",
+               "96", "--eval-every", "0", "--steps", "3", "--lr", "1e-3", "--out", "r")  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and max(line["sampler_gap_max"] for line in lines) < 1e-4
