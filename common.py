@@ -239,9 +239,17 @@ def load_tokenizer(model: str):
             if not (Path(path) / name).exists():
                 fail(f"--model {model}: the folder has no {name}")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         fail(f"--model {model}: neither a model folder nor a model that the Hub gives: {first_line(error)}")
+    if tokenizer.chat_template is None:
+        say_once(f"{model} has no chat template: its prompt is the bare problem")
+    return tokenizer
+
+
+@lru_cache
+def say_once(text: str) -> None:
+    print(text)
 
 
 def load_model(model: str, device: str, dtype: torch.dtype = torch.float32):
