@@ -129,6 +129,8 @@ def main() -> None:
     if args.problems_per_step < world:
         fail(f"--problems-per-step {args.problems_per_step}: fewer than the {world} processes")
     args.engine = common.pick_engine(args.engine)
+    if world > 1 and args.engine == "vllm" and args.bonus and args.progress == "likelihood":
+        fail("--progress likelihood: several processes score with --engine transformers, which has the whole model")
     settings = {
         k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "keep", "report_to", "dry_run")
     }
