@@ -96,6 +96,8 @@ def main() -> None:
         return
     args.engine = common.pick_engine(args.engine)
     todo = []
+    if "," in args.model and common.config_of(args.out):
+        fail(f"--out {args.out}: holds a run of one model; name another folder for several")
     for model in args.model.split(","):
         one = copy.copy(args)
         one.model, one.out = model, args.out / common.short_name(model) if "," in args.model else args.out

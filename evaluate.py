@@ -88,6 +88,8 @@ def main() -> None:
     args.engine = common.pick_engine(args.engine)
     models, datasets = args.model.split(","), args.dataset.split(",")
     todo: dict[str, list[argparse.Namespace]] = {model: [] for model in models}
+    if len(models) * len(datasets) > 1 and common.config_of(args.out):
+        fail(f"--out {args.out}: holds a run of one model; name another folder for several")
     for model in todo:  # what can be refused at once is, before anything large is fetched
         for dataset in datasets:
             one = copy.copy(args)
