@@ -79,8 +79,6 @@ def flags(argv=None) -> argparse.Namespace:
     name = common.short_name(str(args.traces or args.dataset))
     args.out = args.from_run or args.out or Path("runs") / f"analyze-{common.short_name(args.model)}-{name}"
     args.budgets = common.numbers("--budgets", args.budgets)
-    if not 0 < args.top_p <= 1:
-        fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
     return args
 
 
@@ -176,17 +174,14 @@ def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str
     ids = common.encode(tokenizer, thought)
     completion = Completion(ids, [], "stop" if marker or not marked else "length")
     completion.text, completion.offsets = common.text_and_offsets(tokenizer, ids)
-    ends = {common.first_at(completion.offsets, start) for start, _ in spans(args, completion.text)}
+    spans = common.episode_spans(completion.text, args.max_steps, args.episodes_per_point)
+    ends = {common.first_at(completion.offsets, start) for start, _ in spans}
     finished = bool(marker) and common.thinks(tokenizer)
     trace = Trace(problem, prompt, completion, sorted(ends | {0, len(ids)}), finished, answer if marker else None)
     if not marked:
         trace.answer = response
     completion.text += marker + answer  # to be read; offsets end with the thought
     return trace
-
-
-def spans(args, thought: str) -> list[tuple[int, int]]:
-    return common.episode_spans(thought, args.max_steps, args.episodes_per_point)
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -196,21 +191,16 @@ def analyse(args, run: Path, sampler: Sampler, problems, prompts, given: list[li
     """Writes one record a problem, as each batch of problems is done; those recorded already are not made again.
 
     A batch is two calls of the sampler: all its thoughts, then all forced answers at all boundaries of all of them."""
-    file = run / "records.jsonl"
-    recorded = {r["id"] for r in common.load_records(run)} if file.exists() else set()
-    todo = [i for i, p in enumerate(problems) if p["id"] not in recorded]
     how = ForcedAnswers("sampled", args.forced_answers, args.answer_tokens, args.temperature, args.top_p)
-    clock = common.Clock(len(todo), "problems", sampler)
-    for start in range(0, len(todo), args.batch_problems):
-        some = todo[start : start + args.batch_problems]
+    for some in common.unrecorded(run, problems, args.batch_problems, sampler):
         if given is None:
             groups = common.sample_traces(args, sampler, [problems[i] for i in some], [prompts[i] for i in some],
                                           max_steps=args.max_steps, group_size=args.episodes_per_point)  # fmt: skip
         else:
             groups = [given[i] for i in some]
         common.success_rates(sampler, [trace for group in groups for trace in group], how, (args.seed, 1))
-        common.append_jsonl(file, [record(args, problems[i], group) for i, group in zip(some, groups)])
-        clock.tell(start + len(some))
+        rows = [record(args, problems[i], group) for i, group in zip(some, groups)]
+        common.append_jsonl(run / "records.jsonl", rows)
 
 
 def record(args, problem: dict, traces: list[Trace]) -> dict:
@@ -260,7 +250,7 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
         answers = [common.extract_answer(t.answer or "") for t in read]
         classes = common.group_answers(answers, problem["answer"])
         lines.append({"id": problem["id"], "classes": classes, "tokens": [len(c.token_ids) for c in row]})
-    common.write_text(done, "".join(json.dumps(line) + "\n" for line in lines))
+    common.write_text(done, "".join(map(common.json_line, lines)))
     sampler.close()
 
 

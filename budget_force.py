@@ -13,6 +13,7 @@ the end-of-thinking marker, --extensions times, and answers are sampled after 0,
 
 import argparse
 import copy
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -80,8 +81,6 @@ def flags(argv=None) -> argparse.Namespace:
     args.strings = ["Wait"] if args.style == "s1" else args.strings.split(",")
     if not all(args.strings):
         fail("--strings: one of them is empty")
-    if not 0 < args.top_p <= 1:
-        fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
     if args.thoughts and len(models) > 1 and not args.compare:
         if "--model" in " ".join(argv or []):
             fail("--thoughts: one run holds the thoughts of one model")
@@ -144,12 +143,7 @@ def load_thoughts(args) -> list[dict]:
 
 def force(args, run: Path, sampler: Sampler, problems, prompts, given: list[dict] | None) -> None:
     """Writes one record a problem, as each batch of problems is done; those recorded already are not made again."""
-    file = run / "records.jsonl"
-    recorded = {r["id"] for r in common.load_records(run)} if file.exists() else set()
-    todo = [i for i, p in enumerate(problems) if p["id"] not in recorded]
-    clock = common.Clock(len(todo), "problems", sampler)
-    for start in range(0, len(todo), args.batch_problems):
-        some = todo[start : start + args.batch_problems]
+    for some in common.unrecorded(run, problems, args.batch_problems, sampler):
         if given is None:
             groups = common.sample_traces(args, sampler, [problems[i] for i in some], [prompts[i] for i in some])
         else:
@@ -174,15 +168,18 @@ def force(args, run: Path, sampler: Sampler, problems, prompts, given: list[dict
         for group in groups:
             lines.append({**group[0].problem, "samples": records[: len(group)]})
             records = records[len(group) :]
-        common.append_jsonl(file, lines)
-        clock.tell(start + len(some))
+        common.append_jsonl(run / "records.jsonl", lines)
 
 
-def seed_of(args, traces: list[Trace], t: int, *what: int) -> tuple[int, ...]:
-    """Of trace t: the same whichever other problems are in the batch."""
-    mine = traces[t].problem["id"]
-    number = sum(trace.problem["id"] == mine for trace in traces[:t])
-    return (args.seed, 3, common.key(mine), number, *what)
+def seeds_of(args, traces: list[Trace]) -> list[tuple[int, ...]]:
+    """What seeds what is sampled for each trace: the same whichever other problems are in the batch."""
+    before: Counter = Counter()  # traces of the same problem
+    seeds = []
+    for trace in traces:
+        name = trace.problem["id"]
+        seeds.append((args.seed, 3, common.key(name), before[name]))
+        before[name] += 1
+    return seeds
 
 
 def answers_at(args, sampler: Sampler, traces: list[Trace], asked: list[tuple[int, list[int]]], seeds) -> list[dict]:
@@ -203,7 +200,7 @@ def answers_at(args, sampler: Sampler, traces: list[Trace], asked: list[tuple[in
 def exploit(args, sampler: Sampler, traces: list[Trace]) -> list[dict]:
     """For each trace {budget: J, thought and answer tokens}: what it is worth if it may use no more than the budget."""
     results: list[dict] = [{} for _ in traces]
-    asked, places, seeds = [], [], []
+    asked, places, seeds, own_seeds = [], [], [], seeds_of(args, traces)
     for t, trace in enumerate(traces):
         end, total = trace.boundaries[-1], len(trace.completion.token_ids)
         for budget in args.budgets:
@@ -215,7 +212,7 @@ def exploit(args, sampler: Sampler, traces: list[Trace]) -> list[dict]:
             cut = common.cut_at_budget(trace, room, args.cut == "exact")
             asked.append((t, common.forced_prompt(sampler.tokenizer, trace, cut)))
             places.append((t, budget, cut))
-            seeds.append(seed_of(args, traces, t, 0, budget))
+            seeds.append((*own_seeds[t], 0, budget))
     for (t, budget, cut), answered in zip(places, answers_at(args, sampler, traces, asked, seeds)):
         results[t][budget] = {"thought_tokens": cut, "cut": True, **answered}
     return results
@@ -227,7 +224,7 @@ def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict]:
     tokenizer = sampler.tokenizer
     marker = common.encode(tokenizer, THINK_END)[0]
     thoughts = [t.completion.token_ids[: t.boundaries[-1]] for t in traces]
-    generated = [len(thought) for thought in thoughts]
+    generated, own_seeds = [len(thought) for thought in thoughts], seeds_of(args, traces)
     if args.style == "paper":
         thoughts = [ids if t.finished else drop_unfinished(tokenizer, ids, len(ids), 0)
                     for t, ids in zip(traces, thoughts)]  # fmt: skip
@@ -235,7 +232,7 @@ def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict]:
     for w in range(args.extensions + 1):
         if w % args.answer_every == 0:
             asked = [(t, traces[t].prompt + end_thought(tokenizer, ids)) for t, ids in enumerate(thoughts)]
-            seeds = [seed_of(args, traces, t, 1, w) for t in range(len(traces))]
+            seeds = [(*seed, 1, w) for seed in own_seeds]
             for t, answered in enumerate(answers_at(args, sampler, traces, asked, seeds)):
                 results[t][w] = {"thought_tokens": len(thoughts[t]), "generated": generated[t], **answered}
         if w == args.extensions:
@@ -247,7 +244,7 @@ def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict]:
             limits = {t: args.max_tokens - len(ids) for t, ids in starts.items()}
         going = [t for t in starts if limits[t] > 0]
         rows = sampler.generate([traces[t].prompt + starts[t] for t in going], [limits[t] for t in going],
-                                [seed_of(args, traces, t, 2, w) for t in going], 1, args.temperature, args.top_p,
+                                [(*own_seeds[t], 2, w) for t in going], 1, args.temperature, args.top_p,
                                 stop=[marker])  # fmt: skip
         for t, (completion,) in zip(going, rows):
             generated[t] += len(completion.token_ids)
@@ -262,7 +259,7 @@ def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict]:
 def end_thought(tokenizer, thought: list[int]) -> list[int]:
     """The thought and the end-of-thinking marker, without a word about time (Appendix F)."""
     text, _ = common.text_and_offsets(tokenizer, thought)
-    return thought + common.encode(tokenizer, ("" if text.endswith("\n") else "\n") + THINK_END)
+    return thought + common.end_of_thought(tokenizer, text)
 
 
 def drop_unfinished(tokenizer, thought: list[int], keep: int, first: int) -> list[int]:
@@ -279,16 +276,11 @@ def drop_unfinished(tokenizer, thought: list[int], keep: int, first: int) -> lis
 def points(sample: dict) -> tuple[list[float], list[float]]:
     """The curve of one trace: (thought + mean answer tokens, J) where it was cut and after its extensions. Inside the
     thought the points are the episodes' ends where an analysis gave them, else the budgets that cut it."""
-    tokens = [b + a for b, a in zip(sample["boundaries"], sample["answer_tokens"])]
-    values = list(sample["J"])
+    tokens, values = common.trace_curve(sample)
+    forced = list(sample["extrapolate"].values())
     if not values:
-        cuts = [of for of in sample["exploit"].values() if of["cut"]]
-        tokens = [of["thought_tokens"] + of["answer_tokens"] for of in cuts]
-        values = [of["J"] for of in cuts]
-    for of in sample["extrapolate"].values():
-        tokens.append(of["thought_tokens"] + of["answer_tokens"])
-        values.append(of["J"])
-    return tokens, values
+        forced = [of for of in sample["exploit"].values() if of["cut"]] + forced
+    return [*tokens, *map(sum_tokens, forced)], [*values, *(of["J"] for of in forced)]
 
 
 def per_problem(made: dict, records: list[dict]) -> dict[str, list[float]]:

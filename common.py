@@ -77,6 +77,7 @@ from runs import (  # noqa: F401
     save_figure,
     script_name,
     short_name,
+    unrecorded,
     versions,
     whole_lines,
     whole_number,
@@ -103,11 +104,14 @@ from training import (  # noqa: F401
     load_weights,
     micro_batches,
     on_sigterm,
+    open_run_once,
+    prepare,
     ranks,
     rewind,
     same_number,
     save_checkpoint,
     save_model,
+    scorer,
     shard,
     start_processes,
     sum_over_ranks,
@@ -522,12 +526,17 @@ def forced_prompt(tokenizer, trace: Trace, boundary: int) -> list[int]:
         "<think>\n" if boundary == 0 and trace.completion.text.startswith("<think>") else ""
     )  # not in the template
     if thinks(tokenizer) and trace.finished and boundary == trace.boundaries[-1]:
-        tail = ("" if text.endswith("\n") else "\n") + THINK_END
+        tail = end_of_thought(tokenizer, text)
     else:
         gap = "\n\n"[min(2, len(text) - len(text.rstrip("\n"))) :]
         phrase = STOP_PHRASE if thinks(tokenizer) else STOP_PHRASE.replace(THINK_END + "\n", "")
-        tail = opening + gap + phrase
-    return trace.prompt + trace.completion.token_ids[:boundary] + encode(tokenizer, tail)
+        tail = encode(tokenizer, opening + gap + phrase)
+    return trace.prompt + trace.completion.token_ids[:boundary] + tail
+
+
+def end_of_thought(tokenizer, text: str) -> list[int]:
+    """The tokens that end a thought with this text as the model ends its own: the marker, on a line of its own."""
+    return encode(tokenizer, ("" if text.endswith("\n") else "\n") + THINK_END)
 
 
 @dataclass

@@ -70,8 +70,6 @@ def flags(argv=None) -> argparse.Namespace:
     args.k, args.budgets = common.numbers("--k", args.k), common.numbers("--budgets", args.budgets)
     if not args.compare and max(args.k) > args.num_samples:
         fail(f"--k {max(args.k)}: more than the {args.num_samples} samples of a problem")
-    if not 0 < args.top_p <= 1:
-        fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
     return args
 
 

@@ -24,7 +24,6 @@ import importlib
 import importlib.util
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +124,7 @@ def flags(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     args = flags()
-    rank, world = common.start_processes()
+    _, world = common.start_processes()
     if args.problems_per_step < world:
         fail(f"--problems-per-step {args.problems_per_step}: fewer than the {world} processes")
     args.engine = common.pick_engine(args.engine)
@@ -150,9 +149,7 @@ def main() -> None:
         print(plan(args, len(problems), longest))
         return
     model = common.load_model(args.model, common.pick_device())
-    common.wait_for_ranks()  # all have looked at --out
-    run = common.open_run(args.out, settings, args.resume, args.overwrite) if rank == 0 else args.out
-    common.wait_for_ranks()
+    run = common.open_run_once(args.out, settings, args.resume, args.overwrite)
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
         return
@@ -344,7 +341,7 @@ def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict
     """One or more optimiser steps on the sampled tokens; returns the update's metrics. With several processes each has
     its own groups; counts, denominators and metrics are over all of them, and so is the gradient."""
     world = common.ranks()[1]
-    score = model.scores if world > 1 else partial(common.token_logprobs, model)
+    score = common.scorer(model, common.token_logprobs)
     traces = [trace for group in groups for trace in group]
     flat = [row for rows in advantages for row in rows]
     examples = [(t.prompt + t.completion.token_ids, len(t.prompt), row) for t, row in zip(traces, flat)]
@@ -437,12 +434,7 @@ def batches_of(args, examples, part, device) -> list:
         ([int(part[i]) for i in order], *rest)
         for order, *rest in common.micro_batches(mine, args.max_tokens_per_batch, device)
     ]
-
-    def copy_that_counts_nothing():
-        _, ids, where, advantage = next(common.micro_batches(examples[:1], args.max_tokens_per_batch, device))
-        return [], ids, where, advantage
-
-    return common.same_number(batches, copy_that_counts_nothing)
+    return common.same_number(batches, examples[0], device)
 
 
 def check_gap(gaps: list[torch.Tensor], dtype: torch.dtype) -> None:
@@ -463,11 +455,7 @@ def check_gap(gaps: list[torch.Tensor], dtype: torch.dtype) -> None:
 def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompts: dict[str, list[int]], validation):
     """The loop. Under torchrun every process samples its share of a step's problems; rank 0 writes."""
     (rank, world), tokenizer, dtype = common.ranks(), sampler.tokenizer, common.pick_dtype(args.dtype)
-    if not common.is_tiny(args.model):
-        # the name in newer and in older transformers
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if world > 1:
-        common.shard(model, dtype, common.token_logprobs)
+    common.prepare(model, dtype, common.token_logprobs, recompute=not common.is_tiny(args.model))
     reference = common.load_model(args.model, sampler.model.device) if args.kl > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     state = {"step": 0, "sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}

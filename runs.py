@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,8 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     for name, (small, large, _) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, small if is_tiny(args.model.split(",")[0]) else large)
+    if not 0 < getattr(args, "top_p", 1.0) <= 1:
+        fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
     return args
 
 
@@ -297,6 +300,17 @@ class Clock:
         rate = (self.sampler.sampled_tokens - self.tokens) / max(seconds, 1e-9)
         left = duration(seconds * (self.total - done) / max(1, done))
         print(f"{done} of {self.total} {self.what}  {rate:,.0f} tokens/s  {left} left", flush=True)
+
+
+def unrecorded(run: Path, problems: list[dict], size: int, sampler) -> Iterator[list[int]]:
+    """The places of the problems that `records.jsonl` lacks, in batches; tells the progress after each."""
+    recorded = {r["id"] for r in load_records(run)} if (run / "records.jsonl").exists() else set()
+    todo = [i for i, p in enumerate(problems) if p["id"] not in recorded]
+    clock = Clock(len(todo), "problems", sampler)
+    for start in range(0, len(todo), size):
+        some = todo[start : start + size]
+        yield some
+        clock.tell(start + len(some))
 
 
 def pyplot():

@@ -25,7 +25,6 @@ import copy
 import json
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +100,7 @@ def flags(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     args = flags()
-    rank, world = common.start_processes()
+    rank, _ = common.start_processes()
     args.engine = common.pick_engine(args.engine)
     settings = {k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "batch_problems")}
     common.check_out(args.out, settings, args.resume, args.overwrite)
@@ -117,20 +116,17 @@ def main() -> None:
     longest = common.check_lengths(args, tokenizer, problems, prompts)
     longest = max(longest, common.check_lengths(args, tokenizer, held_out, held_prompts))
     model = common.load_model(args.model, common.pick_device())
-    common.wait_for_ranks()  # all have looked at --out
-    run = common.open_run(args.out, settings, args.resume, args.overwrite) if rank == 0 else args.out
-    common.wait_for_ranks()
+    run = common.open_run_once(args.out, settings, args.resume, args.overwrite)
     sampler = common.open_sampler(args, tokenizer, longest, trained=model)
-    if not common.is_tiny(args.model):
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if world > 1:
-        common.shard(model, common.pick_dtype(args.dtype), common.token_logprobs)
+    dtype, recompute = common.pick_dtype(args.dtype), not common.is_tiny(args.model)
+    common.prepare(model, dtype, common.token_logprobs, recompute)
     if held_out:
         evaluate(args, run / "base.jsonl", sampler, held_out, held_prompts)
     ran_dry = False
-    for name in ("outcome", "mrt") if args.filter == "both" else (args.filter,):
-        common.load_weights(model, common.resolve_model(args.model))  # every filter starts from the base
-        sampler.sync()
+    for number, name in enumerate(("outcome", "mrt") if args.filter == "both" else (args.filter,)):
+        if number:  # every filter starts from the base
+            common.load_weights(model, common.resolve_model(args.model))
+            sampler.sync()
         (run / name).mkdir(exist_ok=True)
         for iteration in range(1, args.iterations + 1):
             if not iterate(args, run, name, iteration, model, sampler, problems, prompts):
@@ -301,7 +297,7 @@ def ending_of(args, tokenizer, trace: Trace, cut: int) -> list[int]:
     """What stands between a cut thought and its answer: the end-of-thinking marker, or μ's stop phrase."""
     if args.stop_phrase != "none":
         return common.forced_prompt(tokenizer, trace, cut)[len(trace.prompt) + cut :]
-    return common.encode(tokenizer, ("" if trace.prefix(cut).endswith("\n") else "\n") + THINK_END)
+    return common.end_of_thought(tokenizer, trace.prefix(cut))
 
 
 def describe(traces: list[Trace], kept: list[dict]) -> dict:
@@ -366,17 +362,12 @@ def train_step(args, model, optimizer, batch: list[tuple], dtype) -> float:
     micro-batches and over processes, a token counts the same. Prompts are not trained, a masked stop phrase has
     weight 0."""
     rank, world = common.ranks()
-    score = model.scores if world > 1 else partial(common.token_logprobs, model)
+    score = common.scorer(model, common.token_logprobs)
     denominator = sum(sum(weights) for _, _, weights in batch)
     batches = list(common.micro_batches(batch[rank::world], args.max_tokens_per_batch, model.device))
-
-    def copy_that_counts_nothing():
-        _, ids, where, weights = next(common.micro_batches(batch[:1], args.max_tokens_per_batch, model.device))
-        return [], ids, where, weights * 0
-
     optimizer.zero_grad()
     total = 0.0
-    for _, ids, where, weights in common.same_number(batches, copy_that_counts_nothing):
+    for _, ids, where, weights in common.same_number(batches, batch[0], model.device):
         with common.autocast(dtype):
             logprobs, _ = score(ids, where)
         loss = -(weights * logprobs).sum() / denominator

@@ -14,6 +14,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from runs import fail, first_line, whole_lines, write_text
+from runs import fail, first_line, open_run, whole_lines, write_text
 
 
 def micro_batches(examples: list[tuple[list[int], int, list[float]]], max_tokens: int, device):
@@ -92,6 +93,19 @@ def shard(model, dtype: torch.dtype, scores: Callable) -> None:
     register_fsdp_forward_method(model, "scores")
 
 
+def prepare(model, dtype: torch.dtype, scores: Callable, recompute: bool) -> None:
+    """Before the optimiser is made: gradient checkpointing if `recompute`, and sharding where there are processes."""
+    if recompute:  # the name in newer and in older transformers
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if ranks()[1] > 1:
+        shard(model, dtype, scores)
+
+
+def scorer(model, scores: Callable) -> Callable:
+    """`scores` of a model that `prepare` has, or has not, sharded."""
+    return model.scores if ranks()[1] > 1 else partial(scores, model)
+
+
 def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor) of a model that may be sharded; a collective, so every process goes through all of it."""
     for name, tensor in model.state_dict().items():
@@ -122,13 +136,22 @@ def wait_for_ranks() -> None:
         dist.barrier()
 
 
-def same_number(batches: list, zero: Callable) -> list:
+def same_number(batches: list, example: tuple, device) -> list:
     """As many micro-batches in every process, or their collectives would wait for each other for ever: those with fewer
-    get copies of `zero()`, which count nothing."""
+    get copies of one example that count nothing, with an empty order and advantages of 0."""
     if ranks()[1] == 1:
         return batches
     most = max(gather_over_ranks([len(batches)]))
-    return batches + [zero() for _ in range(most - len(batches))]
+    _, ids, where, advantages = next(micro_batches([example], 0, device))
+    return batches + [([], ids, where, advantages * 0)] * (most - len(batches))
+
+
+def open_run_once(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
+    """`open_run` by one process, when all have looked at the folder."""
+    wait_for_ranks()
+    run = open_run(out, config, resume, overwrite) if ranks()[0] == 0 else out
+    wait_for_ranks()
+    return run
 
 
 # ============================================================================================ checkpoints
