@@ -301,6 +301,7 @@ def summarise(args, records: list[dict]) -> dict:
     grid = [top * (i + 1) / 40 for i in range(40)]
     appendix_e = [common.additional_regret(s["maj"]["weighted"]) for _, s in traces]
     ended = [(name, ratio) for (name, _), ratio in zip(traces, appendix_e) if not math.isnan(ratio)]
+    normalised = {b: over_problems([(i, common.regret_at(s, b)) for i, s in traces]) for b in args.budgets}
     return {
         "problems": len(records),
         "problems_without_trace": [r["id"] for r in records if not r["samples"]],
@@ -313,11 +314,8 @@ def summarise(args, records: list[dict]) -> dict:
         "forced_answers_without_box": share_without_box(traces),
         "panels": panels(args, traces),
         "regret": {
-            budget: {
-                "normalised": over_problems([(i, common.regret_at(s, budget)) for i, s in traces]),
-                "cumulative": over_problems([(i, budget * common.regret_at(s, budget)) for i, s in traces]),
-            }
-            for budget in args.budgets
+            budget: {"normalised": of, "cumulative": {end: budget * value for end, value in of.items()}}
+            for budget, of in normalised.items()
         },
         "accuracy_at": {
             "budget": grid,

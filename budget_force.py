@@ -82,7 +82,7 @@ def flags(argv=None) -> argparse.Namespace:
     if not all(args.strings):
         fail("--strings: one of them is empty")
     if args.thoughts and len(models) > 1 and not args.compare:
-        if "--model" in " ".join(argv or []):
+        if args.model != parser.get_default("model"):
             fail("--thoughts: one run holds the thoughts of one model")
         args.model = models[0]
     return args

@@ -197,6 +197,11 @@ def test_flags_that_make_no_sense(capsys, argv):
     assert argv[0] in refusal(capsys, budget_force.flags, argv)
 
 
+def test_the_thoughts_of_one_model_are_not_given_to_several(capsys, monkeypatch, tmp_path):
+    main = main_with(monkeypatch, budget_force, "--thoughts", tmp_path, "--model", "a,b", "--out", tmp_path / "run")
+    assert "--thoughts: one run holds" in refusal(capsys, main)
+
+
 def test_thoughts_must_be_an_analysis_of_the_same_model(capsys, monkeypatch, tmp_path):
     main = main_with(monkeypatch, budget_force, "--thoughts", tmp_path, "--model", "tiny", "--out", tmp_path / "run",
                      "--engine", "transformers")  # fmt: skip
