@@ -44,7 +44,7 @@ from common import ANSWER_CUE, STOP_PHRASE, THINK_END
 HERE = Path(__file__).resolve().parent / "tiny"
 PRIME = 61  # 1²…30² are different modulo 61, so every problem has exactly one solution
 LEVELS = (10, 20, 30)  # difficulty: the number of candidates
-SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}
+SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}  # and "final", see `final_problems`
 OPENINGS = ("Wait, ", "Alternatively, ", "But hold on, ")
 DOUBTS = (
     "maybe there is no such x at all.\n\n",
@@ -64,7 +64,7 @@ def equations(split: str) -> list[tuple[int, int]]:
     """The equations (b, x) of a split, in a fixed shuffled order. An equation belongs to one split whatever the
     difficulty, so the splits are disjoint by construction."""
     if split not in SPLITS:
-        raise ValueError(f"--split {split}: the tiny problems have {', '.join(SPLITS)}")
+        raise ValueError(f"--split {split}: the tiny problems have {', '.join(SPLITS)}, final")
     every = [(b, x) for b in range(PRIME) for x in range(1, 31)]
     random.Random(PRIME).shuffle(every)
     start = round(sum(list(SPLITS.values())[: list(SPLITS).index(split)]) * len(every))
@@ -88,6 +88,10 @@ def problems(split: str, levels: tuple[int, ...] = LEVELS) -> list[dict]:
     """
     if not levels or not all(2 <= level <= 30 for level in levels):
         raise ValueError("--dataset tiny:N,…: each N is a number of candidates from 2 to 30")
+    if split == "final":
+        if not set(levels) <= set(LEVELS):
+            raise ValueError(f"--split final: has problems of {LEVELS} candidates")
+        return [p for p in final_problems() if p["level"] in levels]
     rng = random.Random(split)
     rows: dict[int, list[dict]] = {n: [] for n in levels}
     for b, x in equations(split):
@@ -95,6 +99,23 @@ def problems(split: str, levels: tuple[int, ...] = LEVELS) -> list[dict]:
         if x <= n:
             rows[n].append(pose(b, x, n, split))
     return [rows[n][i] for i in range(min(map(len, rows.values()))) for n in levels]
+
+
+def final_problems(per_level: int = 36) -> list[dict]:
+    """Problems that nothing was ever chosen by: the equations of validation and test that no problem of theirs uses.
+    Each level has as many solutions of 1-10, of 11-20 and of 21-30 as the others of those it allows."""
+    left: list[list[tuple[int, int]]] = [[], [], []]
+    for split in ("validation", "test"):
+        used = {p["id"].split("-", 3)[3] for p in problems(split)}
+        for b, x in equations(split):
+            if f"{b}-{x}" not in used:
+                left[(x - 1) // 10].append((b, x))
+    rows = []
+    for n in LEVELS:
+        parts = left[: n // 10]
+        chosen = [part.pop() for _ in range(per_level // len(parts)) for part in parts]
+        rows.append([pose(b, x, n, "final") for b, x in chosen])
+    return [problem for turn in zip(*rows) for problem in turn]
 
 
 # ------------------------------------------------------------------------------------------------ warm-start traces

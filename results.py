@@ -1,0 +1,537 @@
+"""results.py: does MRT beat outcome-reward RL, and when? The comparison of Sections 7 and 8 on the embedded model.
+
+    python results.py             # the core: GRPO, GRPO + length penalty, MRT prefix, MRT online; an hour on two cores
+    python results.py --all       # every method, STaR, the estimators of J, the comparison at equal computed tokens
+    python results.py --search    # the learning-rate search on validation problems; its winners stand in the config
+    python results.py --report    # tables and figures again, from the runs that are there
+
+Everything is a command of the other scripts with the settings of configs/results.yaml, one process a core, and is
+printed as it starts; what was stopped is resumed. Every method has the same search, seeds, test problems and number of
+sampled tokens (forced answers included). Intervals are 95 % and over seeds and problems at once: both are drawn again,
+seeds for each method, problems for all methods together.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+import budget_force
+import common
+from common import fail
+
+HERE = Path(__file__).resolve().parent
+DRAWS = 2000
+
+
+def flags(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=HERE / "configs" / "results.yaml")
+    parser.add_argument("--out", type=Path, default=Path("runs/results"))
+    parser.add_argument("--pages", type=Path, help="folder of tables and figures (default: pages/ in --out)")
+    parser.add_argument("--all", action="store_true", help="everything, not only the core methods")
+    parser.add_argument("--search", action="store_true", help="the learning-rate search alone")
+    parser.add_argument("--report", action="store_true", help="no run: tables and figures from those that are there")
+    parser.add_argument("--jobs", type=common.positive_int, default=os.cpu_count(), help="processes at once")
+    args = parser.parse_args(argv)
+    args.pages = args.pages or args.out / "pages"
+    return args
+
+
+def main() -> None:
+    args = flags()
+    try:
+        config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fail(f"--config {args.config}: {common.first_line(error)}")
+    if args.search:
+        run_all(args, search_jobs(args, config))
+        print(search_table(args, config))
+        return
+    if not args.report:
+        jobs = method_jobs(args, config, ["base", *config["core"]], config["seeds"]["core"])
+        if args.all:
+            others = [name for name in config["methods"] if name not in config["core"]]
+            jobs += star_jobs(args, config) + method_jobs(args, config, others, config["seeds"]["others"])
+        run_all(args, jobs)
+        if args.all:
+            run_all(args, equal_compute_jobs(args, config))
+    report(args, config)
+
+
+# ---------------------------------------------------------------------------------------------- what is run
+
+Job = list[tuple[Path, list[str]]]  # commands, one after the other, each with the file that is there when it is done
+
+
+def command(script: str, out: Path, settings: dict, done: str = "summary.json", more: str = "") -> tuple:
+    line = [script, *shlex.split(more)]
+    for name, value in settings.items():
+        line += [f"--{name}", f"{value}"]
+    return out / done, [*line, "--out", str(out)]
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("½", "half").replace("λ", "lambda")).strip("-")
+
+
+def folder(args, method: str, seed: int) -> Path:
+    return args.out / f"{slug(method)}-seed{seed}"
+
+
+def trained(args, config, method: str, seed: int, lr: float, out: Path) -> tuple:
+    settings = {**config["train"], "lr": lr, "seed": seed}
+    return command("rl_mrt.py", out, settings, more=config["methods"][method]["flags"])
+
+
+def search_jobs(args, config) -> list[Job]:
+    """Every method with every learning rate, one seed; each model's pass@1 on validation problems."""
+    jobs, seed = [], config["search"]["seed"]
+    for lr, method in itertools.product(config["search"]["lr"], config["methods"]):
+        run = args.out / "search" / f"{slug(method)}-lr{lr:g}"
+        settings = {**config["evaluate"], "split": "validation", "model": run / "model", "seed": seed}
+        test = command("evaluate.py", run / "validation", settings, more="--metric pass@1")
+        jobs.append([trained(args, config, method, seed, lr, run), test])
+    return jobs
+
+
+def method_jobs(args, config, methods: list[str], seeds: list[int]) -> list[Job]:
+    """Training, evaluation and, for the core, budget forcing of each method; seeds one after the other."""
+    jobs: list[Job] = []
+    for seed in seeds:
+        for method in methods:
+            run, job = folder(args, method, seed), []
+            if method != "base":
+                job.append(trained(args, config, method, seed, config["methods"][method]["lr"], run))
+            where = {"model": "tiny" if method == "base" else run / "model", "seed": seed}
+            job.append(command("evaluate.py", run / "test", {**config["evaluate"], **where}))
+            if method == "base" or method in config["core"]:
+                job.append(command("budget_force.py", run / "force", {**config["force"], **where}))
+            jobs.append(job)
+    return jobs
+
+
+def equal_compute_jobs(args, config) -> list[Job]:
+    """Each method's model as it was when it had computed as many tokens as GRPO of the same seed had at its end."""
+    jobs = []
+    for seed, method in itertools.product(config["seeds"]["core"], config["methods"]):
+        run = folder(args, method, seed)
+        if method == "GRPO" or not run.exists():
+            continue
+        limit = metrics(folder(args, "GRPO", seed))[-1]["computed_tokens"]
+        step = max((line["step"] for line in metrics(run) if line["computed_tokens"] <= limit), default=1)
+        settings = {"model": run / "checkpoints" / f"step_{step:06d}", "seed": seed}
+        jobs.append([command("evaluate.py", run / "test-equal-computed", {**config["evaluate"], **settings})])
+    return jobs
+
+
+def star_jobs(args, config) -> list[Job]:
+    jobs = []
+    for seed in config["seeds"]["others"]:
+        run = folder(args, "STaR", seed)
+        job = [command("star_mrt.py", run, {**config["star"], "seed": seed})]
+        for name in ("outcome", "mrt"):
+            settings = {**config["evaluate"], "model": run / name / "model_2", "seed": seed}
+            job.append(command("evaluate.py", run / f"test-{name}", settings))
+        jobs.append(job)
+    return jobs
+
+
+def run_all(args, jobs: list[Job]) -> None:
+    """Runs what is not done yet, --jobs at a time with one thread each; the output of each is a file beside it."""
+    todo = [(number, job) for number, job in enumerate(jobs) if not all(done.exists() for done, _ in job)]
+    began, finished, lock = time.time(), 0, threading.Lock()
+
+    def run(numbered) -> str:
+        nonlocal finished
+        for done, line in numbered[1]:
+            if done.exists():
+                continue
+            out = done.parent
+            out.parent.mkdir(parents=True, exist_ok=True)
+            line = [*line, "--resume"] if (out / "config.json").exists() else line
+            with lock:
+                print("python " + shlex.join(line), flush=True)
+            with (out.parent / f"{out.name}.log").open("a") as log:
+                code = subprocess.run([sys.executable, str(HERE / line[0]), *line[1:]], stdout=log, stderr=log,
+                                      env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode  # fmt: skip
+            if code:
+                return f"{shlex.join(line)} ended with {code}: see {log.name}"
+        with lock:
+            finished += 1
+            left = common.duration((time.time() - began) / finished * (len(todo) - finished))
+            print(f"{finished} of {len(todo)} done, {left} left", flush=True)
+        return ""
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        errors = [error for error in pool.map(run, todo) if error]
+    if errors:
+        fail(errors[0] + (f" (and {len(errors) - 1} others)" if len(errors) > 1 else ""))
+
+
+def metrics(run: Path) -> list[dict]:
+    return common.read_jsonl(run / "metrics.jsonl")
+
+
+def search_table(args, config) -> str:
+    """pass@1 on validation problems for every method and learning rate; the best in bold, as the config should have."""
+    rows = []
+    for method, of in config["methods"].items():
+        found = {}
+        for lr in config["search"]["lr"]:
+            summary = args.out / "search" / f"{slug(method)}-lr{lr:g}" / "validation" / "summary.json"
+            if summary.exists():
+                found[lr] = json.loads(summary.read_text())["metrics"]["pass@1"]["mean"]
+        best = max(found, key=lambda lr: found[lr], default=None)
+        cells = [f"**{found[lr]:.3f}**" if lr == best else f"{found[lr]:.3f}" if lr in found else "–"
+                 for lr in config["search"]["lr"]]  # fmt: skip
+        note = "" if best in (None, of["lr"]) else f"the config has {of['lr']:g}"
+        rows.append([method, *cells, note])
+    return common.markdown(["pass@1, validation", *(f"lr {lr:g}" for lr in config["search"]["lr"]), ""], rows)
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def read_values(args, config, name: str, test: str = "test") -> dict[str, np.ndarray]:
+    """{metric: [seeds, problems] or, of the anytime accuracy, [seeds, problems, GRID]} of the evaluations that are
+    there, each problem's mean over its samples."""
+    seeds: dict[str, list] = {}
+    for seed in config["seeds"]["core"]:
+        run = folder(args, name, seed) / test
+        if not (run / "summary.json").exists():
+            continue
+        records = sorted(common.load_records(run), key=lambda r: r["id"])
+        values = {metric: [np.mean([of(s) for s in r["samples"]], 0) for r in records]
+                  for metric, of in sample_metrics(config).items()}  # fmt: skip
+        values["hard"] = [v if r["level"] == max(q["level"] for q in records) else np.nan
+                          for v, r in zip(values["right"], records)]  # fmt: skip
+        for metric, of_problems in values.items():
+            seeds.setdefault(metric, []).append(of_problems)
+        forced = run.parent / "force"
+        if test == "test" and (forced / "summary.json").exists():
+            made = (common.config_of(forced) or {})["settings"]
+            records = sorted(common.load_records(forced), key=lambda r: r["id"])
+            for metric, of_problems in budget_force.per_problem(made, records).items():
+                seeds.setdefault(f"forced: {metric}", []).append(of_problems)
+    return {metric: np.array(of) for metric, of in seeds.items()}
+
+
+def sample_metrics(config) -> dict:
+    """{metric: function of one recorded sample}."""
+    budgets = common.numbers("budgets", config["evaluate"]["budgets"])
+    grid = grid_of(config)
+    return {
+        "right": lambda s: s["right"],
+        "tokens": lambda s: s["tokens"],
+        "truncated": lambda s: s["finish"] == "length",
+        **{f"regret@{b}": lambda s, b=b: common.regret_at(s, b) for b in budgets},
+        "anytime": lambda s: [common.accuracy_at(s, x) for x in grid],
+        "episodes": lambda s: len(s["J"]) - 1,
+        "useless": useless_share,
+        "progress": lambda s: (s["J"][-1] - s["J"][0]) / max(1, len(s["J"]) - 1),
+    }
+
+
+def grid_of(config) -> np.ndarray:
+    return np.linspace(0, config["evaluate"]["max-tokens"], 49)[1:]
+
+
+def useless_share(sample: dict) -> float:
+    """Share of a thought's episodes that try no candidate for the first time: talk, re-checks, all after the find."""
+    thought = sample["text"].split(common.THINK_END)[0]
+    tried: set[str] = set()
+    useless = []
+    for start, end in common.episode_spans(thought):
+        new = set(re.findall(r"try x = (\d+)", thought[start:end])) - tried
+        useless.append(not new)
+        tried |= new
+    return float(np.mean(useless))
+
+
+def resampled(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{method: [seeds, problems, …]} → {method: [1 + DRAWS, …]}: the mean over both, then the means of bootstrap draws.
+    Problems are drawn for all methods together (comparisons are paired on them), seeds for each. NaN is not counted."""
+    rng, out = np.random.default_rng(0), {}
+    count = len(next(iter(arrays.values()))[0])
+    problems = np.vstack([np.ones(count), rng.multinomial(count, np.ones(count) / count, DRAWS)])
+    for name, array in arrays.items():
+        number = len(array)
+        seeds = np.vstack([np.ones(number), rng.multinomial(number, np.ones(number) / number, DRAWS)])
+        valid = np.isfinite(array).astype(float)
+        out[name] = np.einsum("ds,sp...,dp->d...", seeds, np.nan_to_num(array), problems, optimize=True)
+        with np.errstate(invalid="ignore"):
+            out[name] /= np.einsum("ds,sp...,dp->d...", seeds, valid, problems, optimize=True)
+    return out
+
+
+def cell_of(draws: np.ndarray) -> dict[str, float]:
+    """The mean and its 95 % interval; infinite draws (never reached) stay so."""
+    some = draws[1:][~np.isnan(draws[1:])]  # toy sizes: a draw without a problem of the kind asked for
+    low, high = np.quantile(some, [0.025, 0.975], method="nearest") if len(some) else (math.nan, math.nan)
+    return {"mean": float(draws[0]), "low": float(low), "high": float(high)}
+
+
+def tokens_to_reach(curves: np.ndarray, grid: np.ndarray, target: float) -> np.ndarray:
+    """[draws]: the budget at which an anytime curve [draws, grid] first reaches an accuracy, linear between budgets;
+    infinite where it never does."""
+    curves, grid = np.pad(curves, ((0, 0), (1, 0))), np.append(0.0, grid)
+    above = curves >= target
+    i = np.maximum(above.argmax(1), 1)
+    rows = np.arange(len(curves))
+    low, high = curves[rows, i - 1], curves[rows, i]
+    reached = grid[i - 1] + (target - low) / np.where(high > low, high - low, 1) * (grid[i] - grid[i - 1])
+    return np.where(above.any(1), reached, np.inf)
+
+
+def report(args, config) -> None:
+    """summary.json with every number, findings.md with the tables, the figures, and two traces of one problem."""
+    values = {name: read_values(args, config, name) for name in ("base", *config["methods"])}
+    values = {name: of for name, of in values.items() if of}
+    if not {"base", "GRPO"} <= set(values):
+        fail(f"--out {args.out}: no evaluation of base and GRPO there yet")
+    summary: dict = {"seeds": {name: len(of["right"]) for name, of in values.items()}, "tables": {}}
+    tables = summary["tables"]
+    tables["Equal sampled tokens"] = outcome_table(config, values)
+    names = [name for name in values if name not in ("base", "GRPO")]
+    tables["Difference to GRPO, equal sampled tokens"] = differences(config, values, names, "GRPO")
+    tables["Normalised regret"] = regret_table(config, values)
+    tables["Tokens for a forced answer to be right so often"] = reach_table(config, values)
+    tables["Accuracy after extensions"] = extension_table(values)
+    tables["Behaviour and cost"] = behaviour_table(args, config, values)
+    tables["During training (validation problems; mean and range over seeds)"] = training_table(args, config, values)
+    cut = {name: read_values(args, config, name, "test-equal-computed") for name in names}
+    cut = {name: of for name, of in cut.items() if of}
+    if cut:
+        some = {"base": values["base"], "GRPO": values["GRPO"], **cut}
+        tables["Equal computed tokens"] = outcome_table(config, some)
+        tables["Difference to GRPO, equal computed tokens"] = differences(config, some, list(cut), "GRPO")
+    star = {f"{n}-STaR".removeprefix("outcome-").replace("mrt", "MRT"): read_values(args, config, "STaR", f"test-{n}")
+            for n in ("outcome", "mrt")}  # fmt: skip
+    star = {name: of for name, of in star.items() if of}
+    if star:
+        some = {"base": values["base"], **star}
+        tables["Self-training"] = outcome_table(config, some, "STaR")
+        tables["Difference to STaR"] = differences(config, some, ["MRT-STaR"], "STaR")
+    text = "".join(f"## {title}\n\n{markdown_of(rows)}\n" for title, rows in tables.items())
+    args.pages.mkdir(parents=True, exist_ok=True)
+    common.write_json(args.pages / "summary.json", summary)
+    common.write_text(args.pages / "findings.md", text + two_traces(args, config))
+    draw_anytime(args, config, values)
+    draw_training(args, config, values)
+    draw_extensions(args, values)
+    print(text)
+    print(f"tables: {args.pages / 'findings.md'}   numbers: {args.pages / 'summary.json'}   figures beside them")
+
+
+Table = dict[str, dict[str, dict | str]]  # row → column → interval or text
+
+
+def markdown_of(rows: Table) -> str:
+    columns = list(next(iter(rows.values())))
+
+    def shown(column: str, cell) -> str:
+        if not isinstance(cell, dict):
+            return cell
+        sign = "+" if column.startswith(("Δ", "gain")) and "ratio" not in column else ""
+        digits = 1 if "tokens" in column else 2 if "ratio" in column or column == "episodes" else 3
+        if not math.isfinite(cell["mean"]):
+            return "–"
+        return common.cell(cell, digits, sign).replace("inf", "∞")
+
+    return common.markdown(["", *columns], [[row, *(shown(c, of[c]) for c in columns)] for row, of in rows.items()])
+
+
+def boot(values: dict, metric: str) -> dict[str, np.ndarray]:
+    return resampled({name: of[metric] for name, of in values.items() if metric in of})
+
+
+def outcome_table(config, values: dict, reference: str = "GRPO") -> Table:
+    right, tokens, hard = boot(values, "right"), boot(values, "tokens"), boot(values, "hard")
+    gain = {name: right[name] - right["base"] for name in right}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = {name: gain[name] / gain[reference] for name in gain}
+    return {
+        name: {
+            "lr": f"{config['methods'][name]['lr']:g}" if name in config["methods"] else "",
+            f"right@{config['evaluate']['max-tokens']}": cell_of(right[name]),
+            "gain": cell_of(gain[name]) if name != "base" else "",
+            f"ratio to {reference}'s gain": "" if name in ("base", reference)
+            else cell_of(ratio[name]),
+            "30 candidates": cell_of(hard[name]),
+            "tokens": cell_of(tokens[name]),
+        }
+        for name in right
+    }  # fmt: skip
+
+
+def differences(config, values: dict, names: list[str], reference: str) -> Table:
+    budgets = common.numbers("budgets", config["evaluate"]["budgets"])
+    columns = ["right", "tokens", *(f"regret@{b}" for b in budgets)]
+    draws = {metric: boot(values, metric) for metric in columns}
+    return {name: {f"Δ {m}": cell_of(draws[m][name] - draws[m][reference]) for m in columns} for name in names}
+
+
+def regret_table(config, values: dict) -> Table:
+    """Inside the training budget from the episodes of the test traces, beyond it with budget-forced points."""
+    budgets, top = common.numbers("budgets", config["evaluate"]["budgets"]), config["evaluate"]["max-tokens"]
+    inside = {f"regret@{b}": boot(values, f"regret@{b}") for b in budgets}
+    beyond = [int(m.rsplit("@", 1)[1]) for m in values["base"] if m.startswith("forced: regret@")]
+    outside = {f"regret@{b}": boot(values, f"forced: regret@{b}") for b in beyond if b > top}
+    return {name: {column: cell_of(draws[name]) if name in draws else "–"
+                   for column, draws in {**inside, **outside}.items()} for name in values}  # fmt: skip
+
+
+def reach_table(config, values: dict) -> Table:
+    curves, grid, rows = boot(values, "anytime"), grid_of(config), {}
+    for name in values:
+        rows[name] = {}
+        for target in config["targets"]:
+            need = {n: tokens_to_reach(curves[n], grid, target) for n in {name, "GRPO"}}
+            rows[name][f"tokens for {target}"] = cell_of(need[name])
+            ratio = "" if name == "GRPO" or not np.isfinite([need[n][0] for n in need]).all() else None
+            with np.errstate(invalid="ignore"):
+                rows[name][f"ratio {target}"] = cell_of(need["GRPO"] / need[name]) if ratio is None else "–"
+    return rows
+
+
+def extension_table(values: dict) -> Table:
+    metrics = [m for m in values["base"] if re.fullmatch(r"forced: \d+ extensions", m)]
+    draws = {m: boot(values, m) for m in metrics}
+    return {name: {m.removeprefix("forced: "): cell_of(draws[m][name]) for m in metrics}
+            for name in values if metrics and name in draws[metrics[0]]}  # fmt: skip
+
+
+def behaviour_table(args, config, values: dict) -> Table:
+    draws = {m: boot(values, m) for m in ("episodes", "useless", "progress", "truncated")}
+    rows: Table = {}
+    for name in values:
+        rows[name] = {m: cell_of(draws[m][name]) for m in draws}
+        lines = [metrics(run) for run in training_runs(args, config, name)]
+        total = {k: np.mean([of[-1][k] for of in lines]) if lines else 0 for k in ("sampled_tokens", "computed_tokens")}
+        trained = np.mean([sum(line["trained_tokens"] for line in of) for of in lines]) if lines else 0
+        rows[name]["steps"] = f"{np.mean([len(of) for of in lines]):.1f}" if lines else ""
+        rows[name]["sampled per trained token"] = f"{total['sampled_tokens'] / trained:.2f}" if lines else ""
+        rows[name]["computed per trained token"] = f"{total['computed_tokens'] / trained:.2f}" if lines else ""
+    return rows
+
+
+def validation_curves(args, config, name: str, at) -> dict[str, np.ndarray]:
+    """{what: [seeds, at]} on validation problems after `at` sampled tokens of training, linear between validations."""
+    lines = [common.read_jsonl(run / "validation.jsonl") for run in training_runs(args, config, name)]
+    top = config["train"]["max-tokens"]
+    curves = {
+        f"forced@{top // 4}": lambda c: c["forced"][str(top // 4)],
+        f"right@{top}": lambda c: c["accuracy"],
+        "tokens": lambda c: c["tokens"],
+    }
+    return {what: np.array([np.interp(at, [c["sampled_tokens"] for c in v], [of(c) for c in v]) for v in lines])
+            for what, of in curves.items()}  # fmt: skip
+
+
+def training_table(args, config, values: dict) -> Table:
+    """Mean over seeds on validation problems, and the range over seeds, at thirds of the training."""
+    thirds, rows = [config["train"]["max-sampled-tokens"] * i // 3 for i in (1, 2, 3)], {}
+    for name in (n for n in config["methods"] if n in values):
+        rows[name] = {}
+        for what, of in validation_curves(args, config, name, thirds).items():
+            for tokens, column in zip(thirds, of.T):
+                rows[name][f"{what} after {tokens / 1e3:.0f}k"] = {
+                    "mean": float(column.mean()), "low": float(column.min()), "high": float(column.max())}  # fmt: skip
+    return rows
+
+
+def training_runs(args, config, name: str) -> list[Path]:
+    runs = [folder(args, name, seed) for seed in config["seeds"]["core"]]
+    return [run for run in runs if (run / "metrics.jsonl").exists() and (run / "summary.json").exists()]
+
+
+def two_traces(args, config) -> str:
+    """The first sample of the first problem with 20 candidates, before and after training with seed 0."""
+    text = "## One problem before and after\n"
+    for name in ("base", "GRPO", "MRT online likelihood"):
+        run = folder(args, name, config["seeds"]["core"][0]) / "test"
+        record = next((r for r in common.load_records(run) if r["level"] == 20), None) if run.exists() else None
+        if record is None:
+            continue
+        sample = record["samples"][0]
+        text += f"\n**{name}**, {sample['tokens']} tokens, {'right' if sample['right'] else 'wrong'}. "
+        text += f"J at the ends of its episodes: {', '.join(f'{j:.2f}' for j in sample['J'])}\n\n"
+        text += "".join(f"    {line}\n" if line else "\n" for line in [record["problem"], *sample["text"].split("\n")])
+    return text
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def draw_anytime(args, config, values: dict) -> None:
+    """Accuracy of an answer forced within a budget, and the normalised regret, dashed beyond the training budget."""
+    plt = common.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
+    grid, top = grid_of(config), config["evaluate"]["max-tokens"]
+    curves, regret = boot(values, "anytime"), regret_table(config, values)
+    for number, name in enumerate(n for n in ("base", *config["core"]) if n in values):
+        cells = [cell_of(column) for column in curves[name].T]
+        common.line(axes[0], grid, cells, f"C{number}", name, "-")
+        points = {int(c.split("@")[1]): cell for c, cell in regret[name].items() if isinstance(cell, dict)}
+        for budgets, style in (([b for b in points if b <= top], "o-"), ([b for b in points if b >= top], "o--")):
+            label = name if style == "o-" else None
+            common.line(axes[1], budgets, [points[b] for b in budgets], f"C{number}", label, style)
+    axes[0].set(xlabel="token budget", ylabel="accuracy of an answer forced by then", ylim=(0, 1), xlim=(0, top))
+    axes[1].set(xlabel="token budget C0", ylabel="normalised regret")
+    axes[1].axvline(top, color="grey", linewidth=0.8)
+    axes[0].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    common.save_figure(figure, args.pages / "anytime.png")
+
+
+def draw_training(args, config, values: dict) -> None:
+    """Validation during training against sampled tokens: mean and range over seeds."""
+    plt = common.pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
+    top = config["evaluate"]["max-tokens"]
+    for number, name in enumerate((n for n in config["core"] if n in values), 1):
+        x = np.linspace(0, config["train"]["max-sampled-tokens"], 40)
+        for axis, rows in zip(axes, validation_curves(args, config, name, x).values()):
+            axis.plot(x / 1e3, rows.mean(0), color=f"C{number}", label=name)
+            axis.fill_between(x / 1e3, rows.min(0), rows.max(0), color=f"C{number}", alpha=0.12, linewidth=0)
+    axes[0].set(ylabel=f"accuracy of answers forced at {top // 4} tokens")
+    axes[1].set(ylabel=f"accuracy within {top} tokens")
+    axes[2].set(ylabel="tokens of a completion", ylim=(0, None))
+    axes[2].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.set_xlabel("sampled tokens of training (thousands)")
+        axis.grid(alpha=0.3)
+    common.save_figure(figure, args.pages / "training.png")
+
+
+def draw_extensions(args, values: dict) -> None:
+    """Accuracy after a thought is made to go on, 0 to 8 times (Figure 12)."""
+    plt = common.pyplot()
+    figure, axis = plt.subplots(figsize=(5, 3.6), constrained_layout=True)
+    for number, (name, row) in enumerate(extension_table(values).items()):
+        extensions = [int(column.split()[0]) for column in row]
+        common.line(axis, extensions, list(row.values()), f"C{number}", name, "o-")
+    axis.set(xlabel="extensions of the thought", ylabel="accuracy", ylim=(0, 1))
+    axis.legend(frameon=False, fontsize=8)
+    axis.grid(alpha=0.3)
+    common.save_figure(figure, args.pages / "extensions.png")
+
+
+if __name__ == "__main__":
+    main()
