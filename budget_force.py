@@ -40,9 +40,7 @@ DEMO = ("runs/demo/grpo/model", "runs/demo/mrt/model")
 
 
 def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_common_flags(parser)
     parser.set_defaults(model=",".join(["tiny", *(path for path in DEMO if Path(path).is_dir())]))
     thoughts = parser.add_argument_group("thoughts")
@@ -418,13 +416,11 @@ def draw_accuracy(summary: dict, out: Path) -> Path:
         cells = [metrics[f"{w} extensions"] for w in summary["extensions"]]
         tokens = [metrics[f"tokens, {w} extensions"]["mean"] for w in summary["extensions"]]
         common.line(axes[1], tokens, cells, color, name, "o--")
-    axes[0].set(xlabel=f"budget (tokens of {summary['counts']})", ylabel="accuracy", xscale="log", title="thoughts cut")
-    axes[1].set(xlabel="mean tokens of thought and answer", xscale="log")
+    axes[0].set(xlabel=f"budget (tokens of {summary['counts']})", ylabel="accuracy", title="thoughts cut")
+    axes[1].set(xlabel="mean tokens of thought and answer")
     axes[1].set_title(f"thoughts extended {', '.join(map(str, summary['extensions']))} times")
     for axis in axes:
-        axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(base=2, numticks=8))
-        axis.xaxis.set_major_formatter(plt.matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axis.xaxis.set_minor_locator(plt.matplotlib.ticker.NullLocator())
+        common.token_axis(axis)
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     return common.save_figure(figure, out / "accuracy.png")

@@ -25,6 +25,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,6 +78,7 @@ from runs import (  # noqa: F401
     save_figure,
     script_name,
     short_name,
+    token_axis,
     unrecorded,
     versions,
     whole_lines,
@@ -161,10 +163,7 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[di
             fail(str(error))
         return rows[:limit]
     from_file = dataset.endswith((".jsonl", ".json")) or Path(dataset).exists()
-    if from_file:
-        rows = read_jsonl(Path(dataset))
-    else:
-        rows = load_from_hub(dataset, split)
+    rows: Any = read_jsonl(Path(dataset)) if from_file else load_from_hub(dataset, split)
     columns = {c.lower(): c for c in (rows[0] if from_file else rows.column_names)}
     problem_column = next((columns[c] for c in PROBLEM_COLUMNS if c in columns), None)
     answer_column = next((columns[c] for c in ANSWER_COLUMNS if c in columns), None)
@@ -203,7 +202,7 @@ def load_from_hub(dataset: str, split: str):
 
     name, _, subset = dataset.partition(":")
     try:
-        splits = datasets.load_dataset(name, subset or None)
+        splits: Any = datasets.load_dataset(name, subset or None)
     except Exception as error:
         fail(f"--dataset {dataset}: neither a file nor a data set that the Hub gives: {first_line(error)}")
     if split not in splits and len(splits) > 1:
@@ -256,10 +255,10 @@ def say_once(text: str) -> None:
     print(text)
 
 
-def load_model(model: str, device: str, dtype: torch.dtype = torch.float32):
+def load_model(model: str, device: str | torch.device, dtype: torch.dtype = torch.float32):
     """The model. Training keeps its weights in float32 and does bf16 arithmetic over them by `autocast`."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype)
     except Exception as error:
         fail(f"--model {model}: cannot be loaded: {first_line(error)}")
     return loaded.to(device).eval()
@@ -305,7 +304,7 @@ def thinks(tokenizer) -> bool:
     return len(encode(tokenizer, THINK_END)) == 1
 
 
-def load_config(model: str):
+def load_config(model: str) -> Any:
     try:
         return AutoConfig.from_pretrained(resolve_model(model)).get_text_config()
     except Exception as error:

@@ -17,6 +17,7 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 
 import numpy as np
 
@@ -39,7 +40,7 @@ DEFAULTS = {
 
 
 def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_common_flags(parser)
     what = parser.add_argument_group("evaluation")
     what.add_argument("--metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), default="all")
@@ -190,7 +191,7 @@ def record(group: list[Trace]) -> dict:
 
 def per_problem(args, records: list[dict]) -> dict[str, list[float]]:
     """Each metric's value for each problem, in the order of the records."""
-    values: dict[str, list[float]] = {"pass@1": [np.mean([s["right"] for s in r["samples"]]) for r in records]}
+    values: dict[str, list[float]] = {"pass@1": [mean(s["right"] for s in r["samples"]) for r in records]}
     ks = [k for k in args.k if 1 < k <= min(len(r["samples"]) for r in records)]
     if args.metric in ("pass@k", "all"):
         for k in ks:
@@ -198,14 +199,12 @@ def per_problem(args, records: list[dict]) -> dict[str, list[float]]:
     if args.metric in ("maj@k", "all"):
         for k in ks:
             values[f"maj@{k}"] = [maj_at_k(r, k, args.vote) for r in records]
-    values["tokens"] = [np.mean([s["tokens"] for s in r["samples"]]) for r in records]
+    values["tokens"] = [mean(s["tokens"] for s in r["samples"]) for r in records]
     if args.metric in ("regret", "all") and all(s["J"] for r in records for s in r["samples"]):
         for budget in args.budgets:
-            values[f"regret@{budget}"] = [np.mean([common.regret_at(s, budget) for s in r["samples"]]) for r in records]
+            values[f"regret@{budget}"] = [mean(common.regret_at(s, budget) for s in r["samples"]) for r in records]
         for budget in args.budgets:
-            values[f"forced@{budget}"] = [
-                np.mean([common.accuracy_at(s, budget) for s in r["samples"]]) for r in records
-            ]
+            values[f"forced@{budget}"] = [mean(common.accuracy_at(s, budget) for s in r["samples"]) for r in records]
     return values
 
 
@@ -250,17 +249,16 @@ COUNTS = ("truncated", "no_answer", "timed_out", "thought_tokens", "answer_token
 
 def markdown_table(summaries: dict[str, dict]) -> str:
     """One column a run; each metric with its interval, then the counts."""
-    lines = ["| | " + " | ".join(summaries) + " |", "|---|" + "---|" * len(summaries)]
+    rows = []
     for name in next(iter(summaries.values()))["metrics"]:
         if all(name in s["metrics"] for s in summaries.values()):
-            cells = [common.cell(s["metrics"][name], 1 if name == "tokens" else 3) for s in summaries.values()]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            digits = 1 if name == "tokens" else 3
+            rows.append([name, *(common.cell(s["metrics"][name], digits) for s in summaries.values())])
     for name in COUNTS:
-        cells = [s[name] for s in summaries.values()]
         digits = 1 if name.endswith("tokens") else 3
-        cells = [str(c) if isinstance(c, int) else f"{c:.{digits}f}" for c in cells]
-        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = [s[name] for s in summaries.values()]
+        rows.append([name.replace("_", " "), *(str(c) if isinstance(c, int) else f"{c:.{digits}f}" for c in cells)])
+    return common.markdown(["", *summaries], rows)
 
 
 # ---------------------------------------------------------------------------------------------- comparison
@@ -342,13 +340,13 @@ def compare_on_one(args, records: dict[str, list[dict]], curves: dict[str, Effic
                 differences[name][metric] = common.interval(gap)
     if others:
         text += f"\nDifference to {base} on the same {len(records[base])} problems:\n\n"
-        text += "| | " + " | ".join(others) + " |\n|---|" + "---|" * len(others) + "\n"
+        rows = []
         for metric in values[base]:
             digits = 1 if metric == "tokens" else 3
-            cells = [
-                common.cell(differences[n][metric], digits, "+") if metric in differences[n] else "–" for n in others
-            ]
-            text += f"| {metric} | " + " | ".join(cells) + " |\n"
+            cells = [common.cell(differences[n][metric], digits, "+") if metric in differences[n] else "–"
+                     for n in others]  # fmt: skip
+            rows.append([metric, *cells])
+        text += common.markdown(["", *others], rows)
     ratios = {name: {m: token_ratio(curves[base], curves[name], m) for m in curves[base].scores} for name in others}
     for name, of in ratios.items():
         for metric, r in of.items():
@@ -362,7 +360,7 @@ def compare_on_one(args, records: dict[str, list[dict]], curves: dict[str, Effic
 def table_of_datasets(by_model: dict[str, dict[str, list[dict]]], datasets: list[str]) -> str:
     """pass@1 of every model on every data set and the average over data sets, as in Table 1. The average's interval
     comes from independent bootstraps of the data sets."""
-    lines = ["| pass@1 | " + " | ".join(datasets) + " | average |", "|---|" + "---|" * (len(datasets) + 1)]
+    table = []
     for model, mine in by_model.items():
         values = {d: [np.mean([s["right"] for s in r["samples"]]) for r in rows] for d, rows in mine.items()}
         cells = [common.cell(common.interval(values[d])) if d in values else "–" for d in datasets]
@@ -375,8 +373,8 @@ def table_of_datasets(by_model: dict[str, dict[str, list[dict]]], datasets: list
             )
         else:
             cells.append("–")
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        table.append([model, *cells])
+    return common.markdown(["pass@1", *datasets, "average"], table)
 
 
 def draw_anytime(args, records: dict[str, list[dict]], top: int, stem: str) -> Path | None:
@@ -436,10 +434,8 @@ def draw_efficiency(args, curves: dict[str, Efficiency], stem: str) -> Path:
         for axis, scores in zip(axes, curve.scores.values()):
             common.band(axis, curve.tokens.mean(0), scores, name, ".-")
     for axis, title in zip(axes, ("pass@k", "maj@k")):
-        axis.set(xlabel="tokens of k samples", ylabel=title, xscale="log")
-        axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(plt.matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axis.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
+        axis.set(xlabel="tokens of k samples", ylabel=title)
+        common.token_axis(axis)
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     return common.save_figure(figure, args.out / f"{stem}efficiency.png")

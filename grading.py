@@ -11,6 +11,7 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 # ======================================================================================================
 # Answer grading: the last \boxed{...} of a response against the gold answer, exactly.
@@ -172,7 +173,7 @@ def _split(text: str, pattern: str) -> list[str]:
 
 def _enclosed(text: str) -> tuple[str, str] | None:
     r"""("(]", "0,1") for "(0,1]", ("\{\}", ...) for a set: one pair of brackets around all of the text."""
-    depth = 0
+    depth, opening = 0, ""
     for token in re.finditer(r"\\?[{(\[]|\\?[})\]]", text):
         if depth == 0:
             if token.start():
@@ -226,11 +227,11 @@ def _squeeze(latex: str) -> str:
 
 
 def _read_list(brackets: str, texts: list[str]) -> tuple | None:
-    items = [_read(text) for text in texts if text]
-    if not all(items):
-        return None
     flat = []
-    for item in items:  # "1 \pm 2, 5" is three answers
+    for item in [_read(text) for text in texts if text]:
+        if item is None:
+            return None
+        # "1 \pm 2, 5" is three answers
         flat += item[2] if item[:2] == ("list", "") else [item]
     return ("list", brackets, tuple(flat))
 
@@ -367,7 +368,7 @@ def _same(gold: tuple, answer: tuple) -> bool:
 
 def _same_list(gold_brackets: str, golds: tuple, brackets: str, answers: tuple) -> bool:
     if {gold_brackets, brackets} <= {"", r"\{\}"}:
-        golds, left = dict.fromkeys(golds), list(dict.fromkeys(answers))
+        golds, left = tuple(dict.fromkeys(golds)), list(dict.fromkeys(answers))
         if len(golds) != len(left):
             return False
         for gold in golds:
@@ -423,7 +424,7 @@ def _grading_worker(cpu_seconds: int) -> None:
         if re.search(r"[0-9]\s*_", latex):
             return None  # the base of a number would be dropped
         try:  # math-verify's parser without its stripping of "units", which takes variables for units
-            value = latex2sympy(
+            value: Any = latex2sympy(
                 normalize_latex(latex, normalization),
                 is_real=True,
                 normalization_config=None,
@@ -452,8 +453,9 @@ def _grading_worker(cpu_seconds: int) -> None:
         return False
 
     def same(gold, answer):
-        if isinstance(gold, Relational) or isinstance(answer, Relational):
-            if not (isinstance(gold, Relational) and isinstance(answer, Relational)):
+        relations = [isinstance(value, Relational) for value in (gold, answer)]
+        if any(relations):
+            if not all(relations):
                 return False
             if gold.free_symbols != answer.free_symbols:
                 return False
@@ -498,7 +500,7 @@ class _Worker:
     def __init__(self):
         source = f"{inspect.getsource(_grading_worker)}\n_grading_worker({GRADER_CPU_SECONDS})"
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self.process = subprocess.Popen([sys.executable, "-c", source], bufsize=0, **pipes)
+        self.process: Any = subprocess.Popen([sys.executable, "-c", source], bufsize=0, **pipes)
         if self.receive(GRADER_START_SECONDS) != "ready":
             self.process.kill()
             message = self.process.communicate()[1].decode()[-500:]
@@ -572,7 +574,7 @@ def _ask_math_verify(gold: str | None, answer: str | None) -> bool:
 @lru_cache(maxsize=100_000)
 def _read_gold(gold: str) -> tuple:
     text = extract_answer(gold) if r"\boxed" in gold else gold
-    form = read_answer(text) if text else None
+    form: Any = read_answer(text) if text else None
     leaves = [form]
     while leaves:
         leaf = leaves.pop()
@@ -636,7 +638,7 @@ def group_answers(answers: list[str | None], gold: str) -> list[int | None]:
     representatives: list[tuple | None] = []
     for answer in answers:
         verdict = _verdict(answer, gold)
-        if verdict == "none" or answer in classes:
+        if answer is None or verdict == "none" or answer in classes:
             continue
         form = read_answer(answer) if len(answer) <= MAX_ANSWER_CHARS and verdict == "wrong" else None
         if verdict == "right":
@@ -652,4 +654,4 @@ def group_answers(answers: list[str | None], gold: str) -> list[int | None]:
         else:
             representatives.append(form)
             classes[answer] = len(representatives)
-    return [classes.get(answer) for answer in answers]
+    return [None if answer is None else classes.get(answer) for answer in answers]

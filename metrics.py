@@ -15,7 +15,6 @@ import numpy as np
 
 SUBSET_DRAWS = 100_000
 EXACT_SUBSETS = 200_000  # weighted maj_at_k goes through all subsets up to this many, then samples them
-_trapezoid = np.trapezoid if hasattr(np, "trapezoid") else np.trapz  # renamed in numpy 2
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -58,7 +57,7 @@ def maj_at_k(
     rivals = Counter(answers)
     missing, right = rivals.pop(None, 0), rivals.pop(gold, 0)
     counted = {w for answer, w in zip(answers, () if weights is None else weights) if answer is not None}
-    if len(counted) > 1 and right and rivals:  # otherwise weights decide nothing
+    if weights is not None and len(counted) > 1 and right and rivals:  # otherwise weights decide nothing
         return _weighted_maj_at_k(answers, gold, k, weights, seed, draws)
     # ways[v][j]: how many sets of j answers other than gold give no rival more than v votes. Each class
     # multiplies in its binomial row, cut after v; Python ints (dtype object) keep the counts exact.
@@ -94,7 +93,7 @@ def _weighted_maj_at_k(
     answers: Sequence[str | None], gold: str, k: int, weights: Sequence[float], seed: int, draws: int
 ) -> float:
     """`maj_at_k` for unequal weights: the mean over all, or over sampled, k-subsets."""
-    classes = [gold, *sorted(set(answers) - {None, gold})]
+    classes = [gold, *sorted({a for a in answers if a is not None} - {gold})]
     votes = np.array([[w * (answer == c) for c in classes] for answer, w in zip(answers, weights)])
     score, subsets = 0.0, 0
     for chosen in _subsets(len(answers), k, seed, draws):
@@ -143,7 +142,7 @@ def normalized_regret(tokens: Sequence[float], accuracies: Sequence[float], budg
     x, y = np.append(0.0, x[order]), np.append(0.0, y[order])
     inside = int(np.searchsorted(x, budget))  # points before the budget, at least (0, 0)
     last = np.interp(budget, x[inside - 1 : inside + 1], y[inside - 1 : inside + 1])  # one point: its value
-    return float(1 - _trapezoid(np.append(y[:inside], last), np.append(x[:inside], budget)) / budget)
+    return float(1 - np.trapezoid(np.append(y[:inside], last), np.append(x[:inside], budget)) / budget)
 
 
 def additional_regret(maj: Sequence[tuple[float, float, float, float]], episodes: int | None = None) -> float:
@@ -165,8 +164,8 @@ def additional_regret(maj: Sequence[tuple[float, float, float, float]], episodes
     here, there = m[:-1][:episodes], m[1:, :1][:episodes]
     vote = np.column_stack([here[:, :3], here[:, 2:].mean(axis=1)])
     think = here[:, :1] + (cost - 1) / 5 * (there - here[:, :1])
-    best = _trapezoid(np.maximum(vote, think), cost, axis=1).sum()
-    return float(1 - _trapezoid(think, cost, axis=1).sum() / best) if best > 0 else math.nan
+    best = np.trapezoid(np.maximum(vote, think), cost, axis=1).sum()
+    return float(1 - np.trapezoid(think, cost, axis=1).sum() / best) if best > 0 else math.nan
 
 
 def trace_curve(sample: dict) -> tuple[list[float], list[float]]:

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -37,9 +38,7 @@ DRAWS = 2000
 
 
 def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=HERE / "configs" / "results.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--pages", type=Path, help="folder of tables and figures (default: pages/ in --out)")
@@ -66,10 +65,14 @@ def main() -> None:
         jobs = method_jobs(args, config, ["base", *config["core"]], config["seeds"]["core"])
         if args.all:
             others = [name for name in config["methods"] if name not in config["core"]]
-            jobs += star_jobs(args, config) + method_jobs(args, config, others, config["seeds"]["others"])
+            for name in others:
+                jobs += method_jobs(
+                    args, config, [name], config["methods"][name].get("seeds", config["seeds"]["others"])
+                )
+            jobs += star_jobs(args, config)
         run_all(args, jobs)
         if args.all:
-            run_all(args, equal_compute_jobs(args, config))
+            run_all(args, equal_compute_jobs(args, config) + other_jobs(args, config))
     report(args, config)
 
 
@@ -78,11 +81,10 @@ def main() -> None:
 Job = list[tuple[Path, list[str]]]  # commands, one after the other, each with the file that is there when it is done
 
 
-def command(script: str, out: Path, settings: dict, done: str = "summary.json", more: str = "") -> tuple:
-    line = [script, *shlex.split(more)]
-    for name, value in settings.items():
-        line += [f"--{name}", f"{value}"]
-    return out / done, [*line, "--out", str(out)]
+def command(script: str, out: Path, settings: dict, more: str = "") -> tuple[Path, list[str]]:
+    """What is there when the command is done, and the command; `more` overrides the settings."""
+    flags = [part for name, value in settings.items() for part in (f"--{name}", f"{value}")]
+    return out / "summary.json", [script, *flags, *shlex.split(more), "--out", str(out)]
 
 
 def slug(name: str) -> str:
@@ -95,22 +97,23 @@ def folder(args, method: str, seed: int) -> Path:
 
 def trained(args, config, method: str, seed: int, lr: float, out: Path) -> tuple:
     settings = {**config["train"], "lr": lr, "seed": seed}
-    return command("rl_mrt.py", out, settings, more=config["methods"][method]["flags"])
+    return command("rl_mrt.py", out, settings, config["methods"][method]["flags"])
 
 
 def search_jobs(args, config) -> list[Job]:
     """Every method with every learning rate, one seed; each model's pass@1 on validation problems."""
     jobs, seed = [], config["search"]["seed"]
-    for lr, method in itertools.product(config["search"]["lr"], config["methods"]):
+    searched = [name for name, of in config["methods"].items() if "seeds" not in of]  # not the longer runs
+    for lr, method in itertools.product(config["search"]["lr"], searched):
         run = args.out / "search" / f"{slug(method)}-lr{lr:g}"
         settings = {**config["evaluate"], "split": "validation", "model": run / "model", "seed": seed}
-        test = command("evaluate.py", run / "validation", settings, more="--metric pass@1")
+        test = command("evaluate.py", run / "validation", settings, "--metric pass@1")
         jobs.append([trained(args, config, method, seed, lr, run), test])
     return jobs
 
 
 def method_jobs(args, config, methods: list[str], seeds: list[int]) -> list[Job]:
-    """Training, evaluation and, for the core, budget forcing of each method; seeds one after the other."""
+    """Training, evaluation and, for the core and some seeds, budget forcing; seeds one after the other."""
     jobs: list[Job] = []
     for seed in seeds:
         for method in methods:
@@ -119,7 +122,7 @@ def method_jobs(args, config, methods: list[str], seeds: list[int]) -> list[Job]
                 job.append(trained(args, config, method, seed, config["methods"][method]["lr"], run))
             where = {"model": "tiny" if method == "base" else run / "model", "seed": seed}
             job.append(command("evaluate.py", run / "test", {**config["evaluate"], **where}))
-            if method == "base" or method in config["core"]:
+            if method in ("base", *config["core"]) and seed in config["seeds"]["others"]:
                 job.append(command("budget_force.py", run / "force", {**config["force"], **where}))
             jobs.append(job)
     return jobs
@@ -149,6 +152,19 @@ def star_jobs(args, config) -> list[Job]:
             job.append(command("evaluate.py", run / f"test-{name}", settings))
         jobs.append(job)
     return jobs
+
+
+def other_jobs(args, config) -> list[Job]:
+    """The other scripts' figures, of the models with the first seed; and the estimators of J against 256 answers."""
+    seed = config["seeds"]["core"][0]
+    runs = [folder(args, name, seed) for name in ("base", *config["core"])]
+    tests, extensions = (f"--compare {' '.join(f'{run}/{kind}' for run in runs)}" for kind in ("test", "force"))
+    return [
+        [command("analyze_r1.py", args.out / "analysis", config["analyze"])],
+        [command("tests/bench_progress.py", args.out / "estimators", config["estimators"])],
+        [command("evaluate.py", args.out / "evaluation", {}, tests)],
+        [command("budget_force.py", args.out / "budgets", {}, extensions)],
+    ]
 
 
 def run_all(args, jobs: list[Job]) -> None:
@@ -196,10 +212,12 @@ def search_table(args, config) -> str:
             summary = args.out / "search" / f"{slug(method)}-lr{lr:g}" / "validation" / "summary.json"
             if summary.exists():
                 found[lr] = json.loads(summary.read_text())["metrics"]["pass@1"]["mean"]
-        best = max(found, key=lambda lr: found[lr], default=None)
+        if not found:
+            continue
+        best = max(found, key=lambda lr: found[lr])
         cells = [f"**{found[lr]:.3f}**" if lr == best else f"{found[lr]:.3f}" if lr in found else "–"
                  for lr in config["search"]["lr"]]  # fmt: skip
-        note = "" if best in (None, of["lr"]) else f"the config has {of['lr']:g}"
+        note = "" if best == of["lr"] else f"the config has {of['lr']:g}"
         rows.append([method, *cells, note])
     return common.markdown(["pass@1, validation", *(f"lr {lr:g}" for lr in config["search"]["lr"]), ""], rows)
 
@@ -327,13 +345,26 @@ def report(args, config) -> None:
         some = {"base": values["base"], **star}
         tables["Self-training"] = outcome_table(config, some, "STaR")
         tables["Difference to STaR"] = differences(config, some, ["MRT-STaR"], "STaR")
+    estimators = args.out / "estimators" / "summary.json"
+    if estimators.exists():
+        found = json.loads(estimators.read_text())["estimators"]
+        tables["Estimators of J against 256 sampled answers"] = {
+            name: {c: f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for c, v in of.items() if c != "seconds"}
+            for name, of in found.items()
+        }
     text = "".join(f"## {title}\n\n{markdown_of(rows)}\n" for title, rows in tables.items())
     args.pages.mkdir(parents=True, exist_ok=True)
     common.write_json(args.pages / "summary.json", summary)
+    text += f"## Learning-rate search\n\n{search_table(args, config)}\n" if (args.out / "search").exists() else ""
     common.write_text(args.pages / "findings.md", text + two_traces(args, config))
+    draw_method(args, config)
     draw_anytime(args, config, values)
     draw_training(args, config, values)
     draw_extensions(args, values)
+    for run, figure in (("analysis", "scaling"), ("analysis", "progress"), ("evaluation", "efficiency"),
+                        ("budgets", "regret"), ("star-seed0", "star")):  # fmt: skip
+        if (args.out / run / f"{figure}.png").exists():
+            shutil.copy(args.out / run / f"{figure}.png", args.pages / f"{run}-{figure}.png")
     print(text)
     print(f"tables: {args.pages / 'findings.md'}   numbers: {args.pages / 'summary.json'}   figures beside them")
 
@@ -409,7 +440,7 @@ def reach_table(config, values: dict) -> Table:
     return rows
 
 
-def extension_table(values: dict) -> Table:
+def extension_table(values: dict) -> dict[str, dict[str, dict]]:
     metrics = [m for m in values["base"] if re.fullmatch(r"forced: \d+ extensions", m)]
     draws = {m: boot(values, m) for m in metrics}
     return {name: {m.removeprefix("forced: "): cell_of(draws[m][name]) for m in metrics}
@@ -463,7 +494,7 @@ def training_runs(args, config, name: str) -> list[Path]:
 def two_traces(args, config) -> str:
     """The first sample of the first problem with 20 candidates, before and after training with seed 0."""
     text = "## One problem before and after\n"
-    for name in ("base", "GRPO", "MRT online likelihood"):
+    for name in ("base", "GRPO", "MRT online"):
         run = folder(args, name, config["seeds"]["core"][0]) / "test"
         record = next((r for r in common.load_records(run) if r["level"] == 20), None) if run.exists() else None
         if record is None:
@@ -478,6 +509,31 @@ def two_traces(args, config) -> str:
 # ---------------------------------------------------------------------------------------------- pictures
 
 
+def draw_method(args, config) -> None:
+    """MRT on one trace of the base: J(μ) after each episode, an episode's progress, the regret above the curve."""
+    records = common.load_records(folder(args, "base", config["seeds"]["core"][0]) / "test")
+    samples = [s for r in records if r["level"] == 20 for s in r["samples"] if s["finish"] == "stop"]
+    sample = max(samples, key=lambda s: (s["right"] and 5 <= len(s["J"]) - 1 <= 7, len(s["J"])))
+    plt = common.pyplot()
+    figure, axis = plt.subplots(figsize=(9, 3.4), constrained_layout=True)
+    ends, values = sample["boundaries"], sample["J"]
+    thought = sample["text"].split(common.THINK_END)[0]
+    texts = [thought[start:end] for start, end in common.episode_spans(thought)]
+    axis.fill_between(ends, values, 1, step="post", color="grey", alpha=0.15, linewidth=0)
+    axis.step(ends, values, "k-", where="post", linewidth=1.2)
+    for j, (start, end, text) in enumerate(zip(ends, ends[1:], texts)):
+        progress = values[j + 1] - values[j]
+        axis.axvspan(start, end, color=f"C{j}", alpha=0.08, linewidth=0)
+        axis.annotate("", (end, values[j + 1]), (end, values[j]), arrowprops={"arrowstyle": "->", "color": f"C{j}"})
+        kind = "tries candidates" if "try x" in text else "re-checks" if "check x" in text else "talks"
+        axis.text((start + end) / 2, 1.05, f"$z_{j}$ {kind}", ha="center", fontsize=8, color=f"C{j}")
+        axis.text((start + end) / 2, 1.12, f"$r_{{prg}}$ = {progress:+.2f}", ha="center", fontsize=8, color=f"C{j}")
+    axis.set(xlabel="tokens of the thought", ylabel="J(μ): success rate if stopped here", xlim=(0, ends[-1]))
+    axis.set(ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1])
+    axis.text(ends[-1] * 0.02, 0.75, "regret: the area above", fontsize=8, color="grey")
+    common.save_figure(figure, args.pages / "method.png")
+
+
 def draw_anytime(args, config, values: dict) -> None:
     """Accuracy of an answer forced within a budget, and the normalised regret, dashed beyond the training budget."""
     plt = common.pyplot()
@@ -487,7 +543,9 @@ def draw_anytime(args, config, values: dict) -> None:
     for number, name in enumerate(n for n in ("base", *config["core"]) if n in values):
         cells = [cell_of(column) for column in curves[name].T]
         common.line(axes[0], grid, cells, f"C{number}", name, "-")
-        points = {int(c.split("@")[1]): cell for c, cell in regret[name].items() if isinstance(cell, dict)}
+        points: dict[int, dict] = {
+            int(c.split("@")[1]): cell for c, cell in regret[name].items() if isinstance(cell, dict)
+        }
         for budgets, style in (([b for b in points if b <= top], "o-"), ([b for b in points if b >= top], "o--")):
             label = name if style == "o-" else None
             common.line(axes[1], budgets, [points[b] for b in budgets], f"C{number}", label, style)

@@ -25,6 +25,7 @@ import importlib.util
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,9 +55,7 @@ DEFAULTS = {
 
 
 def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_common_flags(parser)
     mrt = parser.add_argument_group("MRT")
     mrt.add_argument("--bonus", type=common.non_negative, default=1.0, help="α of Eq. 2; 0 is GRPO (the authors swept "
@@ -402,8 +401,8 @@ def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict
                 gaps.append((logprobs.detach() - sampled).abs().cpu())
         if not norms:
             check_gap(gaps, dtype)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: sharded
         if not torch.isfinite(norm):
             raise FloatingPointError(f"gradient norm is {float(norm)}")
         optimizer.step()

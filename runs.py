@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from metrics import bootstrap_interval
 # ============================================================================================ messages and files
 
 
-def fail(message: str):
+def fail(message: str) -> NoReturn:
     """Bad input: one line on stderr, exit code 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -322,6 +323,16 @@ def pyplot():
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     return plt
+
+
+def token_axis(axis) -> None:
+    """A logarithmic axis of tokens, with plain numbers at powers of two."""
+    from matplotlib import ticker
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(ticker.LogLocator(base=2, numticks=8))
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
 
 
 def band(axis, x, rows: np.ndarray, label: str, style: str = "-", color=None) -> None:

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,7 +179,7 @@ class VllmEngine:
         if on_cuda:
             here = {"gpu_memory_utilization": memory}
         else:
-            here = {
+            here: dict[str, Any] = {
                 "kv_cache_memory_bytes": 2 << 30,
                 "enforce_eager": True,  # compiling costs 20 s and gains a tenth
                 "block_size": 32,  # tokens; prefixes are shared in whole blocks; 128 if not told
@@ -234,11 +235,12 @@ class VllmEngine:
         return rows
 
     @cached_property
-    def model(self):
+    def model(self) -> Any:
         if self.trained is not None:
             return self.trained
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype)
+        return model.to(device).eval()
 
     def pause(self) -> None:
         if self.sleeps and not self.asleep:
@@ -316,7 +318,8 @@ class TransformersEngine:
     def _decode(self, packs: list[Pack], seeds, limits, stop_ids, samples: range, temperature: float, top_p: float):
         """Runs the packed prompts once, then draws token by token; yields (prompt number, Completion)."""
         device = self.model.device
-        cache, stop = DynamicCache(), torch.tensor(stop_ids, device=device)
+        cache: Any = DynamicCache()
+        stop = torch.tensor(stop_ids, device=device)
         ids, mask, positions = pack_tensors(packs, device)
         with autocast(self.dtype):
             hidden = self.model.base_model(
@@ -332,7 +335,8 @@ class TransformersEngine:
         limit = torch.tensor([limits[p] for _, p, _, _ in rows], device=device)
         room = int(limit.max())
         mask = torch.arange(width + room, device=device) >= (width - position)[:, None]
-        cache.layers = [GrowingLayer(layer, source, columns, room) for layer in cache.layers]
+        layers = [GrowingLayer(layer, source, columns, room) for layer in cache.layers]
+        cache.layers = layers
         with autocast(self.dtype):
             logits = self.model.get_output_embeddings()(hidden[source, columns[:, -1]])
         uniform = np.stack([np.random.default_rng([*seeds[p], s]).random(room) for _, p, _, s in rows])
@@ -352,7 +356,7 @@ class TransformersEngine:
             if not left.any():
                 break
             if left.sum() <= 0.9 * len(alive):  # finished rows leave; until then they ride along unrecorded
-                for layer in cache.layers:
+                for layer in layers:
                     layer.keep_rows(left)
                 alive, token, mask, position = alive[left], token[left], mask[left], position[left]
                 left = left[left]

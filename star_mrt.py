@@ -26,6 +26,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ DEFAULTS = {
     "weight_decay": (0.0, 0.0, "not published"),
     "max_tokens_per_batch": (16384, 32768, "ours"),
     "batch_problems": (96, 32, "ours"),
+    "budgets": ("64,128,192,256", "4096,8192,12288,16384", "Section 7"),
 }
 
 
@@ -87,7 +89,7 @@ def flags(argv=None) -> argparse.Namespace:
     held.add_argument("--eval-dataset", help="problems to evaluate on; default: tiny's own, none for other data")
     held.add_argument("--eval-split", default="test")
     held.add_argument("--eval-problems", type=common.positive_int, default=96)
-    held.add_argument("--budgets", default="64,128,192,256", help="token budgets C0 of the regret")
+    held.add_argument("--budgets", help="token budgets C0 of the regret")
     args = common.parse_flags(parser, DEFAULTS, argv)
     args.out = args.out or Path("runs") / f"star-{common.short_name(args.model)}-{args.filter}-seed{args.seed}"
     args.budgets = common.numbers("--budgets", args.budgets)
@@ -223,7 +225,7 @@ def select(args, name: str, sampler: Sampler, traces: list[Trace], iteration: in
     answers = answers_after(args, sampler, traces, chosen, iteration)
     for t, cut in limit_per_problem(args, traces, [(t, cut) for t, cut in chosen if answers[t] is not None]):
         trace = traces[t]
-        ending, answer = answers[t]
+        ending, answer = answers[t] or ([], [])
         thought = trace.completion.token_ids[:cut] if ending else []
         ids = trace.prompt + thought + ending + answer
         told = args.stop_phrase != "none" and not (trace.finished and cut == trace.boundaries[-1])
@@ -413,7 +415,7 @@ def report(args, run: Path) -> None:
     ]
     text = "What the filters kept:\n\n"
     text += common.markdown(["filter", "iteration", *(c.replace("_", " ") for c in columns)], rows)
-    summary = {"kept": lines}
+    summary: dict[str, Any] = {"kept": lines}
     if (run / "base.jsonl").exists():
         base = metrics_of(args, run / "base.jsonl")
         models = {"base": base}
@@ -435,9 +437,9 @@ def report(args, run: Path) -> None:
         rows = [[name, *(common.cell(of[m], digits[m], "+") for m in base)]
                 for name, of in summary["difference_to_base"].items()]  # fmt: skip
         text += "\nDifference to the base on the same problems:\n\n" + common.markdown(header, rows)
-        last = {TITLES[name]: models.get(f"{TITLES[name]} {args.iterations}") for name in names}
-        if len(last) == 2 and all(last.values()):
-            gaps = {m: common.interval(last["MRT-STaR"][m] - last["STaR"][m]) for m in base}
+        last = [models.get(f"{TITLES[name]} {args.iterations}") for name in names]
+        if len(last) == 2 and last[0] and last[1]:
+            gaps = {m: common.interval(last[1][m] - last[0][m]) for m in base}
             summary["mrt_minus_star"] = gaps
             row = ["MRT-STaR - STaR", *(common.cell(gaps[m], digits[m], "+") for m in base)]
             text += f"\nAfter {args.iterations} iterations:\n\n" + common.markdown(header, [row])

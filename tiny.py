@@ -32,6 +32,7 @@ import random
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -182,7 +183,7 @@ def warm_start_text(problem: dict, rng: random.Random) -> tuple[str, str, str]:
 # ------------------------------------------------------------------------------------------------ tokenizer and model
 
 
-def build_tokenizer():
+def build_tokenizer() -> Any:
     """A byte-level tokenizer (any text goes in and comes out) with whole phrases as tokens.
 
     Operands carry their sign (` + 17`, ` ≡ 5`, ` vs 5`), as a trained BPE's tokens do: every copy is then a copy of a
@@ -217,8 +218,9 @@ def build_tokenizer():
     return wrapped
 
 
-def build_model(vocabulary: int):
+def build_model(vocabulary: int) -> Any:
     """Qwen2 with 2 layers of width 128; a larger initialisation than usual, without which copying comes late."""
+    marked: dict[str, Any] = {"embedded_reasoner": True}  # how scripts know a model trained from this one
     config = Qwen2Config(
         vocab_size=math.ceil(vocabulary / 64) * 64,
         hidden_size=128,
@@ -229,7 +231,7 @@ def build_model(vocabulary: int):
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         initializer_range=0.05,
-        embedded_reasoner=True,  # how scripts know a model trained from this one
+        **marked,
     )
     return Qwen2ForCausalLM(config)
 
@@ -358,7 +360,7 @@ def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--rebuild", action="store_true", help="warm-start the model from nothing and store it in --out"
     )

@@ -1,0 +1,120 @@
+"""The comparison: its intervals, its measures, and the whole of it at toy size."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+import yaml
+
+import results
+
+TOY = {
+    "train": {"max-tokens": 64, "max-sampled-tokens": 2500, "problems-per-step": 4, "group-size": 4, "eval-every": 1,
+              "eval-problems": 3, "checkpoint-every": 1, "keep": 1000},
+    "evaluate": {"split": "final", "limit": 6, "max-tokens": 64, "num-samples": 2, "budgets": "32,64"},
+    "force": {"split": "final", "limit": 6, "max-tokens": 64, "num-samples": 1, "forced-answers": 2,
+              "budgets": "32,64", "extensions": 2},
+    "analyze": {"limit": 3, "num-samples": 2, "max-tokens": 64, "forced-answers": 2},
+    "estimators": {"traces": 4, "max-tokens": 32},
+    "star": {"max-tokens": 96, "limit": 16, "iterations": 2, "num-samples": 2, "forced-answers": 2,
+             "eval-split": "validation", "eval-problems": 2},
+    "seeds": {"core": [0], "others": [0]},
+    "targets": [0.1, 1.0],
+    "search": {"lr": [1e-4], "seed": 100},
+    "core": ["GRPO", "MRT online"],
+    "methods": {
+        "GRPO": {"flags": "--bonus 0", "lr": 2e-4},
+        "MRT online": {"flags": "--bonus 1 --variant online --progress likelihood", "lr": 2e-4},
+    },
+}  # fmt: skip
+
+
+def test_the_comparison_from_nothing_and_again_from_its_runs(tmp_path, execute):
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(TOY))
+    command = ("results.py", "--config", "toy.yaml", "--out", "run", "--all", "--jobs", 1)
+    done = execute(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("python rl_mrt.py") == 2 and done.stdout.count("python star_mrt.py") == 1
+    pages = tmp_path / "run" / "pages"
+    summary = json.loads((pages / "summary.json").read_text())
+    for title in ("Equal sampled tokens", "Equal computed tokens", "Normalised regret", "Self-training"):
+        assert f"## {title}\n" in done.stdout and title in summary["tables"]
+    of = summary["tables"]["Equal sampled tokens"]
+    gain, right = of["MRT online"]["gain"], "right@64"
+    assert gain["mean"] == pytest.approx(of["MRT online"][right]["mean"] - of["base"][right]["mean"])
+    evaluated = json.loads((tmp_path / "run" / "grpo-seed0" / "test" / "summary.json").read_text())["metrics"]
+    assert of["GRPO"][right]["mean"] == pytest.approx(evaluated["pass@1"]["mean"])
+    regret = summary["tables"]["Normalised regret"]["GRPO"]
+    assert regret["regret@64"]["mean"] == pytest.approx(evaluated["regret@64"]["mean"])
+    assert list(regret) == ["regret@32", "regret@64", "regret@128"]  # the last is beyond the training budget
+    # Equal computed tokens: the last checkpoint that had computed no more than GRPO had at its end.
+    lines = results.metrics(tmp_path / "run" / "mrt-online-seed0")
+    limit = results.metrics(tmp_path / "run" / "grpo-seed0")[-1]["computed_tokens"]
+    made = json.loads((tmp_path / "run" / "mrt-online-seed0" / "test-equal-computed" / "config.json").read_text())
+    step = int(made["settings"]["model"].rsplit("_", 1)[1])
+    assert step == 1 or lines[step - 1]["computed_tokens"] <= limit
+    assert step == len(lines) or lines[step]["computed_tokens"] > limit
+    figures = {p.stem for p in pages.glob("*.png")}
+    assert figures >= {"method", "anytime", "training", "extensions", "analysis-scaling", "evaluation-efficiency"}
+    before = {p.name: p.read_bytes() for p in pages.iterdir() if p.suffix != ".png"}
+    again = execute(tmp_path, *command)
+    assert again.returncode == 0 and "python " not in again.stdout  # nothing is run twice
+    assert {p.name: p.read_bytes() for p in pages.iterdir() if p.suffix != ".png"} == before
+
+
+def test_a_command_that_fails_is_named_with_its_log(tmp_path, execute):
+    toy = {**TOY, "train": {**TOY["train"], "max-tokens": 1}}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(toy))
+    done = execute(tmp_path, "results.py", "--config", "toy.yaml", "--out", "run", "--search", "--jobs", 1)
+    assert done.returncode == 2 and "ended with 2: see run/search/" in done.stderr
+    log = tmp_path / "run" / "search" / "grpo-lr0.0001.log"
+    assert "--max-tokens 1" in log.read_text()
+
+
+def test_resampling_draws_problems_together_and_seeds_apart():
+    rng = np.random.default_rng(1)
+    hard = rng.random(200)  # what the problems share
+    a, b = (hard + 0.01 * rng.standard_normal((5, 200)) for _ in range(2))
+    means = results.resampled({"a": a, "b": b})
+    assert means["a"].shape == (results.DRAWS + 1,) and means["a"][0] == pytest.approx(a.mean())
+    assert means["a"][1:].std() == pytest.approx(hard.std() / np.sqrt(200), rel=0.1)
+    assert (means["a"] - means["b"])[1:].std() < 0.1 * means["a"][1:].std()  # paired on the problems
+    seeds = np.arange(4.0)[:, None] + np.zeros((4, 50))  # all the spread is between seeds
+    assert results.resampled({"a": seeds})["a"][1:].std() == pytest.approx(seeds[:, 0].std() / 2, rel=0.1)
+
+
+def test_resampling_leaves_out_what_is_not_there():
+    values = np.array([[0.2, np.nan, 0.6], [0.4, np.nan, 0.8]])
+    assert results.resampled({"a": values})["a"][0] == pytest.approx(0.5)
+    curves = np.stack([values, 2 * values], -1)
+    np.testing.assert_allclose(results.resampled({"a": curves})["a"][0], [0.5, 1.0])
+
+
+def test_tokens_to_reach_an_accuracy():
+    grid = np.array([10.0, 20.0, 30.0])
+    curves = np.array([[0.2, 0.4, 0.8], [0.2, 0.2, 0.2], [0.9, 0.9, 0.9]])
+    np.testing.assert_allclose(results.tokens_to_reach(curves, grid, 0.6), [25, np.inf, 10 * 0.6 / 0.9])
+    np.testing.assert_allclose(results.tokens_to_reach(curves, grid, 0.1)[0], 5)
+
+
+def test_useless_episodes_try_nothing_new():
+    tries = "Okay, try x = 1: no.\n\ntry x = 2: no.\n\ntry x = 3: no.\n\n"
+    again = "Wait, check x = 1: no.\n\ncheck x = 2: no.\n\ncheck x = 3: no.\n\n"
+    repeated = "Wait, try x = 1: no.\n\ntry x = 2: no.\n\ntry x = 3: no.\n\n"
+    talk = "But hold on, maybe there is none.\n\nmaybe.\n\nmaybe.\n\n"
+    new = "Alternatively, try x = 3: no.\n\ntry x = 4: yes, x = 4 works.\n\n"
+    assert results.useless_share({"text": tries + again + talk + new + "</think>\n\n**"}) == 0.5
+    assert results.useless_share({"text": tries + repeated}) == 0.5
+
+
+def test_tables_show_what_was_never_reached():
+    never = {"mean": np.inf, "low": np.inf, "high": np.inf}
+    sometimes = {"mean": 100.0, "low": 90.0, "high": np.inf}
+    text = results.markdown_of({"base": {"tokens for 0.9": never}, "GRPO": {"tokens for 0.9": sometimes}})
+    assert "| base | – |" in text and "| GRPO | 100.0 [90.0, ∞] |" in text
+
+
+def test_slugs_name_folders():
+    args = types.SimpleNamespace(out=results.Path("runs"))
+    assert results.folder(args, "MRT online λ=½", 3).name == "mrt-online-lambda-half-seed3"
