@@ -99,6 +99,8 @@ def main() -> None:
         traces, longest = read_given(args, tokenizer, problems, prompts, given, context)
     else:
         traces, longest = None, common.check_lengths(args, tokenizer, problems, prompts)
+    if args.direct_model:
+        common.load_tokenizer(args.direct_model)  # a wrong name is told now, not after the thoughts
     run = common.open_run(args.out, lasting_settings(args), args.resume, args.overwrite)
     sampler = common.open_sampler(args, tokenizer, longest)
     analyse(args, run, sampler, problems, prompts, traces)
@@ -234,6 +236,9 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
     """The baseline of Figure 3: many whole answers of a model, in `direct.jsonl`."""
     done = run / "direct.jsonl"
     if done.exists():
+        made = common.read_jsonl(done)[0].get("model")
+        if made != args.direct_model:
+            fail(f"--direct-model {args.direct_model}: {done} is of {made}; remove it or name another --out")
         return
     one = copy.copy(args)
     one.model = args.direct_model
@@ -247,7 +252,9 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
         read = [common.read_trace(tokenizer, problem, prompt, completion) for completion in row]
         answers = [common.extract_answer(t.answer or "") for t in read]
         classes = common.group_answers(answers, problem["answer"])
-        lines.append({"id": problem["id"], "classes": classes, "tokens": [len(c.token_ids) for c in row]})
+        lines.append(
+            {"id": problem["id"], "model": one.model, "classes": classes, "tokens": [len(c.token_ids) for c in row]}
+        )
     common.write_text(done, "".join(map(common.json_line, lines)))
     sampler.close()
 
@@ -264,12 +271,12 @@ def report(args, run: Path) -> None:
     summary = summarise(args, records)
     if (run / "direct.jsonl").exists():
         summary["direct"] = direct_summary(run)
-    common.write_json(run / "summary.json", summary)
     text = markdown(summary)
     common.write_text(run / "summary.md", text)
     print("\n" + text)
     figures = [draw_scaling(summary, run), draw_budgets(summary, run), draw_progress(summary, run)]
     print(f"figures: {', '.join(map(str, figures))}   page: {write_page(run, records)}")
+    common.write_json(run / "summary.json", summary)
 
 
 def votes(sample: dict, kind: str) -> list[list[float]]:

@@ -311,31 +311,30 @@ def regret_budgets(made: dict) -> list[int]:
 
 def compare(args, runs: list[Path]) -> None:
     """Table and figures of runs on the problems they share, from their records; differences are to the first."""
-    made, records = {}, {}
+    made, records, names = {}, {}, common.run_names(runs)
     for run in runs:
         settings = (common.config_of(run) or {}).get("settings", {})
         if "extension_tokens" not in settings or not (run / "records.jsonl").exists():
             fail(f"--compare {run}: no config.json and records.jsonl of a budget_force.py run there")
-        name = run.name if len({r.name for r in runs}) == len(runs) else str(run)
-        made[name], records[name] = settings, common.load_records(run)
+        made[names[run]], records[names[run]] = settings, common.load_records(run)
     for setting in ("budgets", "max_tokens", "extension_tokens", "extensions", "answer_every", "style", "strings",
-                    "count", "cut", "forced_answers", "temperature"):  # fmt: skip
+                    "count", "cut", "forced_answers", "answer_tokens", "temperature", "top_p"):  # fmt: skip
         if len({str(of[setting]) for of in made.values()}) > 1:
             fail(f"--compare: the runs differ in --{setting.replace('_', '-')}")
-    shared = set.intersection(*({r["id"] for r in rows} for rows in records.values()))
+    shared = set.intersection(*({(r["id"], r["problem"]) for r in rows} for rows in records.values()))
     if not shared:
         fail("--compare: the runs have no problem in common")
-    records = {name: [r for r in rows if r["id"] in shared] for name, rows in records.items()}
+    records = {name: [r for r in rows if (r["id"], r["problem"]) in shared] for name, rows in records.items()}
     records = {name: sorted(rows, key=lambda r: r["id"]) for name, rows in records.items()}
     settings = next(iter(made.values()))
     values = {name: per_problem(settings, rows) for name, rows in records.items()}
     summary = summarise(settings, records, values)
     args.out.mkdir(parents=True, exist_ok=True)
-    common.write_json(args.out / "summary.json", summary)
     text = table(summary, settings)
     common.write_text(args.out / "summary.md", text)
     print("\n" + text)
     figures = [draw_regret(summary, args.out), draw_accuracy(summary, args.out)]
+    common.write_json(args.out / "summary.json", summary)
     print(f"table: {args.out / 'summary.md'}   figures: {', '.join(map(str, figures))}")
 
 

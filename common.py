@@ -75,6 +75,7 @@ from runs import (  # noqa: F401
     pyplot,
     read_jsonl,
     resolve_model,
+    run_names,
     save_figure,
     script_name,
     short_name,
@@ -98,6 +99,7 @@ from sampling import (
     vllm_or_why_not,
 )
 from training import (  # noqa: F401
+    end_on_sigterm,
     full_weights,
     gather_over_ranks,
     latest_checkpoint,
@@ -673,7 +675,7 @@ def group_advantages(rewards: torch.Tensor, normalize_std: bool = True) -> torch
 
     The std is the population's (a group of 1 gives 0, not NaN). A group whose rewards are equal up to rounding gets
     exactly 0: dividing rounding errors by a small std would make a signal of them. With the std, a rare success among
-    16 counts 3.75, without it 0.94: normalising weights hard and easy problems up.
+    16 counts 3.87, without it 0.94: normalising weights hard and easy problems up.
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
     std = rewards.std(-1, keepdim=True, unbiased=False)
@@ -730,8 +732,8 @@ def grpo_loss(
     denominator is given: the trained tokens of the *whole* batch, fixed before the loop over micro-batches, so any
     split gives the same gradient. MRT does not change this function, only `advantages`.
 
-    k3 = e^d - d - 1 with d = ref - logprob ≥ 0 estimates KL(π‖ref) on samples of π; its gradient is that of
-    KL(ref‖π). d is clamped to ±10 before exp. Returns (loss, sums over tokens: clipped, kl).
+    k3 = e^d - d - 1, d = ref - logprob, is never below 0 and estimates KL(π‖ref) on samples of π; its gradient is
+    that of KL(ref‖π). d is clamped to ±10 before exp. Returns (loss, sums over tokens: clipped, kl).
     """
     zero = torch.zeros_like(logprobs)
     difference = torch.where(mask, logprobs - old_logprobs, zero)

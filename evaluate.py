@@ -267,17 +267,14 @@ def markdown_table(summaries: dict[str, dict]) -> str:
 def compare(args, runs: list[Path]) -> None:
     """Tables, paired differences and figures from records alone; one section a data set, and a table of all."""
     of_dataset: dict[str, dict[str, list[dict]]] = {}
-    settings, loaded = {}, {}
+    settings, loaded, names = {}, {}, common.run_names(runs)
     for run in runs:
         settings[run], rows = (common.config_of(run) or {}).get("settings", {}), []
         with contextlib.suppress(OSError, ValueError, KeyError):
             rows = common.load_records(run)
         if not rows or "top_p" not in settings[run]:
             fail(f"--compare {run}: no records.jsonl and config.json of an evaluation there")
-        dataset, name = settings[run]["dataset"], run.name
-        if len(runs) > len({r.name for r in runs}):
-            name = str(run)
-        of_dataset.setdefault(dataset, {})[name] = loaded[run] = rows
+        of_dataset.setdefault(settings[run]["dataset"], {})[names[run]] = loaded[run] = rows
     for setting in ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes"):
         if len({str(of[setting]) for of in settings.values()}) > 1:
             print(f"warning: the runs differ in --{setting.replace('_', '-')}")
@@ -301,7 +298,9 @@ def compare(args, runs: list[Path]) -> None:
     if len(of_dataset) > 1:
         by_model: dict[str, dict[str, list[dict]]] = {}
         for run, of in settings.items():
-            by_model.setdefault(common.short_name(of["model"]), {})[of["dataset"]] = loaded[run]
+            by_model.setdefault(of["model"], {})[of["dataset"]] = loaded[run]
+        if len({common.short_name(model) for model in by_model}) == len(by_model):
+            by_model = {common.short_name(model): of for model, of in by_model.items()}
         text = table_of_datasets(by_model, list(of_dataset)) + "\n" + text
     common.write_json(args.out / "summary.json", summary)
     common.write_text(args.out / "summary.md", text)

@@ -1,14 +1,14 @@
 """results.py: does MRT beat outcome-reward RL, and when? The comparison of Sections 7 and 8 on the embedded model.
 
-    python results.py             # the core: GRPO, GRPO + length penalty, MRT prefix, MRT online; an hour on two cores
-    python results.py --all       # every method, STaR, the estimators of J, the comparison at equal computed tokens
+    python results.py             # the core: GRPO and MRT online, each with and without length penalty, MRT prefix
+    python results.py --all       # every method, STaR, longer runs, the estimators of J, equal computed tokens
     python results.py --search    # the learning-rate search on validation problems; its winners stand in the config
     python results.py --report    # tables and figures again, from the runs that are there
 
 Everything is a command of the other scripts with the settings of configs/results.yaml, one process a core, and is
-printed as it starts; what was stopped is resumed. Every method has the same search, seeds, test problems and number of
-sampled tokens (forced answers included). Intervals are 95 % and over seeds and problems at once: both are drawn again,
-seeds for each method, problems for all methods together.
+printed as it starts; what was stopped is resumed. The methods of the core have the same search, test problems and
+number of sampled tokens (forced answers included). Intervals are 95 % and over seeds and problems at once: both are
+drawn again, seeds for each method, problems for all methods together. One seed: they are over problems alone.
 """
 
 import argparse
@@ -43,8 +43,9 @@ def flags(argv=None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--pages", type=Path, help="folder of tables and figures (default: pages/ in --out)")
     parser.add_argument("--all", action="store_true", help="everything, not only the core methods")
-    parser.add_argument("--search", action="store_true", help="the learning-rate search alone")
-    parser.add_argument("--report", action="store_true", help="no run: tables and figures from those that are there")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--search", action="store_true", help="the learning-rate search alone")
+    alone.add_argument("--report", action="store_true", help="no run: tables and figures from those that are there")
     parser.add_argument("--jobs", type=common.positive_int, default=os.cpu_count(), help="processes at once")
     args = parser.parse_args(argv)
     args.pages = args.pages or args.out / "pages"
@@ -103,7 +104,7 @@ def trained(args, config, method: str, seed: int, lr: float, out: Path) -> tuple
 def search_jobs(args, config) -> list[Job]:
     """Every method with every learning rate, one seed; each model's pass@1 on validation problems."""
     jobs, seed = [], config["search"]["seed"]
-    searched = [name for name, of in config["methods"].items() if "seeds" not in of]  # not the longer runs
+    searched = [name for name, of in config["methods"].items() if "max-sampled" not in of["flags"]]  # not longer runs
     for lr, method in itertools.product(config["search"]["lr"], searched):
         run = args.out / "search" / f"{slug(method)}-lr{lr:g}"
         settings = {**config["evaluate"], "split": "validation", "model": run / "model", "seed": seed}
@@ -117,6 +118,8 @@ def method_jobs(args, config, methods: list[str], seeds: list[int]) -> list[Job]
     jobs: list[Job] = []
     for seed in seeds:
         for method in methods:
+            if seed not in config["methods"].get(method, {}).get("seeds", seeds):
+                continue
             run, job = folder(args, method, seed), []
             if method != "base":
                 job.append(trained(args, config, method, seed, config["methods"][method]["lr"], run))
@@ -129,11 +132,13 @@ def method_jobs(args, config, methods: list[str], seeds: list[int]) -> list[Job]
 
 
 def equal_compute_jobs(args, config) -> list[Job]:
-    """Each method's model as it was when it had computed as many tokens as GRPO of the same seed had at its end."""
+    """Each method's last model that had computed no more tokens before its updates (prompts, sampling, scoring) than
+    GRPO of the same seed had at its end."""
     jobs = []
     for seed, method in itertools.product(config["seeds"]["core"], config["methods"]):
         run = folder(args, method, seed)
-        if method == "GRPO" or not run.exists():
+        of = config["methods"][method]
+        if "--bonus 0" in of["flags"] or "max-sampled" in of["flags"] or not (run / "summary.json").exists():
             continue
         limit = metrics(folder(args, "GRPO", seed))[-1]["computed_tokens"]
         step = max((line["step"] for line in metrics(run) if line["computed_tokens"] <= limit), default=1)
@@ -158,11 +163,12 @@ def other_jobs(args, config) -> list[Job]:
     """The other scripts' figures, of the models with the first seed; and the estimators of J against 256 answers."""
     seed = config["seeds"]["core"][0]
     runs = [folder(args, name, seed) for name in ("base", *config["core"])]
-    tests, extensions = (f"--compare {' '.join(f'{run}/{kind}' for run in runs)}" for kind in ("test", "force"))
+    tests, extensions = (shlex.join(["--compare", *(f"{run}/{kind}" for run in runs)]) for kind in ("test", "force"))
+    budgets = {"budgets": config["evaluate"]["budgets"]}
     return [
         [command("analyze_r1.py", args.out / "analysis", config["analyze"])],
         [command("tests/bench_progress.py", args.out / "estimators", config["estimators"])],
-        [command("evaluate.py", args.out / "evaluation", {}, tests)],
+        [command("evaluate.py", args.out / "evaluation", budgets, tests)],
         [command("budget_force.py", args.out / "budgets", {}, extensions)],
     ]
 
@@ -324,10 +330,19 @@ def report(args, config) -> None:
         fail(f"--out {args.out}: no evaluation of base and GRPO there yet")
     summary: dict = {"seeds": {name: len(of["right"]) for name, of in values.items()}, "tables": {}}
     tables = summary["tables"]
-    tables["Equal sampled tokens"] = outcome_table(config, values)
-    names = [name for name in values if name not in ("base", "GRPO")]
-    tables["Difference to GRPO, equal sampled tokens"] = differences(config, values, names, "GRPO")
-    tables["Normalised regret"] = regret_table(config, values)
+    longer = {
+        name: of for name, of in values.items() if "max-sampled" in config["methods"].get(name, {}).get("flags", "")
+    }
+    equal = {name: of for name, of in values.items() if name not in longer}
+    names = [name for name in equal if name not in ("base", "GRPO")]
+    tables["Equal sampled tokens"] = outcome_table(config, equal)
+    tables["Difference to GRPO, equal sampled tokens"] = differences(config, equal, names, "GRPO")
+    if longer:
+        first = next(iter(longer))
+        tables["Longer training"] = outcome_table(config, {"base": values["base"], **longer}, first)
+        tables[f"Difference to {first}"] = differences(config, longer, list(longer)[1:], first)
+    tables["Normalised regret"] = regret_table(config, values, "regret@")
+    tables["Normalised regret of thoughts that are cut and extended"] = regret_table(config, values, "forced: regret@")
     tables["Tokens for a forced answer to be right so often"] = reach_table(config, values)
     tables["Accuracy after extensions"] = extension_table(values)
     tables["Behaviour and cost"] = behaviour_table(args, config, values)
@@ -338,8 +353,8 @@ def report(args, config) -> None:
         some = {"base": values["base"], "GRPO": values["GRPO"], **cut}
         tables["Equal computed tokens"] = outcome_table(config, some)
         tables["Difference to GRPO, equal computed tokens"] = differences(config, some, list(cut), "GRPO")
-    star = {f"{n}-STaR".removeprefix("outcome-").replace("mrt", "MRT"): read_values(args, config, "STaR", f"test-{n}")
-            for n in ("outcome", "mrt")}  # fmt: skip
+    star = {"STaR": "test-outcome", "MRT-STaR": "test-mrt"}
+    star = {name: read_values(args, config, "STaR", test) for name, test in star.items()}
     star = {name: of for name, of in star.items() if of}
     if star:
         some = {"base": values["base"], **star}
@@ -352,7 +367,7 @@ def report(args, config) -> None:
             name: {c: f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for c, v in of.items() if c != "seconds"}
             for name, of in found.items()
         }
-    text = "".join(f"## {title}\n\n{markdown_of(rows)}\n" for title, rows in tables.items())
+    text = "".join(f"## {title}\n\n{markdown_of(rows)}\n" for title, rows in tables.items() if rows)
     args.pages.mkdir(parents=True, exist_ok=True)
     common.write_json(args.pages / "summary.json", summary)
     text += f"## Learning-rate search\n\n{search_table(args, config)}\n" if (args.out / "search").exists() else ""
@@ -378,7 +393,7 @@ def markdown_of(rows: Table) -> str:
     def shown(column: str, cell) -> str:
         if not isinstance(cell, dict):
             return cell
-        sign = "+" if column.startswith(("Δ", "gain")) and "ratio" not in column else ""
+        sign = "+" if column.startswith(("Δ", "gain")) else ""
         digits = 1 if "tokens" in column else 2 if "ratio" in column or column == "episodes" else 3
         if not math.isfinite(cell["mean"]):
             return "–"
@@ -392,12 +407,14 @@ def boot(values: dict, metric: str) -> dict[str, np.ndarray]:
 
 
 def outcome_table(config, values: dict, reference: str = "GRPO") -> Table:
+    """Accuracy within the training budget, what it gained over the base, and tokens."""
     right, tokens, hard = boot(values, "right"), boot(values, "tokens"), boot(values, "hard")
     gain = {name: right[name] - right["base"] for name in right}
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = {name: gain[name] / gain[reference] for name in gain}
     return {
         name: {
+            "seeds": str(len(values[name]["right"])),
             "lr": f"{config['methods'][name]['lr']:g}" if name in config["methods"] else "",
             f"right@{config['evaluate']['max-tokens']}": cell_of(right[name]),
             "gain": cell_of(gain[name]) if name != "base" else "",
@@ -417,26 +434,31 @@ def differences(config, values: dict, names: list[str], reference: str) -> Table
     return {name: {f"Δ {m}": cell_of(draws[m][name] - draws[m][reference]) for m in columns} for name in names}
 
 
-def regret_table(config, values: dict) -> Table:
-    """Inside the training budget from the episodes of the test traces, beyond it with budget-forced points."""
-    budgets, top = common.numbers("budgets", config["evaluate"]["budgets"]), config["evaluate"]["max-tokens"]
-    inside = {f"regret@{b}": boot(values, f"regret@{b}") for b in budgets}
-    beyond = [int(m.rsplit("@", 1)[1]) for m in values["base"] if m.startswith("forced: regret@")]
-    outside = {f"regret@{b}": boot(values, f"forced: regret@{b}") for b in beyond if b > top}
-    return {name: {column: cell_of(draws[name]) if name in draws else "–"
-                   for column, draws in {**inside, **outside}.items()} for name in values}  # fmt: skip
+def regret_table(config, values: dict, metric: str) -> dict[str, dict[str, dict]]:
+    """From the episodes of the test traces (regret@), or from thoughts cut at budgets and extended beyond their end
+    (forced: regret@), for some seeds; after the last extension a curve is held."""
+    top, rows = config["evaluate"]["max-tokens"], {}
+    inside = common.numbers("budgets", config["evaluate"]["budgets"])
+    of_column = {column: int(column.rsplit("@", 1)[1]) for column in values["base"] if column.startswith(metric)}
+    draws = {f"regret@{b}": boot(values, column) for column, b in of_column.items() if b in inside or b > top}
+    for name in values:
+        if all(name in of for of in draws.values()):
+            rows[name] = {column: cell_of(of[name]) for column, of in draws.items()}
+    return rows
 
 
 def reach_table(config, values: dict) -> Table:
+    """Tokens at which answers forced by then are so often right, and how many times as many GRPO needs (draws in which
+    neither gets there do not count)."""
     curves, grid, rows = boot(values, "anytime"), grid_of(config), {}
     for name in values:
         rows[name] = {}
         for target in config["targets"]:
             need = {n: tokens_to_reach(curves[n], grid, target) for n in {name, "GRPO"}}
             rows[name][f"tokens for {target}"] = cell_of(need[name])
-            ratio = "" if name == "GRPO" or not np.isfinite([need[n][0] for n in need]).all() else None
+            compared = name != "GRPO" and all(np.isfinite(need[n][0]) for n in need)
             with np.errstate(invalid="ignore"):
-                rows[name][f"ratio {target}"] = cell_of(need["GRPO"] / need[name]) if ratio is None else "–"
+                rows[name][f"ratio {target}"] = cell_of(need["GRPO"] / need[name]) if compared else "–"
     return rows
 
 
@@ -455,6 +477,7 @@ def behaviour_table(args, config, values: dict) -> Table:
         lines = [metrics(run) for run in training_runs(args, config, name)]
         total = {k: np.mean([of[-1][k] for of in lines]) if lines else 0 for k in ("sampled_tokens", "computed_tokens")}
         trained = np.mean([sum(line["trained_tokens"] for line in of) for of in lines]) if lines else 0
+        rows[name]["sampled tokens"] = f"{total['sampled_tokens'] / 1e3:.0f}k" if lines else ""
         rows[name]["steps"] = f"{np.mean([len(of) for of in lines]):.1f}" if lines else ""
         rows[name]["sampled per trained token"] = f"{total['sampled_tokens'] / trained:.2f}" if lines else ""
         rows[name]["computed per trained token"] = f"{total['computed_tokens'] / trained:.2f}" if lines else ""
@@ -537,22 +560,21 @@ def draw_method(args, config) -> None:
 def draw_anytime(args, config, values: dict) -> None:
     """Accuracy of an answer forced within a budget, and the normalised regret, dashed beyond the training budget."""
     plt = common.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    grid, top = grid_of(config), config["evaluate"]["max-tokens"]
-    curves, regret = boot(values, "anytime"), regret_table(config, values)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
+    grid, top, curves = grid_of(config), config["evaluate"]["max-tokens"], boot(values, "anytime")
+    regrets = [regret_table(config, values, metric) for metric in ("regret@", "forced: regret@")]
     for number, name in enumerate(n for n in ("base", *config["core"]) if n in values):
         cells = [cell_of(column) for column in curves[name].T]
         common.line(axes[0], grid, cells, f"C{number}", name, "-")
-        points: dict[int, dict] = {
-            int(c.split("@")[1]): cell for c, cell in regret[name].items() if isinstance(cell, dict)
-        }
-        for budgets, style in (([b for b in points if b <= top], "o-"), ([b for b in points if b >= top], "o--")):
-            label = name if style == "o-" else None
-            common.line(axes[1], budgets, [points[b] for b in budgets], f"C{number}", label, style)
+        for axis, rows in zip(axes[1:], regrets):
+            points = {int(column.split("@")[1]): cell for column, cell in rows.get(name, {}).items()}
+            for budgets, style in (([b for b in points if b <= top], "o-"), ([b for b in points if b >= top], "o--")):
+                common.line(axis, budgets, [points[b] for b in budgets], f"C{number}", None, style)
     axes[0].set(xlabel="token budget", ylabel="accuracy of an answer forced by then", ylim=(0, 1), xlim=(0, top))
-    axes[1].set(xlabel="token budget C0", ylabel="normalised regret")
-    axes[1].axvline(top, color="grey", linewidth=0.8)
     axes[0].legend(frameon=False, fontsize=8)
+    axes[1].set(xlabel="token budget C0", ylabel="normalised regret", title="episodes of test traces")
+    axes[2].set(xlabel="token budget C0", title="thoughts cut, and extended beyond the line")
+    axes[2].axvline(top, color="grey", linewidth=0.8)
     for axis in axes:
         axis.grid(alpha=0.3)
     common.save_figure(figure, args.pages / "anytime.png")

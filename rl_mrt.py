@@ -3,7 +3,8 @@
     l_MRT = l_FT + α · E[ Σ_j r_prg(z_j; c_{j-1}) ],    r_prg(z_j; c) = J(μ | z_j, c) - J(μ | c)          (Eq. 2)
 
 One update: sample traces → split the thoughts into episodes → J(μ) at their boundaries → an advantage for each token
-→ clipped policy-gradient loss → AdamW. MRT differs from GRPO in the advantages alone; those lines are marked `# MRT`.
+→ clipped policy-gradient loss → AdamW. MRT differs from GRPO in the advantages, marked `# MRT`, and in the prefix
+variant in where rollouts start. l_FT is the outcome reward's loss, c_{j-1} the prefix before episode z_j.
 
     --bonus 0                      outcome-reward GRPO: G traces a problem, 0/1 reward, group-normalised
     --bonus α --variant prefix     the paper's: a partial rollout is cut after a random number of episodes; from there m
@@ -16,7 +17,7 @@ On a laptop, with the embedded model (seconds a step):
     python rl_mrt.py --bonus 0
     python rl_mrt.py --bonus 1 --variant online --progress likelihood
 On a GPU, with the paper's data and settings (Table 3):
-    python rl_mrt.py --model Qwen/Qwen2.5-1.5B-Instruct --bonus 1.0
+    python rl_mrt.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --bonus 1.0
 """
 
 import argparse
@@ -86,7 +87,7 @@ def flags(argv=None) -> argparse.Namespace:
     train = parser.add_argument_group("optimisation")
     train.add_argument("--steps", type=common.positive_int, help="default: one pass over the problems")
     train.add_argument("--max-sampled-tokens", type=common.positive_int, help="stop after so many sampled tokens, "
-                       "forced answers included, instead of --steps")  # fmt: skip
+                       "forced answers included; with --steps: at whichever comes first")  # fmt: skip
     train.add_argument("--lr", type=common.non_negative)
     train.add_argument("--schedule", choices=("constant", "cosine"))
     train.add_argument("--warmup", type=common.non_negative, help="share of the run with rising learning rate")
@@ -475,7 +476,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompt
     print(f"{method}: {len(problems)} problems, {args.problems_per_step} × {args.group_size} rollouts a step, {goal}")
     if validation and state["step"] == 0:
         validate(args, run, sampler, validation, state)
-    first, began, line = dict(state), time.time(), {}
+    first, began = dict(state), time.time()
     while state["step"] < steps and state["sampled_tokens"] < (args.max_sampled_tokens or math.inf):
         step, clock = state["step"], time.time()
         rate = common.learning_rate(args, share_done(args, state, steps))
@@ -548,7 +549,8 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompt
 
 
 def share_done(args, state: dict, steps: float) -> float:
-    return state["sampled_tokens"] / args.max_sampled_tokens if args.max_sampled_tokens else state["step"] / steps
+    """Of the run, by steps or by sampled tokens, whichever is further."""
+    return max(state["step"] / steps, state["sampled_tokens"] / (args.max_sampled_tokens or math.inf))
 
 
 def rollout_stats(groups: list[list[Trace]]) -> dict[str, float]:
@@ -605,7 +607,7 @@ def records(step: int, groups: list[list[Trace]]) -> list[dict]:
             "finish": trace.completion.finish_reason,
             "prompt_tokens": len(trace.prompt),  # prefix variant: with the prefix
             "boundaries": trace.boundaries,
-            "J": [round(v, 5) for v in trace.values],
+            "J": [round(v, 5) for v in trace.values],  # at the boundaries; prefix variant: J(μ|c) and the outcome
             "text": trace.completion.text,
         }
         for group in groups

@@ -197,6 +197,10 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     for name, (small, large, _) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, small if is_tiny(args.model.split(",")[0]) else large)
+    if getattr(args, "warmup", 0.0) >= 1:
+        fail(f"--warmup {args.warmup}: is a share of the run, below 1")
+    if getattr(args, "compare", None) and args.out and config_of(args.out):
+        fail(f"--out {args.out}: holds a run; name another folder for the comparison")
     if not 0 < getattr(args, "top_p", 1.0) <= 1:
         fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
     return args
@@ -244,6 +248,14 @@ def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
         was = ", ".join(f"--{k.replace('_', '-')} {earlier.get(k)} (now {now[k]})" for k in changed)
         fail(f"--out {out}: the run there has other settings: {was}")
     return True
+
+
+def run_names(runs: list[Path]) -> dict[Path, str]:
+    """A short name for each of several runs: the folder's, else that of the folder it is in, else the whole path."""
+    for name in (lambda run: run.name, lambda run: run.parent.name, str):
+        if len({name(run) for run in runs}) == len(set(runs)):
+            break
+    return {run: name(run) for run in runs}
 
 
 def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:

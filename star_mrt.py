@@ -196,7 +196,7 @@ def traced(args, sampler: Sampler, problems, prompts, answers: int, seed: int) -
 
 def sample(args, file: Path, sampler: Sampler, problems, prompts, iteration: int) -> list[Trace]:
     """The iteration's traces; recorded as each batch of problems is done, and read back where they are."""
-    recorded = {row["id"]: row for row in common.read_jsonl(file)} if file.exists() else {}
+    recorded = {row["id"]: row for row in common.read_jsonl(file)} if file.exists() and file.stat().st_size else {}
     common.wait_for_ranks()  # all have read it
     todo = [i for i, p in enumerate(problems) if p["id"] not in recorded]
     clock = common.Clock(len(todo), "problems", sampler)
@@ -355,6 +355,7 @@ def fine_tune(args, folder: Path, model, tokenizer, examples: list[tuple]) -> di
             print(
                 f"step {state['step']} of {steps}  loss {state['loss']:.4f}  {common.duration(left)} left", flush=True
             )
+    common.end_on_sigterm()
     model.eval()
     return {"steps": steps, "loss": state["loss"]}
 

@@ -164,6 +164,11 @@ def on_sigterm() -> threading.Event:
     return asked
 
 
+def end_on_sigterm() -> None:
+    """SIGTERM ends the process at once again, as in work whose records are complete line by line."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict, keep: int) -> None:
     """`checkpoints/step_N`: the model in Hugging Face format and what training needs to go on, the same whichever
     number of processes wrote it. It is written under another name and renamed when complete; then older ones go."""
