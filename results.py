@@ -266,7 +266,8 @@ def sample_metrics(config) -> dict:
         **{f"regret@{b}": lambda s, b=b: common.regret_at(s, b) for b in budgets},
         "anytime": lambda s: [common.accuracy_at(s, x) for x in grid],
         "episodes": lambda s: len(s["J"]) - 1,
-        "useless": useless_share,
+        "useless before the find": lambda s: waste(s)[0],
+        "episodes after it": lambda s: waste(s)[1],
         "progress": lambda s: (s["J"][-1] - s["J"][0]) / max(1, len(s["J"]) - 1),
     }
 
@@ -275,16 +276,19 @@ def grid_of(config) -> np.ndarray:
     return np.linspace(0, config["evaluate"]["max-tokens"], 49)[1:]
 
 
-def useless_share(sample: dict) -> float:
-    """Share of a thought's episodes that try no candidate for the first time: talk, re-checks, all after the find."""
+def waste(sample: dict) -> tuple[float, int]:
+    """(share of the episodes up to the one that finds the solution which try no candidate for the first time: talk and
+    re-checks; number of episodes after that one)."""
     thought = sample["text"].split(common.THINK_END)[0]
+    episodes = [thought[start:end] for start, end in common.episode_spans(thought)]
+    find = next((j for j, episode in enumerate(episodes) if "yes, x = " in episode), len(episodes) - 1)
     tried: set[str] = set()
-    useless = []
-    for start, end in common.episode_spans(thought):
-        new = set(re.findall(r"try x = (\d+)", thought[start:end])) - tried
-        useless.append(not new)
+    useless = 0
+    for episode in episodes[: find + 1]:
+        new = set(re.findall(r"try x = (\d+)", episode)) - tried
+        useless += not new
         tried |= new
-    return float(np.mean(useless))
+    return useless / (find + 1), len(episodes) - 1 - find
 
 
 def resampled(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -394,7 +398,7 @@ def markdown_of(rows: Table) -> str:
         if not isinstance(cell, dict):
             return cell
         sign = "+" if column.startswith(("Δ", "gain")) else ""
-        digits = 1 if "tokens" in column else 2 if "ratio" in column or column == "episodes" else 3
+        digits = 1 if "tokens" in column else 2 if "ratio" in column or column.startswith("episodes") else 3
         if not math.isfinite(cell["mean"]):
             return "–"
         return common.cell(cell, digits, sign).replace("inf", "∞")
@@ -470,7 +474,10 @@ def extension_table(values: dict) -> dict[str, dict[str, dict]]:
 
 
 def behaviour_table(args, config, values: dict) -> Table:
-    draws = {m: boot(values, m) for m in ("episodes", "useless", "progress", "truncated")}
+    draws = {
+        m: boot(values, m)
+        for m in ("episodes", "useless before the find", "episodes after it", "progress", "truncated")
+    }
     rows: Table = {}
     for name in values:
         rows[name] = {m: cell_of(draws[m][name]) for m in draws}

@@ -100,14 +100,16 @@ def test_tokens_to_reach_an_accuracy():
     np.testing.assert_allclose(results.tokens_to_reach(curves, grid, 0.1)[0], 5)
 
 
-def test_useless_episodes_try_nothing_new():
+def test_waste_is_what_tries_nothing_new_and_what_follows_the_find():
     tries = "Okay, try x = 1: no.\n\ntry x = 2: no.\n\ntry x = 3: no.\n\n"
     again = "Wait, check x = 1: no.\n\ncheck x = 2: no.\n\ncheck x = 3: no.\n\n"
     repeated = "Wait, try x = 1: no.\n\ntry x = 2: no.\n\ntry x = 3: no.\n\n"
     talk = "But hold on, maybe there is none.\n\nmaybe.\n\nmaybe.\n\n"
-    new = "Alternatively, try x = 3: no.\n\ntry x = 4: yes, x = 4 works.\n\n"
-    assert results.useless_share({"text": tries + again + talk + new + "</think>\n\n**"}) == 0.5
-    assert results.useless_share({"text": tries + repeated}) == 0.5
+    finds = "Alternatively, try x = 3: no.\n\ntry x = 4: yes, x = 4 works.\n\ntry x = 4: yes, x = 4 works.\n\n"
+    assert results.waste({"text": tries + again + talk + finds + "</think>\n\n**"}) == (0.5, 0)
+    assert results.waste({"text": tries + finds + again + talk}) == (0.0, 2)
+    assert results.waste({"text": tries + repeated}) == (0.5, 0)
+    assert results.waste({"text": ""}) == (1.0, 0)  # an empty thought is one episode
 
 
 def test_tables_show_what_was_never_reached():
