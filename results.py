@@ -341,6 +341,9 @@ def report(args, config) -> None:
     names = [name for name in equal if name not in ("base", "GRPO")]
     tables["Equal sampled tokens"] = outcome_table(config, equal)
     tables["Difference to GRPO, equal sampled tokens"] = differences(config, equal, names, "GRPO")
+    penalised = [f"{name} + length penalty" for name in ("GRPO", "MRT online")]
+    if set(penalised) <= set(equal):
+        tables["What MRT adds to the length penalty"] = differences(config, equal, penalised[1:], penalised[0])
     if longer:
         first = next(iter(longer))
         tables["Longer training"] = outcome_table(config, {"base": values["base"], **longer}, first)
@@ -542,8 +545,10 @@ def two_traces(args, config) -> str:
 def draw_method(args, config) -> None:
     """MRT on one trace of the base: J(μ) after each episode, an episode's progress, the regret above the curve."""
     records = common.load_records(folder(args, "base", config["seeds"]["core"][0]) / "test")
-    samples = [s for r in records if r["level"] == 20 for s in r["samples"] if s["finish"] == "stop"]
-    sample = max(samples, key=lambda s: (s["right"] and 5 <= len(s["J"]) - 1 <= 7, len(s["J"])))
+    samples = [s for r in records for s in r["samples"] if s["finish"] == "stop"]
+    clear = [s for s in samples if 5 <= len(s["J"]) - 1 <= 7 and s["J"][0] == 0 and s["J"][-2:] == [1, 1]]
+    clear.sort(key=lambda s: not any(0 < j < 1 for j in s["J"]))
+    sample = (clear or samples)[0]
     plt = common.pyplot()
     figure, axis = plt.subplots(figsize=(9, 3.4), constrained_layout=True)
     ends, values = sample["boundaries"], sample["J"]
@@ -555,7 +560,9 @@ def draw_method(args, config) -> None:
         progress = values[j + 1] - values[j]
         axis.axvspan(start, end, color=f"C{j}", alpha=0.08, linewidth=0)
         axis.annotate("", (end, values[j + 1]), (end, values[j]), arrowprops={"arrowstyle": "->", "color": f"C{j}"})
-        kind = "tries candidates" if "try x" in text else "re-checks" if "check x" in text else "talks"
+        found = ": yes" in thought[: thought.index(text)]
+        kind = "re-checks" if found or "try x" not in text else "tries candidates"
+        kind = "talks" if " x = " not in text else "finds x" if ": yes" in text and not found else kind
         axis.text((start + end) / 2, 1.05, f"$z_{j}$ {kind}", ha="center", fontsize=8, color=f"C{j}")
         axis.text((start + end) / 2, 1.12, f"$r_{{prg}}$ = {progress:+.2f}", ha="center", fontsize=8, color=f"C{j}")
     axis.set(xlabel="tokens of the thought", ylabel="J(μ): success rate if stopped here", xlim=(0, ends[-1]))
