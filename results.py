@@ -525,17 +525,23 @@ def training_runs(args, config, name: str) -> list[Path]:
 
 
 def two_traces(args, config) -> str:
-    """The first sample of the first problem with 20 candidates, before and after training with seed 0."""
+    """First samples of one problem, before and after training with the first seed: of the problems that all models
+    solve and the base in more than three episodes, the first with the most candidates."""
+    runs = {name: folder(args, name, config["seeds"]["core"][0]) / "test" for name in ("base", "GRPO", "MRT online")}
+    samples = {name: {r["problem"]: (r["level"], r["samples"][0]) for r in common.load_records(run)}
+               for name, run in runs.items() if run.exists()}  # fmt: skip
+
+    def fit(problem: str) -> tuple:
+        level, base = samples["base"][problem]
+        return all(of[problem][1]["right"] for of in samples.values()), len(base["J"]) > 4, level
+
+    problem = max(samples["base"], key=fit)  # the first of equals
     text = "## One problem before and after\n"
-    for name in ("base", "GRPO", "MRT online"):
-        run = folder(args, name, config["seeds"]["core"][0]) / "test"
-        record = next((r for r in common.load_records(run) if r["level"] == 20), None) if run.exists() else None
-        if record is None:
-            continue
-        sample = record["samples"][0]
+    for name, of in samples.items():
+        _, sample = of[problem]
         text += f"\n**{name}**, {sample['tokens']} tokens, {'right' if sample['right'] else 'wrong'}. "
         text += f"J at the ends of its episodes: {', '.join(f'{j:.2f}' for j in sample['J'])}\n\n"
-        text += "".join(f"    {line}\n" if line else "\n" for line in [record["problem"], *sample["text"].split("\n")])
+        text += "".join(f"    {line}\n" if line else "\n" for line in [problem, *sample["text"].split("\n")])
     return text
 
 
