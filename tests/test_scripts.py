@@ -329,7 +329,7 @@ def test_a_comparison_needs_records_alone(tmp_path, execute, straight_evaluation
     printed = succeeded(execute(tmp_path, "evaluate.py", "--compare", "base", "better", *flags))
     table = (tmp_path / "both" / "summary.md").read_text()
     assert table in printed
-    assert table.splitlines()[0] == "| | base | better |"
+    assert table.splitlines()[0] == "|  | base | better |"
     assert f"| pass@1 | {pass_1:.3f} [" in table and "| 1.000 [1.000, 1.000] |" in table
     assert f"| pass@1 | {1 - pass_1:+.3f} [" in table and "| tokens | -10.0 [-10.0, -10.0] |" in table
     assert "| problems | 5 | 5 |" in table and "| regret@96 | +0.000 [+0.000, +0.000] |" in table
