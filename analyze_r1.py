@@ -172,15 +172,17 @@ def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str
         response = response.removeprefix("<think>").removeprefix("\n")
     thought, marker, answer = response.partition(THINK_END)
     ids = common.encode(tokenizer, thought)
-    completion = Completion(ids, [], "stop" if marker or not marked else "length")
-    completion.text, completion.offsets = common.text_and_offsets(tokenizer, ids)
-    spans = common.episode_spans(completion.text, args.max_steps, args.episodes_per_point)
+    written = ids + common.encode(tokenizer, marker + answer)
+    completion = Completion(written, [], "stop" if marker or not marked else "length")
+    completion.text, completion.offsets = common.text_and_offsets(tokenizer, written)
+    spans = common.episode_spans(
+        completion.text[: completion.offsets[len(ids)]], args.max_steps, args.episodes_per_point
+    )
     ends = {common.first_at(completion.offsets, start) for start, _ in spans}
     finished = bool(marker) and common.thinks(tokenizer)
     trace = Trace(problem, prompt, completion, sorted(ends | {0, len(ids)}), finished, answer if marker else None)
     if not marked:
         trace.answer = response
-    completion.text += marker + answer  # to be read; offsets end with the thought
     return trace
 
 
@@ -290,12 +292,17 @@ def votes(sample: dict, kind: str) -> list[list[float]]:
     return table
 
 
-def over_problems(pairs: list[tuple[str, float]]) -> dict:
-    """Mean and interval of (problem id, value of one of its traces or episodes), problems weighing the same."""
+def by_problem(pairs: list[tuple[str, float]]) -> list[list[float]]:
+    """The values of each problem from (problem id, value of one of its traces or episodes)."""
     rows: dict[str, list[float]] = {}
     for name, value in pairs:
         rows.setdefault(name, []).append(value)
-    return common.interval(list(rows.values()))
+    return list(rows.values())
+
+
+def over_problems(pairs: list[tuple[str, float]]) -> dict:
+    """Mean and interval, problems weighing the same."""
+    return common.interval(by_problem(pairs))
 
 
 def summarise(args, records: list[dict]) -> dict:
@@ -359,13 +366,12 @@ def panels(args, traces) -> list[dict]:
                 p: [over_problems([(i, s["maj"][kind][k][v]) for (i, s), k in zip(mine, row)]) for row in at]
                 for v, p in enumerate(VOTES)
             }
-        panel["tokens"] = {
-            p: [
-                float(np.mean([s["boundaries"][k] + p * s["answer_tokens"][k] for (_, s), k in zip(mine, row)]))
-                for row in at
+        panel["tokens"] = {}
+        for p in VOTES:
+            spent = [
+                [(i, s["boundaries"][k] + p * s["answer_tokens"][k]) for (i, s), k in zip(mine, row)] for row in at
             ]
-            for p in VOTES
-        }
+            panel["tokens"][p] = [float(np.mean([np.mean(of) for of in by_problem(pairs)])) for pairs in spent]
         out.append(panel)
     return out
 
@@ -457,7 +463,7 @@ def markdown(summary: dict) -> str:
         counts = f"{panel['traces']} ({panel['problems']})"
         by_panel.append([f"{first} to {last}", counts, cell(few[0]), cell(few[-1]), cell(many[-1])])
     header = ["episodes", "traces (problems)", "maj@1 at the start", "maj@1 at the end", "maj@8 at the end"]
-    return common.markdown(["", ""], [list(row) for row in rows]) + "\n" + common.markdown(header, by_panel)
+    return common.markdown(["", ""], rows) + "\n" + common.markdown(header, by_panel)
 
 
 # ---------------------------------------------------------------------------------------------- pictures

@@ -45,7 +45,7 @@ def flags(argv=None) -> argparse.Namespace:
     parser.set_defaults(model=",".join(["tiny", *(path for path in DEMO if Path(path).is_dir())]))
     thoughts = parser.add_argument_group("thoughts")
     thoughts.add_argument("--thoughts", type=Path, metavar="RUN", help="thoughts and J at their episodes from a run of "
-                          "analyze_r1.py by the same model, instead of new thoughts")  # fmt: skip
+                          "analyze_r1.py by the same model, with its --max-tokens; else new thoughts")  # fmt: skip
     thoughts.add_argument("--num-samples", type=common.positive_int, help="thoughts a problem")
     thoughts.add_argument("--max-tokens", type=common.positive_int, help="training budget: limit of a thought with its "
                           "answer; beyond it is extrapolation")  # fmt: skip
@@ -79,10 +79,12 @@ def flags(argv=None) -> argparse.Namespace:
     args.strings = ["Wait"] if args.style == "s1" else args.strings.split(",")
     if not all(args.strings):
         fail("--strings: one of them is empty")
-    if args.thoughts and len(models) > 1 and not args.compare:
-        if args.model != parser.get_default("model"):
+    if args.thoughts and not args.compare:
+        if len(models) > 1 and args.model != parser.get_default("model"):
             fail("--thoughts: one run holds the thoughts of one model")
         args.model = models[0]
+        made = settings_of_analysis(args.thoughts)
+        args.max_tokens = args.max_tokens if made.get("traces") else made["max_tokens"]
     return args
 
 
@@ -93,8 +95,8 @@ def main() -> None:
         return
     args.engine = common.pick_engine(args.engine)
     todo = []
-    if "," in args.model and common.config_of(args.out):
-        fail(f"--out {args.out}: holds a run of one model; name another folder for several")
+    if "," in args.model:
+        common.check_out_of_many(args.out)
     for model in args.model.split(","):
         one = copy.copy(args)
         one.model, one.out = model, args.out / common.short_name(model) if "," in args.model else args.out
@@ -125,11 +127,16 @@ def lasting_settings(args) -> dict:
     return {k: v for k, v in vars(args).items() if k not in volatile}
 
 
+def settings_of_analysis(run: Path) -> dict:
+    made = (common.config_of(run) or {}).get("settings", {})
+    if "episodes_per_point" not in made:
+        fail(f"--thoughts {run}: no config.json of an analyze_r1.py run there")
+    return made
+
+
 def load_thoughts(args) -> list[dict]:
     """[{problem, samples}] of an analysis, which must be of the same model."""
-    made = (common.config_of(args.thoughts) or {}).get("settings", {})
-    if "episodes_per_point" not in made:
-        fail(f"--thoughts {args.thoughts}: no config.json of an analyze_r1.py run there")
+    made = settings_of_analysis(args.thoughts)
     if made["model"] != args.model:
         fail(f"--thoughts {args.thoughts}: holds thoughts of --model {made['model']}, not of {args.model}")
     records = [r for r in common.load_records(args.thoughts) if r["samples"]][: args.limit]

@@ -45,6 +45,7 @@ from metrics import (  # noqa: F401
     normalized_regret,
     pass_at_k,
     regret_at,
+    tokens_to_reach,
     trace_curve,
     vote_at_k,
 )
@@ -52,9 +53,9 @@ from runs import (  # noqa: F401
     Clock,
     add_common_flags,
     append_jsonl,
-    band,
     cell,
     check_out,
+    check_out_of_many,
     config_of,
     device_name,
     duration,
@@ -73,6 +74,7 @@ from runs import (  # noqa: F401
     parse_flags,
     positive_int,
     pyplot,
+    read_config,
     read_jsonl,
     resolve_model,
     run_names,
@@ -387,6 +389,7 @@ def episode_spans(thought: str, max_steps: int = 49, group_size: int = 1) -> lis
     max_steps + 1; every `group_size` neighbours then become one. Published max_steps/group_size: 49/5
     Omni-MATH, 45/3 AIME 2024, 99/10 regret study. Spans start at 0, end at len(thought) and leave no
     gap: a separator belongs to the episode before it. An empty thought is one empty episode.
+    Pass the thought only: "</think>" has no special meaning, and markers in an answer would count.
     Raises ValueError for max_steps < 0 or group_size < 1.
     """
     if max_steps < 0 or group_size < 1:
@@ -403,20 +406,9 @@ def episode_spans(thought: str, max_steps: int = 49, group_size: int = 1) -> lis
     return list(zip(starts, [*starts[1:], len(thought)]))
 
 
-def split_episodes(thought: str, max_steps: int, group_size: int = 1) -> list[str]:
-    """Texts of `episode_spans` as the published code stores them: each episode stripped of trailing
-    newlines, the members of a group joined with "\\n\\n". Errors as there.
-
-    Pass the thought only: "</think>" has no special meaning, and markers in an answer would count.
-    """
-    groups = episode_spans(thought, max_steps, group_size)
-    texts = [thought[start:end].rstrip("\n") for start, end in episode_spans(thought, max_steps)]
-    return ["\n\n".join(texts[i * group_size : (i + 1) * group_size]) for i in range(len(groups))]
-
-
 @dataclass
 class Trace:
-    """A completion read as thought and answer. Episode j (from 1) is `token_ids[boundaries[j - 1] : boundaries[j]]`:
+    """A completion read as thought and answer. Episode z_j (from 0) is `token_ids[boundaries[j] : boundaries[j + 1]]`:
     the spans are contiguous and cover the thought, nothing is tokenized twice. `boundaries[0]` is 0, the empty prefix.
     """
 
@@ -473,18 +465,29 @@ def grade_traces(traces: list[Trace]) -> None:
         trace.verdict, trace.reward = verdict, float(verdict == "right")
 
 
+def read_traces(tokenizer, problems: list[dict], prompts: list[list[int]], rows: list[list[Completion]],
+                prefixes: list[str] | None = None, **how) -> list[list[Trace]]:  # fmt: skip
+    """The completions of each (problem, prompt) as graded traces; `how`: see `read_trace`. A prompt may hold a prefix
+    of the thought; its text is graded with what follows where a model without a marker answers in its thought."""
+    groups = [
+        [read_trace(tokenizer, problem, prompt, completion, **how) for completion in row]
+        for problem, prompt, row in zip(problems, prompts, rows)
+    ]
+    if prefixes and not thinks(tokenizer):
+        for group, prefix in zip(groups, prefixes):
+            for trace in group:
+                trace.answer = prefix + trace.completion.text
+    grade_traces([trace for group in groups for trace in group])
+    return groups
+
+
 def sample_traces(args, sampler: Sampler, problems, prompts, missing: int | None = None, first: int = 0,
                   **how) -> list[list[Trace]]:  # fmt: skip
     """--num-samples graded traces a problem (or `missing` of them, from number `first`); `how`: see `read_trace`."""
     seeds = [(args.seed, key(p["id"])) for p in problems]
     count = args.num_samples if missing is None else missing
     rows = sampler.generate(prompts, args.max_tokens, seeds, count, args.temperature, args.top_p, first)
-    groups = [
-        [read_trace(sampler.tokenizer, problem, prompt, completion, **how) for completion in row]
-        for problem, prompt, row in zip(problems, prompts, rows)
-    ]
-    grade_traces([trace for group in groups for trace in group])
-    return groups
+    return read_traces(sampler.tokenizer, problems, prompts, rows, **how)
 
 
 def trace_record(trace: Trace) -> dict:
@@ -641,9 +644,8 @@ def anytime_accuracy(sampler, problems, budgets, max_tokens: int, answer_tokens:
     tokenizer = sampler.tokenizer
     prompts = [prompt_ids(tokenizer, p["problem"]) for p in problems]
     seeds = [(*seed, key(p["id"])) for p in problems]
-    sampled = sampler.generate(prompts, max_tokens, seeds, temperature=temperature)
-    traces = [read_trace(tokenizer, p, q, c, 1) for p, q, (c,) in zip(problems, prompts, sampled)]
-    grade_traces(traces)
+    rows = sampler.generate(prompts, max_tokens, seeds, temperature=temperature)
+    traces = [trace for (trace,) in read_traces(tokenizer, problems, prompts, rows, max_episodes=1)]
     cut = [t.completion.finish_reason == "length" for t in traces]
     longer = [(b, i) for b in budgets for i, t in enumerate(traces) if len(t.completion.token_ids) + cut[i] > b]
     forced = [forced_prompt(tokenizer, traces[i], cut_at_budget(traces[i], b)) for b, i in longer]
@@ -657,7 +659,7 @@ def anytime_accuracy(sampler, problems, budgets, max_tokens: int, answer_tokens:
 
 
 def episode_credits(values: list[float], credit_lambda: float) -> list[float]:
-    """Credit of each episode from J at its k + 1 boundaries: Σ_{l ≥ j} λ^{l-j} r_prg(z_l), r_prg(z_j) = J_j - J_{j-1}
+    """Credit of each episode from J at the k + 1 boundaries: Σ_{l ≥ j} λ^{l-j} r_prg(z_l), r_prg(z_j) = J_{j+1} - J_j
     (Def. 6.1). λ = 0 is the paper's greedy progress; λ = 1 is J at the end of the thought minus J at the episode's
     start, a return with μ as its baseline; between them it is generalised advantage estimation over episodes."""
     credits, running = [], 0.0
@@ -720,7 +722,6 @@ def grpo_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
-    mask: torch.Tensor,
     denominator: float,
     clip: float = 0.2,
     ref_logprobs: torch.Tensor | None = None,
@@ -728,23 +729,20 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """-1/denominator · Σ_tokens min(ρ A, clip(ρ, 1-ε, 1+ε) A) + kl · k3, ρ = exp(logprob - old logprob).
 
-    All tensors have one shape; only tokens under `mask` count, whatever the others hold (-inf and NaN included). The
-    denominator is given: the trained tokens of the *whole* batch, fixed before the loop over micro-batches, so any
+    All tensors have one shape and hold trained tokens alone: no prompt, no padding (`token_logprobs` leaves them out).
+    The denominator is given: the trained tokens of the *whole* batch, fixed before the loop over micro-batches, so any
     split gives the same gradient. MRT does not change this function, only `advantages`.
 
     k3 = e^d - d - 1, d = ref - logprob, is never below 0 and estimates KL(π‖ref) on samples of π; its gradient is
     that of KL(ref‖π). d is clamped to ±10 before exp. Returns (loss, sums over tokens: clipped, kl).
     """
-    zero = torch.zeros_like(logprobs)
-    difference = torch.where(mask, logprobs - old_logprobs, zero)
-    advantage = torch.where(mask, advantages, zero)
-    ratio = difference.clamp(-10, 10).exp()
+    ratio = (logprobs - old_logprobs).clamp(-10, 10).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    per_token = -torch.minimum(ratio * advantage, clipped * advantage)
-    sums = {"clipped": float(((clipped * advantage < ratio * advantage) & mask).sum())}
+    per_token = -torch.minimum(ratio * advantages, clipped * advantages)
+    sums = {"clipped": float((clipped * advantages < ratio * advantages).sum())}
     if ref_logprobs is not None:
-        d = torch.where(mask, ref_logprobs - logprobs, zero).clamp(-10, 10)
+        d = (ref_logprobs - logprobs).clamp(-10, 10)
         k3 = d.exp() - d - 1
         per_token = per_token + kl * k3
         sums["kl"] = float(k3.detach().sum())
-    return torch.where(mask, per_token, zero).sum() / denominator, sums
+    return per_token.sum() / denominator, sums

@@ -87,8 +87,8 @@ def main() -> None:
     args.engine = common.pick_engine(args.engine)
     models, datasets = args.model.split(","), args.dataset.split(",")
     todo: dict[str, list[argparse.Namespace]] = {model: [] for model in models}
-    if len(models) * len(datasets) > 1 and common.config_of(args.out):
-        fail(f"--out {args.out}: holds a run of one model; name another folder for several")
+    if len(models) * len(datasets) > 1:
+        common.check_out_of_many(args.out)
     for model in todo:  # what can be refused at once is, before anything large is fetched
         for dataset in datasets:
             one = copy.copy(args)
@@ -376,6 +376,11 @@ def table_of_datasets(by_model: dict[str, dict[str, list[dict]]], datasets: list
     return common.markdown(["pass@1", *datasets, "average"], table)
 
 
+def intervals(rows) -> list[dict]:
+    """Of the columns of [problems, points]."""
+    return [common.interval(column) for column in np.transpose(rows)]
+
+
 def draw_anytime(args, records: dict[str, list[dict]], top: int, stem: str) -> Path | None:
     """Accuracy of an answer forced within each budget (the area above it is the regret), and the normalised regret.
     None where the records hold no forced answers."""
@@ -386,27 +391,15 @@ def draw_anytime(args, records: dict[str, list[dict]], top: int, stem: str) -> P
     grid = np.linspace(top / 32, top, 32)
     for name, rows in records.items():
         forced = [[np.mean([common.accuracy_at(s, x) for s in r["samples"]]) for x in grid] for r in rows]
-        common.band(axes[0], grid, np.array(forced), name)
+        common.line(axes[0], grid, intervals(forced), label=name)
         regrets = [[np.mean([common.regret_at(s, b) for s in r["samples"]]) for b in args.budgets] for r in rows]
-        common.band(axes[1], args.budgets, np.array(regrets), name, "o-")
+        common.line(axes[1], args.budgets, intervals(regrets), label=name, style="o-")
     axes[0].set(xlabel="token budget", ylabel="accuracy of the answer forced by then", ylim=(0, 1), xlim=(0, top))
     axes[1].set(xlabel="token budget C0", ylabel="normalised regret", xticks=args.budgets)
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     return common.save_figure(figure, args.out / f"{stem}anytime.png")
-
-
-def tokens_for(target: float, tokens: np.ndarray, scores: np.ndarray) -> float:
-    """Tokens at which a curve first reaches a score, linear between its points; its first point if it starts above."""
-    above = np.flatnonzero(scores >= target - 1e-12)
-    if not len(above):
-        return float("nan")
-    i = above[0]
-    if i == 0:
-        return float(tokens[0])
-    share = (target - scores[i - 1]) / (scores[i] - scores[i - 1])
-    return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
 
 
 def token_ratio(base: Efficiency, other: Efficiency, metric: str, draws: int = 1000) -> dict:
@@ -416,7 +409,7 @@ def token_ratio(base: Efficiency, other: Efficiency, metric: str, draws: int = 1
     def ratio(chosen) -> tuple[float, float]:
         curves = [(e.tokens[chosen].mean(0), e.scores[metric][chosen].mean(0)) for e in (base, other)]
         target = min(scores.max() for _, scores in curves)
-        return tokens_for(target, *curves[0]) / tokens_for(target, *curves[1]), target
+        return common.tokens_to_reach(target, *curves[0]) / common.tokens_to_reach(target, *curves[1]), target
 
     count = len(base.tokens)
     picks = np.random.default_rng(0).integers(count, size=(draws, count))
@@ -431,7 +424,7 @@ def draw_efficiency(args, curves: dict[str, Efficiency], stem: str) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True, sharey=True)
     for name, curve in curves.items():
         for axis, scores in zip(axes, curve.scores.values()):
-            common.band(axis, curve.tokens.mean(0), scores, name, ".-")
+            common.line(axis, curve.tokens.mean(0), intervals(scores), label=name, style=".-")
     for axis, title in zip(axes, ("pass@k", "maj@k")):
         axis.set(xlabel="tokens of k samples", ylabel=title)
         common.token_axis(axis)

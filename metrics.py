@@ -184,6 +184,18 @@ def accuracy_at(sample: dict, budget: float) -> float:
     return next((v for t, v in zip(tokens[::-1], values[::-1]) if t <= budget), 0.0)
 
 
+def tokens_to_reach(target: float, tokens: Sequence[float] | np.ndarray, scores: Sequence[float] | np.ndarray) -> float:
+    """Tokens at which a curve first reaches a score, linear between its points; its first point if it starts above,
+    infinite if it never gets there."""
+    i = next((i for i, score in enumerate(scores) if score >= target - 1e-12), None)
+    if i is None:
+        return math.inf
+    if i == 0:
+        return float(tokens[0])
+    share = (target - scores[i - 1]) / (scores[i] - scores[i - 1])
+    return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
+
+
 def bootstrap_interval(
     per_problem: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:

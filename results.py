@@ -1,7 +1,8 @@
 """results.py: does MRT beat outcome-reward RL, and when? The comparison of Sections 7 and 8 on the embedded model.
 
     python results.py             # the core: GRPO and MRT online, each with and without length penalty, MRT prefix
-    python results.py --all       # every method, STaR, longer runs, the estimators of J, equal computed tokens
+    python results.py --all       # every method, longer runs, STaR, extensions with all seeds, estimators of J, equal
+                                  # computed tokens
     python results.py --search    # the learning-rate search on validation problems; its winners stand in the config
     python results.py --report    # tables and figures again, from the runs that are there
 
@@ -27,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 import budget_force
 import common
@@ -54,27 +54,46 @@ def flags(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     args = flags()
-    try:
-        config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        fail(f"--config {args.config}: {common.first_line(error)}")
-    if args.search:
-        run_all(args, search_jobs(args, config))
-        print(search_table(args, config))
-        return
+    config = common.read_config(args.config)
+    failed = 0
     if not args.report:
+        check_settings(args, config)
+    if args.search:
+        failed = run_all(args, search_jobs(args, config))
+        print(search_table(args, config))
+    elif not args.report:
         jobs = method_jobs(args, config, ["base", *config["core"]], config["seeds"]["core"])
         if args.all:
-            others = [name for name in config["methods"] if name not in config["core"]]
-            for name in others:
-                jobs += method_jobs(
-                    args, config, [name], config["methods"][name].get("seeds", config["seeds"]["others"])
-                )
+            for name in (name for name in config["methods"] if name not in config["core"]):
+                seeds = config["methods"][name].get("seeds", config["seeds"]["others"])
+                jobs += method_jobs(args, config, [name], seeds)
             jobs += star_jobs(args, config)
-        run_all(args, jobs)
+        failed = run_all(args, jobs)
         if args.all:
-            run_all(args, equal_compute_jobs(args, config) + other_jobs(args, config))
-    report(args, config)
+            failed += run_all(args, equal_compute_jobs(args, config) + other_jobs(args, config))
+    if not args.search:
+        report(args, config)
+    if failed:
+        fail(f"{failed} commands failed, see above; what they would have made is left out")
+
+
+def check_settings(args, config) -> None:
+    """Ends the program if --out holds runs with other settings: what is there is not run again. Seeds and methods may
+    be added, and what only the report uses may change."""
+    kept = args.out / "config.json"
+    if kept.exists():
+        old, new = (settings_of_runs(c) for c in (json.loads(kept.read_text(encoding="utf-8")), config))
+        changed = [name for name in old if name in new and old[name] != new[name]]
+        if changed:
+            fail(f"--out {args.out}: its runs had other settings of {', '.join(changed)}; give another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    common.write_json(kept, config)
+
+
+def settings_of_runs(config) -> dict:
+    parts = ("train", "evaluate", "force", "analyze", "estimators", "star")
+    of_methods = {name: (of["flags"], of["lr"]) for name, of in config["methods"].items()}
+    return {**{part: config[part] for part in parts}, **of_methods}
 
 
 # ---------------------------------------------------------------------------------------------- what is run
@@ -101,11 +120,17 @@ def trained(args, config, method: str, seed: int, lr: float, out: Path) -> tuple
     return command("rl_mrt.py", out, settings, config["methods"][method]["flags"])
 
 
+def trains_longer(config, method: str) -> bool:
+    """Does the method have a number of sampled tokens of its own?"""
+    return method in config["methods"] and "--max-sampled-tokens" in config["methods"][method]["flags"]
+
+
 def search_jobs(args, config) -> list[Job]:
     """Every method with every learning rate, one seed; each model's pass@1 on validation problems."""
     jobs, seed = [], config["search"]["seed"]
-    searched = [name for name, of in config["methods"].items() if "max-sampled" not in of["flags"]]  # not longer runs
-    for lr, method in itertools.product(config["search"]["lr"], searched):
+    for lr, method in itertools.product(config["search"]["lr"], config["methods"]):
+        if trains_longer(config, method):
+            continue
         run = args.out / "search" / f"{slug(method)}-lr{lr:g}"
         settings = {**config["evaluate"], "split": "validation", "model": run / "model", "seed": seed}
         test = command("evaluate.py", run / "validation", settings, "--metric pass@1")
@@ -114,7 +139,7 @@ def search_jobs(args, config) -> list[Job]:
 
 
 def method_jobs(args, config, methods: list[str], seeds: list[int]) -> list[Job]:
-    """Training, evaluation and, for the core and some seeds, budget forcing; seeds one after the other."""
+    """Training, evaluation and, for the core's first seed or --all, budget forcing; seeds one after the other."""
     jobs: list[Job] = []
     for seed in seeds:
         for method in methods:
@@ -125,25 +150,37 @@ def method_jobs(args, config, methods: list[str], seeds: list[int]) -> list[Job]
                 job.append(trained(args, config, method, seed, config["methods"][method]["lr"], run))
             where = {"model": "tiny" if method == "base" else run / "model", "seed": seed}
             job.append(command("evaluate.py", run / "test", {**config["evaluate"], **where}))
-            if method in ("base", *config["core"]) and seed in config["seeds"]["others"]:
+            if method in ("base", *config["core"]) and (args.all or seed == seeds[0]):
                 job.append(command("budget_force.py", run / "force", {**config["force"], **where}))
             jobs.append(job)
     return jobs
 
 
+# How often the update computes a trained token: a forward pass and a backward pass, which costs two; or not counted.
+PASSES = {"test-equal-computed": 3, "test-equal-computed-before-update": 0}
+
+
+def computed_tokens(run: Path, passes: int) -> np.ndarray:
+    """[steps]: tokens run through the model by the end of each step: prompts, sampling, scoring, and the update's."""
+    lines = metrics(run)
+    return np.array([of["computed_tokens"] for of in lines]) + passes * np.cumsum(
+        [of["trained_tokens"] for of in lines]
+    )
+
+
 def equal_compute_jobs(args, config) -> list[Job]:
-    """Each method's last model that had computed no more tokens before its updates (prompts, sampling, scoring) than
-    GRPO of the same seed had at its end."""
+    """Each method's last model that had computed no more tokens than GRPO of the same seed had at its end."""
     jobs = []
     for seed, method in itertools.product(config["seeds"]["core"], config["methods"]):
         run = folder(args, method, seed)
-        of = config["methods"][method]
-        if "--bonus 0" in of["flags"] or "max-sampled" in of["flags"] or not (run / "summary.json").exists():
+        as_grpo = "--bonus 0" in config["methods"][method]["flags"]
+        if as_grpo or trains_longer(config, method) or not (run / "summary.json").exists():
             continue
-        limit = metrics(folder(args, "GRPO", seed))[-1]["computed_tokens"]
-        step = max((line["step"] for line in metrics(run) if line["computed_tokens"] <= limit), default=1)
-        settings = {"model": run / "checkpoints" / f"step_{step:06d}", "seed": seed}
-        jobs.append([command("evaluate.py", run / "test-equal-computed", {**config["evaluate"], **settings})])
+        for test, passes in PASSES.items():
+            limit = computed_tokens(folder(args, "GRPO", seed), passes)[-1]
+            step = max(1, int((computed_tokens(run, passes) <= limit).sum()))
+            settings = {"model": run / "checkpoints" / f"step_{step:06d}", "seed": seed}
+            jobs.append([command("evaluate.py", run / test, {**config["evaluate"], **settings})])
     return jobs
 
 
@@ -153,7 +190,8 @@ def star_jobs(args, config) -> list[Job]:
         run = folder(args, "STaR", seed)
         job = [command("star_mrt.py", run, {**config["star"], "seed": seed})]
         for name in ("outcome", "mrt"):
-            settings = {**config["evaluate"], "model": run / name / "model_2", "seed": seed}
+            model = run / name / f"model_{config['star']['iterations']}"
+            settings = {**config["evaluate"], "model": model, "seed": seed}
             job.append(command("evaluate.py", run / f"test-{name}", settings))
         jobs.append(job)
     return jobs
@@ -173,14 +211,15 @@ def other_jobs(args, config) -> list[Job]:
     ]
 
 
-def run_all(args, jobs: list[Job]) -> None:
-    """Runs what is not done yet, --jobs at a time with one thread each; the output of each is a file beside it."""
-    todo = [(number, job) for number, job in enumerate(jobs) if not all(done.exists() for done, _ in job)]
+def run_all(args, jobs: list[Job]) -> int:
+    """Runs what is not done yet, --jobs at a time with one thread each; the output of each is a file beside it. Returns
+    how many failed; what follows a failed command in its job is not run."""
+    todo = [job for job in jobs if not all(done.exists() for done, _ in job)]
     began, finished, lock = time.time(), 0, threading.Lock()
 
-    def run(numbered) -> str:
+    def run(job: Job) -> bool:
         nonlocal finished
-        for done, line in numbered[1]:
+        for done, line in job:
             if done.exists():
                 continue
             out = done.parent
@@ -192,17 +231,16 @@ def run_all(args, jobs: list[Job]) -> None:
                 code = subprocess.run([sys.executable, str(HERE / line[0]), *line[1:]], stdout=log, stderr=log,
                                       env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode  # fmt: skip
             if code:
-                return f"{shlex.join(line)} ended with {code}: see {log.name}"
+                print(f"error: {shlex.join(line)} ended with {code}: see {log.name}", file=sys.stderr, flush=True)
+                return False
         with lock:
             finished += 1
             left = common.duration((time.time() - began) / finished * (len(todo) - finished))
             print(f"{finished} of {len(todo)} done, {left} left", flush=True)
-        return ""
+        return True
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        errors = [error for error in pool.map(run, todo) if error]
-    if errors:
-        fail(errors[0] + (f" (and {len(errors) - 1} others)" if len(errors) > 1 else ""))
+        return list(pool.map(run, todo)).count(False)
 
 
 def metrics(run: Path) -> list[dict]:
@@ -314,18 +352,6 @@ def cell_of(draws: np.ndarray) -> dict[str, float]:
     return {"mean": float(draws[0]), "low": float(low), "high": float(high)}
 
 
-def tokens_to_reach(curves: np.ndarray, grid: np.ndarray, target: float) -> np.ndarray:
-    """[draws]: the budget at which an anytime curve [draws, grid] first reaches an accuracy, linear between budgets;
-    infinite where it never does."""
-    curves, grid = np.pad(curves, ((0, 0), (1, 0))), np.append(0.0, grid)
-    above = curves >= target
-    i = np.maximum(above.argmax(1), 1)
-    rows = np.arange(len(curves))
-    low, high = curves[rows, i - 1], curves[rows, i]
-    reached = grid[i - 1] + (target - low) / np.where(high > low, high - low, 1) * (grid[i] - grid[i - 1])
-    return np.where(above.any(1), reached, np.inf)
-
-
 def report(args, config) -> None:
     """summary.json with every number, findings.md with the tables, the figures, and two traces of one problem."""
     values = {name: read_values(args, config, name) for name in ("base", *config["methods"])}
@@ -334,9 +360,7 @@ def report(args, config) -> None:
         fail(f"--out {args.out}: no evaluation of base and GRPO there yet")
     summary: dict = {"seeds": {name: len(of["right"]) for name, of in values.items()}, "tables": {}}
     tables = summary["tables"]
-    longer = {
-        name: of for name, of in values.items() if "max-sampled" in config["methods"].get(name, {}).get("flags", "")
-    }
+    longer = {name: of for name, of in values.items() if trains_longer(config, name)}
     equal = {name: of for name, of in values.items() if name not in longer}
     names = [name for name in equal if name not in ("base", "GRPO")]
     tables["Equal sampled tokens"] = outcome_table(config, equal)
@@ -348,18 +372,20 @@ def report(args, config) -> None:
         first = next(iter(longer))
         tables["Longer training"] = outcome_table(config, {"base": values["base"], **longer}, first)
         tables[f"Difference to {first}"] = differences(config, longer, list(longer)[1:], first)
-    tables["Normalised regret"] = regret_table(config, values, "regret@")
-    tables["Normalised regret of thoughts that are cut and extended"] = regret_table(config, values, "forced: regret@")
+    inside, beyond = (regret_table(config, values, metric) for metric in ("regret@", "forced: regret@"))
+    tables["Normalised regret"] = inside
+    tables["Normalised regret of thoughts that are cut and extended"] = beyond
     tables["Tokens for a forced answer to be right so often"] = reach_table(config, values)
-    tables["Accuracy after extensions"] = extension_table(values)
+    tables["Accuracy after extensions"] = extensions = extension_table(values)
     tables["Behaviour and cost"] = behaviour_table(args, config, values)
     tables["During training (validation problems; mean and range over seeds)"] = training_table(args, config, values)
-    cut = {name: read_values(args, config, name, "test-equal-computed") for name in names}
-    cut = {name: of for name, of in cut.items() if of}
-    if cut:
-        some = {"base": values["base"], "GRPO": values["GRPO"], **cut}
-        tables["Equal computed tokens"] = outcome_table(config, some)
-        tables["Difference to GRPO, equal computed tokens"] = differences(config, some, list(cut), "GRPO")
+    for test, what in zip(PASSES, ("computed tokens", "tokens computed before the updates")):
+        cut = {name: read_values(args, config, name, test) for name in names}
+        cut = {name: of for name, of in cut.items() if of}
+        if cut:
+            some = {"base": values["base"], "GRPO": values["GRPO"], **cut}
+            tables[f"Equal {what}"] = outcome_table(config, some)
+            tables[f"Difference to GRPO, equal {what}"] = differences(config, some, list(cut), "GRPO")
     star = {"STaR": "test-outcome", "MRT-STaR": "test-mrt"}
     star = {name: read_values(args, config, "STaR", test) for name, test in star.items()}
     star = {name: of for name, of in star.items() if of}
@@ -380,9 +406,9 @@ def report(args, config) -> None:
     text += f"## Learning-rate search\n\n{search_table(args, config)}\n" if (args.out / "search").exists() else ""
     common.write_text(args.pages / "findings.md", text + two_traces(args, config))
     draw_method(args, config)
-    draw_anytime(args, config, values)
+    draw_anytime(args, config, values, inside, beyond)
     draw_training(args, config, values)
-    draw_extensions(args, values)
+    draw_extensions(args, extensions)
     for run, figure in (("analysis", "scaling"), ("analysis", "progress"), ("evaluation", "efficiency"),
                         ("budgets", "regret"), ("star-seed0", "star")):  # fmt: skip
         if (args.out / run / f"{figure}.png").exists():
@@ -457,11 +483,12 @@ def regret_table(config, values: dict, metric: str) -> dict[str, dict[str, dict]
 def reach_table(config, values: dict) -> Table:
     """Tokens at which answers forced by then are so often right, and how many times as many GRPO needs (draws in which
     neither gets there do not count)."""
-    curves, grid, rows = boot(values, "anytime"), grid_of(config), {}
+    curves = {name: np.pad(of, ((0, 0), (1, 0))) for name, of in boot(values, "anytime").items()}  # 0 within 0 tokens
+    grid, rows = np.append(0.0, grid_of(config)), {}
     for name in values:
         rows[name] = {}
         for target in config["targets"]:
-            need = {n: tokens_to_reach(curves[n], grid, target) for n in {name, "GRPO"}}
+            need = {n: np.array([common.tokens_to_reach(target, grid, c) for c in curves[n]]) for n in {name, "GRPO"}}
             rows[name][f"tokens for {target}"] = cell_of(need[name])
             compared = name != "GRPO" and all(np.isfinite(need[n][0]) for n in need)
             with np.errstate(invalid="ignore"):
@@ -484,13 +511,17 @@ def behaviour_table(args, config, values: dict) -> Table:
     rows: Table = {}
     for name in values:
         rows[name] = {m: cell_of(draws[m][name]) for m in draws}
-        lines = [metrics(run) for run in training_runs(args, config, name)]
-        total = {k: np.mean([of[-1][k] for of in lines]) if lines else 0 for k in ("sampled_tokens", "computed_tokens")}
-        trained = np.mean([sum(line["trained_tokens"] for line in of) for of in lines]) if lines else 0
-        rows[name]["sampled tokens"] = f"{total['sampled_tokens'] / 1e3:.0f}k" if lines else ""
-        rows[name]["steps"] = f"{np.mean([len(of) for of in lines]):.1f}" if lines else ""
-        rows[name]["sampled per trained token"] = f"{total['sampled_tokens'] / trained:.2f}" if lines else ""
-        rows[name]["computed per trained token"] = f"{total['computed_tokens'] / trained:.2f}" if lines else ""
+        runs = training_runs(args, config, name)
+        lines = [metrics(run) for run in runs]
+        sampled = [of[-1]["sampled_tokens"] for of in lines]
+        trained = sum(line["trained_tokens"] for of in lines for line in of)
+        per_token = {"sampled": sum(sampled)}
+        for what, passes in (("computed before the update", 0), ("computed", 3)):
+            per_token[what] = sum(computed_tokens(run, passes)[-1] for run in runs)
+        rows[name]["sampled tokens"] = f"{np.mean(sampled) / 1e3:.0f}k" if runs else ""
+        rows[name]["steps"] = f"{np.mean([len(of) for of in lines]):.1f}" if runs else ""
+        for what, tokens in per_token.items():
+            rows[name][f"{what} per trained token"] = f"{tokens / trained:.2f}" if runs else ""
     return rows
 
 
@@ -521,7 +552,7 @@ def training_table(args, config, values: dict) -> Table:
 
 def training_runs(args, config, name: str) -> list[Path]:
     runs = [folder(args, name, seed) for seed in config["seeds"]["core"]]
-    return [run for run in runs if (run / "metrics.jsonl").exists() and (run / "summary.json").exists()]
+    return [run for run in runs if (run / "summary.json").exists()]
 
 
 def two_traces(args, config) -> str:
@@ -577,12 +608,12 @@ def draw_method(args, config) -> None:
     common.save_figure(figure, args.pages / "method.png")
 
 
-def draw_anytime(args, config, values: dict) -> None:
-    """Accuracy of an answer forced within a budget, and the normalised regret, dashed beyond the training budget."""
+def draw_anytime(args, config, values: dict, *regrets: dict[str, dict[str, dict]]) -> None:
+    """Accuracy of an answer forced within a budget, and the two tables of the normalised regret, dashed beyond the
+    training budget."""
     plt = common.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
     grid, top, curves = grid_of(config), config["evaluate"]["max-tokens"], boot(values, "anytime")
-    regrets = [regret_table(config, values, metric) for metric in ("regret@", "forced: regret@")]
     for number, name in enumerate(n for n in ("base", *config["core"]) if n in values):
         cells = [cell_of(column) for column in curves[name].T]
         common.line(axes[0], grid, cells, f"C{number}", name, "-")
@@ -620,11 +651,11 @@ def draw_training(args, config, values: dict) -> None:
     common.save_figure(figure, args.pages / "training.png")
 
 
-def draw_extensions(args, values: dict) -> None:
+def draw_extensions(args, rows: dict[str, dict[str, dict]]) -> None:
     """Accuracy after a thought is made to go on, 0 to 8 times (Figure 12)."""
     plt = common.pyplot()
     figure, axis = plt.subplots(figsize=(5, 3.6), constrained_layout=True)
-    for number, (name, row) in enumerate(extension_table(values).items()):
+    for number, (name, row) in enumerate(rows.items()):
         extensions = [int(column.split()[0]) for column in row]
         common.line(axis, extensions, list(row.values()), f"C{number}", name, "o-")
     axis.set(xlabel="extensions of the thought", ylabel="accuracy", ylim=(0, 1))

@@ -191,21 +191,12 @@ def plan(args, problems: int, longest: int) -> str:
 # ---------------------------------------------------------------------------------------------- rollouts and credit
 
 
-def sample_traces(args, sampler: Sampler, problems, prompts, limits, seed: tuple, prefixes=None) -> list[list[Trace]]:
-    """G traces for each (problem, prompt), graded: a list of groups. A prompt may hold a prefix of the thought; its
-    text is graded with what follows where a model has no end-of-thinking marker, and so answers in its thought."""
-    tokenizer = sampler.tokenizer
+def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple, prefixes=None) -> list[list[Trace]]:
+    """G graded traces for each (problem, prompt): a list of groups. A prompt may end with a prefix of the thought."""
     seeds = [(*seed, p["place"], common.key(p["id"])) for p in problems]
-    sampled = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
-    groups = [
-        [common.read_trace(tokenizer, problem, prompt, completion, args.max_episodes) for completion in row]
-        for problem, prompt, row in zip(problems, prompts, sampled)
-    ]
-    for group, prefix in zip(groups, prefixes or []):
-        for trace in group:
-            trace.answer = trace.answer if common.thinks(tokenizer) else prefix + trace.completion.text
-    common.grade_traces([trace for group in groups for trace in group])
-    return groups
+    rows = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
+    how = {"prefixes": prefixes, "max_episodes": args.max_episodes}
+    return common.read_traces(sampler.tokenizer, problems, prompts, rows, **how)
 
 
 def outcome_advantages(args, groups: list[list[Trace]]) -> torch.Tensor:
@@ -230,7 +221,7 @@ def penalise_length(rewards: torch.Tensor, lengths: torch.Tensor, weight: float)
 
 def rollouts_grpo(args, sampler, problems, prompts, seed):
     """GRPO: every token of a trace has the trace's advantage."""
-    groups = sample_traces(args, sampler, problems, prompts, args.max_tokens, (*seed, 0))
+    groups = sample_groups(args, sampler, problems, prompts, args.max_tokens, (*seed, 0))
     outcome = outcome_advantages(args, groups).tolist()
     return groups, [[[a] * len(t.completion.token_ids) for t, a in zip(g, row)] for g, row in zip(groups, outcome)]
 
@@ -276,28 +267,15 @@ def rollouts_prefix(args, sampler, problems, prompts, seed):
     down. In expectation J(μ|c) is only a baseline (it does not depend on what follows c): what the bonus adds to GRPO
     is weight on the outcome, from prefixes that end at random episodes, free of the group's std.
     """
-    tokenizer = sampler.tokenizer
-    # The context c from the old policy: one partial rollout a problem, cut after a random number of its episodes.
-    # It is sampled by the model as it is before this update, and never trained on.
     seeds = [(*seed, 2, p["place"], common.key(p["id"])) for p in problems]
-    partial = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
-    contexts, stops, cuts, prefixes = [], [], [], []
-    for problem, prompt, (completion,), key in zip(problems, prompts, partial, seeds):
-        trace = common.read_trace(tokenizer, problem, prompt, completion, args.max_episodes)
-        # Not where an episode was cut off, nor after an answer, nor where no room is left to answer.
-        complete = trace.finished and common.thinks(tokenizer)
-        ends = trace.boundaries if complete else trace.boundaries[:-1] or [0]
-        ends = [end for end in ends if end + args.answer_tokens <= args.max_tokens] or [0]
-        cut = ends[int(np.random.default_rng(key).integers(len(ends)))]
-        contexts.append(prompt + completion.token_ids[:cut])
-        stops.append(common.forced_prompt(tokenizer, trace, cut))
-        cuts.append(cut)
-        prefixes.append(trace.prefix(cut))
+    cut = cut_rollouts(args, sampler, problems, prompts, seeds)
+    stops = [common.forced_prompt(sampler.tokenizer, trace, end) for trace, end in cut]
     how = dict(n=args.forced_answers, temperature=args.temperature)
     answers = sampler.generate(stops, args.answer_tokens, [(*s, 3) for s in seeds], **how)
     baseline = common.mean_accuracy(problems, answers)  # MRT: J(μ|c) from the m rollouts that stop
-    limits = [args.max_tokens - cut for cut in cuts]
-    groups = sample_traces(args, sampler, problems, contexts, limits, (*seed, 4), prefixes)
+    contexts = [prompt + trace.completion.token_ids[:end] for prompt, (trace, end) in zip(prompts, cut)]
+    limits, prefixes = [args.max_tokens - end for _, end in cut], [trace.prefix(end) for trace, end in cut]
+    groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, 4), prefixes)
     outcome = outcome_advantages(args, groups).tolist()
     advantages = [
         [
@@ -310,6 +288,21 @@ def rollouts_prefix(args, sampler, problems, prompts, seed):
         for trace in group:
             trace.values = [float(j), trace.reward]  # J(μ|c) and the outcome of going on
     return groups, advantages
+
+
+def cut_rollouts(args, sampler, problems, prompts, seeds) -> list[tuple[Trace, int]]:
+    """One partial rollout a problem and where it is cut: after a random number of its episodes, each equally likely,
+    none included. It is sampled by the model as it is before the update (the old policy), and never trained on."""
+    rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
+    cut = []
+    for problem, prompt, (completion,), seed in zip(problems, prompts, rows, seeds):
+        trace = common.read_trace(sampler.tokenizer, problem, prompt, completion, args.max_episodes)
+        # Not where an episode was cut off, nor after an answer, nor where no room is left to answer.
+        complete = trace.finished and common.thinks(sampler.tokenizer)
+        ends = trace.boundaries if complete else trace.boundaries[:-1] or [0]
+        ends = [end for end in ends if end + args.answer_tokens <= args.max_tokens] or [0]
+        cut.append((trace, ends[int(np.random.default_rng(seed).integers(len(ends)))]))
+    return cut
 
 
 def progress_stats(args, groups: list[list[Trace]], prompts: dict[str, list[int]]) -> dict[str, float]:
@@ -340,79 +333,52 @@ def progress_stats(args, groups: list[list[Trace]], prompts: dict[str, list[int]
 def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict[str, float]:
     """One or more optimiser steps on the sampled tokens; returns the update's metrics. With several processes each has
     its own groups; counts, denominators and metrics are over all of them, and so is the gradient."""
-    world = common.ranks()[1]
+    world, device = common.ranks()[1], model.device
     score = common.scorer(model, common.token_logprobs)
     traces = [trace for group in groups for trace in group]
-    flat = [row for rows in advantages for row in rows]
-    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), row) for t, row in zip(traces, flat)]
+    rows = [row for of_group in advantages for row in of_group]
+    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), row) for t, row in zip(traces, rows)]
+    drawn = [torch.tensor(t.completion.logprobs, device=device) for t in traces]
     number = np.concatenate([np.arange(len(g)) + g[0].problem["place"] * args.group_size for g in groups])
     parts = min(args.updates_per_batch, args.problems_per_step * args.group_size)
-    chosen = [np.flatnonzero(number % parts == i) for i in range(parts)]  # every part has rollouts of every group
+    old = old_logprobs(args, score, examples, device, dtype) if parts > 1 else {}
     sums = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "padded": 0.0, "weight": 0.0}
-    gaps, norms, drawn = (
-        [torch.zeros(0)],
-        [],
-        [torch.tensor(t.completion.logprobs, device=model.device) for t in traces],
-    )
-    old = {}
-    if parts > 1:  # the ratio's denominator: the policy before the first of several steps
-        with torch.no_grad(), common.autocast(dtype):
-            for batch, ids, where, _ in batches_of(args, examples, range(len(examples)), model.device):
-                logprobs, _ = score(ids, where, args.temperature)
-                if batch:
-                    old.update(zip(batch, logprobs.split([len(examples[i][2]) for i in batch])))
-    for part in chosen:
-        denominator = common.sum_over_ranks([float(sum(len(flat[i]) for i in part))])[0]  # before the loop
+    gaps, norms = [torch.zeros(0)], []
+    for part in (np.flatnonzero(number % parts == i) for i in range(parts)):  # each has rollouts of every group
+        denominator = common.sum_over_ranks([float(sum(len(rows[i]) for i in part))])[0]  # before the loop
         optimizer.zero_grad()
-        for batch, ids, where, advantage in batches_of(args, examples, part, model.device):
+        for batch, ids, where, advantage in batches_of(args, examples, part, device):
             with common.autocast(dtype):
                 logprobs, entropies = score(ids, where, args.temperature)
-                ref = None
-                if reference is not None:
-                    with torch.no_grad():
-                        ref, _ = common.token_logprobs(reference, ids, where, args.temperature)
             if not batch:  # a copy, so that all processes compute as often: its loss is 0
                 (logprobs.sum() * 0.0).backward()
                 continue
+            ref = None
+            if reference is not None:
+                with torch.no_grad(), common.autocast(dtype):
+                    ref, _ = common.token_logprobs(reference, ids, where, args.temperature)
             before = torch.cat([old[i] for i in batch]) if old else logprobs.detach()
             # Sampler and trainer round differently: truncated importance weights, 1 where they are the same.
             sampled = torch.cat([drawn[i] for i in batch])
             weight = (before - sampled).exp().clamp(max=args.is_cap)
-            loss, of = common.grpo_loss(
-                logprobs,
-                before,
-                advantage * weight,
-                torch.ones_like(advantage, dtype=torch.bool),
-                denominator,
-                args.clip,
-                ref,
-                args.kl,
-            )
+            loss, of = common.grpo_loss(logprobs, before, advantage * weight, denominator, args.clip, ref, args.kl)
             if not torch.isfinite(loss):
                 names = ", ".join(sorted({traces[i].problem["id"] for i in batch}))
                 raise FloatingPointError(f"the loss is {loss.item()} on samples of {names}")
             (loss * world).backward()  # FSDP takes the mean of the processes' gradients
-            sums["loss"] += loss.item() * denominator
-            sums["entropy"] += float(entropies.sum())
-            sums["padded"] += ids.numel()
-            sums["weight"] += float(weight.sum())
+            of |= {"loss": loss.item() * denominator, "entropy": float(entropies.sum()), "padded": ids.numel(),
+                   "weight": float(weight.sum())}  # fmt: skip
             for name, value in of.items():
                 sums[name] += value
             if not norms:  # before the first step: sampler and trainer are the same policy
                 gaps.append((logprobs.detach() - sampled).abs().cpu())
         if not norms:
             check_gap(gaps, dtype)
-        norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: sharded
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {float(norm)}")
-        optimizer.step()
-        norms.append(float(norm))
+        norms.append(optimise(args, model, optimizer))
     gap = torch.cat(common.gather_over_ranks(gaps))
-    names = list(sums)
-    lengths = [sum(len(row) for row in flat), sum(len(ids) for ids, _, _ in examples)]
-    tokens, length, *totals = common.sum_over_ranks([*map(float, lengths), *sums.values()])
-    total = dict(zip(names, totals))
+    lengths = [float(sum(map(len, rows))), float(sum(len(ids) for ids, _, _ in examples))]
+    tokens, length, *totals = common.sum_over_ranks([*lengths, *sums.values()])
+    total = dict(zip(sums, totals))
     return {
         "loss": total["loss"] / tokens,
         "grad_norm": float(np.mean(norms)),
@@ -425,6 +391,27 @@ def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict
         "trained_tokens": int(tokens),
         "padding_share": 1 - length / total["padded"],
     }
+
+
+def old_logprobs(args, score, examples, device, dtype) -> dict[int, torch.Tensor]:
+    """Log-probs of each example's tokens before the first of several steps: the denominator of the ratio."""
+    old: dict[int, torch.Tensor] = {}
+    with torch.no_grad(), common.autocast(dtype):
+        for batch, ids, where, _ in batches_of(args, examples, range(len(examples)), device):
+            logprobs, _ = score(ids, where, args.temperature)
+            if batch:
+                old.update(zip(batch, logprobs.split([len(examples[i][2]) for i in batch])))
+    return old
+
+
+def optimise(args, model, optimizer) -> float:
+    """An optimiser step on the clipped gradient; returns its norm before clipping."""
+    norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: sharded
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"gradient norm is {float(norm)}")
+    optimizer.step()
+    return float(norm)
 
 
 def batches_of(args, examples, part, device) -> list:
@@ -458,18 +445,9 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompt
     common.prepare(model, dtype, common.token_logprobs, recompute=not common.is_tiny(args.model))
     reference = common.load_model(args.model, sampler.model.device) if args.kl > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    state = {"step": 0, "sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
-    checkpoint = common.latest_checkpoint(run) if args.resume else None
-    if checkpoint:
-        state = common.load_checkpoint(checkpoint, model, optimizer)
-        sampler.sync()
-        print(f"resumed from {checkpoint} at step {state['step']}")
-    if rank == 0:
-        common.rewind(run, state["step"])
+    state = first_state(args, run, model, optimizer, sampler)
     tell, asked_to_stop = reporter(args, run), common.on_sigterm()
-    steps = args.steps or math.ceil(len(problems) / args.problems_per_step)
-    if args.max_sampled_tokens:
-        steps = args.steps or math.inf
+    steps = args.steps or (math.inf if args.max_sampled_tokens else math.ceil(len(problems) / args.problems_per_step))
     rollouts = {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant] if args.bonus else rollouts_grpo
     goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
     method = "GRPO (bonus 0)" if args.bonus == 0 else f"MRT {args.variant}, bonus {args.bonus:g}"
@@ -504,29 +482,16 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompt
         state = {"step": step + 1, "sampled_tokens": state["sampled_tokens"] + int(sampled),
                  "computed_tokens": state["computed_tokens"] + int(computed),
                  "seconds": first["seconds"] + time.time() - began}  # fmt: skip
-        line = {
-            **state,
-            **rollout_stats(groups),
-            **progress_stats(args, groups, prompts),
-            **metrics,
-            "lr": rate,
-            "sampling_seconds": sampling_seconds,
-            "update_seconds": time.time() - clock - sampling_seconds,
-        }
+        seconds = {"sampling_seconds": sampling_seconds, "update_seconds": time.time() - clock - sampling_seconds}
+        stats = {**rollout_stats(groups), **progress_stats(args, groups, prompts)}
+        line = {**state, **stats, **metrics, "lr": rate, **seconds}
         if rank == 0:
             common.append_jsonl(run / "records.jsonl", records(step, groups))
             common.append_jsonl(run / "metrics.jsonl", [line])
             tell(line)
-        share = share_done(args, state, steps)
-        since = max(share - share_done(args, first, steps), 1e-9)
-        print(
-            f"step {state['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  "
-            f"truncated {line['truncated']:.2f}  loss {line['loss']:+.4f}  "
-            f"sampled {state['sampled_tokens'] / 1e3:,.0f}k tokens  "
-            f"{line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s  "
-            f"{common.duration((time.time() - began) / since * max(0.0, 1 - share))} left",
-            flush=True,
-        )
+        share, share_before = (share_done(args, of, steps) for of in (state, first))
+        left = (time.time() - began) / max(share - share_before, 1e-9) * max(0.0, 1 - share)
+        print(one_line(line, left), flush=True)
         if validation and state["step"] % args.eval_every == 0:
             validate(args, run, sampler, validation, state)
         stopping = common.sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
@@ -546,6 +511,29 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompt
         last = common.read_jsonl(run / "metrics.jsonl")[-1]
         common.write_json(run / "summary.json", {"method": method, **last})
     print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
+
+
+def first_state(args, run: Path, model, optimizer, sampler: Sampler) -> dict:
+    """Where the run begins: at nothing, or with --resume at its last checkpoint; records beyond that are removed."""
+    state = {"step": 0, "sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
+    checkpoint = common.latest_checkpoint(run) if args.resume else None
+    if checkpoint:
+        state = common.load_checkpoint(checkpoint, model, optimizer)
+        sampler.sync()
+        print(f"resumed from {checkpoint} at step {state['step']}")
+    if common.ranks()[0] == 0:
+        common.rewind(run, state["step"])
+    return state
+
+
+def one_line(line: dict, left: float) -> str:
+    """A step as it is printed."""
+    return (
+        f"step {line['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  "
+        f"truncated {line['truncated']:.2f}  loss {line['loss']:+.4f}  "
+        f"sampled {line['sampled_tokens'] / 1e3:,.0f}k tokens  "
+        f"{line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s  {common.duration(left)} left"
+    )
 
 
 def share_done(args, state: dict, steps: float) -> float:

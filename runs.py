@@ -15,15 +15,13 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import torch
 import yaml
-
-from metrics import bootstrap_interval
 
 # ============================================================================================ messages and files
 
@@ -171,14 +169,8 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
         actions[name].help = f"{actions[name].help or ''} (default: {small} for tiny, else {large}; {source})".strip()
     known, _ = parser.parse_known_args(argv)
     if known.config:
-        try:
-            settings = yaml.safe_load(known.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            fail(f"--config {known.config}: {first_line(error)}")
-        if not isinstance(settings, dict):
-            fail(f"--config {known.config}: expected lines of `flag: value`")
         from_file = []
-        for key, value in settings.items():
+        for key, value in read_config(known.config).items():
             name = str(key).replace("_", "-")
             action = actions.get(name.replace("-", "_"))
             if action is None:
@@ -250,6 +242,23 @@ def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
     return True
 
 
+def check_out_of_many(out: Path) -> None:
+    """Ends the program if the folder for the runs of several models is itself a run."""
+    if config_of(out):
+        fail(f"--out {out}: holds a run of one model; name another folder for several")
+
+
+def read_config(path: Path) -> dict:
+    """The settings of a --config file; what cannot be read or is not `name: value` ends the program."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fail(f"--config {path}: {first_line(error)}")
+    if not isinstance(settings, dict):
+        fail(f"--config {path}: expected lines of `flag: value`")
+    return settings
+
+
 def run_names(runs: list[Path]) -> dict[Path, str]:
     """A short name for each of several runs: the folder's, else that of the folder it is in, else the whole path."""
     for name in (lambda run: run.name, lambda run: run.parent.name, str):
@@ -296,7 +305,7 @@ def cell(metric: dict, digits: int = 3, sign: str = "") -> str:
     return f"{metric['mean']:{sign}.{digits}f} [{metric['low']:{sign}.{digits}f}, {metric['high']:{sign}.{digits}f}]"
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])
 
@@ -347,19 +356,12 @@ def token_axis(axis) -> None:
     axis.xaxis.set_minor_locator(ticker.NullLocator())
 
 
-def band(axis, x, rows: np.ndarray, label: str, style: str = "-", color=None) -> None:
-    """A line with its 95 % band; rows [problems, points]."""
-    cells = [bootstrap_interval(column, draws=500) for column in rows.T]
-    mean, low, high = np.array(cells).T
-    line = axis.plot(x, mean, style, label=label, color=color)[0]
-    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-
-
 def line(axis, x, cells: list[dict], color=None, label=None, style="-", band=True) -> None:
-    axis.plot(x, [c["mean"] for c in cells], style, color=color, label=label, markersize=3, linewidth=1.2)
+    """A line through means, with the band of their intervals."""
+    (drawn,) = axis.plot(x, [c["mean"] for c in cells], style, color=color, label=label, markersize=3, linewidth=1.2)
     if band:
         low, high = ([c[end] for c in cells] for end in ("low", "high"))
-        axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        axis.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
 
 
 def save_figure(figure, path: Path) -> Path:

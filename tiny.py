@@ -307,8 +307,7 @@ def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
     seeds = [(seed, common.key(r["id"])) for r in rows]
     sampled = sampler.generate(prompts, 2 * max_tokens, seeds, n=4)
     rate = sampler.sampled_tokens / (time.time() - began)
-    traces = [common.read_trace(tokenizer, r, p, c, 64) for r, p, row in zip(rows, prompts, sampled) for c in row]
-    common.grade_traces(traces)
+    traces = [t for group in common.read_traces(tokenizer, rows, prompts, sampled, max_episodes=64) for t in group]
     lines = valid = found = right_after = useful = recheck = doubt = 0
     for trace in traces:
         n, b, x = (int(part) for part in trace.problem["id"].split("-")[2:])

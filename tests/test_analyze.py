@@ -85,7 +85,7 @@ def test_panels_count_their_traces_and_a_trace_that_ended_keeps_its_value(by_han
     # problem 0: mean of its two traces; then the mean over problems
     means = [cell["mean"] for cell in panel["plain"][1]]
     assert means == pytest.approx([0, ((0.5 + 0) / 2 + 1) / 2, ((1 + 0) / 2 + 1) / 2, ((1 + 0) / 2 + 0) / 2])
-    assert panel["tokens"][1] == pytest.approx([4, 4 + 20 / 3, 4 + 40 / 3, 4 + 60 / 3])
+    assert panel["tokens"][1] == pytest.approx([4, 4 + (10 / 2 + 10) / 2, 4 + (20 / 2 + 20) / 2, 4 + (20 / 2 + 40) / 2])
     assert panel["tokens"][8][0] == 32
     narrow = analyze_r1.summarise(options("--panel-episodes", "1"), by_hand)["panels"]
     assert [(p["episodes"], p["traces"]) for p in narrow] == [([1, 1], 1), ([2, 2], 1), ([3, 3], 1)]

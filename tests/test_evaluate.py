@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import evaluate
-from evaluate import Efficiency, token_ratio, tokens_for
+from evaluate import Efficiency, token_ratio
+from metrics import tokens_to_reach
 
 
 def options(*flags):
@@ -50,11 +51,12 @@ def test_likelihood_votes_weigh_two_to_the_mean_log_prob():
     assert evaluate.maj_at_k(row, 3, "likelihood") == 1.0
 
 
-def test_tokens_for_a_score_lie_on_the_line_between_two_points():
+def test_tokens_to_reach_a_score_lie_on_the_line_between_two_points():
     tokens, scores = np.array([100.0, 200.0, 400.0]), np.array([0.5, 0.7, 0.8])
-    assert tokens_for(0.6, tokens, scores) == pytest.approx(150)
-    assert tokens_for(0.75, tokens, scores) == pytest.approx(300)
-    assert tokens_for(0.4, tokens, scores) == 100 and np.isnan(tokens_for(0.9, tokens, scores))
+    assert tokens_to_reach(0.6, tokens, scores) == pytest.approx(150)
+    assert tokens_to_reach(0.75, tokens, scores) == pytest.approx(300)
+    assert tokens_to_reach(0.4, tokens, scores) == 100 and tokens_to_reach(0.9, tokens, scores) == np.inf
+    assert tokens_to_reach(0.6, [10, 20, 30], [0.2, 0.7, 0.4]) == pytest.approx(18)  # the first time
 
 
 def test_token_ratio_is_two_where_a_model_needs_half_of_the_tokens():

@@ -11,64 +11,59 @@ import common
 from common import group_advantages, grpo_loss, token_logprobs
 
 
-def mask_of(x):
-    return torch.ones_like(x, dtype=torch.bool)
-
-
-def random_batch(seed=0, shape=(6, 9)):
+def random_tokens(count=40, seed=0):
     g = torch.Generator().manual_seed(seed)
-    logp = -torch.rand(shape, generator=g, dtype=torch.float64) * 3
-    advantage = torch.randn(shape, generator=g, dtype=torch.float64)
-    lengths = torch.randint(1, shape[1] + 1, (shape[0],), generator=g)
-    return logp, advantage, torch.arange(shape[1])[None] < lengths[:, None]
+    logp = -torch.rand(count, generator=g, dtype=torch.float64) * 3
+    return logp, torch.randn(count, generator=g, dtype=torch.float64)
 
 
-def gradient(logp, old, advantage, mask, denominator, **more):
+def gradient(logp, old, advantage, denominator, **more):
     logp = logp.clone().requires_grad_()
-    loss, _ = grpo_loss(logp, old, advantage, mask, denominator, **more)
+    loss, _ = grpo_loss(logp, old, advantage, denominator, **more)
     loss.backward()
     return logp.grad
 
 
 def test_rule_1_on_policy_gradient_is_minus_advantage_over_tokens():
-    logp, advantage, mask = random_batch()
-    n = int(mask.sum())
-    grad = gradient(logp, logp.clone(), advantage, mask, n)
-    torch.testing.assert_close(grad, torch.where(mask, -advantage / n, 0.0))
+    logp, advantage = random_tokens()
+    torch.testing.assert_close(gradient(logp, logp.clone(), advantage, 40), -advantage / 40)
 
 
-@pytest.mark.parametrize("split", [[1] * 6, [2, 4], [5, 1], [6]])
+@pytest.mark.parametrize("split", [[1] * 40, [2, 38], [39, 1], [40]])
 def test_rule_2_any_split_into_micro_batches_gives_the_same_gradient(split):
-    logp, advantage, mask = random_batch()
-    n = int(mask.sum())
-    whole = gradient(logp, logp - 0.1, advantage, mask, n)
-    parts = [
-        gradient(*rows, n)
-        for rows in zip(logp.split(split), (logp - 0.1).split(split), advantage.split(split), mask.split(split))
-    ]
-    torch.testing.assert_close(torch.cat(parts), whole)
+    logp, advantage = random_tokens()
+    whole = gradient(logp, logp - 0.1, advantage, 40)
+    rows = zip(logp.split(split), (logp - 0.1).split(split), advantage.split(split))
+    torch.testing.assert_close(torch.cat([gradient(*row, 40) for row in rows]), whole)
 
 
-@pytest.mark.parametrize("junk", [0.0, -math.inf, math.nan])
-def test_rule_3_padding_changes_nothing_whatever_it_holds(junk):
-    logp, advantage, mask = random_batch()
-    n = int(mask.sum())
-    wide = torch.nn.functional.pad(logp, (0, 4), value=junk)
-    kwargs = {"ref_logprobs": logp - 0.3, "kl": 0.1}
-    plain, _ = grpo_loss(logp, logp - 0.1, advantage, mask, n, **kwargs)
-    leaf = wide.clone().requires_grad_()
-    padded, _ = grpo_loss(
-        leaf,
-        wide - 0.1,
-        torch.nn.functional.pad(advantage, (0, 4), value=7.0),
-        torch.nn.functional.pad(mask, (0, 4)),
-        n,
-        ref_logprobs=torch.nn.functional.pad(logp - 0.3, (0, 4), value=junk),
-        kl=0.1,
-    )
-    padded.backward()
-    torch.testing.assert_close(padded, plain)
-    assert torch.isfinite(leaf.grad).all() and (leaf.grad[:, -4:] == 0).all()
+@pytest.mark.parametrize("filler", [0, 77, 400])
+def test_rule_3_padding_changes_neither_loss_nor_gradient_whatever_it_holds(model, filler):
+    """Rows of different lengths in one padded batch, against each row alone."""
+    net = copy.deepcopy(model)
+    g = torch.Generator().manual_seed(0)
+    examples = []
+    for length in (5, 9, 14, 23):
+        advantage = torch.randn(length - 3, generator=g).tolist()
+        examples.append((torch.randint(0, 600, (length,), generator=g).tolist(), 3, advantage))
+    tokens = sum(len(row) for *_, row in examples)
+
+    def loss_and_gradient(limit):
+        net.zero_grad()
+        total = 0.0
+        for order, ids, where, advantage in common.micro_batches(examples, limit, "cpu"):
+            for row, i in enumerate(order):
+                ids[row, len(examples[i][0]) :] = filler
+            logp, _ = token_logprobs(net, ids, where)
+            loss, _ = grpo_loss(logp, logp.detach() - 0.1, advantage, tokens, 0.2, logp.detach() - 0.3, 0.1)
+            loss.backward()
+            total += loss.item()
+        return total, [p.grad.clone() for p in net.parameters()]
+
+    alone, padded = loss_and_gradient(1), loss_and_gradient(10_000)
+    assert padded[0] == pytest.approx(alone[0], abs=1e-6)
+    for a, b in zip(padded[1], alone[1]):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +80,7 @@ def test_rule_3_padding_changes_nothing_whatever_it_holds(junk):
 def test_rule_4_clipping_stops_only_the_gradient_that_leads_further_away(advantage, shift, passes):
     old = torch.tensor([-1.0], dtype=torch.float64)
     a = torch.tensor([advantage], dtype=torch.float64)
-    grad = gradient(old + shift, old, a, mask_of(old), 1)
+    grad = gradient(old + shift, old, a, 1)
     expected = -advantage * math.exp(shift) if passes else 0.0
     assert grad.item() == pytest.approx(expected)
 
@@ -93,10 +88,10 @@ def test_rule_4_clipping_stops_only_the_gradient_that_leads_further_away(advanta
 def test_rule_5_k3_is_zero_at_equality_and_bounded_far_away():
     logp = torch.tensor([-1.0, -2.0], dtype=torch.float64)
     zero = torch.zeros_like(logp)
-    loss, sums = grpo_loss(logp, logp, zero, mask_of(logp), 2, ref_logprobs=logp.clone(), kl=1.0)
+    loss, sums = grpo_loss(logp, logp, zero, 2, ref_logprobs=logp.clone(), kl=1.0)
     assert float(loss) == 0 and sums["kl"] == 0
-    assert (gradient(logp, logp, zero, mask_of(logp), 2, ref_logprobs=logp.clone(), kl=1.0) == 0).all()
-    far, _ = grpo_loss(logp - 800, logp - 800, zero, mask_of(logp), 2, ref_logprobs=logp, kl=1.0)
+    assert (gradient(logp, logp, zero, 2, ref_logprobs=logp.clone(), kl=1.0) == 0).all()
+    far, _ = grpo_loss(logp - 800, logp - 800, zero, 2, ref_logprobs=logp, kl=1.0)
     assert math.isfinite(float(far)) and float(far) == pytest.approx(math.exp(10) - 11)
 
 
@@ -105,8 +100,8 @@ def test_rule_6_k3_estimates_kl_policy_to_reference_and_its_gradient_is_the_othe
     ref = torch.tensor([0.9, 0.2, -0.4, 0.0], dtype=torch.float64).log_softmax(-1)
     logp = logits.log_softmax(-1)
     weights = logp.exp().detach()  # the expectation over samples of the policy, exactly
-    values = torch.stack([grpo_loss(lp[None], lp[None].detach(), torch.zeros(1, dtype=torch.float64),
-                                    mask_of(lp[None]), 1, ref_logprobs=r[None], kl=1.0)[0]
+    values = torch.stack([grpo_loss(lp[None], lp[None].detach(), torch.zeros(1, dtype=torch.float64), 1,
+                                    ref_logprobs=r[None], kl=1.0)[0]
                           for lp, r in zip(logp, ref)])  # fmt: skip
     expected = (weights * values).sum()
     assert expected.item() == pytest.approx(float((weights * (logp - ref).detach()).sum()))  # KL(π‖ref)
@@ -131,10 +126,10 @@ def test_rule_8_difficulty_weighting_of_the_std_is_what_the_docstring_says():
 
 
 def test_rule_9_inputs_are_left_as_they_are(model):
-    logp, advantage, mask = random_batch()
-    inputs = [logp, logp - 0.1, advantage, mask, logp - 0.2]
+    logp, advantage = random_tokens()
+    inputs = [logp, logp - 0.1, advantage, logp - 0.2]
     before = copy.deepcopy(inputs)
-    grpo_loss(*inputs[:4], 10, ref_logprobs=inputs[4], kl=0.1)
+    grpo_loss(*inputs[:3], 10, ref_logprobs=inputs[3], kl=0.1)
     ids = torch.randint(0, 600, (2, 7))
     where = torch.tensor([[False] * 3 + [True] * 4] * 2)
     kept = ids.clone(), where.clone()

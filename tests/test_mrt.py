@@ -158,7 +158,7 @@ def test_without_a_thinking_marker_the_prefix_is_graded_with_what_follows(sample
     args = options("--bonus", "1")
     problems = common.load_problems("tiny", "validation", 1)
     prompts = [common.prompt_ids(tokenizer, problems[0]["problem"])]
-    groups = rl_mrt.sample_traces(
+    groups = rl_mrt.sample_groups(
         args, sampler, placed(problems), prompts, 1, (0,), [f"so \\boxed{{{problems[0]['answer']}}}"]
     )
     assert all(trace.reward == 1 for trace in groups[0])

@@ -68,18 +68,36 @@ def test_the_comparison_from_nothing_and_again_from_its_runs(tmp_path, monkeypat
     assert {p.name: p.read_bytes() for p in pages.iterdir() if p.suffix != ".png"} == before
     # Equal computed tokens: the last checkpoint that had computed no more than GRPO had at its end.
     args = types.SimpleNamespace(out=tmp_path / "run")
-    (((_, line),),) = results.equal_compute_jobs(args, TOY)
-    step = int(line[line.index("--model") + 1].rsplit("_", 1)[1])
-    lines = results.metrics(tmp_path / "run" / "mrt-online-seed0")
-    limit = results.metrics(tmp_path / "run" / "grpo-seed0")[-1]["computed_tokens"]
-    assert step == 1 or lines[step - 1]["computed_tokens"] <= limit
-    assert step == len(lines) or lines[step]["computed_tokens"] > limit
+    jobs = results.equal_compute_jobs(args, TOY)
+    for passes, ((_, line),) in zip((3, 0), jobs, strict=True):
+        step = int(line[line.index("--model") + 1].rsplit("_", 1)[1])
+        spent = []
+        for run in ("mrt-online-seed0", "grpo-seed0"):
+            lines, trained = results.metrics(tmp_path / "run" / run), 0
+            spent.append([])
+            for of in lines:
+                trained += of["trained_tokens"]
+                spent[-1].append(of["computed_tokens"] + passes * trained)
+        assert step == 1 or spent[0][step - 1] <= spent[1][-1]
+        assert step == len(spent[0]) or spent[0][step] > spent[1][-1]
+    # Runs with other settings are not taken for these; further seeds are.
+    for change in (
+        {"train": {**TOY["train"], "group-size": 2}},
+        {"methods": {"GRPO": {"flags": "--bonus 0", "lr": 1}}},
+    ):
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump({**TOY, **change}))
+        other = execute(tmp_path, "--config", "other.yaml", "--out", "run")
+        assert (
+            other.returncode == 2 and "had other settings of " in other.stderr and len(other.stderr.splitlines()) == 1
+        )
+        assert next(iter(change)) in other.stderr or "GRPO" in other.stderr
+    results.check_settings(args, {**TOY, "seeds": {"core": [0, 1], "others": [0]}})
 
 
 def test_every_command_of_the_comparison_is_one_that_its_script_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = yaml.safe_load((ROOT / "configs" / "results.yaml").read_text())
-    args = types.SimpleNamespace(out=Path("runs/none"))
+    args = types.SimpleNamespace(out=Path("runs/none"), all=True)
     seeds = config["seeds"]["core"]
     jobs = [*results.method_jobs(args, config, ["base", *config["methods"]], seeds), *results.star_jobs(args, config),
             *results.other_jobs(args, config), *results.search_jobs(args, config)]  # fmt: skip
@@ -116,13 +134,6 @@ def test_resampling_leaves_out_what_is_not_there():
     assert results.resampled({"a": values})["a"][0] == pytest.approx(0.5)
     curves = np.stack([values, 2 * values], -1)
     np.testing.assert_allclose(results.resampled({"a": curves})["a"][0], [0.5, 1.0])
-
-
-def test_tokens_to_reach_an_accuracy():
-    grid = np.array([10.0, 20.0, 30.0])
-    curves = np.array([[0.2, 0.4, 0.8], [0.2, 0.2, 0.2], [0.9, 0.9, 0.9]])
-    np.testing.assert_allclose(results.tokens_to_reach(curves, grid, 0.6), [25, np.inf, 10 * 0.6 / 0.9])
-    np.testing.assert_allclose(results.tokens_to_reach(curves, grid, 0.1)[0], 5)
 
 
 def test_waste_is_what_tries_nothing_new_and_what_follows_the_find():

@@ -444,7 +444,11 @@ def test_killed_budget_forcing_resumes_and_is_compared_from_records(tmp_path, st
 
 def test_budget_forcing_goes_on_from_the_thoughts_of_an_analysis(tmp_path, execute, straight_analysis):
     shutil.copytree(straight_analysis, tmp_path / "analysis")
-    succeeded(execute(tmp_path, "budget_force.py", "--thoughts", "analysis", *BUDGET, "--out", "run"))
+    flags = (*BUDGET, "--max-tokens", 31, "--out", "run")
+    succeeded(execute(tmp_path, "budget_force.py", "--thoughts", "analysis", *flags))
+    limits = [json.loads((tmp_path / run / "config.json").read_text())["settings"]["max_tokens"]
+              for run in ("run", "analysis")]  # fmt: skip
+    assert limits[0] == limits[1] > 31  # the training budget is the limit that the thoughts had
     ours, theirs = jsonl(tmp_path / "run/records.jsonl"), jsonl(tmp_path / "analysis/records.jsonl")
     assert [[s["J"] for s in r["samples"]] for r in ours] == [[s["J"] for s in r["samples"]] for r in theirs]
     assert [[s["tokens"] for s in r["samples"]] for r in ours] == [[len(s["token_ids"]) for s in r["samples"]]

@@ -44,7 +44,7 @@ def test_every_sampled_trace_splits_as_its_text_does(tokenizer, sampler, problem
             thought = c.text.split("</think>")[0]
             episodes = [text_between(trace, a, b) for a, b in zip(trace.boundaries, trace.boundaries[1:])]
             assert "".join(episodes) == thought
-            assert [e.rstrip("\n") for e in episodes] == common.split_episodes(thought, 49)
+            assert episodes == [thought[a:b] for a, b in common.episode_spans(thought, 49)]
 
 
 def test_long_thoughts_are_joined_to_at_most_so_many_episodes(tokenizer):
