@@ -156,7 +156,8 @@ def test_given_responses_of_every_kind(tokenizer, sampler, response, points, ans
     if points:
         assert len(trace.boundaries) == points
     assert trace.boundaries[0] == 0 and trace.boundaries == sorted(set(trace.boundaries))
-    assert trace.boundaries[-1] == len(trace.completion.token_ids)
+    rest = trace.completion.token_ids[trace.boundaries[-1] :]  # marker and answer count as tokens of the trace
+    assert rest[:1] == (common.encode(tokenizer, "</think>") if trace.finished else [])
     assert common.extract_answer(trace.answer or "") == answer
     assert trace.completion.text.replace("<think>", "").strip() == response.replace("<think>", "").strip()
     for b in trace.boundaries[1:-1]:
