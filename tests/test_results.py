@@ -80,18 +80,20 @@ def test_the_comparison_from_nothing_and_again_from_its_runs(tmp_path, monkeypat
                 spent[-1].append(of["computed_tokens"] + passes * trained)
         assert step == 1 or spent[0][step - 1] <= spent[1][-1]
         assert step == len(spent[0]) or spent[0][step] > spent[1][-1]
-    # Runs with other settings are not taken for these; further seeds are.
-    for change in (
-        {"train": {**TOY["train"], "group-size": 2}},
-        {"methods": {"GRPO": {"flags": "--bonus 0", "lr": 1}}},
-    ):
-        (tmp_path / "other.yaml").write_text(yaml.safe_dump({**TOY, **change}))
-        other = execute(tmp_path, "--config", "other.yaml", "--out", "run")
-        assert (
-            other.returncode == 2 and "had other settings of " in other.stderr and len(other.stderr.splitlines()) == 1
-        )
-        assert next(iter(change)) in other.stderr or "GRPO" in other.stderr
+
+
+def test_runs_with_other_settings_are_refused_and_further_seeds_are_not(tmp_path, capsys):
+    args = types.SimpleNamespace(out=tmp_path / "run")
+    results.check_settings(args, TOY)
     results.check_settings(args, {**TOY, "seeds": {"core": [0, 1], "others": [0]}})
+    more = {**TOY["methods"], "MRT prefix": {"flags": "--bonus 1", "lr": 1e-4}}
+    results.check_settings(args, {**TOY, "methods": more})
+    longer, faster = {**TOY["train"], "group-size": 2}, {"GRPO": {"flags": "--bonus 0", "lr": 1}}
+    for change, name in (({"train": longer}, "train"), ({"methods": faster}, "GRPO")):
+        with pytest.raises(SystemExit) as ended:
+            results.check_settings(args, {**TOY, **change})
+        message = capsys.readouterr().err
+        assert ended.value.code == 2 and message.count("\n") == 1 and f"had other settings of {name};" in message
 
 
 def test_every_command_of_the_comparison_is_one_that_its_script_takes(monkeypatch):
