@@ -44,8 +44,8 @@ def flags(argv=None) -> argparse.Namespace:
     common.add_common_flags(parser)
     parser.set_defaults(model=",".join(["tiny", *(path for path in DEMO if Path(path).is_dir())]))
     thoughts = parser.add_argument_group("thoughts")
-    thoughts.add_argument("--thoughts", type=Path, metavar="RUN", help="thoughts and J at their episodes from a run of "
-                          "analyze_r1.py by the same model, with its --max-tokens; else new thoughts")  # fmt: skip
+    thoughts.add_argument("--thoughts", type=Path, metavar="RUN", help="not new thoughts but those of an analyze_r1.py "
+                          "run of the same model, with J at their episodes; its --max-tokens holds")  # fmt: skip
     thoughts.add_argument("--num-samples", type=common.positive_int, help="thoughts a problem")
     thoughts.add_argument("--max-tokens", type=common.positive_int, help="training budget: limit of a thought with its "
                           "answer; beyond it is extrapolation")  # fmt: skip
@@ -84,7 +84,9 @@ def flags(argv=None) -> argparse.Namespace:
             fail("--thoughts: one run holds the thoughts of one model")
         args.model = models[0]
         made = settings_of_analysis(args.thoughts)
-        args.max_tokens = args.max_tokens if made.get("traces") else made["max_tokens"]
+        if not made.get("traces") and args.max_tokens != made["max_tokens"]:
+            args.max_tokens = made["max_tokens"]
+            print(f"training budget: {args.max_tokens} tokens, the --max-tokens of {args.thoughts}")
     return args
 
 

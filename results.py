@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,44 +57,18 @@ def main() -> None:
     args = flags()
     config = common.read_config(args.config)
     failed = 0
-    if not args.report:
-        check_settings(args, config)
     if args.search:
         failed = run_all(args, search_jobs(args, config))
         print(search_table(args, config))
     elif not args.report:
-        jobs = method_jobs(args, config, ["base", *config["core"]], config["seeds"]["core"])
-        if args.all:
-            for name in (name for name in config["methods"] if name not in config["core"]):
-                seeds = config["methods"][name].get("seeds", config["seeds"]["others"])
-                jobs += method_jobs(args, config, [name], seeds)
-            jobs += star_jobs(args, config)
-        failed = run_all(args, jobs)
+        methods = dict.fromkeys(["base", *config["core"], *(config["methods"] if args.all else ())])
+        failed = run_all(args, method_jobs(args, config, methods) + (star_jobs(args, config) if args.all else []))
         if args.all:
             failed += run_all(args, equal_compute_jobs(args, config) + other_jobs(args, config))
     if not args.search:
         report(args, config)
     if failed:
-        fail(f"{failed} commands failed, see above; what they would have made is left out")
-
-
-def check_settings(args, config) -> None:
-    """Ends the program if --out holds runs with other settings: what is there is not run again. Seeds and methods may
-    be added, and what only the report uses may change."""
-    kept = args.out / "config.json"
-    if kept.exists():
-        old, new = (settings_of_runs(c) for c in (json.loads(kept.read_text(encoding="utf-8")), config))
-        changed = [name for name in old if name in new and old[name] != new[name]]
-        if changed:
-            fail(f"--out {args.out}: its runs had other settings of {', '.join(changed)}; give another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
-    common.write_json(kept, config)
-
-
-def settings_of_runs(config) -> dict:
-    parts = ("train", "evaluate", "force", "analyze", "estimators", "star")
-    of_methods = {name: (of["flags"], of["lr"]) for name, of in config["methods"].items()}
-    return {**{part: config[part] for part in parts}, **of_methods}
+        fail(f"of the commands {failed} failed, see above; what they would have made is left out")
 
 
 # ---------------------------------------------------------------------------------------------- what is run
@@ -138,46 +113,57 @@ def search_jobs(args, config) -> list[Job]:
     return jobs
 
 
-def method_jobs(args, config, methods: list[str], seeds: list[int]) -> list[Job]:
-    """Training, evaluation and, for the core's first seed or --all, budget forcing; seeds one after the other."""
+def seeds_of(config, method: str) -> list[int]:
+    kind = "core" if method in ("base", *config["core"]) else "others"
+    return config["methods"].get(method, {}).get("seeds", config["seeds"][kind])
+
+
+def method_jobs(args, config, methods: Iterable[str]) -> list[Job]:
+    """Training, evaluation and, for the core (its first seed, or all with --all), budget forcing."""
     jobs: list[Job] = []
-    for seed in seeds:
-        for method in methods:
-            if seed not in config["methods"].get(method, {}).get("seeds", seeds):
-                continue
-            run, job = folder(args, method, seed), []
-            if method != "base":
-                job.append(trained(args, config, method, seed, config["methods"][method]["lr"], run))
-            where = {"model": "tiny" if method == "base" else run / "model", "seed": seed}
-            job.append(command("evaluate.py", run / "test", {**config["evaluate"], **where}))
-            if method in ("base", *config["core"]) and (args.all or seed == seeds[0]):
-                job.append(command("budget_force.py", run / "force", {**config["force"], **where}))
-            jobs.append(job)
+    for seed, method in itertools.product(config["seeds"]["core"], methods):
+        if seed not in seeds_of(config, method):
+            continue
+        run, job = folder(args, method, seed), []
+        if method != "base":
+            job.append(trained(args, config, method, seed, config["methods"][method]["lr"], run))
+        where = {"model": "tiny" if method == "base" else run / "model", "seed": seed}
+        job.append(command("evaluate.py", run / "test", {**config["evaluate"], **where}))
+        if method in ("base", *config["core"]) and (args.all or seed == config["seeds"]["core"][0]):
+            job.append(command("budget_force.py", run / "force", {**config["force"], **where}))
+        jobs.append(job)
     return jobs
 
 
-# How often the update computes a trained token: a forward pass and a backward pass, which costs two; or not counted.
-PASSES = {"test-equal-computed": 3, "test-equal-computed-before-update": 0}
+# What may be equal, the folder of the evaluation, and how often a token of the update counts: a forward pass and a
+# backward pass, which costs two; or not at all.
+COMPUTED = {
+    "computed": ("test-equal-computed", 3),
+    "computed before the updates": ("test-equal-computed-before", 0),
+}
 
 
 def computed_tokens(run: Path, passes: int) -> np.ndarray:
-    """[steps]: tokens run through the model by the end of each step: prompts, sampling, scoring, and the update's."""
+    """[steps]: tokens run through the model by the end of each step: prompts, samples, scores, and `passes` times the
+    sequences of the update, their prompts (with the prefix variant: and prefixes) included."""
     lines = metrics(run)
-    return np.array([of["computed_tokens"] for of in lines]) + passes * np.cumsum(
-        [of["trained_tokens"] for of in lines]
-    )
+    update = np.zeros(len(lines))
+    for record in common.read_jsonl(run / "records.jsonl"):
+        update[record["step"]] += record["prompt_tokens"] + record["tokens"]
+    return np.array([line["computed_tokens"] for line in lines]) + passes * np.cumsum(update)
 
 
 def equal_compute_jobs(args, config) -> list[Job]:
     """Each method's last model that had computed no more tokens than GRPO of the same seed had at its end."""
     jobs = []
     for seed, method in itertools.product(config["seeds"]["core"], config["methods"]):
-        run = folder(args, method, seed)
-        as_grpo = "--bonus 0" in config["methods"][method]["flags"]
-        if as_grpo or trains_longer(config, method) or not (run / "summary.json").exists():
+        run, grpo = folder(args, method, seed), folder(args, "GRPO", seed)
+        no_bonus = "--bonus 0" in config["methods"][method]["flags"]
+        done = (run / "summary.json").exists() and (grpo / "summary.json").exists()
+        if no_bonus or trains_longer(config, method) or not done:
             continue
-        for test, passes in PASSES.items():
-            limit = computed_tokens(folder(args, "GRPO", seed), passes)[-1]
+        for test, passes in COMPUTED.values():
+            limit = computed_tokens(grpo, passes)[-1]
             step = max(1, int((computed_tokens(run, passes) <= limit).sum()))
             settings = {"model": run / "checkpoints" / f"step_{step:06d}", "seed": seed}
             jobs.append([command("evaluate.py", run / test, {**config["evaluate"], **settings})])
@@ -186,7 +172,7 @@ def equal_compute_jobs(args, config) -> list[Job]:
 
 def star_jobs(args, config) -> list[Job]:
     jobs = []
-    for seed in config["seeds"]["others"]:
+    for seed in config["seeds"]["star"]:
         run = folder(args, "STaR", seed)
         job = [command("star_mrt.py", run, {**config["star"], "seed": seed})]
         for name in ("outcome", "mrt"):
@@ -200,25 +186,33 @@ def star_jobs(args, config) -> list[Job]:
 def other_jobs(args, config) -> list[Job]:
     """The other scripts' figures, of the models with the first seed; and the estimators of J against 256 answers."""
     seed = config["seeds"]["core"][0]
-    runs = [folder(args, name, seed) for name in ("base", *config["core"])]
-    tests, extensions = (shlex.join(["--compare", *(f"{run}/{kind}" for run in runs)]) for kind in ("test", "force"))
-    budgets = {"budgets": config["evaluate"]["budgets"]}
-    return [
+    jobs = [
         [command("analyze_r1.py", args.out / "analysis", config["analyze"])],
         [command("tests/bench_progress.py", args.out / "estimators", config["estimators"])],
-        [command("evaluate.py", args.out / "evaluation", budgets, tests)],
-        [command("budget_force.py", args.out / "budgets", {}, extensions)],
     ]
+    budgets = {"budgets": config["evaluate"]["budgets"]}
+    for script, out, of, settings in (("evaluate.py", "evaluation", "test", budgets),
+                                      ("budget_force.py", "budgets", "force", {})):  # fmt: skip
+        runs = [folder(args, name, seed) / of for name in ("base", *config["core"])]
+        runs = [str(run) for run in runs if (run / "summary.json").exists()]
+        if runs:
+            jobs.append([command(script, args.out / out, settings, shlex.join(["--compare", *runs]))])
+    return jobs
 
 
 def run_all(args, jobs: list[Job]) -> int:
     """Runs what is not done yet, --jobs at a time with one thread each; the output of each is a file beside it. Returns
-    how many failed; what follows a failed command in its job is not run."""
+    how many failed; what follows a failed command in its job is not run. What is there must be of the same command."""
+    for done, line in itertools.chain(*jobs):
+        made = (common.config_of(done.parent) or {}).get("command")
+        if made and [part for part in made[1:] if part != "--resume"] != line[1:]:
+            fail(f"{done.parent}: was made with other settings; remove it, or give another --out")
     todo = [job for job in jobs if not all(done.exists() for done, _ in job)]
     began, finished, lock = time.time(), 0, threading.Lock()
 
     def run(job: Job) -> bool:
         nonlocal finished
+        error = ""
         for done, line in job:
             if done.exists():
                 continue
@@ -231,13 +225,14 @@ def run_all(args, jobs: list[Job]) -> int:
                 code = subprocess.run([sys.executable, str(HERE / line[0]), *line[1:]], stdout=log, stderr=log,
                                       env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode  # fmt: skip
             if code:
-                print(f"error: {shlex.join(line)} ended with {code}: see {log.name}", file=sys.stderr, flush=True)
-                return False
+                error = f"error: {shlex.join(line)} ended with {code}: see {log.name}"
+                break
         with lock:
             finished += 1
             left = common.duration((time.time() - began) / finished * (len(todo) - finished))
-            print(f"{finished} of {len(todo)} done, {left} left", flush=True)
-        return True
+            print(error or f"{finished} of {len(todo)} done, {left} left",
+                  file=sys.stderr if error else sys.stdout, flush=True)  # fmt: skip
+        return not error
 
     with ThreadPoolExecutor(args.jobs) as pool:
         return list(pool.map(run, todo)).count(False)
@@ -356,8 +351,9 @@ def report(args, config) -> None:
     """summary.json with every number, findings.md with the tables, the figures, and two traces of one problem."""
     values = {name: read_values(args, config, name) for name in ("base", *config["methods"])}
     values = {name: of for name, of in values.items() if of}
-    if not {"base", "GRPO"} <= set(values):
-        fail(f"--out {args.out}: no evaluation of base and GRPO there yet")
+    seed = config["seeds"]["core"][0]
+    if not all((folder(args, name, seed) / "test" / "summary.json").exists() for name in ("base", "GRPO")):
+        fail(f"--out {args.out}: no evaluation of base and GRPO with seed {seed} there yet")
     summary: dict = {"seeds": {name: len(of["right"]) for name, of in values.items()}, "tables": {}}
     tables = summary["tables"]
     longer = {name: of for name, of in values.items() if trains_longer(config, name)}
@@ -379,13 +375,13 @@ def report(args, config) -> None:
     tables["Accuracy after extensions"] = extensions = extension_table(values)
     tables["Behaviour and cost"] = behaviour_table(args, config, values)
     tables["During training (validation problems; mean and range over seeds)"] = training_table(args, config, values)
-    for test, what in zip(PASSES, ("computed tokens", "tokens computed before the updates")):
+    for what, (test, _) in COMPUTED.items():
         cut = {name: read_values(args, config, name, test) for name in names}
         cut = {name: of for name, of in cut.items() if of}
         if cut:
             some = {"base": values["base"], "GRPO": values["GRPO"], **cut}
-            tables[f"Equal {what}"] = outcome_table(config, some)
-            tables[f"Difference to GRPO, equal {what}"] = differences(config, some, list(cut), "GRPO")
+            tables[f"Equal tokens {what}"] = outcome_table(config, some)
+            tables[f"Difference to GRPO, equal tokens {what}"] = differences(config, some, list(cut), "GRPO")
     star = {"STaR": "test-outcome", "MRT-STaR": "test-mrt"}
     star = {name: read_values(args, config, "STaR", test) for name, test in star.items()}
     star = {name: of for name, of in star.items() if of}
@@ -410,7 +406,7 @@ def report(args, config) -> None:
     draw_training(args, config, values)
     draw_extensions(args, extensions)
     for run, figure in (("analysis", "scaling"), ("analysis", "progress"), ("evaluation", "efficiency"),
-                        ("budgets", "regret"), ("star-seed0", "star")):  # fmt: skip
+                        ("budgets", "regret"), (f"star-seed{config['seeds']['star'][0]}", "star")):  # fmt: skip
         if (args.out / run / f"{figure}.png").exists():
             shutil.copy(args.out / run / f"{figure}.png", args.pages / f"{run}-{figure}.png")
     print(text)
@@ -469,7 +465,7 @@ def differences(config, values: dict, names: list[str], reference: str) -> Table
 
 def regret_table(config, values: dict, metric: str) -> dict[str, dict[str, dict]]:
     """From the episodes of the test traces (regret@), or from thoughts cut at budgets and extended beyond their end
-    (forced: regret@), for some seeds; after the last extension a curve is held."""
+    (forced: regret@), for the seeds that have these; after the last extension a curve is held."""
     top, rows = config["evaluate"]["max-tokens"], {}
     inside = common.numbers("budgets", config["evaluate"]["budgets"])
     of_column = {column: int(column.rsplit("@", 1)[1]) for column in values["base"] if column.startswith(metric)}
@@ -516,7 +512,7 @@ def behaviour_table(args, config, values: dict) -> Table:
         sampled = [of[-1]["sampled_tokens"] for of in lines]
         trained = sum(line["trained_tokens"] for of in lines for line in of)
         per_token = {"sampled": sum(sampled)}
-        for what, passes in (("computed before the update", 0), ("computed", 3)):
+        for what, (_, passes) in COMPUTED.items():
             per_token[what] = sum(computed_tokens(run, passes)[-1] for run in runs)
         rows[name]["sampled tokens"] = f"{np.mean(sampled) / 1e3:.0f}k" if runs else ""
         rows[name]["steps"] = f"{np.mean([len(of) for of in lines]):.1f}" if runs else ""
@@ -560,7 +556,7 @@ def two_traces(args, config) -> str:
     solve and the base in more than three episodes, the first with the most candidates."""
     runs = {name: folder(args, name, config["seeds"]["core"][0]) / "test" for name in ("base", "GRPO", "MRT online")}
     samples = {name: {r["problem"]: (r["level"], r["samples"][0]) for r in common.load_records(run)}
-               for name, run in runs.items() if run.exists()}  # fmt: skip
+               for name, run in runs.items() if (run / "summary.json").exists()}  # fmt: skip
 
     def fit(problem: str) -> tuple:
         level, base = samples["base"][problem]

@@ -291,8 +291,8 @@ def rollouts_prefix(args, sampler, problems, prompts, seed):
 
 
 def cut_rollouts(args, sampler, problems, prompts, seeds) -> list[tuple[Trace, int]]:
-    """One partial rollout a problem and where it is cut: after a random number of its episodes, each equally likely,
-    none included. It is sampled by the model as it is before the update (the old policy), and never trained on."""
+    """One partial rollout a problem and where it is cut: after a random number of its episodes, 0 included, all equally
+    likely. It is sampled by the model as it is before the update (the old policy), and never trained on."""
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
     cut = []
     for problem, prompt, (completion,), seed in zip(problems, prompts, rows, seeds):
@@ -445,7 +445,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompt
     common.prepare(model, dtype, common.token_logprobs, recompute=not common.is_tiny(args.model))
     reference = common.load_model(args.model, sampler.model.device) if args.kl > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    state = first_state(args, run, model, optimizer, sampler)
+    state = begin_or_resume(args, run, model, optimizer, sampler)
     tell, asked_to_stop = reporter(args, run), common.on_sigterm()
     steps = args.steps or (math.inf if args.max_sampled_tokens else math.ceil(len(problems) / args.problems_per_step))
     rollouts = {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant] if args.bonus else rollouts_grpo
@@ -491,7 +491,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompt
             tell(line)
         share, share_before = (share_done(args, of, steps) for of in (state, first))
         left = (time.time() - began) / max(share - share_before, 1e-9) * max(0.0, 1 - share)
-        print(one_line(line, left), flush=True)
+        print(step_line(line, left), flush=True)
         if validation and state["step"] % args.eval_every == 0:
             validate(args, run, sampler, validation, state)
         stopping = common.sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
@@ -513,7 +513,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompt
     print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
 
 
-def first_state(args, run: Path, model, optimizer, sampler: Sampler) -> dict:
+def begin_or_resume(args, run: Path, model, optimizer, sampler: Sampler) -> dict:
     """Where the run begins: at nothing, or with --resume at its last checkpoint; records beyond that are removed."""
     state = {"step": 0, "sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
     checkpoint = common.latest_checkpoint(run) if args.resume else None
@@ -526,7 +526,7 @@ def first_state(args, run: Path, model, optimizer, sampler: Sampler) -> dict:
     return state
 
 
-def one_line(line: dict, left: float) -> str:
+def step_line(line: dict, left: float) -> str:
     """A step as it is printed."""
     return (
         f"step {line['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  "

@@ -255,7 +255,7 @@ def read_config(path: Path) -> dict:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         fail(f"--config {path}: {first_line(error)}")
     if not isinstance(settings, dict):
-        fail(f"--config {path}: expected lines of `flag: value`")
+        fail(f"--config {path}: expected lines of `name: value`")
     return settings
 
 

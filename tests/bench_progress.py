@@ -26,8 +26,7 @@ def main() -> None:
     problems = common.load_problems("tiny", "validation", args.traces)
     prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
     sampled = sampler.generate(prompts, args.max_tokens, [(7, i) for i in range(len(prompts))])
-    traces = [common.read_trace(tokenizer, p, q, c, 32) for p, q, (c,) in zip(problems, prompts, sampled)]
-    common.grade_traces(traces)
+    traces = [trace for (trace,) in common.read_traces(tokenizer, problems, prompts, sampled, max_episodes=32)]
 
     def estimate(how: ForcedAnswers, seed: int):
         before, began = (sampler.sampled_tokens, sampler.computed_tokens), time.perf_counter()

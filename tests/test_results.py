@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+import common
 import results
 
 ROOT = Path(results.__file__).parent
@@ -26,7 +27,7 @@ TOY = {
     "estimators": {"traces": 4, "max-tokens": 32},
     "star": {"max-tokens": 96, "limit": 16, "iterations": 2, "num-samples": 2, "forced-answers": 2,
              "eval-split": "validation", "eval-problems": 2},
-    "seeds": {"core": [0], "others": [0]},
+    "seeds": {"core": [0], "star": [0], "others": [0]},
     "targets": [0.1, 1.0],
     "search": {"lr": [1e-4], "seed": 100},
     "core": ["GRPO", "MRT online"],
@@ -72,36 +73,64 @@ def test_the_comparison_from_nothing_and_again_from_its_runs(tmp_path, monkeypat
     for passes, ((_, line),) in zip((3, 0), jobs, strict=True):
         step = int(line[line.index("--model") + 1].rsplit("_", 1)[1])
         spent = []
-        for run in ("mrt-online-seed0", "grpo-seed0"):
-            lines, trained = results.metrics(tmp_path / "run" / run), 0
+        for name in ("mrt-online-seed0", "grpo-seed0"):
+            run = tmp_path / "run" / name
+            records = common.read_jsonl(run / "records.jsonl")
             spent.append([])
-            for of in lines:
-                trained += of["trained_tokens"]
-                spent[-1].append(of["computed_tokens"] + passes * trained)
+            for i, of in enumerate(results.metrics(run)):
+                update = sum(r["prompt_tokens"] + r["tokens"] for r in records if r["step"] <= i)
+                spent[-1].append(of["computed_tokens"] + passes * update)
         assert step == 1 or spent[0][step - 1] <= spent[1][-1]
         assert step == len(spent[0]) or spent[0][step] > spent[1][-1]
 
 
-def test_runs_with_other_settings_are_refused_and_further_seeds_are_not(tmp_path, capsys):
-    args = types.SimpleNamespace(out=tmp_path / "run")
-    results.check_settings(args, TOY)
-    results.check_settings(args, {**TOY, "seeds": {"core": [0, 1], "others": [0]}})
-    more = {**TOY["methods"], "MRT prefix": {"flags": "--bonus 1", "lr": 1e-4}}
-    results.check_settings(args, {**TOY, "methods": more})
-    longer, faster = {**TOY["train"], "group-size": 2}, {"GRPO": {"flags": "--bonus 0", "lr": 1}}
-    for change, name in (({"train": longer}, "train"), ({"methods": faster}, "GRPO")):
-        with pytest.raises(SystemExit) as ended:
-            results.check_settings(args, {**TOY, **change})
-        message = capsys.readouterr().err
-        assert ended.value.code == 2 and message.count("\n") == 1 and f"had other settings of {name};" in message
+def test_runs_of_other_settings_are_refused_before_anything_runs(tmp_path, capsys):
+    args = types.SimpleNamespace(out=tmp_path, jobs=1, all=False)
+    ((_, line), *_), *_ = results.method_jobs(args, TOY, ["GRPO"])
+    run = results.folder(args, "GRPO", 0)
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"settings": {}, "command": ["rl_mrt.py", *line[1:], "--resume"]}))
+    for done in (run / "summary.json", run / "test" / "summary.json", run / "force" / "summary.json"):
+        done.parent.mkdir(exist_ok=True)
+        done.write_text("{}")
+    assert results.run_all(args, results.method_jobs(args, TOY, ["GRPO"])) == 0  # it is all there
+    faster = {**TOY, "methods": {**TOY["methods"], "GRPO": {"flags": "--bonus 0", "lr": 1}}}
+    with pytest.raises(SystemExit) as ended:
+        results.run_all(args, results.method_jobs(args, faster, ["GRPO"]))
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and f"{run}: was made with other settings" in message and message.count("\n") == 1
+
+
+def test_seeds_and_extensions_of_each_method():
+    seeds = {"seeds": {"core": [0, 1, 2], "star": [0], "others": [1]}}
+    methods = {**TOY["methods"], "λ": {"flags": "", "lr": 1}, "long": {"flags": "", "lr": 1, "seeds": [0, 2]}}
+    config = {**TOY, **seeds, "methods": methods}
+    for everything, forced in ((False, ["base-seed0", "grpo-seed0"]), (True, [f"{m}-seed{s}" for s in range(3)
+                                                                             for m in ("base", "grpo")])):  # fmt: skip
+        args = types.SimpleNamespace(out=Path("runs"), all=everything)
+        jobs = results.method_jobs(args, config, ["base", "GRPO", "λ", "long"])
+        tests = [done.parent.parent.name for job in jobs for done, _ in job if done.parent.name == "test"]
+        assert sorted(tests) == sorted(
+            [*(f"{m}-seed{s}" for s in range(3) for m in ("base", "grpo")), "lambda-seed1", "long-seed0", "long-seed2"]
+        )
+        assert [d.parent.parent.name for job in jobs for d, _ in job if d.parent.name == "force"] == forced
+
+
+def test_an_accuracy_is_reached_on_the_way_from_nothing():
+    grid = results.grid_of(TOY)
+    curve = np.where(grid >= grid[3], 1.0, 0.0)  # right from the fourth budget on
+    rows = results.reach_table(TOY, {"GRPO": {"anytime": np.tile(curve, (2, 5, 1))}})
+    assert rows["GRPO"]["tokens for 1.0"]["mean"] == pytest.approx(grid[3])
+    assert rows["GRPO"]["tokens for 0.1"]["mean"] == pytest.approx(grid[2] + 0.1 * (grid[3] - grid[2]))
+    at_once = {"GRPO": {"anytime": np.ones((2, 5, len(grid)))}}
+    assert results.reach_table(TOY, at_once)["GRPO"]["tokens for 0.1"]["mean"] == pytest.approx(0.1 * grid[0])
 
 
 def test_every_command_of_the_comparison_is_one_that_its_script_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = yaml.safe_load((ROOT / "configs" / "results.yaml").read_text())
     args = types.SimpleNamespace(out=Path("runs/none"), all=True)
-    seeds = config["seeds"]["core"]
-    jobs = [*results.method_jobs(args, config, ["base", *config["methods"]], seeds), *results.star_jobs(args, config),
+    jobs = [*results.method_jobs(args, config, ["base", *config["methods"]]), *results.star_jobs(args, config),
             *results.other_jobs(args, config), *results.search_jobs(args, config)]  # fmt: skip
     commands = [line for job in jobs for _, line in job if not line[0].startswith("tests/")]
     assert len(commands) > 50
