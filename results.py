@@ -119,7 +119,7 @@ def seeds_of(config, method: str) -> list[int]:
 
 
 def method_jobs(args, config, methods: Iterable[str]) -> list[Job]:
-    """Training, evaluation and, for the core (its first seed, or all with --all), budget forcing."""
+    """Training, evaluation and budget forcing, that of the core and of longer training: the first seed's, or --all."""
     jobs: list[Job] = []
     for seed, method in itertools.product(config["seeds"]["core"], methods):
         if seed not in seeds_of(config, method):
@@ -129,7 +129,8 @@ def method_jobs(args, config, methods: Iterable[str]) -> list[Job]:
             job.append(trained(args, config, method, seed, config["methods"][method]["lr"], run))
         where = {"model": "tiny" if method == "base" else run / "model", "seed": seed}
         job.append(command("evaluate.py", run / "test", {**config["evaluate"], **where}))
-        if method in ("base", *config["core"]) and (args.all or seed == config["seeds"]["core"][0]):
+        extended = method in ("base", *config["core"]) or trains_longer(config, method)
+        if extended and (args.all or seed == config["seeds"]["core"][0]):
             job.append(command("budget_force.py", run / "force", {**config["force"], **where}))
         jobs.append(job)
     return jobs
@@ -358,37 +359,30 @@ def report(args, config) -> None:
     tables = summary["tables"]
     longer = {name: of for name, of in values.items() if trains_longer(config, name)}
     equal = {name: of for name, of in values.items() if name not in longer}
-    names = [name for name in equal if name not in ("base", "GRPO")]
-    tables["Equal sampled tokens"] = outcome_table(config, equal)
-    tables["Difference to GRPO, equal sampled tokens"] = differences(config, equal, names, "GRPO")
+    tables |= comparison(config, "Equal sampled tokens", equal, "GRPO")
     penalised = [f"{name} + length penalty" for name in ("GRPO", "MRT online")]
     if set(penalised) <= set(equal):
-        tables["What MRT adds to the length penalty"] = differences(config, equal, penalised[1:], penalised[0])
+        columns = columns_of(config, equal["base"])[0]
+        tables["What MRT adds to the length penalty"] = differences(equal, penalised[1:], penalised[0], columns)
     if longer:
-        first = next(iter(longer))
-        tables["Longer training"] = outcome_table(config, {"base": values["base"], **longer}, first)
-        tables[f"Difference to {first}"] = differences(config, longer, list(longer)[1:], first)
-    inside, beyond = (regret_table(config, values, metric) for metric in ("regret@", "forced: regret@"))
-    tables["Normalised regret"] = inside
+        tables |= comparison(config, "Longer training", {"base": values["base"], **longer}, next(iter(longer)))
+    tables["Normalised regret"] = regret_table(config, values, "regret@")
+    beyond = regret_table(config, values, "forced: regret@")
     tables["Normalised regret of thoughts that are cut and extended"] = beyond
-    tables["Tokens for a forced answer to be right so often"] = reach_table(config, values)
     tables["Accuracy after extensions"] = extensions = extension_table(values)
     tables["Behaviour and cost"] = behaviour_table(args, config, values)
     tables["During training (validation problems; mean and range over seeds)"] = training_table(args, config, values)
     for what, (test, _) in COMPUTED.items():
-        cut = {name: read_values(args, config, name, test) for name in names}
+        cut = {name: read_values(args, config, name, test) for name in equal}
         cut = {name: of for name, of in cut.items() if of}
         if cut:
             some = {"base": values["base"], "GRPO": values["GRPO"], **cut}
-            tables[f"Equal tokens {what}"] = outcome_table(config, some)
-            tables[f"Difference to GRPO, equal tokens {what}"] = differences(config, some, list(cut), "GRPO")
+            tables |= comparison(config, f"Equal tokens {what}", some, "GRPO")
     star = {"STaR": "test-outcome", "MRT-STaR": "test-mrt"}
     star = {name: read_values(args, config, "STaR", test) for name, test in star.items()}
     star = {name: of for name, of in star.items() if of}
     if star:
-        some = {"base": values["base"], **star}
-        tables["Self-training"] = outcome_table(config, some, "STaR")
-        tables["Difference to STaR"] = differences(config, some, ["MRT-STaR"], "STaR")
+        tables |= comparison(config, "Self-training", {"base": values["base"], **star}, "STaR")
     estimators = args.out / "estimators" / "summary.json"
     if estimators.exists():
         found = json.loads(estimators.read_text())["estimators"]
@@ -402,11 +396,15 @@ def report(args, config) -> None:
     text += f"## Learning-rate search\n\n{search_table(args, config)}\n" if (args.out / "search").exists() else ""
     common.write_text(args.pages / "findings.md", text + two_traces(args, config))
     draw_method(args, config)
-    draw_anytime(args, config, values, inside, beyond)
+    draw_anytime(args, config, {name: values[name] for name in ("base", *config["core"]) if name in values}, "anytime")
+    if longer:
+        draw_anytime(args, config, {"base": values["base"], **longer}, "anytime-longer")
+    if star:
+        draw_anytime(args, config, {"base": values["base"], **star}, "star")
     draw_training(args, config, values)
-    draw_extensions(args, extensions)
+    draw_extensions(args, {name: row for name, row in extensions.items() if name not in longer})
     for run, figure in (("analysis", "scaling"), ("analysis", "progress"), ("evaluation", "efficiency"),
-                        ("budgets", "regret"), (f"star-seed{config['seeds']['star'][0]}", "star")):  # fmt: skip
+                        ("budgets", "regret")):  # fmt: skip
         if (args.out / run / f"{figure}.png").exists():
             shutil.copy(args.out / run / f"{figure}.png", args.pages / f"{run}-{figure}.png")
     print(text)
@@ -447,7 +445,7 @@ def outcome_table(config, values: dict, reference: str = "GRPO") -> Table:
             "lr": f"{config['methods'][name]['lr']:g}" if name in config["methods"] else "",
             f"right@{config['evaluate']['max-tokens']}": cell_of(right[name]),
             "gain": cell_of(gain[name]) if name != "base" else "",
-            f"ratio to {reference}'s gain": "" if name in ("base", reference)
+            f"ratio of gains to {reference}": "" if name in ("base", reference)
             else cell_of(ratio[name]),
             "30 candidates": cell_of(hard[name]),
             "tokens": cell_of(tokens[name]),
@@ -456,11 +454,37 @@ def outcome_table(config, values: dict, reference: str = "GRPO") -> Table:
     }  # fmt: skip
 
 
-def differences(config, values: dict, names: list[str], reference: str) -> Table:
+def comparison(config, title: str, values: dict, reference: str) -> dict[str, Table]:
+    """Tables of methods with as many tokens as their reference, and their differences to it."""
+    names = [name for name in values if name not in ("base", reference)]
+    plain, forced = columns_of(config, values[reference])
+    tables = {
+        title: outcome_table(config, values, reference),
+        f"{title}: difference to {reference}": differences(values, names, reference, plain),
+        f"{title}: tokens for a forced answer to be right so often": reach_table(config, values, reference),
+    }
+    some = [name for name in names if all(column in values[name] for column in forced)]
+    if forced and some:
+        heading = f"{title}: difference to {reference} where thoughts are cut and extended"
+        tables[heading] = differences(values, some, reference, forced)
+    return tables
+
+
+def columns_of(config, values: dict) -> tuple[list[str], list[str]]:
+    """The metrics in which methods are compared: (of whole traces, of thoughts cut and extended beyond the budget)."""
+    top = config["evaluate"]["max-tokens"]
     budgets = common.numbers("budgets", config["evaluate"]["budgets"])
-    columns = ["right", "tokens", *(f"regret@{b}" for b in budgets)]
+    forced = [m for m in values if m.startswith("forced: regret@") and int(m.rsplit("@", 1)[1]) >= top]
+    forced += [m for m in values if re.fullmatch(r"forced: \d+ extensions", m)]
+    return ["right", "tokens", *(f"regret@{b}" for b in budgets)], forced
+
+
+def differences(values: dict, names: list[str], reference: str, columns: list[str]) -> Table:
     draws = {metric: boot(values, metric) for metric in columns}
-    return {name: {f"Δ {m}": cell_of(draws[m][name] - draws[m][reference]) for m in columns} for name in names}
+    return {
+        name: {f"Δ {m.removeprefix('forced: ')}": cell_of(draws[m][name] - draws[m][reference]) for m in columns}
+        for name in names
+    }
 
 
 def regret_table(config, values: dict, metric: str) -> dict[str, dict[str, dict]]:
@@ -476,19 +500,18 @@ def regret_table(config, values: dict, metric: str) -> dict[str, dict[str, dict]
     return rows
 
 
-def reach_table(config, values: dict) -> Table:
-    """Tokens at which answers forced by then are so often right, and how many times as many GRPO needs (draws in which
-    neither gets there do not count)."""
+def reach_table(config, values: dict, reference: str) -> Table:
+    """Tokens at which answers forced by then are so often right, and how many times as many the reference needs (draws
+    in which neither gets there do not count)."""
     curves = {name: np.pad(of, ((0, 0), (1, 0))) for name, of in boot(values, "anytime").items()}  # 0 within 0 tokens
-    grid, rows = np.append(0.0, grid_of(config)), {}
-    for name in values:
-        rows[name] = {}
-        for target in config["targets"]:
-            need = {n: np.array([common.tokens_to_reach(target, grid, c) for c in curves[n]]) for n in {name, "GRPO"}}
+    grid, rows = np.append(0.0, grid_of(config)), {name: {} for name in curves}
+    for target in config["targets"]:
+        need = {n: np.array([common.tokens_to_reach(target, grid, curve) for curve in of]) for n, of in curves.items()}
+        for name in curves:
             rows[name][f"tokens for {target}"] = cell_of(need[name])
-            compared = name != "GRPO" and all(np.isfinite(need[n][0]) for n in need)
+            compared = name != reference and np.isfinite([need[name][0], need[reference][0]]).all()
             with np.errstate(invalid="ignore"):
-                rows[name][f"ratio {target}"] = cell_of(need["GRPO"] / need[name]) if compared else "–"
+                rows[name][f"ratio {target}"] = cell_of(need[reference] / need[name]) if compared else "–"
     return rows
 
 
@@ -604,27 +627,30 @@ def draw_method(args, config) -> None:
     common.save_figure(figure, args.pages / "method.png")
 
 
-def draw_anytime(args, config, values: dict, *regrets: dict[str, dict[str, dict]]) -> None:
-    """Accuracy of an answer forced within a budget, and the two tables of the normalised regret, dashed beyond the
-    training budget."""
+def draw_anytime(args, config, values: dict, stem: str) -> None:
+    """Accuracy of an answer forced within a budget, and the normalised regret, dashed beyond the training budget."""
     plt = common.pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
     grid, top, curves = grid_of(config), config["evaluate"]["max-tokens"], boot(values, "anytime")
-    for number, name in enumerate(n for n in ("base", *config["core"]) if n in values):
-        cells = [cell_of(column) for column in curves[name].T]
-        common.line(axes[0], grid, cells, f"C{number}", name, "-")
+    regrets = [regret_table(config, values, metric) for metric in ("regret@", "forced: regret@")]
+    regrets = regrets if len(regrets[1]) > 1 else regrets[:1]  # the base alone
+    figure, axes = plt.subplots(1, 1 + len(regrets), figsize=(4 + 4 * len(regrets), 3.6), constrained_layout=True)
+    colors = {name: f"C{number}" for number, name in enumerate(("base", *config["core"]))}
+    for number, name in enumerate(values):
+        color = colors.get(name.split(",")[0], f"C{number}")  # that of the method which was trained less long
+        common.line(axes[0], grid, [cell_of(column) for column in curves[name].T], color, name, "-")
         for axis, rows in zip(axes[1:], regrets):
             points = {int(column.split("@")[1]): cell for column, cell in rows.get(name, {}).items()}
             for budgets, style in (([b for b in points if b <= top], "o-"), ([b for b in points if b >= top], "o--")):
-                common.line(axis, budgets, [points[b] for b in budgets], f"C{number}", None, style)
+                common.line(axis, budgets, [points[b] for b in budgets], color, None, style)
     axes[0].set(xlabel="token budget", ylabel="accuracy of an answer forced by then", ylim=(0, 1), xlim=(0, top))
     axes[0].legend(frameon=False, fontsize=8)
     axes[1].set(xlabel="token budget C0", ylabel="normalised regret", title="episodes of test traces")
-    axes[2].set(xlabel="token budget C0", title="thoughts cut, and extended beyond the line")
-    axes[2].axvline(top, color="grey", linewidth=0.8)
+    if len(regrets) > 1:
+        axes[2].set(xlabel="token budget C0", title="thoughts cut, and extended beyond the line")
+        axes[2].axvline(top, color="grey", linewidth=0.8)
     for axis in axes:
         axis.grid(alpha=0.3)
-    common.save_figure(figure, args.pages / "anytime.png")
+    common.save_figure(figure, args.pages / f"{stem}.png")
 
 
 def draw_training(args, config, values: dict) -> None:

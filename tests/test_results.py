@@ -119,11 +119,11 @@ def test_seeds_and_extensions_of_each_method():
 def test_an_accuracy_is_reached_on_the_way_from_nothing():
     grid = results.grid_of(TOY)
     curve = np.where(grid >= grid[3], 1.0, 0.0)  # right from the fourth budget on
-    rows = results.reach_table(TOY, {"GRPO": {"anytime": np.tile(curve, (2, 5, 1))}})
+    rows = results.reach_table(TOY, {"GRPO": {"anytime": np.tile(curve, (2, 5, 1))}}, "GRPO")
     assert rows["GRPO"]["tokens for 1.0"]["mean"] == pytest.approx(grid[3])
     assert rows["GRPO"]["tokens for 0.1"]["mean"] == pytest.approx(grid[2] + 0.1 * (grid[3] - grid[2]))
     at_once = {"GRPO": {"anytime": np.ones((2, 5, len(grid)))}}
-    assert results.reach_table(TOY, at_once)["GRPO"]["tokens for 0.1"]["mean"] == pytest.approx(0.1 * grid[0])
+    assert results.reach_table(TOY, at_once, "GRPO")["GRPO"]["tokens for 0.1"]["mean"] == pytest.approx(0.1 * grid[0])
 
 
 def test_every_command_of_the_comparison_is_one_that_its_script_takes(monkeypatch):
