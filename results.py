@@ -360,9 +360,9 @@ def report(args, config) -> None:
     longer = {name: of for name, of in values.items() if trains_longer(config, name)}
     equal = {name: of for name, of in values.items() if name not in longer}
     tables |= comparison(config, "Equal sampled tokens", equal, "GRPO")
+    columns, _ = columns_of(config, equal["base"])
     penalised = [f"{name} + length penalty" for name in ("GRPO", "MRT online")]
     if set(penalised) <= set(equal):
-        columns = columns_of(config, equal["base"])[0]
         tables["What MRT adds to the length penalty"] = differences(equal, penalised[1:], penalised[0], columns)
     if longer:
         tables |= comparison(config, "Longer training", {"base": values["base"], **longer}, next(iter(longer)))
@@ -372,12 +372,17 @@ def report(args, config) -> None:
     tables["Accuracy after extensions"] = extensions = extension_table(values)
     tables["Behaviour and cost"] = behaviour_table(args, config, values)
     tables["During training (validation problems; mean and range over seeds)"] = training_table(args, config, values)
+    versus_prefix: Table = {}
     for what, (test, _) in COMPUTED.items():
         cut = {name: read_values(args, config, name, test) for name in equal}
         cut = {name: of for name, of in cut.items() if of}
         if cut:
             some = {"base": values["base"], "GRPO": values["GRPO"], **cut}
             tables |= comparison(config, f"Equal tokens {what}", some, "GRPO")
+        for title, of in (("equal sampled tokens", equal), (f"equal tokens {what}", cut)):
+            if {"MRT online", "MRT prefix"} <= set(of):
+                versus_prefix[title] = differences(of, ["MRT online"], "MRT prefix", columns)["MRT online"]
+    tables["MRT online: difference to MRT prefix"] = versus_prefix
     star = {"STaR": "test-outcome", "MRT-STaR": "test-mrt"}
     star = {name: read_values(args, config, "STaR", test) for name, test in star.items()}
     star = {name: of for name, of in star.items() if of}
