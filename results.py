@@ -361,9 +361,11 @@ def report(args, config) -> None:
     equal = {name: of for name, of in values.items() if name not in longer}
     tables |= comparison(config, "Equal sampled tokens", equal, "GRPO")
     columns, _ = columns_of(config, equal["base"])
-    penalised = [f"{name} + length penalty" for name in ("GRPO", "MRT online")]
-    if set(penalised) <= set(equal):
-        tables["What MRT adds to the length penalty"] = differences(equal, penalised[1:], penalised[0], columns)
+    added: Table = {}
+    for name in values:
+        if name.startswith("MRT online + length penalty") and name.replace("MRT online", "GRPO") in values:
+            added |= differences(values, [name], name.replace("MRT online", "GRPO"), columns)
+    tables["What MRT adds to the length penalty"] = added
     if longer:
         tables |= comparison(config, "Longer training", {"base": values["base"], **longer}, next(iter(longer)))
     tables["Normalised regret"] = regret_table(config, values, "regret@")
@@ -485,7 +487,7 @@ def columns_of(config, values: dict) -> tuple[list[str], list[str]]:
 
 
 def differences(values: dict, names: list[str], reference: str, columns: list[str]) -> Table:
-    draws = {metric: boot(values, metric) for metric in columns}
+    draws = {metric: boot({name: values[name] for name in (reference, *names)}, metric) for metric in columns}
     return {
         name: {f"Δ {m.removeprefix('forced: ')}": cell_of(draws[m][name] - draws[m][reference]) for m in columns}
         for name in names
