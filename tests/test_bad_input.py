@@ -403,9 +403,9 @@ def test_a_key_without_a_value_leaves_the_default(tmp_path):
         ("1: 2\n", "1"),
         ("bonus: [1\n", ""),
         ("a: b: c\n", ""),
-        ("- bonus\n- lr\n", "flag: value"),
-        ("just words\n", "flag: value"),
-        ("", "flag: value"),
+        ("- bonus\n- lr\n", "name: value"),
+        ("just words\n", "name: value"),
+        ("", "name: value"),
     ],
 )
 def test_config_files_that_cannot_be_used(capsys, tmp_path, text, says):
