@@ -139,8 +139,8 @@ def method_jobs(args, config, methods: Iterable[str]) -> list[Job]:
 # What may be equal, the folder of the evaluation, and how often a token of the update counts: a forward pass and a
 # backward pass, which costs two; or not at all.
 COMPUTED = {
-    "computed": ("test-equal-computed", 3),
-    "computed before the updates": ("test-equal-computed-before", 0),
+    "compute with the update": ("test-equal-computed", 3),
+    "compute without the update": ("test-equal-computed-before", 0),
 }
 
 
@@ -380,8 +380,8 @@ def report(args, config) -> None:
         cut = {name: of for name, of in cut.items() if of}
         if cut:
             some = {"base": values["base"], "GRPO": values["GRPO"], **cut}
-            tables |= comparison(config, f"Equal tokens {what}", some, "GRPO")
-        for title, of in (("equal sampled tokens", equal), (f"equal tokens {what}", cut)):
+            tables |= comparison(config, f"Equal {what}", some, "GRPO")
+        for title, of in (("equal sampled tokens", equal), (f"equal {what}", cut)):
             if {"MRT online", "MRT prefix"} <= set(of):
                 versus_prefix[title] = differences(of, ["MRT online"], "MRT prefix", columns)["MRT online"]
     tables["MRT online: difference to MRT prefix"] = versus_prefix
@@ -481,7 +481,8 @@ def columns_of(config, values: dict) -> tuple[list[str], list[str]]:
     """The metrics in which methods are compared: (of whole traces, of thoughts cut and extended beyond the budget)."""
     top = config["evaluate"]["max-tokens"]
     budgets = common.numbers("budgets", config["evaluate"]["budgets"])
-    forced = [m for m in values if m.startswith("forced: regret@") and int(m.rsplit("@", 1)[1]) >= top]
+    beyond = [m for m in values if m.startswith("forced: regret@") and int(m.rsplit("@", 1)[1]) >= top]
+    forced = list(dict.fromkeys([*beyond[:1], *beyond[-1:]]))
     forced += [m for m in values if re.fullmatch(r"forced: \d+ extensions", m)]
     return ["right", "tokens", *(f"regret@{b}" for b in budgets)], forced
 
