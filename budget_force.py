@@ -83,7 +83,11 @@ def flags(argv=None) -> argparse.Namespace:
         if len(models) > 1 and args.model != parser.get_default("model"):
             fail("--thoughts: one run holds the thoughts of one model")
         args.model = models[0]
-        made = settings_of_analysis(args.thoughts)
+        made = (common.config_of(args.thoughts) or {}).get("settings", {})
+        if "episodes_per_point" not in made:
+            fail(f"--thoughts {args.thoughts}: no config.json of an analyze_r1.py run there")
+        if made["model"] != args.model:
+            fail(f"--thoughts {args.thoughts}: holds thoughts of --model {made['model']}, not of {args.model}")
         if not made.get("traces") and args.max_tokens != made["max_tokens"]:
             args.max_tokens = made["max_tokens"]
             print(f"training budget: {args.max_tokens} tokens, the --max-tokens of {args.thoughts}")
@@ -129,18 +133,8 @@ def lasting_settings(args) -> dict:
     return {k: v for k, v in vars(args).items() if k not in volatile}
 
 
-def settings_of_analysis(run: Path) -> dict:
-    made = (common.config_of(run) or {}).get("settings", {})
-    if "episodes_per_point" not in made:
-        fail(f"--thoughts {run}: no config.json of an analyze_r1.py run there")
-    return made
-
-
 def load_thoughts(args) -> list[dict]:
-    """[{problem, samples}] of an analysis, which must be of the same model."""
-    made = settings_of_analysis(args.thoughts)
-    if made["model"] != args.model:
-        fail(f"--thoughts {args.thoughts}: holds thoughts of --model {made['model']}, not of {args.model}")
+    """[{problem, samples}] of an analysis."""
     records = [r for r in common.load_records(args.thoughts) if r["samples"]][: args.limit]
     return [{"problem": {k: r[k] for k in ("problem", "answer", "id")}, "samples": r["samples"]} for r in records]
 

@@ -113,8 +113,12 @@ def search_jobs(args, config) -> list[Job]:
     return jobs
 
 
+def in_core(config, method: str) -> bool:
+    return method in ("base", *config["core"])
+
+
 def seeds_of(config, method: str) -> list[int]:
-    kind = "core" if method in ("base", *config["core"]) else "others"
+    kind = "core" if in_core(config, method) else "others"
     return config["methods"].get(method, {}).get("seeds", config["seeds"][kind])
 
 
@@ -129,7 +133,7 @@ def method_jobs(args, config, methods: Iterable[str]) -> list[Job]:
             job.append(trained(args, config, method, seed, config["methods"][method]["lr"], run))
         where = {"model": "tiny" if method == "base" else run / "model", "seed": seed}
         job.append(command("evaluate.py", run / "test", {**config["evaluate"], **where}))
-        extended = method in ("base", *config["core"]) or trains_longer(config, method)
+        extended = in_core(config, method) or trains_longer(config, method)
         if extended and (args.all or seed == config["seeds"]["core"][0]):
             job.append(command("budget_force.py", run / "force", {**config["force"], **where}))
         jobs.append(job)
@@ -144,30 +148,32 @@ COMPUTED = {
 }
 
 
-def computed_tokens(run: Path, passes: int) -> np.ndarray:
-    """[steps]: tokens run through the model by the end of each step: prompts, samples, scores, and `passes` times the
-    sequences of the update, their prompts (with the prefix variant: and prefixes) included."""
-    lines = metrics(run)
-    update = np.zeros(len(lines))
+def computed_tokens(run: Path) -> dict[str, np.ndarray]:
+    """{what of COMPUTED: [steps]}: tokens run through the model by the end of each step: prompts, samples, scores, and
+    the sequences of the update, their prompts (with the prefix variant: and prefixes) included."""
+    before = np.array([line["computed_tokens"] for line in metrics(run)])
+    update = np.zeros(len(before))
     for record in common.read_jsonl(run / "records.jsonl"):
         update[record["step"]] += record["prompt_tokens"] + record["tokens"]
-    return np.array([line["computed_tokens"] for line in lines]) + passes * np.cumsum(update)
+    return {what: before + passes * np.cumsum(update) for what, (_, passes) in COMPUTED.items()}
 
 
 def equal_compute_jobs(args, config) -> list[Job]:
     """Each method's last model that had computed no more tokens than GRPO of the same seed had at its end."""
     jobs = []
-    for seed, method in itertools.product(config["seeds"]["core"], config["methods"]):
-        run, grpo = folder(args, method, seed), folder(args, "GRPO", seed)
-        no_bonus = "--bonus 0" in config["methods"][method]["flags"]
-        done = (run / "summary.json").exists() and (grpo / "summary.json").exists()
-        if no_bonus or trains_longer(config, method) or not done:
+    for seed in config["seeds"]["core"]:
+        grpo = folder(args, "GRPO", seed)
+        if not (grpo / "summary.json").exists():
             continue
-        for test, passes in COMPUTED.values():
-            limit = computed_tokens(grpo, passes)[-1]
-            step = max(1, int((computed_tokens(run, passes) <= limit).sum()))
-            settings = {"model": run / "checkpoints" / f"step_{step:06d}", "seed": seed}
-            jobs.append([command("evaluate.py", run / test, {**config["evaluate"], **settings})])
+        limits = {what: of[-1] for what, of in computed_tokens(grpo).items()}
+        for method, of_method in config["methods"].items():
+            run, no_bonus = folder(args, method, seed), "--bonus 0" in of_method["flags"]
+            if no_bonus or trains_longer(config, method) or not (run / "summary.json").exists():
+                continue
+            for what, tokens in computed_tokens(run).items():
+                step = max(1, int((tokens <= limits[what]).sum()))
+                settings = {"model": run / "checkpoints" / f"step_{step:06d}", "seed": seed}
+                jobs.append([command("evaluate.py", run / COMPUTED[what][0], {**config["evaluate"], **settings})])
     return jobs
 
 
@@ -374,17 +380,19 @@ def report(args, config) -> None:
     tables["Accuracy after extensions"] = extensions = extension_table(values)
     tables["Behaviour and cost"] = behaviour_table(args, config, values)
     tables["During training (validation problems; mean and range over seeds)"] = training_table(args, config, values)
-    versus_prefix: Table = {}
+    same_cost = {"equal sampled tokens": equal}
     for what, (test, _) in COMPUTED.items():
         cut = {name: read_values(args, config, name, test) for name in equal}
         cut = {name: of for name, of in cut.items() if of}
         if cut:
             some = {"base": values["base"], "GRPO": values["GRPO"], **cut}
             tables |= comparison(config, f"Equal {what}", some, "GRPO")
-        for title, of in (("equal sampled tokens", equal), (f"equal {what}", cut)):
-            if {"MRT online", "MRT prefix"} <= set(of):
-                versus_prefix[title] = differences(of, ["MRT online"], "MRT prefix", columns)["MRT online"]
-    tables["MRT online: difference to MRT prefix"] = versus_prefix
+        same_cost[f"equal {what}"] = cut
+    tables["MRT online: difference to MRT prefix"] = {
+        title: differences(of, ["MRT online"], "MRT prefix", columns)["MRT online"]
+        for title, of in same_cost.items()
+        if {"MRT online", "MRT prefix"} <= set(of)
+    }
     star = {"STaR": "test-outcome", "MRT-STaR": "test-mrt"}
     star = {name: read_values(args, config, "STaR", test) for name, test in star.items()}
     star = {name: of for name, of in star.items() if of}
@@ -440,7 +448,7 @@ def boot(values: dict, metric: str) -> dict[str, np.ndarray]:
     return resampled({name: of[metric] for name, of in values.items() if metric in of})
 
 
-def outcome_table(config, values: dict, reference: str = "GRPO") -> Table:
+def outcome_table(config, values: dict, reference: str) -> Table:
     """Accuracy within the training budget, what it gained over the base, and tokens."""
     right, tokens, hard = boot(values, "right"), boot(values, "tokens"), boot(values, "hard")
     gain = {name: right[name] - right["base"] for name in right}
@@ -483,8 +491,11 @@ def columns_of(config, values: dict) -> tuple[list[str], list[str]]:
     budgets = common.numbers("budgets", config["evaluate"]["budgets"])
     beyond = [m for m in values if m.startswith("forced: regret@") and int(m.rsplit("@", 1)[1]) >= top]
     forced = list(dict.fromkeys([*beyond[:1], *beyond[-1:]]))
-    forced += [m for m in values if re.fullmatch(r"forced: \d+ extensions", m)]
-    return ["right", "tokens", *(f"regret@{b}" for b in budgets)], forced
+    return ["right", "tokens", *(f"regret@{b}" for b in budgets)], forced + extensions_of(values)
+
+
+def extensions_of(values: dict) -> list[str]:
+    return [m for m in values if re.fullmatch(r"forced: \d+ extensions", m)]
 
 
 def differences(values: dict, names: list[str], reference: str, columns: list[str]) -> Table:
@@ -524,7 +535,7 @@ def reach_table(config, values: dict, reference: str) -> Table:
 
 
 def extension_table(values: dict) -> dict[str, dict[str, dict]]:
-    metrics = [m for m in values["base"] if re.fullmatch(r"forced: \d+ extensions", m)]
+    metrics = extensions_of(values["base"])
     draws = {m: boot(values, m) for m in metrics}
     return {name: {m.removeprefix("forced: "): cell_of(draws[m][name]) for m in metrics}
             for name in values if metrics and name in draws[metrics[0]]}  # fmt: skip
@@ -543,8 +554,8 @@ def behaviour_table(args, config, values: dict) -> Table:
         sampled = [of[-1]["sampled_tokens"] for of in lines]
         trained = sum(line["trained_tokens"] for of in lines for line in of)
         per_token = {"sampled": sum(sampled)}
-        for what, (_, passes) in COMPUTED.items():
-            per_token[what] = sum(computed_tokens(run, passes)[-1] for run in runs)
+        computed = [computed_tokens(run) for run in runs]
+        per_token |= {what: sum(of[what][-1] for of in computed) for what in COMPUTED}
         rows[name]["sampled tokens"] = f"{np.mean(sampled) / 1e3:.0f}k" if runs else ""
         rows[name]["steps"] = f"{np.mean([len(of) for of in lines]):.1f}" if runs else ""
         for what, tokens in per_token.items():
