@@ -33,291 +33,29 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from grading import check_gold, extract_answer, grade, grade_all, group_answers  # noqa: F401  also for scripts
-from metrics import (  # noqa: F401
-    EXACT_SUBSETS,
-    SUBSET_DRAWS,
-    accuracy_at,
-    additional_regret,
-    bootstrap_interval,
-    interval,
-    maj_at_k,
-    normalized_regret,
-    pass_at_k,
-    regret_at,
-    tokens_to_reach,
-    trace_curve,
-    vote_at_k,
-)
-from runs import (  # noqa: F401
-    Clock,
-    add_common_flags,
-    append_jsonl,
-    cell,
-    check_out,
-    check_out_of_many,
-    config_of,
-    device_name,
-    duration,
-    fail,
-    first_line,
-    is_tiny,
-    json_line,
-    key,
-    lasting,
-    line,
-    load_records,
-    markdown,
-    non_negative,
-    numbers,
-    open_run,
-    parse_flags,
-    positive_int,
-    pyplot,
-    read_config,
-    read_jsonl,
-    resolve_model,
-    run_names,
-    save_figure,
-    script_name,
-    short_name,
-    token_axis,
-    unrecorded,
-    versions,
-    whole_lines,
-    whole_number,
-    write_json,
-    write_text,
-)
-from sampling import (
-    Completion,
-    Sampler,
-    TransformersEngine,
-    VllmEngine,
-    autocast,
-    pack_prefixes,
-    pack_tensors,
-    text_and_offsets,
-    vllm_or_why_not,
-)
-from training import (  # noqa: F401
-    end_on_sigterm,
-    full_weights,
-    gather_over_ranks,
-    latest_checkpoint,
-    learning_rate,
-    load_checkpoint,
-    load_weights,
-    micro_batches,
-    on_sigterm,
-    open_run_once,
-    prepare,
-    ranks,
-    rewind,
-    same_number,
-    save_checkpoint,
-    save_model,
-    scorer,
-    shard,
-    start_processes,
-    sum_over_ranks,
-    wait_for_ranks,
-)
+from plumbing.answers import *  # noqa
+from plumbing.data import *  # noqa
+from plumbing.metrics import *  # noqa
+from plumbing.runs import *  # noqa
+from plumbing.runs import line, cell, key  # noqa
+from plumbing.models import *  # noqa
+from plumbing.models import THINK_END, CHUNK_LOGITS  # noqa
+from plumbing.hf_engine import *  # noqa
+from plumbing.sampler import *  # noqa
+from plumbing.vllm_engine import *  # noqa
+from plumbing.training import *  # noqa
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed is said in one line by us
-if platform.system() == "Linux" and not torch.cuda.is_available():
-    with contextlib.suppress(Exception):  # glibc: keep freed tensors mapped; page faults cost a third of a CPU step
-        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 26)  # M_MMAP_THRESHOLD; larger ones would fragment the heap
-        ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-THINK_END = "</think>"
 # The forced-termination phrase of the authors' public code: what turns the model into the meta-prover μ.
 STOP_PHRASE = (
     "Time is up.\n\nGiven the time I've spent and the approaches I've tried, I should stop thinking and formulate a "
     f"final answer based on what I already have.\n{THINK_END}\n\n**Step-by-Step Explanation and Answer:**\n\n1. **"
 )
-BOX_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."  # Qwen's for mathematics
 ANSWER_CUE = "Final Answer:** \\boxed{"  # ours: where the gold answer's likelihood is read off, see `sequence_logprobs`
 
 
 # ============================================================================================ 1 problems
 
-PROBLEM_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("answer", "solution")
-NOT_ANSWERS = ("proof", "notfound", "not found", "see solution", "n/a", "none", "unknown")  # NuminaMath has them
-
-
-def load_problems(dataset: str, split: str, limit: int | None = None) -> list[dict]:
-    """`[{problem, answer, id}]` from `tiny`, `tiny:30` (only that difficulty), a .jsonl file or the Hub.
-
-    `answer` is the bare gold answer: what follows GSM8K's `####`, or a solution's last box. A row of a file whose
-    answer cannot be graded ends the run and is named; rows of a Hub set (NuminaMath has proofs) are left out, counted.
-    """
-    if is_tiny_dataset(dataset):
-        import tiny
-
-        try:
-            numbers = [n for n in dataset[5:].split(",") if n]
-            levels = (
-                tuple(dict.fromkeys(int(n) if n.isdecimal() else 0 for n in numbers)) or tiny.LEVELS
-            )  # 0 is refused there
-            rows = tiny.problems(split, levels)
-        except ValueError as error:
-            fail(str(error))
-        return rows[:limit]
-    from_file = dataset.endswith((".jsonl", ".json")) or Path(dataset).exists()
-    rows: Any = read_jsonl(Path(dataset)) if from_file else load_from_hub(dataset, split)
-    columns = {c.lower(): c for c in (rows[0] if from_file else rows.column_names)}
-    problem_column = next((columns[c] for c in PROBLEM_COLUMNS if c in columns), None)
-    answer_column = next((columns[c] for c in ANSWER_COLUMNS if c in columns), None)
-    if problem_column is None or answer_column is None:
-        fail(
-            f"--dataset {dataset}: needs one column of {'|'.join(PROBLEM_COLUMNS)} and one of "
-            f"{'|'.join(ANSWER_COLUMNS)}; found {', '.join(columns.values())}"
-        )
-    problems, skipped = [], 0
-    for number, row in enumerate(rows, 1):
-        if limit is not None and len(problems) == limit:
-            break
-        try:
-            if not isinstance(row.get(problem_column), str) or not row[problem_column].strip():
-                raise ValueError(f"column {problem_column} holds no text")
-            gold = gold_answer(str(row.get(answer_column, "")), is_solution=answer_column.lower() == "solution")
-        except ValueError as error:
-            if from_file:
-                fail(f"{dataset}, row {number}: {error}")
-            skipped += 1
-            continue
-        problems.append({"problem": row[problem_column], "answer": gold, "id": str(row.get("id", number - 1))})
-    if skipped:
-        print(f"{dataset}: left out {skipped} rows without an answer that can be graded")
-    if not problems:
-        fail(f"--dataset {dataset}: no usable problem")
-    if len({p["id"] for p in problems}) < len(problems):
-        for number, problem in enumerate(problems):
-            problem["id"] = f"{problem['id']}-{number}"
-    return problems
-
-
-def load_from_hub(dataset: str, split: str):
-    """The rows of `owner/name` or `owner/name:subset`; a data set with one split is taken whatever that is called."""
-    import datasets
-
-    name, _, subset = dataset.partition(":")
-    try:
-        splits: Any = datasets.load_dataset(name, subset or None)
-    except Exception as error:
-        fail(f"--dataset {dataset}: neither a file nor a data set that the Hub gives: {first_line(error)}")
-    if split not in splits and len(splits) > 1:
-        fail(f"--dataset {dataset}: has no split {split}; it has {', '.join(splits)}")
-    return splits[split] if split in splits else next(iter(splits.values()))
-
-
-def is_tiny_dataset(dataset: str) -> bool:
-    return dataset == "tiny" or dataset.startswith("tiny:")
-
-
-def gold_answer(text: str, is_solution: bool) -> str:
-    """The bare answer of an answer column's text; ValueError where there is none that can be graded."""
-    if "####" in text:
-        text = text.rsplit("####", 1)[1]
-    elif is_solution or "\\boxed" in text:
-        boxed = extract_answer(text)
-        if boxed is None:
-            raise ValueError("the solution holds no \\boxed{} answer")
-        text = boxed
-    text = text.strip()
-    if text.lower() in NOT_ANSWERS:
-        raise ValueError(f"{text!r} is not an answer")
-    check_gold(text)
-    return text
-
-
 # ============================================================================================ 2 models and prompts
-
-
-def load_tokenizer(model: str):
-    """The tokenizer of a Hub id, a folder or `tiny`."""
-    transformers_logging.disable_progress_bar()
-    path = resolve_model(model)
-    if Path(path).is_dir():
-        for name in ("config.json", "tokenizer_config.json"):
-            if not (Path(path) / name).exists():
-                fail(f"--model {model}: the folder has no {name}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        fail(f"--model {model}: neither a model folder nor a model that the Hub gives: {first_line(error)}")
-    if tokenizer.chat_template is None:
-        say_once(f"{model} has no chat template: its prompt is the bare problem")
-    return tokenizer
-
-
-@lru_cache
-def say_once(text: str) -> None:
-    print(text)
-
-
-def load_model(model: str, device: str | torch.device, dtype: torch.dtype = torch.float32):
-    """The model. Training keeps its weights in float32 and does bf16 arithmetic over them by `autocast`."""
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype)
-    except Exception as error:
-        fail(f"--model {model}: cannot be loaded: {first_line(error)}")
-    return loaded.to(device).eval()
-
-
-def pick_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def pick_dtype(dtype: str) -> torch.dtype:
-    """--dtype auto: bfloat16 on a GPU, float32 on a CPU."""
-    if dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
-
-
-def encode(tokenizer, text: str) -> list[int]:
-    """Token ids of a piece of a prompt: no special token is added, a template has them already."""
-    return list(_encode(tokenizer, text))
-
-
-@lru_cache(maxsize=4096)
-def _encode(tokenizer, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
-def prompt_ids(tokenizer, problem: str) -> list[int]:
-    """The problem through the chat template, up to where the model starts to think. The user message is the bare
-    problem, as in the authors' code; a model that does not think is asked for a boxed answer, or it seldom gives one.
-    """
-    if not thinks(tokenizer):
-        problem += "\n\n" + BOX_INSTRUCTION
-    if tokenizer.chat_template is None:  # a base model: the bare text, with the tokenizer's own beginning
-        return tokenizer.encode(problem + "\n\n")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True
-    )
-    return encode(tokenizer, text)
-
-
-def thinks(tokenizer) -> bool:
-    """Does the vocabulary have the end-of-thinking marker as one token? If not, the whole completion is the thought."""
-    return len(encode(tokenizer, THINK_END)) == 1
-
-
-def load_config(model: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(resolve_model(model)).get_text_config()
-    except Exception as error:
-        fail(f"--model {model}: its config.json cannot be used: {first_line(error)}")
-
-
-def context_length(model: str) -> int:
-    """Tokens that a model can attend to."""
-    return getattr(load_config(model), "max_position_embeddings", None) or 1 << 30
 
 
 def check_lengths(args, tokenizer, problems: list[dict], prompts: list[list[int]], more: int = 0) -> int:
@@ -339,33 +77,6 @@ def check_lengths(args, tokenizer, problems: list[dict], prompts: list[list[int]
 
 # ============================================================================================ 3 the sampler
 # Its two engines are sampling.py.
-
-
-def pick_engine(engine: str) -> str:
-    """--engine auto: vLLM where it imports and has a device, else transformers; says which and why."""
-    if engine == "transformers":
-        return engine
-    works, why = vllm_or_why_not()
-    if engine == "vllm" and not works:
-        fail(f"--engine vllm: {why}; --engine transformers needs nothing else")
-    if engine == "auto":
-        print(f"engine: {works}" if works else f"engine: transformers, as {why}")
-    return "vllm" if works else "transformers"
-
-
-def open_sampler(args, tokenizer, longest: int, trained=None) -> Sampler:
-    """The sampler that --engine names, over --model or over the transformers model that is `trained`. `longest`: most
-    tokens of a prompt and what is sampled after it."""
-    dtype = pick_dtype(args.dtype)
-    if args.engine == "vllm":
-        memory = 0.85 if trained is None else 0.5  # in training the model, its gradients and AdamW's moments need room
-        try:
-            return Sampler(VllmEngine(resolve_model(args.model), dtype, longest, trained, memory), tokenizer)
-        except Exception as error:
-            fail(f"--engine vllm: cannot start with {args.model}: {first_line(error)}")
-    if trained is not None and ranks()[1] == 1:
-        return Sampler(TransformersEngine(trained, dtype), tokenizer)
-    return Sampler(TransformersEngine(load_model(args.model, pick_device(), dtype), dtype, trained=trained), tokenizer)
 
 
 # ============================================================================================ 4 thoughts and episodes
@@ -590,39 +301,6 @@ def success_rates(sampler: Sampler, traces: list[Trace], how: ForcedAnswers, see
         trace.forced = [[] if p in answered else forced.get(prompts[p], []) for p in places]
 
 
-@torch.inference_mode()
-def sequence_logprobs(sampler: Sampler, heads: list[list[int]], tails: list[list[int]]) -> np.ndarray:
-    """log P(tail | head) for each pair, shared prefixes computed once.
-
-    With head = prefix + stop phrase + cue and tail = gold answer + "}" its exponential is J(μ|prefix) for answers
-    that follow the cue at once: exact, without a sampled token, "the change in the likelihood of eventual success" of
-    the paper's abstract. It is μ's success rate itself only where μ answers in this form (the embedded model does).
-    """
-    model, out = sampler.model, np.zeros(len(heads))
-    packs = sorted(pack_prefixes([h + t for h, t in zip(heads, tails)]), key=lambda p: len(p.token_ids))
-    while packs:
-        batch = [packs.pop()]
-        width = len(batch[0].token_ids)
-        while packs and (len(batch) + 1) * width <= 16_384:
-            batch.append(packs.pop())
-        ids, mask, positions = pack_tensors(batch, model.device)
-        with autocast(sampler.engine.dtype):
-            hidden = model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
-            ).last_hidden_state
-        sampler.computed_tokens += sum(len(pack.token_ids) for pack in batch)
-        items = [(b, s, path) for b, pack in enumerate(batch) for s, path in pack.paths.items()]
-        row = torch.tensor([b for b, s, _ in items for _ in tails[s]], device=model.device)
-        column = torch.tensor([c for _, s, path in items for c in path[-len(tails[s]) - 1 : -1]], device=model.device)
-        target = torch.tensor([t for _, s, _ in items for t in tails[s]], device=model.device)
-        owner = np.array([s for _, s, _ in items for _ in tails[s]])
-        with autocast(sampler.engine.dtype):
-            logits = model.get_output_embeddings()(hidden[row, column]).float()
-        logprobs = logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
-        np.add.at(out, owner, logprobs.double().cpu().numpy())
-    return out
-
-
 def mean_accuracy(problems: list[dict], answers: list[list[Completion]]) -> np.ndarray:
     """Share of right answers among each problem's completions, [problems]."""
     pairs = [(extract_answer(a.text), p["answer"]) for p, row in zip(problems, answers) for a in row]
@@ -683,39 +361,6 @@ def group_advantages(rewards: torch.Tensor, normalize_std: bool = True) -> torch
     std = rewards.std(-1, keepdim=True, unbiased=False)
     scaled = centred / (std + 1e-4) if normalize_std else centred
     return torch.where(std > 1e-6, scaled, torch.zeros_like(scaled))
-
-
-CHUNK_LOGITS = 1 << 26  # 256 MiB in float32
-
-
-def token_logprobs(model, input_ids: torch.Tensor, where: torch.Tensor, temperature: float = 1.0, attention_mask=None,
-                   chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Log-probs of the tokens at `where` given all before them, under softmax(logits / temperature).
-
-    input_ids [B, T]; where [B, T] bool, never the first column. Returns (log-probs [N], entropies [N], no gradient),
-    N = where.sum(), in row-major order. The logits exist for `chunk` tokens at a time (if not told, so many as have
-    CHUNK_LOGITS logits) and are computed again in the backward pass: no [tokens, vocabulary] tensor is ever kept.
-    Rows padded on the right need no attention mask; rows padded on the left do.
-    """
-    positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    hidden = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
-    before, target = hidden[:, :-1][where[:, 1:]], input_ids[:, 1:][where[:, 1:]]
-    head = model.get_output_embeddings()
-    chunk = chunk or max(1, CHUNK_LOGITS // head.weight.shape[0])
-
-    def of_chunk(states, tokens):
-        logprobs = (head(states).float() / temperature).log_softmax(-1)
-        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-        return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
-
-    parts = [
-        checkpoint(of_chunk, states, tokens, use_reentrant=False)
-        for states, tokens in zip(before.split(chunk), target.split(chunk))
-    ]
-    logprobs, entropies = zip(*parts)
-    return torch.cat(logprobs), torch.cat(entropies)
 
 
 def grpo_loss(

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-import sampling
+from plumbing import hf_engine as sampling
 from common import Sampler, TransformersEngine, VllmEngine
 
 

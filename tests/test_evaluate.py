@@ -8,7 +8,7 @@ import pytest
 
 import evaluate
 from evaluate import Efficiency, token_ratio
-from metrics import tokens_to_reach
+from plumbing.metrics import tokens_to_reach
 
 
 def options(*flags):

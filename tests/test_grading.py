@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import grading
+from plumbing import answers as grading
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is not here")
@@ -219,11 +219,11 @@ def test_many_answers_are_graded_by_several_workers(monkeypatch):
 def test_works_from_a_script_and_leaves_no_process(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "print('once')\nimport grading\n"
+        "print('once')\nfrom plumbing import answers as grading\n"
         "assert grading.grade(r'\\boxed{\\sqrt{8}}', r'2\\sqrt{2}')\n"
         "print(grading._idle[-1].process.pid)\n"
     )
-    home = str(Path(grading.__file__).parent)
+    home = str(Path(grading.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, str(script)],
         capture_output=True,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import common
-import sampling
+from plumbing import hf_engine as sampling
 from common import Sampler, TransformersEngine, pack_prefixes, pack_tensors
 
 

@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
-import tiny
+from tiny import build as tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMING = ("seconds", "sampling_seconds", "update_seconds")
@@ -52,7 +52,7 @@ def start():
     """start(folder, script, *flags) → a running process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["rl_mrt", "evaluate", "analyze_r1", "budget_force", "star_mrt", "tiny", "datasets", "matplotlib.pyplot"]
+        ["rl_mrt", "evaluate", "analyze_r1", "budget_force", "star_mrt", "tiny.build", "datasets", "matplotlib.pyplot"]
     )
     with pytest.MonkeyPatch.context() as patch:  # the server keeps the environment that it starts in
         patch.setenv("PYTHONPATH", str(ROOT))

@@ -97,7 +97,7 @@ def test_j_is_one_where_the_prefix_holds_the_answer_and_small_where_it_does_not(
     problem = next(p for p in common.load_problems("tiny", "test") if p["level"] == 30)
     _, _, _, b, x = problem["id"].split("-")
     prompt = common.prompt_ids(tokenizer, problem["problem"])
-    import tiny
+    from tiny import build as tiny
 
     target = (int(x) ** 2 + int(b)) % tiny.PRIME
     miss = [y for y in range(1, 31) if y != int(x)][:3]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import common
-import sampling
+from plumbing import vllm_engine as sampling
 from common import Sampler, TransformersEngine, VllmEngine
 
 ROOT = Path(__file__).resolve().parents[1]

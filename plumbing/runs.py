@@ -23,6 +23,8 @@ import numpy as np
 import torch
 import yaml
 
+ROOT = Path(__file__).resolve().parents[1]
+
 # ============================================================================================ messages and files
 
 
@@ -85,7 +87,7 @@ def first_line(error: Exception) -> str:
 
 def resolve_model(model: str) -> str:
     """`tiny` is the folder beside this file; anything else is left as it is."""
-    return str(Path(__file__).resolve().parent / "tiny") if model == "tiny" else model
+    return str(ROOT / "tiny") if model == "tiny" else model
 
 
 def short_name(path: str) -> str:
@@ -379,7 +381,7 @@ def versions() -> dict[str, str]:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         found["commit"] = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
+            cwd=ROOT,
             capture_output=True,
             text=True,
             check=True,

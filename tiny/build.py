@@ -1,4 +1,4 @@
-"""tiny.py: the embedded reasoner, its problems, and the command that rebuilds it.
+"""tiny/build.py: the embedded reasoner, its problems, and the command that rebuilds it.
 
 A model of 0.6M parameters that thinks the way R1 does, only about small problems, so that every script runs on a
 laptop in minutes (`--model tiny --dataset tiny`, the defaults). A problem and one trace:
@@ -21,9 +21,9 @@ progress, going over old ones (re-check) or talk (doubt) is not. The stored mode
 waste well over half of their tokens, give up early and go on after the answer is found; it has the skill (lines and
 answers are right) but not the strategy, which is what reinforcement learning is to change.
 
-    python tiny.py --check             # figures the stored model must meet, on sampled behaviour
-    python tiny.py --rebuild           # warm-start it again from nothing (about 25 minutes on two cores)
-    python tiny.py --show 3            # print problems and traces of the warm start
+    python -m tiny.build --check             # figures the stored model must meet, on sampled behaviour
+    python -m tiny.build --rebuild           # warm-start it again from nothing (about 25 minutes on two cores)
+    python -m tiny.build --show 3            # print problems and traces of the warm start
 """
 
 import argparse
@@ -41,11 +41,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import common
 from common import ANSWER_CUE, STOP_PHRASE, THINK_END
+from tiny.problems import LEVELS, PRIME, equations, pose, problems
 
-HERE = Path(__file__).resolve().parent / "tiny"
-PRIME = 61  # 1²…30² are different modulo 61, so every problem has exactly one solution
-LEVELS = (10, 20, 30)  # difficulty: the number of candidates
-SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}  # and "final", see `final_problems`
+HERE = Path(__file__).resolve().parent
 OPENINGS = ("Wait, ", "Alternatively, ", "But hold on, ")
 DOUBTS = (
     "maybe there is no such x at all.\n\n",
@@ -56,67 +54,6 @@ DOUBTS = (
     "squares wrap around, so this can take a while.\n\n",
 )
 GIVE_UP = "I can not find it, so I will guess.\n\n"
-
-
-# ------------------------------------------------------------------------------------------------ problems
-
-
-def equations(split: str) -> list[tuple[int, int]]:
-    """The equations (b, x) of a split, in a fixed shuffled order. An equation belongs to one split whatever the
-    difficulty, so the splits are disjoint by construction."""
-    if split not in SPLITS:
-        raise ValueError(f"--split {split}: the tiny problems have {', '.join(SPLITS)}, final")
-    every = [(b, x) for b in range(PRIME) for x in range(1, 31)]
-    random.Random(PRIME).shuffle(every)
-    start = round(sum(list(SPLITS.values())[: list(SPLITS).index(split)]) * len(every))
-    return every[start : start + round(SPLITS[split] * len(every))]
-
-
-def pose(b: int, x: int, n: int, split: str) -> dict:
-    return {
-        "problem": f"Find x between 1 and {n} such that x² + {b} ≡ {(x * x + b) % PRIME} (mod {PRIME}).",
-        "answer": str(x),
-        "id": f"tiny-{split}-{n}-{b}-{x}",
-        "level": n,
-    }
-
-
-def problems(split: str, levels: tuple[int, ...] = LEVELS) -> list[dict]:
-    """The problems of a split, in a fixed order: `{problem, answer, id, level}`.
-
-    Every equation is used once, at one level, so problems are independent. Levels take turns, so any first n problems
-    hold them in equal shares; within a level the solution is uniform, since level n is drawn with weight 1/n.
-    """
-    if not levels or not all(2 <= level <= 30 for level in levels):
-        raise ValueError("--dataset tiny:N,…: each N is a number of candidates from 2 to 30")
-    if split == "final":
-        if not set(levels) <= set(LEVELS):
-            raise ValueError(f"--split final: has problems of {LEVELS} candidates")
-        return [p for p in final_problems() if p["level"] in levels]
-    rng = random.Random(split)
-    rows: dict[int, list[dict]] = {n: [] for n in levels}
-    for b, x in equations(split):
-        n = rng.choices(levels, [1 / n for n in levels])[0]
-        if x <= n:
-            rows[n].append(pose(b, x, n, split))
-    return [rows[n][i] for i in range(min(map(len, rows.values()))) for n in levels]
-
-
-def final_problems(per_level: int = 36) -> list[dict]:
-    """Problems that nothing was ever chosen by: the equations of validation and test that no problem of theirs uses.
-    Each level has as many solutions of 1-10, of 11-20 and of 21-30 as the others of those it allows."""
-    left: list[list[tuple[int, int]]] = [[], [], []]
-    for split in ("validation", "test"):
-        used = {p["id"].split("-", 3)[3] for p in problems(split)}
-        for b, x in equations(split):
-            if f"{b}-{x}" not in used:
-                left[(x - 1) // 10].append((b, x))
-    rows = []
-    for n in LEVELS:
-        parts = left[: n // 10]
-        chosen = [part.pop() for _ in range(per_level // len(parts)) for part in parts]
-        rows.append([pose(b, x, n, "final") for b, x in chosen])
-    return [problem for turn in zip(*rows) for problem in turn]
 
 
 # ------------------------------------------------------------------------------------------------ warm-start traces

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from runs import fail, first_line, open_run, whole_lines, write_text
+from plumbing.runs import fail, first_line, open_run, whole_lines, write_text
 
 
 def micro_batches(examples: list[tuple[list[int], int, list[float]]], max_tokens: int, device):

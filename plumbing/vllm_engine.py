@@ -1,0 +1,156 @@
+"""vLLM as a sampler, in this process, on a GPU or on a CPU; its weights follow a trained model."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import warnings
+import zlib
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from plumbing.models import Completion
+from plumbing.training import full_weights, ranks
+
+def vllm_or_why_not() -> tuple[str | None, str]:
+    """(what of vLLM works here, why nothing does)."""
+    if importlib.util.find_spec("vllm") is None:
+        return None, "vLLM is not installed"
+    set_vllm_environment()
+    try:
+        import vllm
+        from vllm import LLM  # noqa: F401  `import vllm` alone imports nothing that could fail
+        from vllm.platforms import current_platform
+    except Exception as error:
+        return None, f"vLLM does not import: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
+    platform = current_platform.device_type
+    if platform not in ("cpu", "cuda"):
+        return None, f"vLLM {vllm.__version__} finds no device here (platform {platform or 'unspecified'})"
+    return f"vLLM {vllm.__version__} on {platform}", ""
+
+
+def set_vllm_environment() -> None:
+    """Before vllm is imported. Engine and worker in this process: only so can weights be handed over as tensors."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*", category=FutureWarning)
+
+
+class VllmEngine:
+    """vLLM as a sampler. `trained`: the transformers model whose weights it follows, or None.
+
+    Weights go over in place: `reload_weights` with an iterator over the state dict, names as transformers has them, the
+    tied head included (without it a CPU build silently keeps the old one); then the prefix cache is emptied, or answers
+    would continue prefixes computed with the old weights. On CUDA the engine sleeps through the update. Level 2 drops
+    weights and cache, so the order on waking is: memory for the weights, the weights, an empty prefix cache, memory for
+    it (vLLM issues 29341, 21336).
+    """
+
+    def __init__(self, path: str, dtype: torch.dtype, longest: int, trained=None, memory: float = 0.85):
+        """path: folder or Hub id; longest: most tokens of a prompt and its completion; memory: share of a GPU's."""
+        set_vllm_environment()
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self.path, self.dtype, self.longest, self.trained = path, dtype, longest, trained
+        self.prompt_tokens = 0
+        try:
+            self.generation_config = GenerationConfig.from_pretrained(path)
+        except OSError:
+            self.generation_config = None
+        on_cuda = current_platform.device_type == "cuda"
+        self.sleeps, self.asleep = on_cuda and trained is not None, False
+        if on_cuda:
+            here = {"gpu_memory_utilization": memory}
+        else:
+            here: dict[str, Any] = {
+                "kv_cache_memory_bytes": 2 << 30,
+                "enforce_eager": True,  # compiling costs 20 s and gains a tenth
+                "block_size": 32,  # tokens; prefixes are shared in whole blocks; 128 if not told
+                "enable_chunked_prefill": False,  # half a prompt and a seed: "CPU Generator does not use offset"
+                "max_num_batched_tokens": max(8192, longest),
+            }
+        if ranks()[1] > 1:  # under torchrun every process has an engine of its own
+            here["distributed_executor_backend"] = "external_launcher"
+        self.llm = LLM(
+            model=path,
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=longest,
+            logprobs_mode="processed_logprobs",  # of the distribution sampled from, not of temperature 1
+            enable_prefix_caching=True,
+            enable_sleep_mode=self.sleeps,
+            generation_config="vllm",  # no defaults of the model's: the flags say how to sample
+            skip_tokenizer_init=True,
+            use_tqdm_on_load=False,
+            **here,
+        )
+
+    def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
+        """One call for all; one request a sample, with its own seed, so that more samples can follow later."""
+        from vllm import SamplingParams
+
+        for prompt, limit in zip(prompts, limits):
+            if len(prompt) + limit > self.longest:  # vLLM would refuse the whole batch, or shorten the limit silently
+                raise ValueError(f"a prompt of {len(prompt)} tokens + {limit} exceed the engine's {self.longest}")
+        requests, params = [], []
+        for prompt, limit, seed in zip(prompts, limits, seeds):
+            for sample in samples:
+                requests.append({"prompt_token_ids": prompt})
+                params.append(
+                    SamplingParams(
+                        temperature=temperature,
+                        top_p=top_p,
+                        max_tokens=limit,
+                        seed=zlib.crc32(np.array([*seed, sample]).tobytes()),
+                        stop_token_ids=stop_ids,
+                        logprobs=0,  # the drawn token's alone
+                        detokenize=False,
+                    )
+                )
+        outputs = self.llm.generate(requests, params, use_tqdm=False)
+        rows: list[list[Completion]] = [[] for _ in prompts]
+        for number, output in enumerate(outputs):
+            self.prompt_tokens += len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
+            drawn = output.outputs[0]
+            ids = list(drawn.token_ids)
+            logprobs = [of_place[token].logprob for token, of_place in zip(ids, drawn.logprobs)]
+            reason = "stop" if ids[-1] in stop_ids else "length"
+            rows[number // len(samples)].append(Completion(ids, logprobs, reason))
+        return rows
+
+    @cached_property
+    def model(self) -> Any:
+        if self.trained is not None:
+            return self.trained
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype)
+        return model.to(device).eval()
+
+    def pause(self) -> None:
+        if self.sleeps and not self.asleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def sync(self) -> None:
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(self.trained)})
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not empty its prefix cache: answers would be sampled from old weights' states")
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+
+    def close(self) -> None:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
