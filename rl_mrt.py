@@ -3,8 +3,8 @@
     l_MRT = l_FT + α · E[ Σ_j r_prg(z_j; c_{j-1}) ],    r_prg(z_j; c) = J(μ | z_j, c) - J(μ | c)          (Eq. 2)
 
 One update: sample traces → split the thoughts into episodes → J(μ) at their boundaries → an advantage for each token
-→ clipped policy-gradient loss → AdamW. MRT differs from GRPO in the advantages, marked `# MRT`, and in the prefix
-variant in where rollouts start. l_FT is the outcome reward's loss, c_{j-1} the prefix before episode z_j.
+→ clipped policy-gradient loss → AdamW. MRT differs from GRPO in the advantages, and in the prefix variant in where
+rollouts start. l_FT is the outcome reward's loss, c_{j-1} the prefix before episode z_j, α the bonus.
 
     --bonus 0                      outcome-reward GRPO: G traces a problem, 0/1 reward, group-normalised
     --bonus α --variant prefix     the paper's: a partial rollout is cut after a random number of episodes; from there m
@@ -16,24 +16,41 @@ variant in where rollouts start. l_FT is the outcome reward's loss, c_{j-1} the 
 On a laptop, with the embedded model (seconds a step):
     python rl_mrt.py --bonus 0
     python rl_mrt.py --bonus 1 --variant online --progress likelihood
-On a GPU, with the paper's data and settings (Table 3):
+On GPUs, with the paper's data and settings (Table 3):
     python rl_mrt.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --bonus 1.0
+    torchrun --nproc-per-node 8 rl_mrt.py --config configs/rl_r1_distill_1.5b.yaml
 """
 
 import argparse
-import importlib
 import importlib.util
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
-import common
-from common import ForcedAnswers, Sampler, Trace, fail
+from common import (
+    EPISODE_MARKERS,
+    Segmentation,
+    Trace,
+    cut_at_budget,
+    episode_credits,
+    forced_prompt,
+    group_advantages,
+    grpo_loss,
+    likelihood_success_rates,
+    read_answers,
+    read_trace,
+    read_traces,
+    room_for_answer,
+    sampled_success_rates,
+    success_rate,
+)
+from plumbing import data, models, report, runs, training
+from plumbing.runs import fail, non_negative, positive_int, problem_key, whole_number
+from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
+from plumbing.training import ranks, sum_over_ranks
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
@@ -57,54 +74,53 @@ DEFAULTS = {
 
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_common_flags(parser)
-    mrt = parser.add_argument_group("MRT")
-    mrt.add_argument("--bonus", type=common.non_negative, default=1.0, help="α of Eq. 2; 0 is GRPO (the authors swept "
-                     "0 to 1.6; default 1, their v0.1)")  # fmt: skip
-    mrt.add_argument("--variant", choices=("prefix", "online"), default="prefix", help="default: the paper's")
-    mrt.add_argument("--progress", choices=("sampled", "likelihood"), default="sampled",
-                     help="J by sampled forced answers, or by the gold answer's likelihood")  # fmt: skip
-    mrt.add_argument("--forced-answers", type=common.positive_int, default=4,
-                     help="sampled answers for each J; prefix: m of Figure 6 (4: the authors' v0.1)")  # fmt: skip
-    mrt.add_argument("--answer-tokens", type=common.positive_int, help="limit of a forced answer")
-    mrt.add_argument("--credit-lambda", type=float, default=0.0, help="online: 0 credits an episode with its own "
-                     "progress (the paper), 1 with all that follows")  # fmt: skip
-    mrt.add_argument("--max-episodes", type=common.positive_int, help="longer thoughts: neighbours are joined")
-    grpo = parser.add_argument_group("GRPO")
-    grpo.add_argument("--problems-per-step", type=common.positive_int)
-    grpo.add_argument("--group-size", type=common.positive_int, help="G rollouts a problem")
-    grpo.add_argument("--max-tokens", type=common.positive_int, help="budget of a completion, thought and answer")
-    grpo.add_argument("--temperature", type=float, help="of rollouts and forced answers; the loss divides by it, too")
-    grpo.add_argument("--no-std", action="store_true", help="advantages without the division by the group's std")
-    grpo.add_argument("--length-penalty", type=common.non_negative, default=0.0, help="weight w in [0, 1), 0: none")
-    grpo.add_argument("--clip", type=common.non_negative, default=0.2, help="ε of the ratio's clipping (PPO's)")
-    grpo.add_argument(
-        "--kl", type=common.non_negative, help="β of the k3 penalty to the initial model; 0: no copy kept"
-    )
-    grpo.add_argument("--is-cap", type=common.non_negative, default=2.0, help="cap of the importance weights between "
-                      "sampler and trainer")  # fmt: skip
-    grpo.add_argument("--updates-per-batch", type=common.positive_int, default=1, help="optimiser steps a batch")
-    train = parser.add_argument_group("optimisation")
-    train.add_argument("--steps", type=common.positive_int, help="default: one pass over the problems")
-    train.add_argument("--max-sampled-tokens", type=common.positive_int, help="stop after so many sampled tokens, "
-                       "forced answers included; with --steps: at whichever comes first")  # fmt: skip
-    train.add_argument("--lr", type=common.non_negative)
-    train.add_argument("--schedule", choices=("constant", "cosine"))
-    train.add_argument("--warmup", type=common.non_negative, help="share of the run with rising learning rate")
-    train.add_argument("--weight-decay", type=common.non_negative)
-    train.add_argument("--max-grad-norm", type=common.non_negative, default=1.0)
-    train.add_argument("--max-tokens-per-batch", type=common.positive_int, help="tokens of a micro-batch, with padding")
-    train.add_argument("--checkpoint-every", type=common.positive_int, default=10, help="steps")
-    train.add_argument("--keep", type=common.positive_int, default=1, help="checkpoints kept")
-    train.add_argument("--eval-every", type=common.whole_number, default=10, help="steps between validations; 0: none")
-    train.add_argument("--eval-dataset", help="problems to validate on; default: tiny's own, none for other data")
-    train.add_argument("--eval-split", default="validation", help="split of --eval-dataset")
-    train.add_argument("--eval-problems", type=common.positive_int, default=96)
-    train.add_argument("--report-to", choices=("wandb", "trackio", "tensorboard"), help="metrics also go there")
-    train.add_argument("--dry-run", action="store_true", help="print the plan and a memory estimate, load no weights")
-    args = common.parse_flags(parser, DEFAULTS, argv)
+    runs.add_common_flags(parser)
+    mrt = parser.add_argument_group("MRT").add_argument
+    mrt("--bonus", type=non_negative, default=1.0, help="α of Eq. 2; 0 is GRPO (default 1: the authors' v0.1)")
+    mrt("--variant", choices=("prefix", "online"), default="prefix", help="default: the paper's")
+    mrt("--progress", choices=("sampled", "likelihood"), default="sampled", help="J by sampled forced answers, or by "
+        "the gold answer's likelihood")  # fmt: skip
+    mrt("--forced-answers", type=positive_int, default=4, help="samples for each J; prefix: m of Figure 6 (v0.1: 4)")
+    mrt("--answer-tokens", type=positive_int, help="limit of a forced answer")
+    mrt("--credit-lambda", type=float, default=0.0, help="online: 0 credits an episode with its own progress (the "
+        "paper), 1 with all that follows")  # fmt: skip
+    mrt("--max-episodes", type=positive_int, help="longer thoughts: neighbours are joined")
+    grpo = parser.add_argument_group("GRPO").add_argument
+    grpo("--problems-per-step", type=positive_int)
+    grpo("--group-size", type=positive_int, help="G rollouts a problem")
+    grpo("--max-tokens", type=positive_int, help="budget of a completion, thought and answer")
+    grpo("--temperature", type=non_negative, help="of rollouts and forced answers; the loss divides by it, too")
+    grpo("--no-std", action="store_true", help="advantages without the division by the group's std")
+    grpo("--length-penalty", type=non_negative, default=0.0, help="weight w in [0, 1), 0: none")
+    grpo("--clip", type=non_negative, default=0.2, help="ε of the ratio's clipping (PPO's)")
+    grpo("--kl", type=non_negative, help="β of the k3 penalty to the initial model; 0: no copy kept")
+    grpo("--is-cap", type=non_negative, default=2.0, help="cap of importance weights between sampler and trainer")
+    grpo("--updates-per-batch", type=positive_int, default=1, help="optimiser steps a batch")
+    train = parser.add_argument_group("optimisation").add_argument
+    train("--steps", type=positive_int, help="default: one pass over the problems")
+    train("--max-sampled-tokens", type=positive_int, help="stop after so many, forced answers included")
+    train("--lr", type=non_negative)
+    train("--schedule", choices=("constant", "cosine"))
+    train("--warmup", type=non_negative, help="share of the run with rising learning rate")
+    train("--weight-decay", type=non_negative)
+    train("--max-grad-norm", type=non_negative, default=1.0)
+    train("--max-tokens-per-batch", type=positive_int, help="tokens of a micro-batch, with padding")
+    train("--checkpoint-every", type=positive_int, default=10, help="steps")
+    train("--keep", type=positive_int, default=1, help="checkpoints kept")
+    train("--eval-every", type=whole_number, default=10, help="steps between validations; 0: none")
+    train("--eval-dataset", help="problems to validate on; default: tiny's own, none for other data")
+    train("--eval-split", default="validation", help="split of --eval-dataset")
+    train("--eval-problems", type=positive_int, default=96)
+    train("--report-to", choices=("wandb", "trackio", "tensorboard"), help="metrics also go there")
+    train("--dry-run", action="store_true", help="print the plan and a memory estimate, load no weights")
+    args = runs.parse_flags(parser, DEFAULTS, argv)
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
-    args.out = args.out or Path("runs") / f"rl-{common.short_name(args.model)}-{kind}-seed{args.seed}"
+    args.out = args.out or Path("runs") / f"rl-{runs.short_name(args.model)}-{kind}-seed{args.seed}"
+    check_flags(args)
+    return args
+
+
+def check_flags(args) -> None:
     if args.group_size == 1 and not args.no_std:
         fail("--group-size 1: a group of one has no spread to normalise by; use a larger group or --no-std")
     if args.bonus > 0 and args.variant == "prefix" and args.progress == "likelihood":
@@ -115,97 +131,148 @@ def flags(argv=None) -> argparse.Namespace:
         fail(f"--credit-lambda {args.credit_lambda}: must be between 0 and 1")
     if args.max_tokens < 2:
         fail(f"--max-tokens {args.max_tokens}: leaves no room for a thought and an answer")
-    if not args.temperature > 0:
-        fail(f"--temperature {args.temperature}: must be above 0, a group of greedy rollouts has no spread")
+    if args.temperature == 0:
+        fail("--temperature 0: must be above 0, a group of greedy rollouts has no spread")
     if args.report_to and importlib.util.find_spec(args.report_to) is None:
         fail(f"--report-to {args.report_to}: pip install {args.report_to}")
-    return args
 
 
 def main() -> None:
     args = flags()
-    _, world = common.start_processes()
+    _, world = training.start_processes()
     if args.problems_per_step < world:
         fail(f"--problems-per-step {args.problems_per_step}: fewer than the {world} processes")
-    args.engine = common.pick_engine(args.engine)
+    args.engine = pick_engine(args.engine)
     if world > 1 and args.engine == "vllm" and args.bonus and args.progress == "likelihood":
         fail("--progress likelihood: several processes score with --engine transformers, which has the whole model")
-    settings = {
-        k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "keep", "report_to", "dry_run")
-    }
-    common.check_out(args.out, settings, args.resume, args.overwrite)
-    tokenizer = common.load_tokenizer(args.model)  # small: a wrong --model is told before a data set is fetched
-    problems = common.load_problems(args.dataset, args.split, args.limit)
+    runs.check_out(args.out, runs.identity(args), args.resume, args.overwrite)
+    tokenizer = models.load_tokenizer(args.model)  # small: a wrong --model is told before a data set is fetched
+    problems = data.load_problems(args.dataset, args.split, args.limit)
     validation = []
-    if args.eval_every and (args.eval_dataset or common.is_tiny_dataset(args.dataset)):
-        validation = common.load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems)
-    prompts = {p["id"]: common.prompt_ids(tokenizer, p["problem"]) for p in problems}
-    if not common.thinks(tokenizer):
-        print(f"{args.model} has no {common.THINK_END}: its whole completion is the thought, and it is asked for a box")
-    longest = common.check_lengths(args, tokenizer, problems, list(prompts.values()))
-    to_validate = [common.prompt_ids(tokenizer, p["problem"]) for p in validation]
-    longest = max(longest, common.check_lengths(args, tokenizer, validation, to_validate))
+    if args.eval_every and (args.eval_dataset or data.is_tiny_dataset(args.dataset)):
+        validation = data.load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems)
+    if not models.thinks(tokenizer):
+        print(f"{args.model} has no {models.THINK_END}: its whole completion is the thought, and it is asked for a box")
+    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems + validation]
+    room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
+    longest = check_lengths(args.model, problems + validation, prompts, room)
     if args.dry_run:
-        print(plan(args, len(problems), longest))
+        print(training.memory_plan(args, len(problems), longest))
         return
-    model = common.load_model(args.model, common.pick_device())
-    run = common.open_run_once(args.out, settings, args.resume, args.overwrite)
+    model = models.load_model(args.model, models.pick_device())
+    run = training.open_run_once(args.out, runs.identity(args), args.resume, args.overwrite)
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
         return
-    sampler = common.open_sampler(args, tokenizer, longest, trained=model)
-    train(args, run, model, sampler, problems, prompts, validation)
-
-
-def plan(args, problems: int, longest: int) -> str:
-    """--dry-run: what the run will do, and an estimate of the memory that a process needs. Counted: float32 weights,
-    gradients and AdamW's two moments, shared among the processes; a copy for sampling and one for the KL penalty; a
-    micro-batch's layer inputs, kept for the backward pass, and one layer's inside; a chunk of logits."""
-    config, world = common.load_config(args.model), common.ranks()[1]
-    with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    tokens, size = max(args.max_tokens_per_batch, longest), 4 if common.pick_dtype(args.dtype) == torch.float32 else 2
-    inside = 4 * config.intermediate_size + 8 * config.hidden_size
-    parts = {
-        "weights, gradients, moments": 16 * count / world,
-        "copy that samples": 0 if world == 1 and args.engine == "transformers" else size * count,
-        "reference of the KL penalty": 4 * count if args.kl else 0,
-        "activations of a micro-batch": size * tokens * (config.num_hidden_layers * config.hidden_size + inside),
-        "logits": 3 * 4 * min(tokens * config.vocab_size, common.CHUNK_LOGITS),
-    }
-    steps = args.steps or math.ceil(problems / args.problems_per_step)
-    rollouts = args.problems_per_step * args.group_size
-    until = f"at most {args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
-    lines = [
-        f"{count / 1e6:,.1f}M parameters, {world} process{'es' * (world > 1)}, engine {args.engine}",
-        f"{problems} problems; {until} of {args.problems_per_step} × {args.group_size} = {rollouts} rollouts",
-        f"at most {args.max_tokens:,} tokens a rollout, {rollouts * args.max_tokens:,} a step; "
-        f"longest sequence {longest:,}",
-        "memory of a process (estimate, without the sampler's cache): "
-        f"{sum(parts.values()) / 2**30:.1f} GiB",
-        *(f"  {name:30s} {value / 2**30:8.2f} GiB" for name, value in parts.items()),
-    ]  # fmt: skip
-    return "\n".join(lines)
+    train(args, run, model, open_sampler(args, tokenizer, longest, trained=model), problems, validation)
 
 
 # ---------------------------------------------------------------------------------------------- rollouts and credit
 
+Groups = list[list[Trace]]  # G traces of each problem
+Advantages = list[list[np.ndarray]]  # of each of their tokens
 
-def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple, prefixes=None) -> list[list[Trace]]:
-    """G graded traces for each (problem, prompt): a list of groups. A prompt may end with a prefix of the thought."""
-    seeds = [(*seed, p["place"], common.key(p["id"])) for p in problems]
+
+def rollouts_grpo(args, sampler: Sampler, problems, prompts, seed: tuple) -> tuple[Groups, Advantages]:
+    """GRPO: every token of a trace has the trace's advantage."""
+    groups = sample_groups(args, sampler, problems, prompts, args.max_tokens, (*seed, 0))
+    return groups, outcome_advantages(args, groups)
+
+
+def rollouts_online(args, sampler: Sampler, problems, prompts, seed: tuple) -> tuple[Groups, Advantages]:
+    """MRT online: GRPO's traces, plus J(μ) at every boundary, plus credit for progress where it was made."""
+    groups, advantages = rollouts_grpo(args, sampler, problems, prompts, seed)
+    traces = [trace for group in groups for trace in group]
+    if args.progress == "likelihood":
+        likelihood_success_rates(sampler, traces)
+    else:
+        sampled_success_rates(
+            sampler, traces, args.forced_answers, args.answer_tokens, args.temperature, 1.0, (*seed, 1)
+        )
+    for group, of_group in zip(groups, advantages):
+        add_progress(of_group, group, args.bonus, args.credit_lambda)
+    return groups, advantages
+
+
+def add_progress(advantages: list[np.ndarray], group: list[Trace], bonus: float, credit_lambda: float) -> None:
+    """Adds α · (credit of a token's episode - mean credit of the group's episodes) to the advantages, in place.
+
+    Credited to whole traces the bonus would vanish: Σ_j r_prg telescopes to J(end) - J(empty), so it says nothing about
+    the path. Credited to its own episode, progress is an advantage with J(μ | prefix) as baseline. The mean is a second
+    baseline, and to be one it must be taken from every token: what follows the thought makes no progress and gets
+    0 - mean. (Taken from the thought alone it would be a fee for each episode, so a length penalty in disguise, since
+    ending the thought would be free of it.) Nothing is divided by a std: where no episode makes progress, J's noise
+    would be blown up to a signal.
+    """
+    credits = [episode_credits(trace.values, credit_lambda) for trace in group]
+    mean = np.concatenate(credits).mean() if any(map(len, credits)) else 0.0
+    for of_tokens, trace, credit in zip(advantages, group, credits):
+        of_tokens -= bonus * mean
+        lengths = np.diff(trace.boundaries)
+        of_tokens[: trace.boundaries[-1]] += bonus * np.repeat(credit, lengths)  # MRT 5: + α · r_prg(z_j; c_{j-1})
+
+
+def rollouts_prefix(args, sampler: Sampler, problems, prompts, seed: tuple) -> tuple[Groups, Advantages]:
+    """MRT as in Figure 6: cut a partial rollout, m rollouts stop there, G go on.
+
+    If all G rollouts share the prefix and are normalised among themselves, J(μ|c) is a constant that the mean takes
+    away again: r = f + α(f - c) is affine in f, and the update exactly GRPO's. So the bonus is added after the
+    normalisation and keeps the termination baseline: A = A_GRPO(f) + α (f - J(μ|c)). Where going on does better than
+    stopping, going on is reinforced as a whole; where the prefix has the answer and thinking on loses it, it is pushed
+    down. In expectation J(μ|c) is only a baseline (it does not depend on what follows c): what the bonus adds to GRPO
+    is weight on the outcome, from prefixes that end at random episodes, free of the group's std.
+    """
+    seeds = [(*seed, 2, problem["place"], problem_key(problem)) for problem in problems]
+    cut = cut_rollouts(args, sampler, problems, prompts, seeds)
+    stops = [forced_prompt(sampler.tokenizer, trace, end) for trace, end in cut]
+    rows = sampler.generate(stops, args.answer_tokens, [(*s, 3) for s in seeds], args.forced_answers, args.temperature)
+    contexts = [prompt + trace.completion.token_ids[:end] for prompt, (trace, end) in zip(prompts, cut)]
+    prefixes = [trace.prefix(end) for trace, end in cut]
+    limits = [args.max_tokens - end for _, end in cut]
+    groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, 4), prefixes)
+    advantages = outcome_advantages(args, groups)
+    for group, of_group, answers in zip(groups, advantages, read_answers(problems, rows)):
+        for trace, of_tokens in zip(group, of_group):
+            trace.prefix_J = success_rate(answers)
+            of_tokens += args.bonus * (trace.reward - trace.prefix_J)  # MRT 6: + α · r_prg(z; c) = α (f - J(μ|c))
+    return groups, advantages
+
+
+def cut_rollouts(args, sampler: Sampler, problems, prompts, seeds) -> list[tuple[Trace, int]]:
+    """One partial rollout a problem and where it is cut: after a random number of its episodes, 0 included, all equally
+    likely. It is sampled by the model as it is before the update (the old policy), and never trained on."""
+    rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
+    cut = []
+    for problem, prompt, (completion,), seed in zip(problems, prompts, rows, seeds):
+        trace = read_trace(sampler.tokenizer, problem, prompt, completion, segmentation(args))
+        # Not where an episode was cut off, nor after an answer, nor where no room is left to answer.
+        complete = trace.finished and models.thinks(sampler.tokenizer)
+        ends = trace.boundaries if complete else trace.boundaries[:-1] or [0]
+        ends = [end for end in ends if end + args.answer_tokens <= args.max_tokens] or [0]
+        cut.append((trace, ends[int(np.random.default_rng(seed).integers(len(ends)))]))
+    return cut
+
+
+def segmentation(args) -> Segmentation:
+    return Segmentation(max_episodes=args.max_episodes, markers=(*EPISODE_MARKERS, *args.markers))
+
+
+def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple, prefixes=None) -> Groups:
+    """G graded traces for each (problem, prompt). A prompt may end with a prefix of the thought; a model without an
+    end-of-thinking marker answers in its thought, so there the prefix's text is graded with what follows."""
+    seeds = [(*seed, problem["place"], problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
-    how = {"prefixes": prefixes, "max_episodes": args.max_episodes}
-    return common.read_traces(sampler.tokenizer, problems, prompts, rows, **how)
+    return read_traces(sampler.tokenizer, problems, prompts, rows, segmentation(args), prefixes=prefixes)
 
 
-def outcome_advantages(args, groups: list[list[Trace]]) -> torch.Tensor:
-    """GRPO's advantage of each trace, [groups, G]."""
-    rewards = torch.tensor([[t.reward for t in group] for group in groups], dtype=torch.float64)
+def outcome_advantages(args, groups: Groups) -> Advantages:
+    """GRPO's advantage of each trace, given to each of its tokens."""
+    rewards = torch.tensor([[trace.reward for trace in group] for group in groups], dtype=torch.float64)
+    lengths = [[len(trace.completion.token_ids) for trace in group] for group in groups]
     if args.length_penalty:
-        lengths = torch.tensor([[len(t.completion.token_ids) for t in g] for g in groups], dtype=torch.float64)
-        rewards = penalise_length(rewards, lengths, args.length_penalty)
-    return common.group_advantages(rewards, not args.no_std)
+        rewards = penalise_length(rewards, torch.tensor(lengths, dtype=torch.float64), args.length_penalty)
+    outcome = group_advantages(rewards, not args.no_std).tolist()
+    return [[np.full(length, a) for length, a in zip(*rows)] for rows in zip(lengths, outcome)]
 
 
 def penalise_length(rewards: torch.Tensor, lengths: torch.Tensor, weight: float) -> torch.Tensor:
@@ -219,165 +286,52 @@ def penalise_length(rewards: torch.Tensor, lengths: torch.Tensor, weight: float)
     return rewards * (1 - weight * torch.sigmoid(z))
 
 
-def rollouts_grpo(args, sampler, problems, prompts, seed):
-    """GRPO: every token of a trace has the trace's advantage."""
-    groups = sample_groups(args, sampler, problems, prompts, args.max_tokens, (*seed, 0))
-    outcome = outcome_advantages(args, groups).tolist()
-    return groups, [[[a] * len(t.completion.token_ids) for t, a in zip(g, row)] for g, row in zip(groups, outcome)]
-
-
-def rollouts_online(args, sampler, problems, prompts, seed):
-    """MRT online: GRPO's traces, plus J(μ) at every boundary, plus credit for progress where it was made."""
-    groups, advantages = rollouts_grpo(args, sampler, problems, prompts, seed)
-    traces = [trace for group in groups for trace in group]
-    how = ForcedAnswers(args.progress, args.forced_answers, args.answer_tokens, args.temperature)
-    common.success_rates(sampler, traces, how, (*seed, 1))
-    for group, rows in zip(groups, advantages):
-        add_progress(rows, group, args.bonus, args.credit_lambda)
-    return groups, advantages
-
-
-def add_progress(rows: list[list[float]], group: list[Trace], bonus: float, credit_lambda: float) -> None:
-    """Adds α · (credit of a token's episode - mean credit of the group's episodes) to the advantages, in place.
-
-    Credited to whole traces the bonus would vanish: Σ_j r_prg telescopes to J(end) - J(empty), so it says nothing about
-    the path. Credited to its own episode, progress is an advantage with J(μ | prefix) as baseline. The mean is a second
-    baseline, and to be one it must be taken from every token: what follows the thought makes no progress and gets
-    0 - mean. (Taken from the thought alone it would be a fee for each episode, so a length penalty in disguise, since
-    ending the thought would be free of it.) Nothing is divided by a std: where no episode makes progress, J's noise
-    would be blown up to a signal.
-    """
-    credits = [common.episode_credits(trace.values, credit_lambda) for trace in group]
-    mean = float(np.mean([c for row in credits for c in row] or [0.0]))
-    for row, trace, credit in zip(rows, group, credits):
-        for token in range(len(row)):
-            row[token] -= bonus * mean
-        for j, c in enumerate(credit):
-            for token in range(trace.boundaries[j], trace.boundaries[j + 1]):
-                row[token] += bonus * c  # MRT: α · r_prg(z_j; c_{j-1}), Eq. 2
-
-
-def rollouts_prefix(args, sampler, problems, prompts, seed):
-    """MRT as in Figure 6: cut a partial rollout, m rollouts stop there, G go on.
-
-    If all G rollouts share the prefix and are normalised among themselves, J(μ|c) is a constant that the mean takes
-    away again: r = f + α(f - c) is affine in f, and the update exactly GRPO's. So the bonus is added after the
-    normalisation and keeps the termination baseline: A = A_GRPO(f) + α (f - J(μ|c)). Where going on does better than
-    stopping, going on is reinforced as a whole; where the prefix has the answer and thinking on loses it, it is pushed
-    down. In expectation J(μ|c) is only a baseline (it does not depend on what follows c): what the bonus adds to GRPO
-    is weight on the outcome, from prefixes that end at random episodes, free of the group's std.
-    """
-    seeds = [(*seed, 2, p["place"], common.key(p["id"])) for p in problems]
-    cut = cut_rollouts(args, sampler, problems, prompts, seeds)
-    stops = [common.forced_prompt(sampler.tokenizer, trace, end) for trace, end in cut]
-    how = dict(n=args.forced_answers, temperature=args.temperature)
-    answers = sampler.generate(stops, args.answer_tokens, [(*s, 3) for s in seeds], **how)
-    baseline = common.mean_accuracy(problems, answers)  # MRT: J(μ|c) from the m rollouts that stop
-    contexts = [prompt + trace.completion.token_ids[:end] for prompt, (trace, end) in zip(prompts, cut)]
-    limits, prefixes = [args.max_tokens - end for _, end in cut], [trace.prefix(end) for trace, end in cut]
-    groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, 4), prefixes)
-    outcome = outcome_advantages(args, groups).tolist()
-    advantages = [
-        [
-            [a + args.bonus * (trace.reward - j)] * len(trace.completion.token_ids)  # MRT: α · r_prg(z; c), Eq. 2
-            for trace, a in zip(group, row)
-        ]
-        for group, row, j in zip(groups, outcome, baseline)
-    ]
-    for group, j in zip(groups, baseline):
-        for trace in group:
-            trace.values = [float(j), trace.reward]  # J(μ|c) and the outcome of going on
-    return groups, advantages
-
-
-def cut_rollouts(args, sampler, problems, prompts, seeds) -> list[tuple[Trace, int]]:
-    """One partial rollout a problem and where it is cut: after a random number of its episodes, 0 included, all equally
-    likely. It is sampled by the model as it is before the update (the old policy), and never trained on."""
-    rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
-    cut = []
-    for problem, prompt, (completion,), seed in zip(problems, prompts, rows, seeds):
-        trace = common.read_trace(sampler.tokenizer, problem, prompt, completion, args.max_episodes)
-        # Not where an episode was cut off, nor after an answer, nor where no room is left to answer.
-        complete = trace.finished and common.thinks(sampler.tokenizer)
-        ends = trace.boundaries if complete else trace.boundaries[:-1] or [0]
-        ends = [end for end in ends if end + args.answer_tokens <= args.max_tokens] or [0]
-        cut.append((trace, ends[int(np.random.default_rng(seed).integers(len(ends)))]))
-    return cut
-
-
-def progress_stats(args, groups: list[list[Trace]], prompts: dict[str, list[int]]) -> dict[str, float]:
-    """What a step's J's say, for metrics.jsonl."""
-    values = [trace.values for group in groups for trace in group]
-    if args.bonus == 0:
-        return {}
-    if args.variant == "prefix":
-        return {
-            "J_prefix": float(np.mean([row[0] for row in values])),
-            "progress_of_going_on": float(np.mean([row[1] - row[0] for row in values])),
-            "prefix_tokens": float(np.mean([len(g[0].prompt) - len(prompts[g[0].problem["id"]]) for g in groups])),
-        }
-    progress = np.concatenate([np.diff(row) for row in values])
-    stats = {
-        "J_empty": float(np.mean([row[0] for row in values])),
-        "J_end": float(np.mean([row[-1] for row in values])),
-        "progress_per_episode": float(progress.mean()) if len(progress) else 0.0,
-    }
-    if args.progress == "likelihood":  # with a few sampled answers most differences of J are noise
-        stats["episodes_without_progress"] = float((progress < 0.05).mean()) if len(progress) else 0.0
-    return stats
-
-
 # ---------------------------------------------------------------------------------------------- the update
 
 
-def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict[str, float]:
+def update(args, model, reference, optimizer, groups: Groups, advantages: Advantages) -> dict[str, float]:
     """One or more optimiser steps on the sampled tokens; returns the update's metrics. With several processes each has
     its own groups; counts, denominators and metrics are over all of them, and so is the gradient."""
-    world, device = common.ranks()[1], model.device
-    score = common.scorer(model, common.token_logprobs)
+    score, device = training.scorer(model, models.token_logprobs), model.device
     traces = [trace for group in groups for trace in group]
-    rows = [row for of_group in advantages for row in of_group]
-    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), row) for t, row in zip(traces, rows)]
-    drawn = [torch.tensor(t.completion.logprobs, device=device) for t in traces]
+    examples = [
+        (trace.prompt + trace.completion.token_ids, len(trace.prompt), of_tokens)
+        for trace, of_tokens in zip(traces, (a for of_group in advantages for a in of_group))
+    ]
+    drawn = [torch.tensor(trace.completion.logprobs, device=device) for trace in traces]
     number = np.concatenate([np.arange(len(g)) + g[0].problem["place"] * args.group_size for g in groups])
-    parts = min(args.updates_per_batch, args.problems_per_step * args.group_size)
-    old = old_logprobs(args, score, examples, device, dtype) if parts > 1 else {}
-    sums = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "padded": 0.0, "weight": 0.0}
-    gaps, norms = [torch.zeros(0)], []
-    for part in (np.flatnonzero(number % parts == i) for i in range(parts)):  # each has rollouts of every group
-        denominator = common.sum_over_ranks([float(sum(len(rows[i]) for i in part))])[0]  # before the loop
+    steps = min(args.updates_per_batch, args.problems_per_step * args.group_size)
+    old = old_logprobs(args, score, examples, device) if steps > 1 else None
+    sums, gaps, norms = dict.fromkeys(("loss", "entropy", "clipped", "kl", "padded", "weight"), 0.0), [], []
+    for part in (np.flatnonzero(number % steps == i) for i in range(steps)):  # each has rollouts of every group
+        tokens = sum_over_ranks([float(sum(len(drawn[i]) for i in part))])[0]  # the denominator, before the loop
         optimizer.zero_grad()
-        for batch, ids, where, advantage in batches_of(args, examples, part, device):
-            with common.autocast(dtype):
+        for order, ids, where, advantage in training.batches_of(examples, part, args.max_tokens_per_batch, device):
+            with models.autocast(models.pick_dtype(args.dtype)):
                 logprobs, entropies = score(ids, where, args.temperature)
-            if not batch:  # a copy, so that all processes compute as often: its loss is 0
+            if not order:  # a copy, so that all processes compute as often: its loss is 0
                 (logprobs.sum() * 0.0).backward()
                 continue
-            ref = None
-            if reference is not None:
-                with torch.no_grad(), common.autocast(dtype):
-                    ref, _ = common.token_logprobs(reference, ids, where, args.temperature)
-            before = torch.cat([old[i] for i in batch]) if old else logprobs.detach()
+            sampled = torch.cat([drawn[i] for i in order])
+            before = torch.cat([old[i] for i in order]) if old else logprobs.detach()
             # Sampler and trainer round differently: truncated importance weights, 1 where they are the same.
-            sampled = torch.cat([drawn[i] for i in batch])
             weight = (before - sampled).exp().clamp(max=args.is_cap)
-            loss, of = common.grpo_loss(logprobs, before, advantage * weight, denominator, args.clip, ref, args.kl)
+            ref = reference_logprobs(args, reference, ids, where)
+            loss, of_loss = grpo_loss(logprobs, before, advantage * weight, tokens, args.clip, ref, args.kl)
             if not torch.isfinite(loss):
-                names = ", ".join(sorted({traces[i].problem["id"] for i in batch}))
+                names = ", ".join(sorted({traces[i].problem["id"] for i in order}))
                 raise FloatingPointError(f"the loss is {loss.item()} on samples of {names}")
-            (loss * world).backward()  # FSDP takes the mean of the processes' gradients
-            of |= {"loss": loss.item() * denominator, "entropy": float(entropies.sum()), "padded": ids.numel(),
-                   "weight": float(weight.sum())}  # fmt: skip
-            for name, value in of.items():
-                sums[name] += value
+            (loss * ranks()[1]).backward()  # FSDP takes the mean of the processes' gradients
+            of_loss |= {"loss": loss.item() * tokens, "entropy": float(entropies.sum())}
+            of_loss |= {"padded": ids.numel(), "weight": float(weight.sum())}
+            sums = {name: total + of_loss.get(name, 0.0) for name, total in sums.items()}
             if not norms:  # before the first step: sampler and trainer are the same policy
                 gaps.append((logprobs.detach() - sampled).abs().cpu())
         if not norms:
-            check_gap(gaps, dtype)
-        norms.append(optimise(args, model, optimizer))
-    gap = torch.cat(common.gather_over_ranks(gaps))
-    lengths = [float(sum(map(len, rows))), float(sum(len(ids) for ids, _, _ in examples))]
-    tokens, length, *totals = common.sum_over_ranks([*lengths, *sums.values()])
+            gap = check_gap(gaps, models.pick_dtype(args.dtype))
+        norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm))
+    lengths = [float(sum(map(len, drawn))), float(sum(len(ids) for ids, _, _ in examples))]
+    tokens, length, *totals = sum_over_ranks([*lengths, *sums.values()])
     total = dict(zip(sums, totals))
     return {
         "loss": total["loss"] / tokens,
@@ -393,147 +347,85 @@ def update(args, model, reference, optimizer, groups, advantages, dtype) -> dict
     }
 
 
-def old_logprobs(args, score, examples, device, dtype) -> dict[int, torch.Tensor]:
+def old_logprobs(args, score, examples, device) -> dict[int, torch.Tensor]:
     """Log-probs of each example's tokens before the first of several steps: the denominator of the ratio."""
     old: dict[int, torch.Tensor] = {}
-    with torch.no_grad(), common.autocast(dtype):
-        for batch, ids, where, _ in batches_of(args, examples, range(len(examples)), device):
+    with torch.no_grad(), models.autocast(models.pick_dtype(args.dtype)):
+        for order, ids, where, _ in training.batches_of(
+            examples, range(len(examples)), args.max_tokens_per_batch, device
+        ):
             logprobs, _ = score(ids, where, args.temperature)
-            if batch:
-                old.update(zip(batch, logprobs.split([len(examples[i][2]) for i in batch])))
+            if order:
+                old.update(zip(order, logprobs.split([len(examples[i][2]) for i in order])))
     return old
 
 
-def optimise(args, model, optimizer) -> float:
-    """An optimiser step on the clipped gradient; returns its norm before clipping."""
-    norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: sharded
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"gradient norm is {float(norm)}")
-    optimizer.step()
-    return float(norm)
+def reference_logprobs(args, reference, ids, where) -> torch.Tensor | None:
+    """Of the initial model, for the KL penalty."""
+    if reference is None:
+        return None
+    with torch.no_grad(), models.autocast(models.pick_dtype(args.dtype)):
+        return models.token_logprobs(reference, ids, where, args.temperature)[0]
 
 
-def batches_of(args, examples, part, device) -> list:
-    """Micro-batches of some examples, as many in every process; the order holds places in `examples`."""
-    mine = [examples[i] for i in part]
-    batches = [
-        ([int(part[i]) for i in order], *rest)
-        for order, *rest in common.micro_batches(mine, args.max_tokens_per_batch, device)
-    ]
-    return common.same_number(batches, examples[0], device)
-
-
-def check_gap(gaps: list[torch.Tensor], dtype: torch.dtype) -> None:
-    """Stops where sampler and trainer are not the same policy before the first step on a batch."""
-    total, count = common.sum_over_ranks([float(torch.cat(gaps).sum()), float(sum(map(len, gaps)))])
-    gap = total / count
-    if not gap <= (0.05 if dtype == torch.bfloat16 else 1e-3):
+def check_gap(gaps: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """|log-prob of the trainer - of the sampler| of every token; stops where they are not the same policy."""
+    gap = torch.cat(training.gather_over_ranks(gaps))
+    if not gap.mean() <= (0.05 if dtype == torch.bfloat16 else 1e-3):
         raise FloatingPointError(
-            f"sampler and trainer differ by {gap:.3g} nats on average in the log-probs of the same tokens: look at "
-            "temperature, dtype and the end-of-turn tokens; after the first step with vLLM, at whether its weights "
+            f"sampler and trainer differ by {gap.mean():.3g} nats on average in the log-probs of the same tokens: look "
+            "at temperature, dtype and the end-of-turn tokens; after the first step with vLLM, at whether its weights "
             "and its prefix cache are those of the updated model"
         )
+    return gap
 
 
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompts: dict[str, list[int]], validation):
+def train(args, run: Path, model, sampler: Sampler, problems: list[dict], validation: list[dict]) -> None:
     """The loop. Under torchrun every process samples its share of a step's problems; rank 0 writes."""
-    (rank, world), tokenizer, dtype = common.ranks(), sampler.tokenizer, common.pick_dtype(args.dtype)
-    common.prepare(model, dtype, common.token_logprobs, recompute=not common.is_tiny(args.model))
-    reference = common.load_model(args.model, sampler.model.device) if args.kl > 0 else None
+    recompute = not runs.is_tiny(args.model)
+    training.prepare(model, models.pick_dtype(args.dtype), models.token_logprobs, recompute)
+    reference = models.load_model(args.model, model.device) if args.kl > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    state = begin_or_resume(args, run, model, optimizer, sampler)
-    tell, asked_to_stop = reporter(args, run), common.on_sigterm()
+    fresh = {"step": 0, "sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
+    state = training.begin_or_resume(run, model, optimizer, fresh)
+    if state["step"]:
+        sampler.sync()
     steps = args.steps or (math.inf if args.max_sampled_tokens else math.ceil(len(problems) / args.problems_per_step))
-    rollouts = {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant] if args.bonus else rollouts_grpo
-    goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
     method = "GRPO (bonus 0)" if args.bonus == 0 else f"MRT {args.variant}, bonus {args.bonus:g}"
+    goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
     print(f"{method}: {len(problems)} problems, {args.problems_per_step} × {args.group_size} rollouts a step, {goal}")
     if validation and state["step"] == 0:
         validate(args, run, sampler, validation, state)
-    first, began = dict(state), time.time()
-    while state["step"] < steps and state["sampled_tokens"] < (args.max_sampled_tokens or math.inf):
-        step, clock = state["step"], time.time()
-        rate = common.learning_rate(args, share_done(args, state, steps))
+    tell, asked_to_stop = runs.metrics_reporter(args, run), training.on_sigterm()
+    first, began = share_done(args, state, steps), time.time()
+    while (done := share_done(args, state, steps)) < 1:
+        rate = training.learning_rate(args, done)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = problems_of_step(problems, args.problems_per_step, step, args.seed)[rank::world]
-        model.eval()
-        counted = sampler.sampled_tokens, sampler.computed_tokens
-        groups, advantages = rollouts(args, sampler, batch, [prompts[p["id"]] for p in batch], (args.seed, step))
-        if step == 0 and common.thinks(tokenizer) and never_closes(groups):
-            print(f"warning: {args.model} ends its turns without {common.THINK_END}: every answer counts as missing")
-        sampled, computed = common.sum_over_ranks([sampler.sampled_tokens - counted[0],
-                                                   sampler.computed_tokens - counted[1]])  # fmt: skip
-        sampling_seconds = time.time() - clock
-        sampler.pause()
-        model.train()
-        try:
-            metrics = update(args, model, reference, optimizer, groups, advantages, dtype)
-        except FloatingPointError as error:
-            name = run / ("failed.jsonl" if rank == 0 else f"failed_{rank}.jsonl")
-            common.append_jsonl(name, [{"step": step, "error": str(error)}, *records(step, groups)])
-            fail(f"step {step}: {error}; stopped before the update, the samples are in {name}")
-        sampler.sync()
-        groups = sorted(common.gather_over_ranks(groups), key=lambda g: g[0].problem["place"])
-        state = {"step": step + 1, "sampled_tokens": state["sampled_tokens"] + int(sampled),
-                 "computed_tokens": state["computed_tokens"] + int(computed),
-                 "seconds": first["seconds"] + time.time() - began}  # fmt: skip
-        seconds = {"sampling_seconds": sampling_seconds, "update_seconds": time.time() - clock - sampling_seconds}
-        stats = {**rollout_stats(groups), **progress_stats(args, groups, prompts)}
-        line = {**state, **stats, **metrics, "lr": rate, **seconds}
-        if rank == 0:
-            common.append_jsonl(run / "records.jsonl", records(step, groups))
-            common.append_jsonl(run / "metrics.jsonl", [line])
+        state, line = one_step(args, run, model, reference, optimizer, sampler, problems, state)
+        if ranks()[0] == 0:
+            runs.append_jsonl(run / "metrics.jsonl", [line | {"lr": rate}])
             tell(line)
-        share, share_before = (share_done(args, of, steps) for of in (state, first))
-        left = (time.time() - began) / max(share - share_before, 1e-9) * max(0.0, 1 - share)
-        print(step_line(line, left), flush=True)
-        if validation and state["step"] % args.eval_every == 0:
+        done = share_done(args, state, steps)
+        left = runs.duration((time.time() - began) / max(done - first, 1e-9) * max(0.0, 1 - done))
+        print(step_line(line), f" {left} left", flush=True)
+        stopping = sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
+        if validation and (state["step"] % args.eval_every == 0 or done >= 1):
             validate(args, run, sampler, validation, state)
-        stopping = common.sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
-        if state["step"] % args.checkpoint_every == 0 or stopping:
-            common.save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
-            if rank == 0:
-                draw_run(run)
+        if state["step"] % args.checkpoint_every == 0 or stopping or done >= 1:
+            training.save_checkpoint(run, model, sampler.tokenizer, optimizer, state, args.keep)
+            if ranks()[0] == 0:
+                report.draw_training(run)
         if stopping:
             print(f"SIGTERM: stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
             raise SystemExit(143)
-    if validation and state["step"] > first["step"] and state["step"] % args.eval_every:
-        validate(args, run, sampler, validation, state)
-    common.save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
-    common.save_model(run / "model", model, tokenizer)
-    if rank == 0:
-        draw_run(run)
-        last = common.read_jsonl(run / "metrics.jsonl")[-1]
-        common.write_json(run / "summary.json", {"method": method, **last})
+    training.save_model(run / "model", model, sampler.tokenizer)
+    if ranks()[0] == 0:
+        runs.write_json(run / "summary.json", {"method": method, **runs.read_jsonl(run / "metrics.jsonl")[-1]})
     print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
-
-
-def begin_or_resume(args, run: Path, model, optimizer, sampler: Sampler) -> dict:
-    """Where the run begins: at nothing, or with --resume at its last checkpoint; records beyond that are removed."""
-    state = {"step": 0, "sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
-    checkpoint = common.latest_checkpoint(run) if args.resume else None
-    if checkpoint:
-        state = common.load_checkpoint(checkpoint, model, optimizer)
-        sampler.sync()
-        print(f"resumed from {checkpoint} at step {state['step']}")
-    if common.ranks()[0] == 0:
-        common.rewind(run, state["step"])
-    return state
-
-
-def step_line(line: dict, left: float) -> str:
-    """A step as it is printed."""
-    return (
-        f"step {line['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  "
-        f"truncated {line['truncated']:.2f}  loss {line['loss']:+.4f}  "
-        f"sampled {line['sampled_tokens'] / 1e3:,.0f}k tokens  "
-        f"{line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s  {common.duration(left)} left"
-    )
 
 
 def share_done(args, state: dict, steps: float) -> float:
@@ -541,116 +433,110 @@ def share_done(args, state: dict, steps: float) -> float:
     return max(state["step"] / steps, state["sampled_tokens"] / (args.max_sampled_tokens or math.inf))
 
 
-def rollout_stats(groups: list[list[Trace]]) -> dict[str, float]:
-    traces = [trace for group in groups for trace in group]
-    rewards = np.array([[trace.reward for trace in group] for group in groups])
-    return {
-        "reward": float(rewards.mean()),
-        "flat_groups": float((rewards.std(-1) == 0).mean()),
-        "truncated": float(np.mean([t.completion.finish_reason == "length" for t in traces])),
-        "tokens": float(np.mean([len(t.completion.token_ids) for t in traces])),
-        "episodes": float(np.mean([len(t.boundaries) - 1 for t in traces])),
+def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, problems, state) -> tuple[dict, dict]:
+    """Rollouts and their update; returns (the run's new state, the line of metrics.jsonl)."""
+    (rank, world), step, began = ranks(), state["step"], time.time()
+    batch = training.problems_of_step(problems, args.problems_per_step, step, args.seed)[rank::world]
+    prompts = [models.prompt_ids(sampler.tokenizer, problem["problem"]) for problem in batch]
+    rollouts = {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant] if args.bonus else rollouts_grpo
+    counted = sampler.sampled_tokens, sampler.computed_tokens
+    model.eval()
+    groups, advantages = rollouts(args, sampler, batch, prompts, (args.seed, step))
+    spent = [sampler.sampled_tokens - counted[0], sampler.computed_tokens - counted[1]]
+    sampled_after = time.time()
+    sampler.pause()
+    model.train()
+    try:
+        metrics = update(args, model, reference, optimizer, groups, advantages)
+    except FloatingPointError as error:
+        name = run / ("failed.jsonl" if rank == 0 else f"failed_{rank}.jsonl")
+        runs.append_jsonl(name, [{"step": step, "error": str(error)}, *records(step, groups)])
+        fail(f"step {step}: {error}; stopped before the update, the samples are in {name}")
+    sampler.sync()
+    groups = sorted(training.gather_over_ranks(groups), key=lambda group: group[0].problem["place"])
+    if rank == 0:
+        runs.append_jsonl(run / "records.jsonl", records(step, groups))
+    sampled, computed = map(int, sum_over_ranks(spent))
+    state = {
+        "step": step + 1,
+        "sampled_tokens": state["sampled_tokens"] + sampled,
+        "computed_tokens": state["computed_tokens"] + computed,
+        "seconds": state["seconds"] + time.time() - began,
     }
+    seconds = {"sampling_seconds": sampled_after - began, "update_seconds": time.time() - sampled_after}
+    return state, {**state, **rollout_stats(args, sampler.tokenizer, groups), **metrics, **seconds}
 
 
-def reporter(args, run: Path):
-    """What sends a step's metrics to --report-to; `metrics.jsonl` and `progress.png` are written in any case."""
-    if args.report_to is None or common.ranks()[0] > 0:
-        return lambda line: None
-    if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(run / "tensorboard")
-        return lambda line: [writer.add_scalar(name, value, line["step"]) for name, value in line.items()]
-    service = importlib.import_module(args.report_to)  # wandb and trackio have the same two calls
-    service.init(project="mrt", name=run.name, config={k: str(v) for k, v in vars(args).items()})
-    return lambda line: service.log(line, step=line["step"])
+def records(step: int, groups: Groups) -> list[dict]:
+    return [{"step": step, **trace.record()} for group in groups for trace in group]
 
 
-def never_closes(groups: list[list[Trace]]) -> bool:
-    """Almost all completions that ended by themselves did so without the end-of-thinking marker."""
-    ended = [t.finished for group in groups for t in group if t.completion.finish_reason == "stop"]
-    return bool(ended) and float(np.mean(ended)) < 0.05
+def rollout_stats(args, tokenizer, groups: Groups) -> dict[str, float]:
+    """What a step's traces and their J's say, for metrics.jsonl."""
+
+    def mean(values) -> float:
+        return float(np.mean(list(values)))
+
+    traces = [trace for group in groups for trace in group]
+    stats = {
+        "reward": mean(t.reward for t in traces),
+        "flat_groups": mean(len({t.reward for t in group}) == 1 for group in groups),
+        "truncated": mean(t.completion.finish_reason == "length" for t in traces),
+        "tokens": mean(len(t.completion.token_ids) for t in traces),
+        "episodes": mean(len(t.boundaries) - 1 for t in traces),
+    }
+    if args.bonus and args.variant == "prefix":
+        stats["J_prefix"] = mean(t.prefix_J for t in traces)
+        stats["progress_of_going_on"] = mean(t.reward - t.prefix_J for t in traces)
+        prompts = [models.prompt_ids(tokenizer, group[0].problem["problem"]) for group in groups]
+        stats["prefix_tokens"] = mean(len(group[0].prompt) - len(prompt) for group, prompt in zip(groups, prompts))
+    elif args.bonus:
+        progress = (
+            np.concatenate([np.diff(t.values) for t in traces]) if any(len(t.values) > 1 for t in traces) else [0]
+        )
+        stats["J_empty"], stats["J_end"] = mean(t.values[0] for t in traces), mean(t.values[-1] for t in traces)
+        stats["progress_per_episode"] = mean(progress)
+        if args.progress == "likelihood":  # with a few sampled answers most differences of J are noise
+            stats["episodes_without_progress"] = mean(p < 0.05 for p in progress)
+    return stats
 
 
-def problems_of_step(problems: list[dict], count: int, step: int, seed: int) -> list[dict]:
-    """Problems `step * count …` of the endless sequence of shuffled passes: a function of the step, so a resumed run
-    sees the same data."""
-    places = range(step * count, (step + 1) * count)
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(len(problems)) for epoch in
-              {place // len(problems) for place in places}}  # fmt: skip
-    picked = [problems[orders[place // len(problems)][place % len(problems)]] for place in places]
-    return [{**problem, "place": place} for place, problem in enumerate(picked)]
-
-
-def records(step: int, groups: list[list[Trace]]) -> list[dict]:
-    return [
-        {
-            "step": step,
-            "id": trace.problem["id"],
-            "sample": s,
-            "reward": trace.reward,
-            "answer": common.extract_answer(trace.answer or ""),
-            "tokens": len(trace.completion.token_ids),
-            "finish": trace.completion.finish_reason,
-            "prompt_tokens": len(trace.prompt),  # prefix variant: with the prefix
-            "boundaries": trace.boundaries,
-            "J": [round(v, 5) for v in trace.values],  # at the boundaries; prefix variant: J(μ|c) and the outcome
-            "text": trace.completion.text,
-        }
-        for group in groups
-        for s, trace in enumerate(group)
-    ]
+def step_line(line: dict) -> str:
+    """A step as it is printed."""
+    return (
+        f"step {line['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  "
+        f"truncated {line['truncated']:.2f}  loss {line['loss']:+.4f}  sampled {line['sampled_tokens'] / 1e3:,.0f}k "
+        f"tokens  {line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s"
+    )
 
 
 def validate(args, run: Path, sampler: Sampler, problems: list[dict], state: dict) -> None:
-    """Accuracy and tokens on validation problems, and the accuracy of answers forced at a few budgets. Its tokens are
-    not counted as the run's."""
-    counted, (rank, world) = (sampler.sampled_tokens, sampler.computed_tokens), common.ranks()
+    """Accuracy and tokens on validation problems, one trace each, and the accuracy had the thoughts been stopped at a
+    few budgets (traces that end within a budget count as they are). Its tokens are not counted as the run's."""
+    counted, (rank, world), tokenizer = (sampler.sampled_tokens, sampler.computed_tokens), ranks(), sampler.tokenizer
     sampler.model.eval()
+    share = problems[rank::world]  # none where there are fewer problems than processes
+    seeds = [(args.seed, 99, problem_key(problem)) for problem in share]
+    prompts = [models.prompt_ids(tokenizer, problem["problem"]) for problem in share]
+    rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
+    traces = [trace for (trace,) in read_traces(tokenizer, share, prompts, rows)]
+    sums = [sum(trace.reward for trace in traces), sum(len(trace.completion.token_ids) for trace in traces)]
     budgets = [args.max_tokens // 4, args.max_tokens // 2, args.max_tokens]
-    mine = problems[rank::world]
-    of = {"accuracy": 0.0, "tokens": 0.0, "forced": dict.fromkeys(budgets, 0.0)}
-    if mine:  # fewer problems than processes
-        of = common.anytime_accuracy(sampler, mine, budgets, args.max_tokens, args.answer_tokens, args.temperature,
-                                     (args.seed, 99))  # fmt: skip
-    means = [len(mine) * value for value in (of["accuracy"], of["tokens"], *of["forced"].values())]
-    accuracy, tokens, *forced = (total / len(problems) for total in common.sum_over_ranks(means))
+    for budget in budgets:
+        cut = [i for i, t in enumerate(traces) if len(t.completion.token_ids) + (not t.stopped) > budget]
+        asked = [forced_prompt(tokenizer, traces[i], cut_at_budget(traces[i], budget)) for i in cut]
+        rows = sampler.generate(
+            asked, args.answer_tokens, [(*seeds[i], budget) for i in cut], temperature=args.temperature
+        )
+        right = {i: success_rate(answers) for i, answers in zip(cut, read_answers([share[i] for i in cut], rows))}
+        sums.append(sum(right.get(i, trace.reward) for i, trace in enumerate(traces)))
+    accuracy, tokens, *forced = (total / len(problems) for total in sum_over_ranks(sums))
     sampler.sampled_tokens, sampler.computed_tokens = counted
-    line = {"step": state["step"], "sampled_tokens": state["sampled_tokens"], "accuracy": accuracy, "tokens": tokens,
-            "forced": dict(zip(budgets, forced))}  # fmt: skip
+    line = {"step": state["step"], "sampled_tokens": state["sampled_tokens"], "accuracy": accuracy, "tokens": tokens}
     if rank == 0:
-        common.append_jsonl(run / "validation.jsonl", [line])
-    told = "  ".join(f"forced at {b}: {a:.3f}" for b, a in line["forced"].items())
+        runs.append_jsonl(run / "validation.jsonl", [{**line, "forced": dict(zip(budgets, forced))}])
+    told = "  ".join(f"forced at {budget}: {share:.3f}" for budget, share in zip(budgets, forced))
     print(f"  validation after {line['step']} steps: right {accuracy:.3f}  tokens {tokens:.1f}  {told}", flush=True)
-
-
-def draw_run(run: Path) -> None:
-    """`progress.png`: the run so far."""
-    plt = common.pyplot()
-    lines = common.read_jsonl(run / "metrics.jsonl")
-    x = np.array([line["sampled_tokens"] for line in lines]) / 1e3
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3), constrained_layout=True)
-    axes[0].plot(x, [line["reward"] for line in lines], color="C0", alpha=0.5, label="rollouts")
-    if (run / "validation.jsonl").exists():
-        checks = common.read_jsonl(run / "validation.jsonl")
-        axes[0].plot([c["sampled_tokens"] / 1e3 for c in checks], [c["accuracy"] for c in checks], "o-", color="C0",
-                     label="validation")  # fmt: skip
-        for i, budget in enumerate(checks[0]["forced"]):
-            axes[0].plot([c["sampled_tokens"] / 1e3 for c in checks], [c["forced"][budget] for c in checks], ".--",
-                         color=f"C{i + 1}", label=f"forced at {budget}")  # fmt: skip
-    axes[0].set(ylabel="share of right answers", ylim=(0, 1))
-    axes[0].legend(fontsize=7)
-    axes[1].plot(x, [line["tokens"] for line in lines], label="tokens of a rollout")
-    axes[1].set(ylabel="tokens of a rollout", ylim=(0, None))
-    axes[2].plot(x, [line["entropy"] for line in lines], label="entropy (nats)")
-    axes[2].plot(x, [line["truncated"] for line in lines], label="truncated share")
-    axes[2].plot(x, [line["flat_groups"] for line in lines], label="flat groups")
-    axes[2].legend(fontsize=7)
-    for axis in axes:
-        axis.set_xlabel("sampled tokens (thousands)")
-        axis.grid(alpha=0.3)
-    common.save_figure(figure, run / "progress.png")
 
 
 if __name__ == "__main__":

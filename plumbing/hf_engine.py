@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from plumbing.models import Completion, autocast
 from plumbing.training import full_weights
 
+
 class TransformersEngine:
     """A transformers model as a sampler. In training it is the trained model itself, so there is nothing to hand over;
     or, where that is sharded over processes, a whole copy of it, which follows `trained`.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import platform
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -76,9 +78,9 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def key(name: str) -> int:
-    """An integer for a problem's id, to seed its samples with."""
-    return zlib.crc32(name.encode())
+def problem_key(problem: dict) -> int:
+    """An integer for a problem, to seed its samples with."""
+    return zlib.crc32(problem["id"].encode())
 
 
 def first_line(error: Exception) -> str:
@@ -116,6 +118,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
                       "embedded model, else the paper's")  # fmt: skip
     data.add_argument("--split", help="split of the data set")
     data.add_argument("--limit", type=positive_int, help="use only the first problems")
+    data.add_argument("--markers", type=phrases, default=[], metavar="FILE", help="phrases that open an episode beside "
+                      "the published ones, one a line")  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument(
         "--engine",
@@ -137,6 +141,17 @@ def whole_number(text: str, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
     return int(text)
+
+
+def phrases(file: str) -> list[str]:
+    """The lines of a file, without blank ones."""
+    try:
+        lines = [line for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{file} cannot be read: {first_line(error)}") from None
+    if not lines:
+        raise argparse.ArgumentTypeError(f"{file} holds no phrase")
+    return lines
 
 
 def positive_int(text: str) -> int:
@@ -214,6 +229,13 @@ def config_of(run: Path) -> dict | None:
         return None
 
 
+def identity(args: argparse.Namespace, *may_change: str) -> dict:
+    """The settings that make a run what it is: --resume needs the same. `may_change`: those of the script that only
+    say how much is made or what is shown of it."""
+    everywhere = ("config", "batch_problems", "checkpoint_every", "keep", "report_to", "dry_run")
+    return {name: value for name, value in vars(args).items() if name not in (*everywhere, *may_change)}
+
+
 def lasting(config: dict) -> dict:
     """The settings that a run shares with what continues it, as JSON holds them."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
@@ -261,14 +283,6 @@ def read_config(path: Path) -> dict:
     return settings
 
 
-def run_names(runs: list[Path]) -> dict[Path, str]:
-    """A short name for each of several runs: the folder's, else that of the folder it is in, else the whole path."""
-    for name in (lambda run: run.name, lambda run: run.parent.name, str):
-        if len({name(run) for run in runs}) == len(set(runs)):
-            break
-    return {run: name(run) for run in runs}
-
-
 def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
     """Creates the folder of a run and its `config.json`, or makes the one there ready to be continued."""
     if check_out(out, config, resume, overwrite):
@@ -293,23 +307,28 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
         out.write("".join(map(json_line, rows)))
 
 
-def load_records(run: Path) -> list[dict]:
-    """The records of a run; lines of one problem (samples added later) are joined, a line cut by a crash is dropped."""
-    records: dict[str, dict] = {}
-    for line in whole_lines(run / "records.jsonl"):
-        row = json.loads(line)
-        records.setdefault(row["id"], {**row, "samples": []})["samples"] += row["samples"]
-    return list(records.values())
+def load_records(file: Path) -> list[dict]:
+    """The traces of a records.jsonl, one a line, each (step, problem, sample) once; a line cut by a crash is dropped."""
+    records = [json.loads(line) for line in whole_lines(file)]
+    if records and "samples" in records[0]:
+        fail(f"{file}: holds one line a problem, as versions before this one wrote it; make the run again")
+    return list({(r.get("step"), r["id"], r["sample"]): r for r in records}.values())
 
 
-def cell(metric: dict, digits: int = 3, sign: str = "") -> str:
-    """A mean with its interval, for a table."""
-    return f"{metric['mean']:{sign}.{digits}f} [{metric['low']:{sign}.{digits}f}, {metric['high']:{sign}.{digits}f}]"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])
+def unrecorded(file: Path, problems: list[dict], counts: list[int], size: int, sampler) -> Iterator[tuple]:
+    """What a records.jsonl lacks of `counts[i]` traces of problem i, in batches of at most `size` problems: (places of
+    the problems, the first missing sample of each). Tells the progress after each batch."""
+    have = Counter(record["id"] for record in load_records(file)) if file.exists() else Counter()
+    firsts = [have[problem["id"]] for problem in problems]
+    todo = [i for i, first in enumerate(firsts) if first < counts[i]]
+    clock, done = Clock(len(todo), "problems", sampler), 0
+    for first in sorted({firsts[i] for i in todo}):
+        of_first = [i for i in todo if firsts[i] == first]
+        for start in range(0, len(of_first), size):
+            batch = of_first[start : start + size]
+            yield batch, first
+            done += len(batch)
+            clock.tell(done)
 
 
 class Clock:
@@ -324,52 +343,6 @@ class Clock:
         rate = (self.sampler.sampled_tokens - self.tokens) / max(seconds, 1e-9)
         left = duration(seconds * (self.total - done) / max(1, done))
         print(f"{done} of {self.total} {self.what}  {rate:,.0f} tokens/s  {left} left", flush=True)
-
-
-def unrecorded(run: Path, problems: list[dict], size: int, sampler) -> Iterator[list[int]]:
-    """The places of the problems that `records.jsonl` lacks, in batches; tells the progress after each."""
-    recorded = {r["id"] for r in load_records(run)} if (run / "records.jsonl").exists() else set()
-    todo = [i for i, p in enumerate(problems) if p["id"] not in recorded]
-    clock = Clock(len(todo), "problems", sampler)
-    for start in range(0, len(todo), size):
-        some = todo[start : start + size]
-        yield some
-        clock.tell(start + len(some))
-
-
-def pyplot():
-    """matplotlib without a screen, imported when a figure is drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
-
-
-def token_axis(axis) -> None:
-    """A logarithmic axis of tokens, with plain numbers at powers of two."""
-    from matplotlib import ticker
-
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(ticker.LogLocator(base=2, numticks=8))
-    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axis.xaxis.set_minor_locator(ticker.NullLocator())
-
-
-def line(axis, x, cells: list[dict], color=None, label=None, style="-", band=True) -> None:
-    """A line through means, with the band of their intervals."""
-    (drawn,) = axis.plot(x, [c["mean"] for c in cells], style, color=color, label=label, markersize=3, linewidth=1.2)
-    if band:
-        low, high = ([c[end] for c in cells] for end in ("low", "high"))
-        axis.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
-
-
-def save_figure(figure, path: Path) -> Path:
-    figure.savefig(path.with_suffix(".tmp.png"), dpi=160)
-    pyplot().close(figure)
-    return path.with_suffix(".tmp.png").replace(path)
 
 
 def versions() -> dict[str, str]:
@@ -395,3 +368,17 @@ def device_name() -> str:
 
 def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def metrics_reporter(args: argparse.Namespace, run: Path) -> Callable[[dict], object]:
+    """What sends a step's metrics to --report-to; `metrics.jsonl` and a picture are written in any case."""
+    if args.report_to is None:
+        return lambda line: None
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run / "tensorboard")
+        return lambda line: [writer.add_scalar(name, value, line["step"]) for name, value in line.items()]
+    service = importlib.import_module(args.report_to)  # wandb and trackio have the same two calls
+    service.init(project="mrt", name=run.name, config={k: str(v) for k, v in vars(args).items()})
+    return lambda line: service.log(line, step=line["step"])

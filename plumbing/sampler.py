@@ -85,6 +85,21 @@ class Sampler:
         self.engine.close()
 
 
+def check_lengths(model: str, problems: list[dict], prompts: list[list[int]], room: int) -> int:
+    """Ends the run if a prompt and the `room` tokens that may follow it do not fit the model's context; returns the
+    tokens of the longest."""
+    context = context_length(model)
+    too_long = [(len(prompt), p["id"]) for p, prompt in zip(problems, prompts) if len(prompt) + room > context]
+    if too_long:
+        longest, name = max(too_long)
+        others = f"; so do {len(too_long) - 1} others" if len(too_long) > 1 else ""
+        fail(
+            f"problem {name}: prompt of {longest} tokens + {room} to generate (thought, stop phrase, answer) exceed "
+            f"the model's context of {context}{others}"
+        )
+    return max(map(len, prompts), default=0) + room
+
+
 def pick_engine(engine: str) -> str:
     """--engine auto: vLLM where it imports and has a device, else transformers; says which and why."""
     if engine == "transformers":

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from plumbing.models import CHUNK_LOGITS, load_config, pick_dtype
 from plumbing.runs import fail, first_line, open_run, whole_lines, write_text
 
 
@@ -232,3 +234,76 @@ def save_model(folder: Path, model, tokenizer) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     wait_for_ranks()
+
+
+# ============================================================================================ the loop
+
+
+def optimizer_step(model, optimizer, max_grad_norm: float) -> float:
+    """A step on the clipped gradient; returns its norm before clipping. FloatingPointError if that is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"gradient norm is {float(norm)}")
+    optimizer.step()
+    return float(norm)
+
+
+def batches_of(examples: list[tuple], part, max_tokens: int, device) -> list[tuple]:
+    """Micro-batches of some examples, as many in every process; the order holds places in `examples`."""
+    chosen = [examples[i] for i in part]
+    batches = [([int(part[i]) for i in order], *rest) for order, *rest in micro_batches(chosen, max_tokens, device)]
+    return same_number(batches, examples[0], device)
+
+
+def problems_of_step(problems: list[dict], count: int, step: int, seed: int) -> list[dict]:
+    """Problems `step * count …` of the endless sequence of shuffled passes, each with its place in the step: a function
+    of the step, so a resumed run sees the same data."""
+    places = range(step * count, (step + 1) * count)
+    passes = {place // len(problems) for place in places}
+    orders = {number: np.random.default_rng([seed, number]).permutation(len(problems)) for number in passes}
+    drawn = [problems[orders[place // len(problems)][place % len(problems)]] for place in places]
+    return [{**problem, "place": place} for place, problem in enumerate(drawn)]
+
+
+def begin_or_resume(folder: Path, model, optimizer, fresh: dict) -> dict:
+    """The state of a training: `fresh`, or that of the last checkpoint in `folder`; lines beyond it are removed."""
+    state = fresh
+    if checkpoint := latest_checkpoint(folder):
+        state = load_checkpoint(checkpoint, model, optimizer)
+        print(f"resumed from {checkpoint} at step {state['step']}")
+    if ranks()[0] == 0:
+        rewind(folder, state["step"])
+    return state
+
+
+def memory_plan(args, problems: int, longest: int) -> str:
+    """--dry-run: what the run will do, and an estimate of the memory that a process needs. Counted: float32 weights,
+    gradients and AdamW's two moments, shared among the processes; a copy for sampling and one for the KL penalty; a
+    micro-batch's layer inputs, kept for the backward pass, and one layer's inside; a chunk of logits."""
+    config, world = load_config(args.model), ranks()[1]
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    tokens, size = max(args.max_tokens_per_batch, longest), 4 if pick_dtype(args.dtype) == torch.float32 else 2
+    inside = 4 * config.intermediate_size + 8 * config.hidden_size
+    parts = {
+        "weights, gradients, moments": 16 * count / world,
+        "copy that samples": 0 if world == 1 and args.engine == "transformers" else size * count,
+        "reference of the KL penalty": 4 * count if args.kl else 0,
+        "activations of a micro-batch": size * tokens * (config.num_hidden_layers * config.hidden_size + inside),
+        "logits": 3 * 4 * min(tokens * config.vocab_size, CHUNK_LOGITS),
+    }
+    steps = args.steps or math.ceil(problems / args.problems_per_step)
+    rollouts = args.problems_per_step * args.group_size
+    until = f"at most {args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
+    total = sum(parts.values()) / 2**30
+    return "\n".join(
+        [
+            f"{count / 1e6:,.1f}M parameters, {world} process{'es' * (world > 1)}, engine {args.engine}",
+            f"{problems} problems; {until} of {args.problems_per_step} × {args.group_size} = {rollouts} rollouts",
+            f"at most {args.max_tokens:,} tokens a rollout, {rollouts * args.max_tokens:,} a step; "
+            f"longest sequence {longest:,}",
+            f"memory of a process (estimate, without the sampler's cache): {total:.1f} GiB",
+            *(f"  {name:30s} {value / 2**30:8.2f} GiB" for name, value in parts.items()),
+        ]
+    )

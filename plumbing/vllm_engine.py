@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from plumbing.models import Completion
 from plumbing.training import full_weights, ranks
 
+
 def vllm_or_why_not() -> tuple[str | None, str]:
     """(what of vLLM works here, why nothing does)."""
     if importlib.util.find_spec("vllm") is None:

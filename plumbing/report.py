@@ -1,0 +1,278 @@
+"""What is made of records: means with intervals, comparisons of runs, tables, figures, the page of traces."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.runs import config_of, fail, load_records, read_jsonl, write_text
+
+# ============================================================================================ numbers
+
+
+def group_by_problem(records: Iterable[dict]) -> dict[str, list[dict]]:
+    """{problem id: its records}, in order of first appearance."""
+    groups: dict[str, list[dict]] = {}
+    for record in records:
+        groups.setdefault(record["id"], []).append(record)
+    return groups
+
+
+def problem_means(records: Iterable[dict], value: Callable[[dict], float]) -> np.ndarray:
+    """The mean of a trace's value over each problem's traces, [problems]."""
+    return np.array([np.mean([value(r) for r in group]) for group in group_by_problem(records).values()])
+
+
+def bootstrap_picks(count: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """Places drawn with replacement, [draws, count]: the one bootstrap behind every interval."""
+    return np.random.default_rng(seed).integers(count, size=(draws, count))
+
+
+def bootstrap_interval(
+    per_problem: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(mean, low, high): mean over problems of each one's mean over its samples; percentile bootstrap.
+
+    per_problem: a row of any length >= 1, or a number, per problem. Problems are resampled, not samples: samples of one
+    problem are correlated and the claim is about unseen problems; the noise within a problem is included, since its
+    mean carries it. To compare two methods pass the differences of their per-problem means: the spread between problems
+    they share then cancels. One problem says nothing about that spread: low and high are NaN. With fewer than about 10
+    the interval is too narrow. ValueError for no problems, an empty row, NaN or infinity, level outside (0, 1), or
+    draws < 1.
+    """
+    if not 0 < level < 1 or draws < 1:
+        raise ValueError(f"need 0 < level < 1 and draws >= 1, got {level} and {draws}")
+    means = np.array([np.mean(row) if np.size(row) else math.nan for row in per_problem], dtype=float)
+    if len(means) == 0 or not np.all(np.isfinite(means)):
+        raise ValueError("need at least one problem, at least one sample of each, and finite numbers")
+    if len(means) == 1:
+        return float(means[0]), math.nan, math.nan
+    resampled = means[bootstrap_picks(len(means), draws, seed)].mean(axis=1)
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return float(means.mean()), float(low), float(high)
+
+
+def interval(values) -> dict[str, float]:
+    """A mean over problems with its 95 % bootstrap interval."""
+    mean, low, high = bootstrap_interval(values)
+    return {"mean": mean, "low": low, "high": high}
+
+
+def tokens_to_reach(target: float, tokens, scores) -> float:
+    """Tokens at which a curve first reaches a score, linear between its points; its first point if it starts above,
+    infinite if it never gets there."""
+    i = next((i for i, score in enumerate(scores) if score >= target - 1e-12), None)
+    if i is None:
+        return math.inf
+    if i == 0:
+        return float(tokens[0])
+    share = (target - scores[i - 1]) / (scores[i] - scores[i - 1])
+    return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
+
+
+# ============================================================================================ comparisons and tables
+
+Values = dict[str, np.ndarray]  # {metric: [problems]} of one run
+
+
+def compare_values(runs: dict[str, Values]) -> dict[str, dict]:
+    """{"runs": {run: {metric: interval}}, "difference_to_first": the same of paired differences to the first run}, for
+    runs on the same problems in the same order."""
+    first = next(iter(runs.values()))
+    differences = {
+        name: {metric: interval(of[metric] - first[metric]) for metric in first if metric in of}
+        for name, of in list(runs.items())[1:]
+    }
+    means = {name: {metric: interval(of) for metric, of in values.items()} for name, values in runs.items()}
+    return {"runs": means, "difference_to_first": differences}
+
+
+def comparison_tables(compared: dict[str, dict], on: str) -> str:
+    """A column a run: each metric with its interval; then the differences to the first run. `on`: such as "12 problems"."""
+    text = metric_table(compared["runs"])
+    if compared["difference_to_first"]:
+        text += f"\nDifference to {next(iter(compared['runs']))} on the same {on}:\n\n"
+        text += metric_table(compared["difference_to_first"], sign="+")
+    return text
+
+
+def metric_table(runs: dict[str, dict[str, dict]], sign: str = "") -> str:
+    """A row a metric, a column a run."""
+    metrics = dict.fromkeys(metric for of in runs.values() for metric in of)
+    rows = [
+        [metric, *(cell(of.get(metric), 1 if "tokens" in metric else 3, sign) for of in runs.values())]
+        for metric in metrics
+    ]
+    return markdown(["", *runs], rows)
+
+
+def cell(metric: dict | None, digits: int = 3, sign: str = "") -> str:
+    """A mean with its interval, for a table."""
+    if metric is None:
+        return "–"
+    mean = f"{metric['mean']:{sign}.{digits}f}"
+    if math.isnan(metric["low"]):
+        return mean
+    return f"{mean} [{metric['low']:{sign}.{digits}f}, {metric['high']:{sign}.{digits}f}]"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])
+
+
+@dataclass
+class RecordedRun:
+    """An earlier run, as its folder tells it."""
+
+    name: str
+    settings: dict
+    records: list[dict]
+
+
+def read_runs(folders: list[Path], script: str, setting: str) -> list[RecordedRun]:
+    """Runs of a script, with short names. `setting`: one that only this script has."""
+    runs = []
+    for folder, name in zip(folders, run_names(folders)):
+        settings = (config_of(folder) or {}).get("settings", {})
+        if setting not in settings or not (folder / "records.jsonl").exists():
+            fail(f"--compare {folder}: no config.json and records.jsonl of a run of {script} there")
+        runs.append(RecordedRun(name, settings, load_records(folder / "records.jsonl")))
+    return runs
+
+
+def run_names(folders: list[Path]) -> list[str]:
+    """A short name for each of several runs: the folder's, else that of the folder it is in, else the whole path."""
+    for name in (lambda folder: folder.name, lambda folder: folder.parent.name, str):
+        names = [name(folder) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            break
+    return names
+
+
+def keep_shared_problems(runs: list[RecordedRun]) -> int:
+    """Keeps the problems that all runs have, in one order; returns how many those are."""
+    shared = set.intersection(*({(r["id"], r["problem"]) for r in run.records} for run in runs))
+    if not shared:
+        fail("--compare: the runs have no problem in common")
+    for run in runs:
+        run.records = [r for r in run.records if (r["id"], r["problem"]) in shared]
+        run.records.sort(key=lambda r: (r["id"], r["sample"]))
+    return len(shared)
+
+
+# ============================================================================================ figures
+
+# Okabe and Ito: told apart by colour-blind readers, and in grey.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+
+
+def pyplot():
+    """matplotlib without a screen, in one style, imported when a figure is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from cycler import cycler
+
+    plt.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "axes.prop_cycle": cycler(color=COLORS),
+            "legend.frameon": False,
+            "legend.fontsize": 8,
+        }
+    )
+    return plt
+
+
+def panels(count: int, width: float = 3.3, height: float = 2.9, **more):
+    """(figure, axes [count]) side by side."""
+    figure, axes = pyplot().subplots(
+        1, count, figsize=(width * count, height), constrained_layout=True, squeeze=False, **more
+    )
+    return figure, axes[0]
+
+
+def draw_curve(axis, x, means: list[dict], color=None, label=None, style="-", band=True) -> None:
+    """A line through means, with the band of their intervals."""
+    (drawn,) = axis.plot(x, [m["mean"] for m in means], style, color=color, label=label, markersize=3, linewidth=1.2)
+    if band:
+        low, high = ([m[end] for m in means] for end in ("low", "high"))
+        axis.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+
+
+def token_axis(axis) -> None:
+    """A logarithmic axis of tokens, with plain numbers at powers of two."""
+    from matplotlib import ticker
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(ticker.LogLocator(base=2, numticks=8))
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def save_figure(figure, path: Path) -> Path:
+    """Writes the PNG all or nothing."""
+    figure.savefig(path.with_suffix(".tmp.png"), dpi=160)
+    pyplot().close(figure)
+    return path.with_suffix(".tmp.png").replace(path)
+
+
+def draw_training(run: Path) -> Path:
+    """`progress.png`: a training so far, from its metrics.jsonl and validation.jsonl."""
+    lines = read_jsonl(run / "metrics.jsonl")
+    thousands = [line["sampled_tokens"] / 1e3 for line in lines]
+    figure, (accuracy, length, rest) = panels(3)
+    accuracy.plot(thousands, [line["reward"] for line in lines], alpha=0.5, label="rollouts")
+    if (run / "validation.jsonl").exists():
+        checks = read_jsonl(run / "validation.jsonl")
+        x = [check["sampled_tokens"] / 1e3 for check in checks]
+        accuracy.plot(x, [check["accuracy"] for check in checks], "o-", markersize=3, label="validation")
+        for budget in checks[0]["forced"]:
+            forced = [check["forced"][budget] for check in checks]
+            accuracy.plot(x, forced, ".--", label=f"validation, stopped at {budget} tokens")
+    accuracy.set(ylabel="share of right answers", ylim=(0, 1))
+    length.plot(thousands, [line["tokens"] for line in lines])
+    length.set(ylabel="tokens of a rollout", ylim=(0, None))
+    for name, label in (("entropy", "entropy (nats)"), ("truncated", "truncated"), ("flat_groups", "flat groups")):
+        rest.plot(thousands, [line[name] for line in lines], label=label)
+    for axis in (accuracy, length, rest):
+        axis.set_xlabel("sampled tokens (thousands)")
+    accuracy.legend(fontsize=7)
+    rest.legend()
+    return save_figure(figure, run / "progress.png")
+
+
+# ============================================================================================ the page of traces
+
+PAGE_BYTES = 16 << 20  # more than this is slow on a phone
+SHOWN = ("text", "reward", "boxed", "verdict", "tokens", "boundaries", "characters", "J", "forced")
+
+
+def write_page(records: list[dict], file: Path) -> Path:
+    """The template beside this file with the traces as JSON in it. Text from a model gets into the document as text
+    nodes only; `<` is written as \\u003c, so nothing in it can end the JSON's element."""
+    problems, size, left_out = [], 0, 0
+    for group in group_by_problem(records).values():
+        problem = {name: group[0][name] for name in ("id", "problem", "gold")}
+        text = json.dumps({**problem, "traces": [{name: r[name] for name in SHOWN} for r in group]}, ensure_ascii=False)
+        size += len(text)
+        if size > PAGE_BYTES and problems:
+            left_out += 1
+        else:
+            problems.append(text)
+    note = f"{left_out} problems are left out to keep the page small" if left_out else ""
+    data = f'{{"note": {json.dumps(note)}, "problems": [{", ".join(problems)}]}}'.replace("<", "\\u003c")
+    template = (Path(__file__).parent / "trace_page.html").read_text(encoding="utf-8")
+    write_text(file, template.replace("@@DATA@@", data, 1))
+    return file
