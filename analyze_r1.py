@@ -12,7 +12,6 @@ progress of each episode, and trace.html, a page to read traces in. Intervals ar
 
 import argparse
 import copy
-import json
 import math
 import sys
 from collections import Counter
@@ -20,8 +19,29 @@ from pathlib import Path
 
 import numpy as np
 
-import common
-from common import THINK_END, Completion, ForcedAnswers, Sampler, Trace, fail
+from common import (
+    EPISODE_MARKERS,
+    Segmentation,
+    Trace,
+    accuracy_at,
+    additional_regret,
+    episode_spans,
+    grade_traces,
+    maj_at_k,
+    pass_at_k,
+    read_traces,
+    regret_at,
+    room_for_answer,
+    sample_traces,
+    sampled_success_rates,
+    token_boundaries,
+)
+from plumbing import data, models, report, runs
+from plumbing.answers import group_answers
+from plumbing.models import THINK_END, Completion, encode, text_and_offsets
+from plumbing.report import cell, group_by_problem, interval, problem_means
+from plumbing.runs import fail, non_negative, positive_int, problem_key, short_name, whole_number
+from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
@@ -39,121 +59,132 @@ DEFAULTS = {
     "batch_problems": (48, 8, "ours"),
 }
 VOTES = (1, 2, 4, 8)  # p of [maj@p]_j
+# Between a run and its --resume these may change.
+MAY_CHANGE = ("budgets", "panel_episodes", "from_run", "direct_model", "direct_samples")
 
 
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_common_flags(parser)
-    what = parser.add_argument_group("thoughts")
-    what.add_argument("--traces", type=Path, metavar="FILE.jsonl", help="given responses instead of sampled ones: "
-                      "problem, answer, response; any number a problem")  # fmt: skip
-    what.add_argument("--num-samples", type=common.positive_int, help="thoughts a problem")
-    what.add_argument("--max-tokens", type=common.positive_int, help="limit of a thought with its answer")
-    what.add_argument("--temperature", type=common.non_negative, help="of thoughts and forced answers")
-    what.add_argument("--top-p", type=float, default=1.0)
-    what.add_argument("--max-steps", type=common.whole_number, help="episodes opened at most")
-    what.add_argument("--episodes-per-point", type=common.positive_int, help="neighbours joined; answers are forced at "
-                      "the ends of the groups")  # fmt: skip
-    mu = parser.add_argument_group("forced answers (μ)")
-    mu.add_argument("--forced-answers", type=common.positive_int, default=8, help="at every boundary (Appendix D: 8)")
-    mu.add_argument("--answer-tokens", type=common.positive_int, help="limit of one")
-    mu.add_argument("--batch-problems", type=common.positive_int, help="problems sampled and recorded together")
-    direct = parser.add_argument_group("direct baseline")
-    direct.add_argument("--direct-model", help="model that answers without episodes (Appendix D: Qwen2.5-32B-Instruct)")
-    direct.add_argument("--direct-samples", type=common.positive_int, default=32, help="its answers (Appendix D: 32)")
-    show = parser.add_argument_group("what is shown")
-    show.add_argument("--panel-episodes", type=common.positive_int, help="width of a panel, in episodes of a trace")
-    show.add_argument("--budgets", help="token budgets C0 of the regret")
-    show.add_argument(
-        "--from", dest="from_run", type=Path, metavar="RUN", help="redraw an earlier run, without a model"
-    )
-    args = common.parse_flags(parser, DEFAULTS, argv)
+    runs.add_common_flags(parser)
+    flag = parser.add_argument_group("thoughts").add_argument
+    given = "given responses instead of sampled ones: problem, answer, response; any number a problem"
+    flag("--traces", type=Path, metavar="FILE.jsonl", help=given)
+    flag("--num-samples", type=positive_int, help="thoughts a problem")
+    flag("--max-tokens", type=positive_int, help="limit of a thought with its answer")
+    flag("--temperature", type=non_negative, help="of thoughts and forced answers")
+    flag("--top-p", type=float, default=1.0)
+    flag("--max-steps", type=whole_number, help="episodes opened at most")
+    joined = "neighbours joined; answers are forced at the ends of the groups"
+    flag("--episodes-per-point", type=positive_int, help=joined)
+    flag = parser.add_argument_group("forced answers (μ)").add_argument
+    flag("--forced-answers", type=positive_int, default=8, help="at every boundary (Appendix D: 8)")
+    flag("--answer-tokens", type=positive_int, help="limit of one")
+    flag("--batch-problems", type=positive_int, help="problems sampled and recorded together")
+    flag = parser.add_argument_group("direct baseline").add_argument
+    flag("--direct-model", help="model that answers without episodes (Appendix D: Qwen2.5-32B-Instruct)")
+    flag("--direct-samples", type=positive_int, default=32, help="its answers (Appendix D: 32)")
+    flag = parser.add_argument_group("what is shown").add_argument
+    flag("--panel-episodes", type=positive_int, help="width of a panel, in episodes of a trace")
+    flag("--budgets", help="token budgets C0 of the regret")
+    flag("--from", dest="from_run", type=Path, metavar="RUN", help="redraw an earlier run, without a model")
+    args = runs.parse_flags(parser, DEFAULTS, argv)
     if args.from_run:  # the settings that its records were made with
-        made = (common.config_of(args.from_run) or {}).get("settings", {})
-        if "episodes_per_point" not in made:
+        settings = (runs.config_of(args.from_run) or {}).get("settings", {})
+        if "episodes_per_point" not in settings:
             fail(f"--from {args.from_run}: no config.json of an analysis there")
-        made = [f"--{flag}={made[flag.replace('-', '_')]}" for flag in ("model", "max-steps", "episodes-per-point")]
-        args = common.parse_flags(parser, DEFAULTS, (sys.argv[1:] if argv is None else argv) + made)
-    name = common.short_name(str(args.traces or args.dataset))
-    args.out = args.from_run or args.out or Path("runs") / f"analyze-{common.short_name(args.model)}-{name}"
-    args.budgets = common.numbers("--budgets", args.budgets)
+        names = ("model", "max-steps", "episodes-per-point")
+        argv = sys.argv[1:] if argv is None else argv
+        args = runs.parse_flags(parser, DEFAULTS, argv + [f"--{n}={settings[n.replace('-', '_')]}" for n in names])
+    name = short_name(str(args.traces or args.dataset))
+    args.out = args.from_run or args.out or Path("runs") / f"analyze-{short_name(args.model)}-{name}"
+    args.budgets = runs.numbers("--budgets", args.budgets)
     return args
 
 
 def main() -> None:
     args = flags()
-    if args.from_run:
-        report(args, args.from_run)
-        return
-    args.engine = common.pick_engine(args.engine)
-    common.check_out(args.out, lasting_settings(args), args.resume, args.overwrite)
-    tokenizer = common.load_tokenizer(args.model)
-    given = None
+    if not args.from_run:
+        analyse(args)
+    write_report(args, args.out)
+
+
+def segmentation(args) -> Segmentation:
+    markers = (*EPISODE_MARKERS, *args.markers)
+    return Segmentation(args.max_steps, args.episodes_per_point, markers=markers)
+
+
+def analyse(args) -> None:
+    """Thoughts, sampled or given, with J(μ) at their boundaries, in records.jsonl; the direct baseline's answers."""
+    args.engine = pick_engine(args.engine)
+    runs.check_out(args.out, runs.identity(args, *MAY_CHANGE), args.resume, args.overwrite)
+    tokenizer = models.load_tokenizer(args.model)
     if args.traces:
-        problems, given = load_traces(args.traces, args.limit)
+        problems, responses = data.load_responses(args.traces, args.limit)
     else:
-        problems = common.load_problems(args.dataset, args.split, args.limit)
-    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
-    if given:
-        context = common.context_length(args.model)
-        traces, longest = read_given(args, tokenizer, problems, prompts, given, context)
+        problems, responses = data.load_problems(args.dataset, args.split, args.limit), None
+    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    if responses:
+        given, longest = read_given(args, tokenizer, problems, prompts, responses)
     else:
-        traces, longest = None, common.check_lengths(args, tokenizer, problems, prompts)
+        given, room = None, args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
+        longest = check_lengths(args.model, problems, prompts, room)
     if args.direct_model:
-        common.load_tokenizer(args.direct_model)  # a wrong name is told now, not after the thoughts
-    run = common.open_run(args.out, lasting_settings(args), args.resume, args.overwrite)
-    sampler = common.open_sampler(args, tokenizer, longest)
-    analyse(args, run, sampler, problems, prompts, traces)
+        models.load_tokenizer(args.direct_model)  # a wrong name is told now, not after the thoughts
+    run = runs.open_run(args.out, runs.identity(args, *MAY_CHANGE), args.resume, args.overwrite)
+    sampler = open_sampler(args, tokenizer, longest)
+    sample(args, run, sampler, problems, prompts, given)
     sampler.close()
     if args.direct_model:
         answer_directly(args, run, problems)
-    report(args, run)
 
 
-def lasting_settings(args) -> dict:
-    """Without those that may differ when a run is continued."""
-    volatile = ("config", "batch_problems", "budgets", "panel_episodes", "from_run", "direct_model", "direct_samples")
-    return {k: v for k, v in vars(args).items() if k not in volatile}
+def sample(args, run: Path, sampler: Sampler, problems, prompts, given: list[list[Trace]] | None) -> None:
+    """Writes a record a trace, as each batch of problems is done; those recorded already are not made again. A batch
+    is two calls of the sampler: all its thoughts, then all forced answers at all their boundaries."""
+    how, file = segmentation(args), run / "records.jsonl"
+    counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
+    for batch, first in runs.unrecorded(file, problems, counts, args.batch_problems, sampler):
+        if given is None:
+            asked = [problems[i] for i in batch], [prompts[i] for i in batch]
+            groups = sample_traces(args, sampler, *asked, how, args.num_samples - first, first)
+        else:
+            groups = [given[i][first:] for i in batch]
+        traces = [trace for group in groups for trace in group]
+        answers = args.forced_answers, args.answer_tokens, args.temperature, args.top_p
+        sampled_success_rates(sampler, traces, *answers, (args.seed, 1))
+        runs.append_jsonl(file, [{**trace.record(), "episodes": ungrouped_episodes(how, trace)} for trace in traces])
+
+
+def ungrouped_episodes(how: Segmentation, trace: Trace) -> int:
+    """Episodes of a thought before neighbours are joined."""
+    return len(episode_spans(trace.prefix(trace.boundaries[-1]), Segmentation(how.max_steps, markers=how.markers)))
 
 
 # ---------------------------------------------------------------------------------------------- given responses
 
 
-def load_traces(file: Path, limit: int | None) -> tuple[list[dict], list[list[str]]]:
-    """(problems, the responses to each) of a file with a row a response; rows of one problem need not be neighbours."""
-    rows = common.load_problems(str(file), "", None)
-    responses: dict[tuple, list[str]] = {}
-    problems: dict[tuple, dict] = {}
-    for number, (problem, row) in enumerate(zip(rows, common.read_jsonl(file)), 1):
-        if not isinstance(row.get("response"), str):
-            fail(f"{file}, row {number}: column response holds no text; found {', '.join(row)}")
-        same = (problem["problem"], problem["answer"])
-        problems.setdefault(same, {**problem, "id": str(len(problems))})
-        responses.setdefault(same, []).append(row["response"].replace("\r\n", "\n"))
-    return list(problems.values())[:limit], list(responses.values())[:limit]
-
-
-def read_given(args, tokenizer, problems, prompts, given, context: int) -> tuple[list[list[Trace]], int]:
+def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -> tuple[list[list[Trace]], int]:
     """Traces of given responses and the tokens of the longest prompt with an answer; what cannot be used is told.
 
     A response is `[<think>] thought </think> answer`. Without a `</think>` it is a thought that was cut off and has no
     answer; unless no response of the file has one: then they are solutions without a separate thought.
     """
-    phrase = len(common.encode(tokenizer, "\n\n" + common.STOP_PHRASE + common.ANSWER_CUE)) + args.answer_tokens
-    marked = any(THINK_END in response for row in given for response in row)
+    context, room = models.context_length(args.model), room_for_answer(tokenizer, args.answer_tokens)
+    marked = any(THINK_END in response for row in responses for response in row)
     if not marked:
         print(f"{args.traces}: no response has {THINK_END}; each is read as a thought that holds its answer")
     groups, longest, unused = [], 0, Counter()
-    for problem, prompt, row in zip(problems, prompts, given):
+    for problem, prompt, row in zip(problems, prompts, responses):
         groups.append([])
         for response in row:
             trace = given_trace(args, tokenizer, problem, prompt, response, marked)
-            need = len(prompt) + trace.boundaries[-1] + phrase
+            need = len(prompt) + trace.boundaries[-1] + room
             if not response.strip():
                 unused["are empty"] += 1
             elif need > context:
                 unused[f"exceed μ's context of {context} tokens"] += 1
             else:
+                trace.sample = len(groups[-1])
                 groups[-1].append(trace)
                 longest = max(longest, need)
         if not groups[-1]:
@@ -162,7 +193,7 @@ def read_given(args, tokenizer, problems, prompts, given, context: int) -> tuple
         print(f"{args.traces}: {count} responses {why}; left out")
     if not longest:
         fail(f"--traces {args.traces}: no usable response")
-    common.grade_traces([trace for group in groups for trace in group])
+    grade_traces([trace for group in groups for trace in group])
     return groups, longest
 
 
@@ -171,279 +202,218 @@ def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str
     if "<think>" in tokenizer.decode(prompt[-8:]):  # the template has opened the thought already
         response = response.removeprefix("<think>").removeprefix("\n")
     thought, marker, answer = response.partition(THINK_END)
-    ids = common.encode(tokenizer, thought)
-    written = ids + common.encode(tokenizer, marker + answer)
+    ids = encode(tokenizer, thought)
+    written = ids + encode(tokenizer, marker + answer)
     completion = Completion(written, [], "stop" if marker or not marked else "length")
-    completion.text, completion.offsets = common.text_and_offsets(tokenizer, written)
-    spans = common.episode_spans(
-        completion.text[: completion.offsets[len(ids)]], args.max_steps, args.episodes_per_point
+    completion.text, completion.offsets = text_and_offsets(tokenizer, written)
+    finished = bool(marker) and models.thinks(tokenizer)
+    graded = (answer if marker else None) if marked else response
+    return Trace(
+        problem, prompt, completion, token_boundaries(completion, len(ids), segmentation(args)), finished, graded
     )
-    ends = {common.first_at(completion.offsets, start) for start, _ in spans}
-    finished = bool(marker) and common.thinks(tokenizer)
-    trace = Trace(problem, prompt, completion, sorted(ends | {0, len(ids)}), finished, answer if marker else None)
-    if not marked:
-        trace.answer = response
-    return trace
-
-
-# ---------------------------------------------------------------------------------------------- sampling
-
-
-def analyse(args, run: Path, sampler: Sampler, problems, prompts, given: list[list[Trace]] | None) -> None:
-    """Writes one record a problem, as each batch of problems is done; those recorded already are not made again.
-
-    A batch is two calls of the sampler: all its thoughts, then all forced answers at all boundaries of all of them."""
-    how = ForcedAnswers("sampled", args.forced_answers, args.answer_tokens, args.temperature, args.top_p)
-    for some in common.unrecorded(run, problems, args.batch_problems, sampler):
-        if given is None:
-            groups = common.sample_traces(args, sampler, [problems[i] for i in some], [prompts[i] for i in some],
-                                          max_steps=args.max_steps, group_size=args.episodes_per_point)  # fmt: skip
-        else:
-            groups = [given[i] for i in some]
-        common.success_rates(sampler, [trace for group in groups for trace in group], how, (args.seed, 1))
-        rows = [record(args, problems[i], group) for i, group in zip(some, groups)]
-        common.append_jsonl(run / "records.jsonl", rows)
-
-
-def record(args, problem: dict, traces: list[Trace]) -> dict:
-    """A problem with its traces: what every number, figure and the page are made from."""
-    return {
-        **problem,
-        "samples": [
-            {
-                **common.trace_record(t),
-                "tokens": len(t.completion.token_ids),
-                "episodes": len(common.episode_spans(t.prefix(t.boundaries[-1]), args.max_steps)),
-                "characters": [t.completion.offsets[b] for b in t.boundaries],
-                "forced": [forced_answers(problem, row) for row in t.forced],
-            }
-            for t in traces
-        ],
-    }
-
-
-def forced_answers(problem: dict, row: list[Completion]) -> dict:
-    """The answers at one boundary. `classes`: equal answers have one number, right ones 0."""
-    answers = [common.extract_answer(c.text) for c in row]
-    return {
-        "answers": answers,
-        "classes": common.group_answers(answers, problem["answer"]),
-        "mean_logprob": [float(np.mean(c.logprobs)) for c in row],
-        "tokens": [len(c.token_ids) for c in row],
-        "texts": [c.text for c in row],
-    }
 
 
 def answer_directly(args, run: Path, problems: list[dict]) -> None:
     """The baseline of Figure 3: many whole answers of a model, in `direct.jsonl`."""
-    done = run / "direct.jsonl"
-    if done.exists():
-        made = common.read_jsonl(done)[0].get("model")
-        if made != args.direct_model:
-            fail(f"--direct-model {args.direct_model}: {done} is of {made}; remove it or name another --out")
+    file = run / "direct.jsonl"
+    if file.exists():
+        model = runs.read_jsonl(file)[0].get("model")
+        if model != args.direct_model:
+            fail(f"--direct-model {args.direct_model}: {file} is of {model}; remove it or name another --out")
         return
     one = copy.copy(args)
     one.model = args.direct_model
-    tokenizer = common.load_tokenizer(one.model)
-    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
-    sampler = common.open_sampler(one, tokenizer, common.check_lengths(one, tokenizer, problems, prompts))
-    seeds = [(args.seed, 2, common.key(p["id"])) for p in problems]
+    tokenizer = models.load_tokenizer(one.model)
+    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
+    sampler = open_sampler(one, tokenizer, check_lengths(one.model, problems, prompts, room))
+    seeds = [(args.seed, 2, problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, args.max_tokens, seeds, args.direct_samples, args.temperature, args.top_p)
-    lines = []
-    for problem, prompt, row in zip(problems, prompts, rows):
-        read = [common.read_trace(tokenizer, problem, prompt, completion) for completion in row]
-        answers = [common.extract_answer(t.answer or "") for t in read]
-        classes = common.group_answers(answers, problem["answer"])
-        lines.append(
-            {"id": problem["id"], "model": one.model, "classes": classes, "tokens": [len(c.token_ids) for c in row]}
-        )
-    common.write_text(done, "".join(map(common.json_line, lines)))
+    traces = [trace for group in read_traces(tokenizer, problems, prompts, rows) for trace in group]
+    lines = [runs.json_line({**trace.record(), "model": one.model}) for trace in traces]
+    runs.write_text(file, "".join(lines))
     sampler.close()
 
 
 # ---------------------------------------------------------------------------------------------- numbers
 
 
-def report(args, run: Path) -> None:
+def write_report(args, run: Path) -> None:
     """summary.json, summary.md, the figures and the page, from the records alone."""
-    records = common.load_records(run)
-    for problem in records:
-        for sample in problem["samples"]:
-            sample["maj"] = {kind: votes(sample, kind) for kind in ("weighted", "plain")}
+    records = runs.load_records(run / "records.jsonl") if (run / "records.jsonl").exists() else []
+    if not records:
+        fail(f"{run}: the records hold no trace")
+    for record in records:
+        record["maj"] = {kind: votes(record, kind) for kind in ("weighted", "plain")}
     summary = summarise(args, records)
     if (run / "direct.jsonl").exists():
-        summary["direct"] = direct_summary(run)
-    text = markdown(summary)
-    common.write_text(run / "summary.md", text)
-    print("\n" + text)
+        summary["direct"] = direct_summary(runs.load_records(run / "direct.jsonl"))
+    text = table(summary)
+    runs.write_text(run / "summary.md", text)
     figures = [draw_scaling(summary, run), draw_budgets(summary, run), draw_progress(summary, run)]
-    print(f"figures: {', '.join(map(str, figures))}   page: {write_page(run, records)}")
-    common.write_json(run / "summary.json", summary)
+    page = report.write_page(records, run / "trace.html")
+    runs.write_json(run / "summary.json", summary)
+    print(f"\n{text}\nfigures: {', '.join(map(str, figures))}   page: {page}")
 
 
-def votes(sample: dict, kind: str) -> list[list[float]]:
+def votes(record: dict, kind: str) -> list[list[float]]:
     """[maj@p]_j of one trace, [points, VOTES]; p larger than the forced answers: all of them."""
-    table = []
-    for value, forced in zip(sample["J"], sample["forced"]):
-        n = len(forced["classes"])
-        weights = [2**x for x in forced["mean_logprob"]] if kind == "weighted" else None
-        row = [common.vote_at_k(forced["classes"], min(p, n), weights) if n else value for p in VOTES]
-        table.append(row)
-    return table
+    rows = []
+    for J, answers in zip(record["J"], record["forced"]):
+        weights = [2 ** answer["mean_logprob"] for answer in answers] if kind == "weighted" else None
+        boxes = [answer["boxed"] for answer in answers]
+        rows.append([vote(boxes, record["gold"], min(p, len(boxes)), weights) if boxes else J for p in VOTES])
+    return rows
 
 
-def by_problem(pairs: list[tuple[str, float]]) -> list[list[float]]:
-    """The values of each problem from (problem id, value of one of its traces or episodes)."""
-    rows: dict[str, list[float]] = {}
-    for name, value in pairs:
-        rows.setdefault(name, []).append(value)
-    return list(rows.values())
-
-
-def over_problems(pairs: list[tuple[str, float]]) -> dict:
-    """Mean and interval, problems weighing the same."""
-    return common.interval(by_problem(pairs))
+def vote(boxes: list[str | None], gold, k: int, weights=None) -> float:
+    """maj@k of answers that vote together if they are equal mathematically."""
+    classes = group_answers(boxes, gold)
+    return maj_at_k([None if c is None else str(c) for c in classes], "0", k, weights)
 
 
 def summarise(args, records: list[dict]) -> dict:
-    traces = [(r["id"], s) for r in records for s in r["samples"]]
-    if not traces:
-        fail("the records hold no trace")
-    top = max(args.budgets)
-    grid = [top * (i + 1) / 40 for i in range(40)]
-    appendix_e = [common.additional_regret(s["maj"]["weighted"]) for _, s in traces]
-    ended = [(name, ratio) for (name, _), ratio in zip(traces, appendix_e) if not math.isnan(ratio)]
-    normalised = {b: over_problems([(i, common.regret_at(s, b)) for i, s in traces]) for b in args.budgets}
+    """Every number that is printed or drawn, with its interval over problems, which weigh the same."""
+
+    def mean(value, of=records) -> dict:
+        return interval(problem_means(of, value))
+
+    grid = [max(args.budgets) * (i + 1) / 40 for i in range(40)]
+    for record in records:
+        record["additional_regret"] = additional_regret(record["maj"]["weighted"])
+    comparable = [r for r in records if not math.isnan(r["additional_regret"])]
+    regret = {b: mean(lambda r, b=b: regret_at(r, b)) for b in args.budgets}
+    forced = [answer for r in records for answers in r["forced"] for answer in answers]
     return {
-        "problems": len(records),
-        "problems_without_trace": [r["id"] for r in records if not r["samples"]],
-        "traces": len(traces),
-        "truncated": float(np.mean([s["finish"] == "length" for _, s in traces])),
-        "no_answer": float(np.mean([s["verdict"] == "none" for _, s in traces])),
-        "episodes": over_problems([(i, s["episodes"]) for i, s in traces]),
-        "tokens": over_problems([(i, s["tokens"]) for i, s in traces]),
-        "right": over_problems([(i, s["right"]) for i, s in traces]),
-        "forced_answers_without_box": share_without_box(traces),
-        "panels": panels(args, traces),
+        "problems": len(group_by_problem(records)),
+        "traces": len(records),
+        "truncated": float(np.mean([r["finish"] == "length" for r in records])),
+        "no_answer": float(np.mean([r["verdict"] == "none" for r in records])),
+        "one_episode": float(np.mean([r["episodes"] == 1 for r in records])),
+        "episodes": mean(lambda r: r["episodes"]),
+        "tokens": mean(lambda r: r["tokens"]),
+        "right": mean(lambda r: r["reward"]),
+        "forced_answers_without_box": float(np.mean([a["boxed"] is None for a in forced])) if forced else None,
+        "panels": panels(args, records),
         "regret": {
             budget: {"normalised": of, "cumulative": {end: budget * value for end, value in of.items()}}
-            for budget, of in normalised.items()
+            for budget, of in regret.items()
         },
-        "accuracy_at": {
-            "budget": grid,
-            "forced": [over_problems([(i, common.accuracy_at(s, b)) for i, s in traces]) for b in grid],
-        },
-        "regret_over_episodes": regret_over_episodes(traces),
-        "additional_regret": over_problems(ended) if ended else None,
-        "progress": progress(traces),
+        "accuracy_at": {"budget": grid, "forced": [mean(lambda r, x=x: accuracy_at(r, x)) for x in grid]},
+        "regret_over_episodes": regret_over_episodes(records),
+        "additional_regret": mean(lambda r: r["additional_regret"], comparable) if comparable else None,
+        "progress": progress(records),
     }
 
 
-def share_without_box(traces) -> float | None:
-    answers = [a for _, s in traces for forced in s["forced"] for a in forced["answers"]]
-    return float(np.mean([a is None for a in answers])) if answers else None
-
-
-def panels(args, traces) -> list[dict]:
+def panels(args, records: list[dict]) -> list[dict]:
     """[maj@p]_j by the number of episodes of a trace (Figure 3). Within a panel a trace that has ended keeps its last
     value, so every point is over the same traces."""
-    group, width = args.episodes_per_point, args.panel_episodes
-    by_panel: dict[int, list] = {}
-    for name, sample in traces:
-        by_panel.setdefault((sample["episodes"] - 1) // width, []).append((name, sample))
-    out = []
-    for number, mine in sorted(by_panel.items()):
-        points = max(len(s["J"]) for _, s in mine)
-        at = [[min(j, len(s["J"]) - 1) for _, s in mine] for j in range(points)]
+    width, by_panel = args.panel_episodes, {}
+    for record in records:
+        by_panel.setdefault((record["episodes"] - 1) // width, []).append(record)
+    made = []
+    for number, of_panel in sorted(by_panel.items()):
+        points = range(max(len(r["J"]) for r in of_panel))
         panel = {
             "episodes": [number * width + 1, (number + 1) * width],
-            "traces": len(mine),
-            "problems": len({name for name, _ in mine}),
-            "after_episodes": [j * group for j in range(points)],
+            "traces": len(of_panel),
+            "problems": len(group_by_problem(of_panel)),
+            "after_episodes": [j * args.episodes_per_point for j in points],
+            "tokens": {
+                p: [problem_means(of_panel, lambda r, j=j, p=p: spent(r, j, p)).mean() for j in points] for p in VOTES
+            },
         }
         for kind in ("weighted", "plain"):
-            panel[kind] = {
-                p: [over_problems([(i, s["maj"][kind][k][v]) for (i, s), k in zip(mine, row)]) for row in at]
-                for v, p in enumerate(VOTES)
-            }
-        panel["tokens"] = {}
-        for p in VOTES:
-            spent = [
-                [(i, s["boundaries"][k] + p * s["answer_tokens"][k]) for (i, s), k in zip(mine, row)] for row in at
-            ]
-            panel["tokens"][p] = [float(np.mean([np.mean(of) for of in by_problem(pairs)])) for pairs in spent]
-        out.append(panel)
-    return out
+            panel[kind] = {p: [panel_mean(of_panel, kind, j, v) for j in points] for v, p in enumerate(VOTES)}
+        made.append(panel)
+    return made
 
 
-def direct_summary(run: Path) -> dict:
+def panel_mean(records: list[dict], kind: str, j: int, v: int) -> dict:
+    """[maj@p]_j, p = VOTES[v], over the traces of a panel."""
+    return interval(problem_means(records, lambda r: held(r["maj"][kind], j)[v]))
+
+
+def held(values: list, j: int):
+    """The value at point j; the last one of a trace that has ended before."""
+    return values[min(j, len(values) - 1)]
+
+
+def spent(record: dict, j: int, p: int) -> float:
+    """Tokens of the prefix at point j and of p answers forced there."""
+    return held(record["boundaries"], j) + p * held(record["answer_tokens"], j)
+
+
+def direct_summary(records: list[dict]) -> dict:
     """pass@k, as the paper plots it: an oracle picks the right one of k; and maj@k, the like-for-like vote."""
-    rows = common.read_jsonl(run / "direct.jsonl")
-    n = len(rows[0]["classes"])
+    groups = list(group_by_problem(records).values())
+    n = len(groups[0])
     ks = [2**i for i in range(n.bit_length())]
-    tokens = float(np.mean([np.mean(row["tokens"]) for row in rows]))
+    tokens = float(problem_means(records, lambda r: r["tokens"]).mean())
+    right = [sum(r["verdict"] == "right" for r in group) for group in groups]
     return {
         "k": ks,
         "tokens": [k * tokens for k in ks],
-        "pass@k": [common.interval([common.pass_at_k(n, r["classes"].count(0), k) for r in rows]) for k in ks],
-        "maj@k": [common.interval([common.vote_at_k(r["classes"], k) for r in rows]) for k in ks],
+        "pass@k": [interval([pass_at_k(n, c, k) for c in right]) for k in ks],
+        "maj@k": [interval([vote([r["boxed"] for r in group], group[0]["gold"], k) for group in groups]) for k in ks],
     }
 
 
-def regret_over_episodes(traces) -> list[dict]:
+def regret_over_episodes(records: list[dict]) -> list[dict]:
     """Definition 4.1 with the comparator at 1: Σ_{j<k} (1 - J(μ|z_0:j)), for k = 1, 2, …; a trace that has ended keeps
     its last J. k counts the points at which answers were forced."""
-    most = int(np.quantile([len(s["J"]) for _, s in traces], 0.95))
-    held = {id(s): [s["J"][min(j, len(s["J"]) - 1)] for j in range(most)] for _, s in traces}
-    return [over_problems([(i, float(np.sum(1 - np.array(held[id(s)][:k])))) for i, s in traces])
-            for k in range(1, most + 1)]  # fmt: skip
+    most = int(np.quantile([len(r["J"]) for r in records], 0.95))
+    return [
+        interval(problem_means(records, lambda r, k=k: sum(1 - held(r["J"], j) for j in range(k))))
+        for k in range(1, most + 1)
+    ]
 
 
-def progress(traces) -> dict | None:
+def progress(records: list[dict]) -> dict | None:
     """Progress of an episode (Definition 6.1), r_prg = J after it - J before it: its spread, and where it is made.
 
     With n forced answers a J is off by √(J(1-J)/n), so part of the spread is noise; `noise` is that part's standard
     deviation, to be compared with `deviation`."""
-    steps = [(i, j, len(s["J"]) - 1, s["J"][j], s["J"][j + 1]) for i, s in traces for j in range(len(s["J"]) - 1)]
+    steps = [
+        {"id": r["id"], "number": j, "fifth": min(4, 5 * j // (len(r["J"]) - 1)), "before": r["J"][j], "gain": b - a}
+        for r in records
+        for j, (a, b) in enumerate(zip(r["J"], r["J"][1:]))
+    ]
     if not steps:
         return None
-    n = max((len(f["classes"]) for _, s in traces for f in s["forced"]), default=1)
-    gains = np.array([after - before for *_, before, after in steps])
-    noise = np.mean([(a * (1 - a) + b * (1 - b)) / max(1, n - 1) for *_, a, b in steps])
-    kinds = {"positive": gains > 1e-9, "none": np.abs(gains) <= 1e-9, "negative": gains < -1e-9}
+    n = max((len(answers) for r in records for answers in r["forced"]), default=1)
+    gains, before = np.array([s["gain"] for s in steps]), np.array([s["before"] for s in steps])
+    after = before + gains
+    noise = np.mean((before * (1 - before) + after * (1 - after)) / max(1, n - 1))
+    kinds = {"positive": lambda g: g > 1e-9, "none": lambda g: abs(g) <= 1e-9, "negative": lambda g: g < -1e-9}
 
-    def of(chosen: np.ndarray) -> dict:
-        at = np.flatnonzero(chosen)
-        shares = {name: over_problems([(steps[a][0], float(of[a])) for a in at]) for name, of in kinds.items()}
-        return {"episodes": len(at), "mean": over_problems([(steps[a][0], gains[a]) for a in at]), **shares}
+    def describe(chosen: list[dict]) -> dict:
+        shares = {name: interval(problem_means(chosen, lambda s, f=f: f(s["gain"]))) for name, f in kinds.items()}
+        return {"episodes": len(chosen), "mean": interval(problem_means(chosen, lambda s: s["gain"])), **shares}
 
-    fifth = np.array([min(4, 5 * j // count) for _, j, count, _, _ in steps])
-    number = np.array([j for _, j, *_ in steps])
-    shown = [j for j in range(number.max() + 1) if (number == j).sum() >= 10]
+    numbers = [[s for s in steps if s["number"] == j] for j in range(max(s["number"] for s in steps) + 1)]
+    fifths = [[s for s in steps if s["fifth"] == f] for f in range(5)]
     edges = np.linspace(-1, 1, 2 * n + 2)
     return {
-        **of(np.ones(len(steps), dtype=bool)),
+        **describe(steps),
         "deviation": float(gains.std()),
         "noise": float(math.sqrt(noise)),
         "histogram": {"edges": edges.tolist(), "episodes": np.histogram(gains, edges)[0].tolist()},
-        "by_fifth_of_the_trace": [of(fifth == f) for f in range(5) if (fifth == f).any()],
-        "by_number": [{"number": j + 1, **of(number == j)} for j in shown],
+        "by_fifth_of_the_trace": [describe(chosen) for chosen in fifths if chosen],
+        "by_number": [{"number": j + 1, **describe(of)} for j, of in enumerate(numbers) if len(of) >= 10],
     }
 
 
-def markdown(summary: dict) -> str:
-    def cell(m: dict | None, digits: int = 3) -> str:
-        if m is None:
-            return "–"
-        ends = "" if math.isnan(m["low"]) else f" [{m['low']:.{digits}f}, {m['high']:.{digits}f}]"
-        return f"{m['mean']:.{digits}f}{ends}"
-
-    moved = summary["progress"] or {}
+def table(summary: dict) -> str:
+    """The numbers of `summarise` as Markdown."""
+    moved = summary["progress"]
     rows = [
         ("traces, problems", f"{summary['traces']}, {summary['problems']}"),
         ("right", cell(summary["right"])),
         ("tokens a trace", cell(summary["tokens"], 0)),
         ("episodes a trace", cell(summary["episodes"], 1)),
+        ("thoughts of a single episode", f"{summary['one_episode']:.3f}"),
         ("truncated, without an answer", f"{summary['truncated']:.3f}, {summary['no_answer']:.3f}"),
     ]
     if moved:
@@ -454,7 +424,7 @@ def markdown(summary: dict) -> str:
             ("episodes without", cell(moved["none"])),
             ("episodes that lose", cell(moved["negative"])),
         ]
-    rows += [(f"normalised regret at {b}", cell(r["normalised"])) for b, r in summary["regret"].items()]
+    rows += [(f"normalised regret at {b}", cell(of["normalised"])) for b, of in summary["regret"].items()]
     rows.append(("regret against voting early (Appendix E)", cell(summary["additional_regret"])))
     by_panel = []
     for panel in summary["panels"]:
@@ -463,7 +433,7 @@ def markdown(summary: dict) -> str:
         counts = f"{panel['traces']} ({panel['problems']})"
         by_panel.append([f"{first} to {last}", counts, cell(few[0]), cell(few[-1]), cell(many[-1])])
     header = ["episodes", "traces (problems)", "maj@1 at the start", "maj@1 at the end", "maj@8 at the end"]
-    return common.markdown(["", ""], rows) + "\n" + common.markdown(header, by_panel)
+    return report.markdown(["", ""], rows) + "\n" + report.markdown(header, by_panel)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -471,116 +441,81 @@ def markdown(summary: dict) -> str:
 
 def draw_scaling(summary: dict, run: Path) -> Path:
     """Figure 3: a column a panel; above over episodes, below over tokens with the votes branching off."""
-    plt = common.pyplot()
-    panels = summary["panels"]
-    shown = [p for p in panels if p["traces"] >= 3][:8] or panels[:8]
-    figure, axes = plt.subplots(2, len(shown), figsize=(max(5, 2.1 * len(shown)), 5), squeeze=False, sharey=True,
-                                constrained_layout=True)  # fmt: skip
+    plt = report.pyplot()
+    shown = [p for p in summary["panels"] if p["traces"] >= 3][:8] or summary["panels"][:8]
+    size = (max(5, 2.1 * len(shown)), 5)
+    figure, axes = plt.subplots(2, len(shown), figsize=size, squeeze=False, sharey=True, constrained_layout=True)
     colors = plt.get_cmap("viridis")(np.linspace(0.75, 0.1, len(VOTES)))
     for (above, below), panel in zip(axes.T, shown):
         first, last = panel["episodes"]
         title = f"{first}–{last} episodes" if last > first else f"{first} episode{'s' * (first > 1)}"
         above.set_title(f"{title}\n{panel['traces']} traces, {panel['problems']} problems", fontsize=8)
         for p, color in zip(VOTES, colors):
-            common.line(
-                above, panel["after_episodes"], panel["weighted"][p], color, f"maj@{p}", ".-", band=p == VOTES[0]
-            )
+            means = panel["weighted"][p]
+            report.draw_curve(above, panel["after_episodes"], means, color, f"maj@{p}", ".-", band=p == VOTES[0])
         above.set(xlabel="episodes", ylim=(0, 1))
         above.locator_params(axis="x", nbins=5, integer=True)
-        common.line(below, panel["tokens"][1], panel["weighted"][1], "C0", "after each episode, maj@1", ".-")
+        report.draw_curve(below, panel["tokens"][1], panel["weighted"][1], "C0", "after each episode, maj@1", ".-")
         for j in range(len(panel["after_episodes"])):
             x = [panel["tokens"][p][j] for p in VOTES]
             y = [panel["weighted"][p][j]["mean"] for p in VOTES]
             below.plot(x, y, ".--", color="C2", linewidth=0.8, markersize=3, label=None if j else "votes of 1, 2, 4, 8")
         if "direct" in summary:
             direct = summary["direct"]
-            common.line(below, direct["tokens"], direct["pass@k"], "C1", "direct, pass@k (oracle)", ".-", band=False)
-            common.line(below, direct["tokens"], direct["maj@k"], "C3", "direct, maj@k", ".-", band=False)
+            for metric, color in (("pass@k", "C1"), ("maj@k", "C3")):
+                label = f"direct, {metric}{' (oracle)' * (metric == 'pass@k')}"
+                report.draw_curve(below, direct["tokens"], direct[metric], color, label, ".-", band=False)
         below.set(xlabel="tokens", ylim=(0, 1))
-        common.token_axis(below)
-        for axis in (above, below):
-            axis.grid(alpha=0.3)
+        report.token_axis(below)
     for row in axes:
         row[0].set_ylabel("accuracy")
-        row[0].legend(fontsize=6, frameon=False, loc="upper left")
-    return common.save_figure(figure, run / "scaling.png")
+        row[0].legend(fontsize=6, loc="upper left")
+    return report.save_figure(figure, run / "scaling.png")
 
 
 def draw_budgets(summary: dict, run: Path) -> Path:
     """Accuracy of the answer forced by a budget, the area above it (the regret), and the regret over episodes."""
-    plt = common.pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), constrained_layout=True)
+    figure, (accuracy, normalised, cumulative) = report.panels(3)
     curve, budgets = summary["accuracy_at"], [int(b) for b in summary["regret"]]
-    common.line(axes[0], curve["budget"], curve["forced"], "C0")
-    axes[0].set(xlabel="token budget", ylabel="accuracy of the answer forced by then", ylim=(0, 1))
-    common.line(axes[1], budgets, [r["normalised"] for r in summary["regret"].values()], "C3", style="o-")
-    axes[1].set(xlabel="token budget C0", ylabel="normalised regret", xticks=budgets, ylim=(0, 1))
+    report.draw_curve(accuracy, curve["budget"], curve["forced"], "C0")
+    accuracy.set(xlabel="token budget", ylabel="accuracy of the answer forced by then", ylim=(0, 1))
+    means = [of["normalised"] for of in summary["regret"].values()]
+    report.draw_curve(normalised, budgets, means, "C0", style="o-")
+    normalised.set(xlabel="token budget C0", ylabel="normalised regret", xticks=budgets, ylim=(0, 1))
     regret = summary["regret_over_episodes"]
-    common.line(axes[2], range(1, len(regret) + 1), regret, "C4", "the model", "o-")
-    axes[2].plot(range(1, len(regret) + 1), range(1, len(regret) + 1), ":", color="grey", label="never right")
-    axes[2].set(xlabel="points k at which it is forced to answer", ylabel="cumulative regret, Σ (1 - J)")
-    axes[2].legend(frameon=False, fontsize=7)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    return common.save_figure(figure, run / "budgets.png")
+    k = range(1, len(regret) + 1)
+    report.draw_curve(cumulative, k, regret, "C0", "the model", "o-")
+    cumulative.plot(k, k, ":", color="grey", label="never right")
+    cumulative.set(xlabel="points k at which it is forced to answer", ylabel="cumulative regret, Σ (1 - J)")
+    cumulative.legend()
+    return report.save_figure(figure, run / "budgets.png")
 
 
 def draw_progress(summary: dict, run: Path) -> Path:
     """Progress of episodes: how it is spread, by the number of the episode, by the place in the trace."""
-    plt = common.pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), constrained_layout=True)
+    figure, (spread, by_number, by_fifth) = report.panels(3)
     moved = summary["progress"]
     if moved:
         edges = np.array(moved["histogram"]["edges"])
         middle = (edges[:-1] + edges[1:]) / 2
-        colors = np.where(middle > 1e-9, "C2", np.where(middle < -1e-9, "C3", "0.6"))
-        axes[0].bar(middle, moved["histogram"]["episodes"], width=np.diff(edges) * 0.9, color=colors)
-        axes[0].set(xlabel="progress of an episode, J after - J before", ylabel="episodes", yscale="log")
-        axes[0].set_title(f"{moved['episodes']} episodes; deviation {moved['deviation']:.2f}, noise of the estimate "
-                          f"{moved['noise']:.2f}", fontsize=8)  # fmt: skip
-        numbers = [row["number"] for row in moved["by_number"]]
-        if numbers:
-            common.line(axes[1], numbers, [row["mean"] for row in moved["by_number"]], "C0", style="o-")
-        axes[1].axhline(0, color="grey", linewidth=0.8)
-        axes[1].set(xlabel="number of the episode", ylabel="mean progress")
-        fifths = moved["by_fifth_of_the_trace"]
-        below = np.zeros(len(fifths))
-        for name, color in (("positive", "C2"), ("none", "0.75"), ("negative", "C3")):
-            shares = np.array([f[name]["mean"] for f in fifths])
-            axes[2].bar(range(1, len(fifths) + 1), shares, bottom=below, color=color, label=name)
-            below += shares
-        axes[2].set(xlabel="fifth of the trace", ylabel="share of episodes", ylim=(0, 1))
-        axes[2].legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
-    return common.save_figure(figure, run / "progress.png")
-
-
-# ---------------------------------------------------------------------------------------------- the page
-
-PAGE_BYTES = 16 << 20  # more than this is slow on a phone
-
-
-def write_page(run: Path, records: list[dict]) -> Path:
-    """trace.html: the template beside this file with the traces as JSON in it. Text from a model gets into the
-    document as text nodes only; `<` is written as \\u003c, so nothing in it can end the JSON's element."""
-    shown, size, left_out = [], 0, 0
-    for problem in records:
-        one = {key: problem[key] for key in ("id", "problem", "answer")}
-        one["samples"] = [
-            {key: s[key] for key in ("text", "right", "answer", "verdict", "tokens", "boundaries", "characters", "J")}
-            | {"forced": [{k: f[k] for k in ("answers", "classes", "texts")} for f in s["forced"]]}
-            for s in problem["samples"]
-        ]
-        text = json.dumps(one, ensure_ascii=False)
-        size += len(text)
-        if size > PAGE_BYTES and shown:
-            left_out += 1
-        else:
-            shown.append(text)
-    note = f"{left_out} of {len(records)} problems are left out to keep the page small" if left_out else ""
-    data = f'{{"note": {json.dumps(note)}, "problems": [{", ".join(shown)}]}}'.replace("<", "\\u003c")
-    template = (Path(__file__).parent / "trace_page.html").read_text(encoding="utf-8")
-    common.write_text(run / "trace.html", template.replace("@@DATA@@", data, 1))
-    return run / "trace.html"
+        colors = np.where(middle > 1e-9, "C0", np.where(middle < -1e-9, "C1", "0.6"))
+        spread.bar(middle, moved["histogram"]["episodes"], width=np.diff(edges) * 0.9, color=colors)
+        spread.set(xlabel="progress of an episode, J after - J before", ylabel="episodes", yscale="log")
+        noise = f"deviation {moved['deviation']:.2f}, noise of the estimate {moved['noise']:.2f}"
+        spread.set_title(f"{moved['episodes']} episodes; {noise}", fontsize=8)
+        means = [row["mean"] for row in moved["by_number"]]
+        if means:
+            report.draw_curve(by_number, [row["number"] for row in moved["by_number"]], means, "C0", style="o-")
+        by_number.axhline(0, color="grey", linewidth=0.8)
+        by_number.set(xlabel="number of the episode", ylabel="mean progress")
+        fifths, below = moved["by_fifth_of_the_trace"], 0.0
+        for name, color in (("positive", "C0"), ("none", "0.75"), ("negative", "C1")):
+            shares = np.array([of[name]["mean"] for of in fifths])
+            by_fifth.bar(range(1, len(fifths) + 1), shares, bottom=below, color=color, label=name)
+            below = below + shares
+        by_fifth.set(xlabel="fifth of the trace", ylabel="share of episodes", ylim=(0, 1))
+        by_fifth.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return report.save_figure(figure, run / "progress.png")
 
 
 if __name__ == "__main__":

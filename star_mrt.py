@@ -2,6 +2,7 @@
 
     python star_mrt.py                                    # the embedded model: both filters from the same samples
     python star_mrt.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --config configs/star_r1_distill.yaml
+    torchrun --nproc-per-node 8 star_mrt.py --config configs/star_r1_distill.yaml
 
 One iteration: sample traces → episodes → J(μ) at every prefix → keep what the filter keeps → supervised fine-tuning →
 the next iteration samples from the new model.
@@ -25,14 +26,31 @@ import copy
 import json
 import math
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-import common
-from common import THINK_END, ForcedAnswers, Sampler, Trace, fail
+from common import (
+    EPISODE_MARKERS,
+    Segmentation,
+    Trace,
+    end_of_thought,
+    forced_prompt,
+    read_answers,
+    regret_at,
+    room_for_answer,
+    sample_traces,
+    sampled_success_rates,
+    trace_of,
+)
+from plumbing import data, models, report, runs, training
+from plumbing.report import Values, interval, problem_means
+from plumbing.runs import fail, non_negative, positive_int, problem_key
+from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
+from plumbing.training import ranks, sum_over_ranks
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
@@ -55,419 +73,412 @@ DEFAULTS = {
     "batch_problems": (96, 32, "ours"),
     "budgets": ("64,128,192,256", "4096,8192,12288,16384", "Section 7"),
 }
+TITLES = {"outcome": "STaR", "mrt": "MRT-STaR"}
 
 
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_common_flags(parser)
-    mrt = parser.add_argument_group("MRT")
-    mrt.add_argument("--filter", choices=("mrt", "outcome", "both"))
-    mrt.add_argument("--iterations", type=common.positive_int, default=2)
-    mrt.add_argument("--min-success", type=float, default=0.5, help="J that the prefix kept must have")
-    mrt.add_argument("--per-problem", type=common.positive_int, default=2, help="traces kept of a problem")
-    mrt.add_argument("--stop-phrase", choices=("none", "masked", "trained"), default="none")
-    mrt.add_argument("--max-episodes", type=common.positive_int)
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--num-samples", type=common.positive_int, help="traces a problem")
-    sampling.add_argument("--max-tokens", type=common.positive_int, help="budget of a completion, thought and answer")
-    sampling.add_argument("--temperature", type=float)
-    sampling.add_argument("--top-p", type=float, default=1.0)
-    sampling.add_argument("--forced-answers", type=common.positive_int, help="sampled answers for each J")
-    sampling.add_argument("--answer-tokens", type=common.positive_int, help="limit of a forced answer")
-    sampling.add_argument("--batch-problems", type=common.positive_int, help="problems sampled and recorded together")
-    tune = parser.add_argument_group("fine-tuning")
-    tune.add_argument("--lr", type=common.non_negative)
-    tune.add_argument("--schedule", choices=("constant", "cosine"), default="cosine")
-    tune.add_argument("--batch-size", type=common.positive_int, help="examples of an optimiser step")
-    tune.add_argument("--epochs", type=common.positive_int)
-    tune.add_argument("--warmup", type=common.non_negative, help="share of the steps with rising learning rate")
-    tune.add_argument("--weight-decay", type=common.non_negative)
-    tune.add_argument("--max-grad-norm", type=common.non_negative, default=1.0)
-    tune.add_argument("--max-tokens-per-batch", type=common.positive_int, help="tokens of a micro-batch, with padding")
-    tune.add_argument("--checkpoint-every", type=common.positive_int, default=50, help="steps")
-    held = parser.add_argument_group("held-out problems")
-    held.add_argument("--eval-dataset", help="problems to evaluate on; default: tiny's own, none for other data")
-    held.add_argument("--eval-split", default="test")
-    held.add_argument("--eval-problems", type=common.positive_int, default=96)
-    held.add_argument("--budgets", help="token budgets C0 of the regret")
-    args = common.parse_flags(parser, DEFAULTS, argv)
-    args.out = args.out or Path("runs") / f"star-{common.short_name(args.model)}-{args.filter}-seed{args.seed}"
-    args.budgets = common.numbers("--budgets", args.budgets)
+    runs.add_common_flags(parser)
+    flag = parser.add_argument_group("MRT").add_argument
+    flag("--filter", choices=("mrt", "outcome", "both"))
+    flag("--iterations", type=positive_int, default=2)
+    flag("--min-success", type=float, default=0.5, help="J that the prefix kept must have")
+    flag("--per-problem", type=positive_int, default=2, help="traces kept of a problem")
+    flag("--stop-phrase", choices=("none", "masked", "trained"), default="none")
+    flag("--max-episodes", type=positive_int)
+    flag = parser.add_argument_group("sampling").add_argument
+    flag("--num-samples", type=positive_int, help="traces a problem")
+    flag("--max-tokens", type=positive_int, help="budget of a completion, thought and answer")
+    flag("--temperature", type=non_negative)
+    flag("--top-p", type=float, default=1.0)
+    flag("--forced-answers", type=positive_int, help="sampled answers for each J")
+    flag("--answer-tokens", type=positive_int, help="limit of a forced answer")
+    flag("--batch-problems", type=positive_int, help="problems sampled and recorded together")
+    flag = parser.add_argument_group("fine-tuning").add_argument
+    flag("--lr", type=non_negative)
+    flag("--schedule", choices=("constant", "cosine"), default="cosine")
+    flag("--batch-size", type=positive_int, help="examples of an optimiser step")
+    flag("--epochs", type=positive_int)
+    flag("--warmup", type=non_negative, help="share of the steps with rising learning rate")
+    flag("--weight-decay", type=non_negative)
+    flag("--max-grad-norm", type=non_negative, default=1.0)
+    flag("--max-tokens-per-batch", type=positive_int, help="tokens of a micro-batch, with padding")
+    flag("--checkpoint-every", type=positive_int, default=50, help="steps")
+    flag = parser.add_argument_group("held-out problems").add_argument
+    flag("--eval-dataset", help="problems to evaluate on; default: tiny's own, none for other data")
+    flag("--eval-split", default="test")
+    flag("--eval-problems", type=positive_int, default=96)
+    flag("--budgets", help="token budgets C0 of the regret")
+    args = runs.parse_flags(parser, DEFAULTS, argv)
+    args.out = args.out or Path("runs") / f"star-{runs.short_name(args.model)}-{args.filter}-seed{args.seed}"
+    args.budgets = runs.numbers("--budgets", args.budgets)
     if not 0 <= args.min_success <= 1:
         fail(f"--min-success {args.min_success}: must be between 0 and 1")
-    if not args.temperature > 0:
-        fail(f"--temperature {args.temperature}: must be above 0, greedy samples of a problem are all the same")
+    if args.temperature == 0:
+        fail("--temperature 0: must be above 0, greedy samples of a problem are all the same")
     return args
 
 
 def main() -> None:
     args = flags()
-    rank, _ = common.start_processes()
-    args.engine = common.pick_engine(args.engine)
-    settings = {k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "batch_problems")}
-    common.check_out(args.out, settings, args.resume, args.overwrite)
-    tokenizer = common.load_tokenizer(args.model)
-    if not common.thinks(tokenizer):
-        fail(f"--model {args.model}: has no {THINK_END} in its vocabulary, so no thought to cut")
-    problems = common.load_problems(args.dataset, args.split, args.limit)
-    held_out = []
-    if args.eval_dataset or common.is_tiny_dataset(args.dataset):
-        held_out = common.load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems)
-    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
-    held_prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in held_out]
-    longest = common.check_lengths(args, tokenizer, problems, prompts)
-    longest = max(longest, common.check_lengths(args, tokenizer, held_out, held_prompts))
-    model = common.load_model(args.model, common.pick_device())
-    run = common.open_run_once(args.out, settings, args.resume, args.overwrite)
-    sampler = common.open_sampler(args, tokenizer, longest, trained=model)
-    dtype, recompute = common.pick_dtype(args.dtype), not common.is_tiny(args.model)
-    common.prepare(model, dtype, common.token_logprobs, recompute)
-    if held_out:
-        evaluate(args, run / "base.jsonl", sampler, held_out, held_prompts)
-    ran_dry = False
-    for number, name in enumerate(("outcome", "mrt") if args.filter == "both" else (args.filter,)):
-        if number:  # every filter starts from the base
-            common.load_weights(model, common.resolve_model(args.model))
-            sampler.sync()
-        (run / name).mkdir(exist_ok=True)
-        for iteration in range(1, args.iterations + 1):
-            if not iterate(args, run, name, iteration, model, sampler, problems, prompts):
-                ran_dry = True
-                break
-            if held_out:
-                evaluate(args, run / name / f"evaluation_{iteration}.jsonl", sampler, held_out, held_prompts)
-    if rank == 0:
-        report(args, run)
-    if ran_dry:
+    training.start_processes()
+    args.engine = pick_engine(args.engine)
+    runs.check_out(args.out, runs.identity(args), args.resume, args.overwrite)
+    tokenizer = models.load_tokenizer(args.model)
+    if not models.thinks(tokenizer):
+        fail(f"--model {args.model}: has no {models.THINK_END} in its vocabulary, so no thought to cut")
+    problems, held_out = data.load_problems(args.dataset, args.split, args.limit), []
+    if args.eval_dataset or data.is_tiny_dataset(args.dataset):
+        held_out = data.load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems)
+    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems + held_out]
+    room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
+    longest = check_lengths(args.model, problems + held_out, prompts, room)
+    model = models.load_model(args.model, models.pick_device())
+    run = training.open_run_once(args.out, runs.identity(args), args.resume, args.overwrite)
+    sampler = open_sampler(args, tokenizer, longest, trained=model)
+    recompute = not runs.is_tiny(args.model)
+    training.prepare(model, models.pick_dtype(args.dtype), models.token_logprobs, recompute)
+    evaluate(args, run / "base.jsonl", sampler, held_out)
+    complete = [self_train(args, run, name, model, sampler, problems, held_out) for name in filters(args)]
+    if ranks()[0] == 0:
+        write_report(args, run)
+    if not all(complete):
         raise SystemExit(3)
 
 
-def iterate(args, run: Path, name: str, iteration: int, model, sampler: Sampler, problems, prompts) -> bool:
-    """One iteration of one filter; False if it left nothing to train on. What is done already is not repeated."""
-    folder, tokenizer, rank = run / name, sampler.tokenizer, common.ranks()[0]
-    final = folder / f"model_{iteration}"
-    if final.exists():
-        common.load_weights(model, final)
+def filters(args) -> list[str]:
+    return ["outcome", "mrt"] if args.filter == "both" else [args.filter]
+
+
+def self_train(args, run: Path, name: str, model, sampler: Sampler, problems, held_out) -> bool:
+    """The iterations of one filter; False if it left nothing to train on. What is done already is not repeated."""
+    folder, tokenizer = run / name, sampler.tokenizer
+    folder.mkdir(exist_ok=True)
+    if name != filters(args)[0]:  # every filter starts from the base
+        training.load_weights(model, runs.resolve_model(args.model))
         sampler.sync()
-        return True
+    for iteration in range(1, args.iterations + 1):
+        final = folder / f"model_{iteration}"
+        if final.exists():
+            training.load_weights(model, final)
+        elif not iterate(args, run, name, iteration, model, sampler, problems):
+            return False
+        else:
+            training.save_model(final, model, tokenizer)
+        sampler.sync()
+        evaluate(args, folder / f"evaluation_{iteration}.jsonl", sampler, held_out)
+    return True
+
+
+def iterate(args, run: Path, name: str, iteration: int, model, sampler: Sampler, problems) -> bool:
+    """Samples, filter, fine-tuning in place; False if the filter kept nothing."""
+    folder, tokenizer = run / name, sampler.tokenizer
     print(f"== {name}, iteration {iteration} of {args.iterations}")
     # The first iteration samples from the base: the same traces for every filter.
     file = run / "samples_1.jsonl" if iteration == 1 else folder / f"samples_{iteration}.jsonl"
-    traces = sample(args, file, sampler, problems, prompts, iteration)
-    # One process decides for all: on GPUs two of them may draw different answers from one seed.
-    chosen = [select(args, name, sampler, traces, iteration)] if rank == 0 else []
-    ((examples, kept),) = common.gather_over_ranks(chosen)
-    line = {"iteration": iteration, **describe(traces, kept)}
-    print(
-        f"kept {line['traces']} of {len(traces)} traces, {line['problems']} problems, "
-        f"{line['mean_tokens']:.0f} tokens on average, progress per episode {line['progress_per_episode']:.3f}"
-    )
-    if rank == 0:
-        common.write_text(folder / f"selected_{iteration}.jsonl", "".join(common.json_line(row) for row in kept))
-        common.write_json(folder / f"iteration_{iteration}.json", line)
+    traces = traced(args, file, sampler, problems, args.forced_answers, (args.seed + 1) * 1000 + iteration)
+    examples = select(args, name, sampler, traces, iteration)
+    line = {"iteration": iteration, **describe(traces, examples)}
+    if ranks()[0] == 0:
+        kept = [runs.json_line(example.record(tokenizer)) for example in examples]
+        runs.write_text(folder / f"selected_{iteration}.jsonl", "".join(kept))
+        runs.write_json(folder / f"iteration_{iteration}.json", line)
     if not examples:
-        print(f"the filter {name} kept no trace in iteration {iteration}: nothing to train on; samples: {file}")
+        print(f"the filter {name} kept no trace in iteration {iteration}: nothing to train on; see {file}")
         return False
     sampler.pause()
     line |= fine_tune(args, folder / f"tuning_{iteration}", model, tokenizer, examples)
-    if rank == 0:
-        common.write_json(folder / f"iteration_{iteration}.json", line)
-    common.save_model(final, model, tokenizer)
-    sampler.sync()
+    if ranks()[0] == 0:
+        runs.write_json(folder / f"iteration_{iteration}.json", line)
     return True
 
 
 # ---------------------------------------------------------------------------------------------- samples
 
 
-def traced(args, sampler: Sampler, problems, prompts, answers: int, seed: int) -> list[dict]:
-    """[{id, samples}]: traces of problems with J at every boundary. Each process does its share."""
-    (rank, world), settings = common.ranks(), copy.copy(args)
+def evaluate(args, file: Path, sampler: Sampler, problems: list[dict]) -> None:
+    """Traces on held-out problems, once a model: the same seeds for every model."""
+    sampler.model.eval()
+    traced(args, file, sampler, problems, answers=4, seed=77)
+
+
+def traced(args, file: Path, sampler: Sampler, problems: list[dict], answers: int, seed: int) -> list[Trace]:
+    """--num-samples traces a problem with J at every boundary; recorded as each batch of problems is done, and read back
+    where they are. Each process does its share."""
+    (rank, world), settings, tokenizer = ranks(), copy.copy(args), sampler.tokenizer
     settings.seed = seed
-    groups = common.sample_traces(settings, sampler, problems[rank::world], prompts[rank::world],
-                                  max_episodes=args.max_episodes)  # fmt: skip
-    how = ForcedAnswers("sampled", answers, args.answer_tokens, args.temperature, args.top_p)
-    if groups:
-        common.success_rates(sampler, [t for group in groups for t in group], how, (seed, 1))
-    mine = [(group[0].problem["id"], [common.trace_record(t) for t in group]) for group in groups]
-    rows = dict(common.gather_over_ranks(mine))
-    return [{"id": p["id"], "samples": rows[p["id"]]} for p in problems]
-
-
-def sample(args, file: Path, sampler: Sampler, problems, prompts, iteration: int) -> list[Trace]:
-    """The iteration's traces; recorded as each batch of problems is done, and read back where they are."""
-    recorded = {row["id"]: row for row in common.read_jsonl(file)} if file.exists() and file.stat().st_size else {}
-    common.wait_for_ranks()  # all have read it
-    todo = [i for i, p in enumerate(problems) if p["id"] not in recorded]
-    clock = common.Clock(len(todo), "problems", sampler)
-    for start in range(0, len(todo), args.batch_problems):
-        some = todo[start : start + args.batch_problems]
-        rows = traced(args, sampler, [problems[i] for i in some], [prompts[i] for i in some], args.forced_answers,
-                      (args.seed + 1) * 1000 + iteration)  # fmt: skip
-        if common.ranks()[0] == 0:
-            common.append_jsonl(file, rows)
-        recorded |= {row["id"]: row for row in rows}
-        clock.tell(start + len(some))
+    how = Segmentation(max_episodes=args.max_episodes, markers=(*EPISODE_MARKERS, *args.markers))
+    prompts = {p["id"]: models.prompt_ids(tokenizer, p["problem"]) for p in problems}
+    counts = [args.num_samples] * len(problems)
+    todo = list(runs.unrecorded(file, problems, counts, args.batch_problems, sampler))
+    training.wait_for_ranks()  # all have read what is there
+    for batch, first in todo:
+        share = [problems[i] for i in batch][rank::world]
+        asked = share, [prompts[p["id"]] for p in share]
+        groups = sample_traces(settings, sampler, *asked, how, args.num_samples - first, first)
+        traces = [trace for group in groups for trace in group]
+        sampled_success_rates(sampler, traces, answers, args.answer_tokens, args.temperature, args.top_p, (seed, 1))
+        lines = training.gather_over_ranks([trace.record() for trace in traces])
+        if rank == 0:
+            runs.append_jsonl(file, lines)
+    training.wait_for_ranks()
+    records = {(r["id"], r["sample"]): r for r in runs.load_records(file)} if problems else {}
     return [
-        common.trace_from_record(sampler.tokenizer, problem, prompt, record)
-        for problem, prompt in zip(problems, prompts)
-        for record in recorded[problem["id"]]["samples"]
+        trace_of(records[problem["id"], number], tokenizer, problem, prompts[problem["id"]])
+        for problem in problems
+        for number in range(args.num_samples)
     ]
 
 
 # ---------------------------------------------------------------------------------------------- the filter
 
 
-def select(args, name: str, sampler: Sampler, traces: list[Trace], iteration: int) -> tuple[list[tuple], list[dict]]:
-    """What the filter keeps: (examples for `fine_tune`, a record of each)."""
-    chosen = keep_right(args, traces) if name == "outcome" else keep_progress(args, traces)
-    tokenizer, examples, kept = sampler.tokenizer, [], []
-    answers = answers_after(args, sampler, traces, chosen, iteration)
-    for t, cut in limit_per_problem(args, traces, [(t, cut) for t, cut in chosen if answers[t] is not None]):
-        trace = traces[t]
-        ending, answer = answers[t] or ([], [])
-        thought = trace.completion.token_ids[:cut] if ending else []
-        ids = trace.prompt + thought + ending + answer
-        told = args.stop_phrase != "none" and not (trace.finished and cut == trace.boundaries[-1])
-        weight = 0.0 if told and args.stop_phrase == "masked" else 1.0
-        weights = [1.0] * len(thought) + [weight] * len(ending) + [1.0] * len(answer)
-        examples.append((ids, len(trace.prompt), weights))
-        at = trace.boundaries.index(cut)
-        kept.append({"id": trace.problem["id"], "trace": t, "cut": cut, "episodes": at, "J": trace.values[at],
-                     "J_empty": trace.values[0], "tokens": len(weights),
-                     "text": tokenizer.decode(ids[len(trace.prompt) :])})  # fmt: skip
-    return examples, kept
+@dataclass
+class Example:
+    """A trace that the filter keeps: its thought up to a cut, what ends the thought, an answer that is right."""
+
+    number: int  # of the trace in the iteration's
+    trace: Trace
+    cut: int  # tokens of the thought that stay
+    ending: list[int]
+    answer: list[int]
+    ending_weight: float = 1.0
+
+    def fine_tuned(self) -> tuple[list[int], int, list[float]]:
+        """(token ids, first trained place, weight of each trained token): what `training.micro_batches` takes."""
+        thought = self.trace.completion.token_ids[: self.cut]
+        weights = [1.0] * self.cut + [self.ending_weight] * len(self.ending) + [1.0] * len(self.answer)
+        return self.trace.prompt + thought + self.ending + self.answer, len(self.trace.prompt), weights
+
+    @property
+    def episodes(self) -> int:
+        return self.trace.boundaries.index(self.cut)
+
+    def record(self, tokenizer) -> dict:
+        ids, first, weights = self.fine_tuned()
+        return {
+            "id": self.trace.problem["id"],
+            "trace": self.number,
+            "cut": self.cut,
+            "episodes": self.episodes,
+            "J": self.trace.values[self.episodes],
+            "J_empty": self.trace.values[0],
+            "tokens": len(weights),
+            "text": tokenizer.decode(ids[first:]),
+        }
 
 
-def keep_right(args, traces: list[Trace]) -> list[tuple[int, int]]:
-    """Plain STaR: (number, end of the thought) of every trace whose own answer is right."""
-    return [(t, trace.boundaries[-1]) for t, trace in enumerate(traces) if trace.reward == 1]
+def select(args, name: str, sampler: Sampler, traces: list[Trace], iteration: int) -> list[Example]:
+    """What the filter keeps. One process decides for all: on GPUs two of them may draw different answers."""
+    examples = []
+    if ranks()[0] == 0:
+        cuts = keep_right(traces) if name == "outcome" else keep_progress(traces, args.min_success)
+        examples = first_of_problem(complete(args, sampler, traces, cuts, iteration), args.per_problem)
+    return training.gather_over_ranks(examples)
 
 
-def keep_progress(args, traces: list[Trace]) -> list[tuple[int, int]]:
-    """MRT: (number, cut) of every trace with progress, best first. The cut is the first prefix with the highest J."""
-    chosen = []
+def keep_right(traces: list[Trace]) -> dict[int, int]:
+    """Plain STaR: {number: end of the thought} of every trace whose own answer is right."""
+    return {t: trace.boundaries[-1] for t, trace in enumerate(traces) if trace.reward == 1}
+
+
+def keep_progress(traces: list[Trace], min_success: float) -> dict[int, int]:
+    """MRT: {number: cut} of every trace with progress, best first. The cut is the first prefix with the highest J."""
+    cuts = {}
     for t, trace in enumerate(traces):
-        best = int(np.argmax(trace.values))  # MRT: the first of equals, so the fewest tokens for all of the progress
-        if trace.values[best] > trace.values[0] and trace.values[best] >= args.min_success:
-            chosen.append((t, trace.boundaries[best]))
-    return sorted(chosen, key=lambda c: (-max(traces[c[0]].values), c[1], c[0]))
+        best = int(np.argmax(trace.values))  # MRT 7: the first of equals: all of the progress in the fewest tokens
+        if trace.values[best] > trace.values[0] and trace.values[best] >= min_success:
+            cuts[t] = trace.boundaries[best]
+    return dict(sorted(cuts.items(), key=lambda c: (-max(traces[c[0]].values), c[1], c[0])))
 
 
-def limit_per_problem(args, traces: list[Trace], chosen: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The first --per-problem of each problem."""
-    taken: dict[str, int] = {}
-    kept = []
-    for t, cut in chosen:
-        name = traces[t].problem["id"]
-        taken[name] = taken.get(name, 0) + 1
-        if taken[name] <= args.per_problem:
-            kept.append((t, cut))
+def complete(args, sampler: Sampler, traces: list[Trace], cuts: dict[int, int], iteration: int) -> list[Example]:
+    """Each cut trace with an ending and a right answer; without those for which none is found.
+
+    A complete thought with a right answer stays as it was sampled. For a cut one --forced-answers are sampled after the
+    ending, and the first right one is taken.
+    """
+    examples, asked = {}, []
+    for t, cut in cuts.items():
+        trace = traces[t]
+        ids = trace.completion.token_ids
+        if trace.finished and cut == trace.boundaries[-1] and trace.reward == 1:
+            examples[t] = Example(t, trace, cut, [], ids[cut:])
+        else:
+            asked.append(example_without_answer(args, sampler.tokenizer, t, trace, cut))
+    rows = sampler.generate(
+        [example.fine_tuned()[0] for example in asked],
+        args.answer_tokens,
+        [(args.seed, 4, iteration, problem_key(e.trace.problem), e.number) for e in asked],
+        args.forced_answers,
+        args.temperature,
+        args.top_p,
+    )
+    answers = read_answers([example.trace.problem for example in asked], rows)
+    for example, row, graded in zip(asked, rows, answers):
+        right = [c for c, a in zip(row, graded) if a.verdict == "right" and c.finish_reason == "stop"]
+        if right:
+            example.answer = right[0].token_ids
+            examples[example.number] = example
+    return [examples[t] for t in cuts if t in examples]
+
+
+def example_without_answer(args, tokenizer, number: int, trace: Trace, cut: int) -> Example:
+    """Between a cut thought and its answer stands the end-of-thinking marker, or μ's stop phrase."""
+    if args.stop_phrase == "none":
+        return Example(number, trace, cut, end_of_thought(tokenizer, trace.prefix(cut)), [])
+    ending = forced_prompt(tokenizer, trace, cut)[len(trace.prompt) + cut :]
+    whole = trace.finished and cut == trace.boundaries[-1]  # ended by the marker alone, not by the phrase
+    return Example(number, trace, cut, ending, [], 0.0 if args.stop_phrase == "masked" and not whole else 1.0)
+
+
+def first_of_problem(examples: list[Example], count: int) -> list[Example]:
+    """The first `count` of each problem."""
+    taken, kept = Counter(), []
+    for example in examples:
+        taken[example.trace.problem["id"]] += 1
+        if taken[example.trace.problem["id"]] <= count:
+            kept.append(example)
     return kept
 
 
-def answers_after(args, sampler: Sampler, traces, chosen, iteration: int) -> dict[int, tuple | None]:
-    """Trace number → (tokens that end the thought, tokens of a right answer), or None if no answer is right.
-
-    A complete thought with a right answer stays as it was sampled: ([], completion). For a cut one --forced-answers are
-    sampled after the ending, and the first right one is taken.
-    """
-    tokenizer = sampler.tokenizer
-    found: dict[int, tuple[list[int], list[int]] | None] = {}
-    asked = []
-    for t, cut in chosen:
-        trace = traces[t]
-        if trace.finished and cut == trace.boundaries[-1] and trace.reward == 1:
-            found[t] = [], trace.completion.token_ids
-        else:
-            asked.append((t, cut, ending_of(args, tokenizer, trace, cut)))
-    prompts = [traces[t].prompt + traces[t].completion.token_ids[:cut] + ending for t, cut, ending in asked]
-    seeds = [(args.seed, 4, iteration, common.key(traces[t].problem["id"]), t) for t, _, _ in asked]
-    rows = sampler.generate(prompts, args.answer_tokens, seeds, args.forced_answers, args.temperature, args.top_p)
-    golds = [traces[t].problem["answer"] for t, *_ in asked]
-    pairs = [(common.extract_answer(c.text), gold) for gold, row in zip(golds, rows) for c in row]
-    right = np.array([verdict == "right" for verdict in common.grade_all(pairs)]).reshape(
-        len(rows), args.forced_answers
-    )
-    for (t, _, ending), row, of_row in zip(asked, rows, right):
-        good = [c for c, ok in zip(row, of_row) if ok and c.finish_reason == "stop"]
-        found[t] = (ending, good[0].token_ids) if good else None
-    return found
-
-
-def ending_of(args, tokenizer, trace: Trace, cut: int) -> list[int]:
-    """What stands between a cut thought and its answer: the end-of-thinking marker, or μ's stop phrase."""
-    if args.stop_phrase != "none":
-        return common.forced_prompt(tokenizer, trace, cut)[len(trace.prompt) + cut :]
-    return common.end_of_thought(tokenizer, trace.prefix(cut))
-
-
-def describe(traces: list[Trace], kept: list[dict]) -> dict:
+def describe(traces: list[Trace], examples: list[Example]) -> dict:
     """What a filter keeps, for the table."""
-    gains = [k["J"] - k["J_empty"] for k in kept if k["episodes"]]
-    return {
+    gained = [e.trace.values[e.episodes] - e.trace.values[0] for e in examples if e.episodes]
+    tokens, episodes = [len(e.fine_tuned()[2]) for e in examples], [e.episodes for e in examples]
+    line = {
         "sampled_traces": len(traces),
-        "traces": len(kept),
-        "tokens": int(sum(k["tokens"] for k in kept)),
-        "mean_tokens": float(np.mean([k["tokens"] for k in kept] or [0])),
-        "mean_episodes": float(np.mean([k["episodes"] for k in kept] or [0])),
-        "progress_per_episode": float(sum(gains) / max(1, sum(k["episodes"] for k in kept))),
-        "problems": len({k["id"] for k in kept}),
+        "traces": len(examples),
+        "tokens": sum(tokens),
+        "mean_tokens": float(np.mean(tokens or [0])),
+        "mean_episodes": float(np.mean(episodes or [0])),
+        "progress_per_episode": float(sum(gained) / max(1, sum(episodes))),
+        "problems": len({e.trace.problem["id"] for e in examples}),
     }
+    print(
+        f"kept {line['traces']} of {len(traces)} traces, {line['problems']} problems, "
+        f"{line['mean_tokens']:.0f} tokens on average, progress per episode {line['progress_per_episode']:.3f}"
+    )
+    return line
 
 
 # ---------------------------------------------------------------------------------------------- fine-tuning
 
 
-def fine_tune(args, folder: Path, model, tokenizer, examples: list[tuple]) -> dict:
+def fine_tune(args, folder: Path, model, tokenizer, examples: list[Example]) -> dict:
     """--epochs of supervised fine-tuning in place; goes on from the last checkpoint in `folder`."""
-    rank, dtype, asked_to_stop = common.ranks()[0], common.pick_dtype(args.dtype), common.on_sigterm()
+    rank, asked_to_stop = ranks()[0], training.on_sigterm()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    state = {"step": 0, "loss": 0.0}
-    if checkpoint := common.latest_checkpoint(folder):
-        state = common.load_checkpoint(checkpoint, model, optimizer)
-        print(f"resumed from {checkpoint}")
+    state = training.begin_or_resume(folder, model, optimizer, {"step": 0, "loss": 0.0})
     if rank == 0:
         folder.mkdir(exist_ok=True)
-        common.rewind(folder, state["step"])
-    a_pass = math.ceil(len(examples) / args.batch_size)
+    rows = [example.fine_tuned() for example in examples]
+    a_pass = math.ceil(len(rows) / args.batch_size)
     steps, began, first = a_pass * args.epochs, time.time(), state["step"]
     model.train()
     while state["step"] < steps:
         step = state["step"]
-        order = np.random.default_rng([args.seed, step // a_pass]).permutation(len(examples))
-        batch = [examples[i] for i in order[step % a_pass :: a_pass]]  # all batches of a pass are of like size
+        order = np.random.default_rng([args.seed, step // a_pass]).permutation(len(rows))
+        batch = [rows[i] for i in order[step % a_pass :: a_pass]]  # all batches of a pass are of like size
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(args, step / steps)
-        state = {"step": step + 1, "loss": train_step(args, model, optimizer, batch, dtype)}
+            group["lr"] = training.learning_rate(args, step / steps)
+        state = {"step": step + 1, "loss": train_step(args, model, optimizer, batch)}
         if not math.isfinite(state["loss"]):
             fail(f"step {step} of the fine-tuning in {folder}: the loss is {state['loss']}")
         if rank == 0:
-            common.append_jsonl(folder / "metrics.jsonl", [{**state, "examples": len(batch)}])
-        stopping = common.sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
+            runs.append_jsonl(folder / "metrics.jsonl", [{**state, "examples": len(batch)}])
+        stopping = sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
         if state["step"] % args.checkpoint_every == 0 or stopping:
-            common.save_checkpoint(folder, model, tokenizer, optimizer, state, keep=1)
+            training.save_checkpoint(folder, model, tokenizer, optimizer, state, keep=1)
         if stopping:
             print(f"SIGTERM: stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
             raise SystemExit(143)
         if state["step"] % max(1, steps // 5) == 0:
-            left = (time.time() - began) / (state["step"] - first) * (steps - state["step"])
-            print(
-                f"step {state['step']} of {steps}  loss {state['loss']:.4f}  {common.duration(left)} left", flush=True
-            )
-    common.end_on_sigterm()
+            left = runs.duration((time.time() - began) / (state["step"] - first) * (steps - state["step"]))
+            print(f"step {state['step']} of {steps}  loss {state['loss']:.4f}  {left} left", flush=True)
+    training.end_on_sigterm()
     model.eval()
     return {"steps": steps, "loss": state["loss"]}
 
 
-def train_step(args, model, optimizer, batch: list[tuple], dtype) -> float:
+def train_step(args, model, optimizer, batch: list[tuple]) -> float:
     """One optimiser step on -Σ w log p / Σ w over the trained tokens of the whole batch: however it is split into
     micro-batches and over processes, a token counts the same. Prompts are not trained, a masked stop phrase has
     weight 0."""
-    rank, world = common.ranks()
-    score = common.scorer(model, common.token_logprobs)
+    rank, world = ranks()
+    score = training.scorer(model, models.token_logprobs)
     denominator = sum(sum(weights) for _, _, weights in batch)
-    batches = list(common.micro_batches(batch[rank::world], args.max_tokens_per_batch, model.device))
+    batches = list(training.micro_batches(batch[rank::world], args.max_tokens_per_batch, model.device))
     optimizer.zero_grad()
     total = 0.0
-    for _, ids, where, weights in common.same_number(batches, batch[0], model.device):
-        with common.autocast(dtype):
+    for _, ids, where, weights in training.same_number(batches, batch[0], model.device):
+        with models.autocast(models.pick_dtype(args.dtype)):
             logprobs, _ = score(ids, where)
         loss = -(weights * logprobs).sum() / denominator
         (loss * world).backward()  # FSDP takes the mean of the processes' gradients
         total += loss.item()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-    optimizer.step()
-    return common.sum_over_ranks([total])[0]
+    training.optimizer_step(model, optimizer, args.max_grad_norm)
+    return sum_over_ranks([total])[0]
 
 
-# ---------------------------------------------------------------------------------------------- held-out problems
+# ---------------------------------------------------------------------------------------------- the report
 
 
-def evaluate(args, file: Path, sampler: Sampler, problems, prompts) -> None:
-    """Traces with J at every boundary on held-out problems, once a model: the same seeds for every model."""
-    if file.exists():
-        return
-    sampler.model.eval()
-    rows = traced(args, sampler, problems, prompts, 4, 77)
-    if common.ranks()[0] == 0:
-        common.write_text(file, "".join(map(common.json_line, rows)))
-
-
-def metrics_of(args, file: Path) -> dict[str, np.ndarray]:
-    """Each metric for each held-out problem."""
-    rows = common.read_jsonl(file)
-
-    def mean(of_sample, *at):
-        return np.array([np.mean([of_sample(s, *at) for s in row["samples"]]) for row in rows])
-
-    values = {"right": mean(lambda s: s["right"]), "tokens": mean(lambda s: len(s["token_ids"]))}
-    return values | {f"regret@{b}": mean(common.regret_at, b) for b in args.budgets}
-
-
-def report(args, run: Path) -> None:
+def write_report(args, run: Path) -> None:
     """Table, summary.json and figure of base and filters, from the records."""
-    names = [name for name in ("outcome", "mrt") if (run / name).is_dir()]
-    lines = {name: [json.loads(file.read_text()) for file in sorted((run / name).glob("iteration_*.json"))]
-             for name in names}  # fmt: skip
+    lines = {
+        name: [json.loads(file.read_text()) for file in sorted((run / name).glob("iteration_*.json"))]
+        for name in filters(args)
+    }
     columns = ("traces", "tokens", "mean_tokens", "mean_episodes", "progress_per_episode", "problems")
-    rows = [
-        [name, str(line["iteration"]), *(f"{line[c]:.4g}" for c in columns)] for name in names for line in lines[name]
-    ]
+    rows = [[name, str(of["iteration"]), *(f"{of[c]:.4g}" for c in columns)] for name in lines for of in lines[name]]
     text = "What the filters kept:\n\n"
-    text += common.markdown(["filter", "iteration", *(c.replace("_", " ") for c in columns)], rows)
-    summary: dict[str, Any] = {"kept": lines}
+    text += report.markdown(["filter", "iteration", *(c.replace("_", " ") for c in columns)], rows)
+    summary: dict = {"kept": lines}
     if (run / "base.jsonl").exists():
-        base = metrics_of(args, run / "base.jsonl")
-        models = {"base": base}
-        for name in names:
-            for line in lines[name]:
-                file = run / name / f"evaluation_{line['iteration']}.jsonl"
+        values = {"base": values_of(args, run / "base.jsonl")}
+        for name, of_filter in lines.items():
+            for of in of_filter:
+                file = run / name / f"evaluation_{of['iteration']}.jsonl"
                 if file.exists():
-                    models[f"{TITLES[name]} {line['iteration']}"] = metrics_of(args, file)
-        summary["models"] = {name: {m: common.interval(v) for m, v in of.items()} for name, of in models.items()}
-        summary["difference_to_base"] = {
-            name: {m: common.interval(v - base[m]) for m, v in of.items()}
-            for name, of in models.items()
-            if name != "base"
-        }
-        header = ["model", *base]
-        digits = {m: 1 if m == "tokens" else 3 for m in base}
-        rows = [[name, *(common.cell(of[m], digits[m]) for m in base)] for name, of in summary["models"].items()]
-        text += f"\nOn {len(base['right'])} held-out problems × {args.num_samples}:\n\n" + common.markdown(header, rows)
-        rows = [[name, *(common.cell(of[m], digits[m], "+") for m in base)]
-                for name, of in summary["difference_to_base"].items()]  # fmt: skip
-        text += "\nDifference to the base on the same problems:\n\n" + common.markdown(header, rows)
-        last = [models.get(f"{TITLES[name]} {args.iterations}") for name in names]
-        if len(last) == 2 and last[0] and last[1]:
-            gaps = {m: common.interval(last[1][m] - last[0][m]) for m in base}
-            summary["mrt_minus_star"] = gaps
-            row = ["MRT-STaR - STaR", *(common.cell(gaps[m], digits[m], "+") for m in base)]
-            text += f"\nAfter {args.iterations} iterations:\n\n" + common.markdown(header, [row])
-        draw(args, summary, names, run)
-    common.write_json(run / "summary.json", summary)
-    common.write_text(run / "summary.md", text)
-    print("\n" + text)
-    print(f"models: {run}/FILTER/model_N   table: {run / 'summary.md'}   figure: {run / 'star.png'}")
+                    values[f"{TITLES[name]} {of['iteration']}"] = values_of(args, file)
+        summary["models"] = {name: {m: interval(v) for m, v in of.items()} for name, of in values.items()}
+        summary["difference_to_base"] = report.differences_to_first(values)
+        problems = len(values["base"]["right"])
+        text += f"\nOn {problems} held-out problems × {args.num_samples}:\n\n" + report.metric_table(summary["models"])
+        text += report.difference_table(summary["difference_to_base"], "the base on the same problems")
+        last = {name: values[key] for name in TITLES.values() if (key := f"{name} {args.iterations}") in values}
+        if len(last) == 2:
+            (minus,) = report.differences_to_first(last).values()
+            summary["mrt_minus_star"] = minus
+            text += f"\nAfter {args.iterations} iterations:\n\n"
+            text += report.metric_table({"MRT-STaR - STaR": minus}, "+")
+        draw(args, summary, run)
+    runs.write_json(run / "summary.json", summary)
+    runs.write_text(run / "summary.md", text)
+    print(f"\n{text}\nmodels: {run}/FILTER/model_N   table: {run / 'summary.md'}   figure: {run / 'star.png'}")
 
 
-TITLES = {"outcome": "STaR", "mrt": "MRT-STaR"}
+def values_of(args, file: Path) -> Values:
+    """Each metric for each held-out problem."""
+    records = runs.load_records(file)
+    values = {"right": problem_means(records, lambda r: r["reward"])}
+    values["tokens"] = problem_means(records, lambda r: r["tokens"])
+    return values | {f"regret@{b}": problem_means(records, lambda r, b=b: regret_at(r, b)) for b in args.budgets}
 
 
-def draw(args, summary: dict, names: list[str], run: Path) -> None:
+def draw(args, summary: dict, run: Path) -> None:
     """Accuracy, tokens and regret on held-out problems by iteration."""
-    plt = common.pyplot()
-    shown = {"right": "share right", "tokens": "tokens", f"regret@{args.budgets[-1]}": "normalised regret"}
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.1), constrained_layout=True)
-    for axis, (metric, label) in zip(axes, shown.items()):
-        for number, name in enumerate(names):
-            mine = [summary["models"]["base"], *(of for model, of in summary["models"].items()
-                                                 if model.rsplit(" ", 1)[0] == TITLES[name])]  # fmt: skip
-            common.line(axis, range(len(mine)), [of[metric] for of in mine], f"C{number}", TITLES[name], "o-")
+    labels = {"right": "share right", "tokens": "tokens", f"regret@{args.budgets[-1]}": "normalised regret"}
+    figure, axes = report.panels(3)
+    for axis, (metric, label) in zip(axes, labels.items()):
+        for title in (TITLES[name] for name in filters(args)):
+            names = ["base", *(name for name in summary["models"] if name.rsplit(" ", 1)[0] == title)]
+            means = [summary["models"][name][metric] for name in names]
+            report.draw_curve(axis, range(len(means)), means, None, title, "o-")
         axis.set(xlabel="iteration", ylabel=label, xticks=range(args.iterations + 1))
-        axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
-    common.save_figure(figure, run / "star.png")
+    axes[0].legend()
+    report.save_figure(figure, run / "star.png")
 
 
 if __name__ == "__main__":

@@ -105,3 +105,17 @@ def gold_answer(text: str, is_solution: bool) -> str:
         raise ValueError(f"{text!r} is not an answer")
     check_gold(text)
     return text
+
+
+def load_responses(file: Path, limit: int | None) -> tuple[list[dict], list[list[str]]]:
+    """(problems, the responses to each) of a file with a row a response; rows of one problem need not be neighbours."""
+    rows = load_problems(str(file), "", None)
+    responses: dict[tuple, list[str]] = {}
+    problems: dict[tuple, dict] = {}
+    for number, (problem, row) in enumerate(zip(rows, read_jsonl(file)), 1):
+        if not isinstance(row.get("response"), str):
+            fail(f"{file}, row {number}: column response holds no text; found {', '.join(row)}")
+        same = (problem["problem"], problem["answer"])
+        problems.setdefault(same, {**problem, "id": str(len(problems))})
+        responses.setdefault(same, []).append(row["response"].replace("\r\n", "\n"))
+    return list(problems.values())[:limit], list(responses.values())[:limit]

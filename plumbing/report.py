@@ -80,25 +80,18 @@ def tokens_to_reach(target: float, tokens, scores) -> float:
 Values = dict[str, np.ndarray]  # {metric: [problems]} of one run
 
 
-def compare_values(runs: dict[str, Values]) -> dict[str, dict]:
-    """{"runs": {run: {metric: interval}}, "difference_to_first": the same of paired differences to the first run}, for
-    runs on the same problems in the same order."""
-    first = next(iter(runs.values()))
-    differences = {
-        name: {metric: interval(of[metric] - first[metric]) for metric in first if metric in of}
-        for name, of in list(runs.items())[1:]
+def differences_to_first(runs: dict[str, Values]) -> dict[str, dict[str, dict]]:
+    """{run: {metric: interval of the paired difference to the first run}}, for runs on the same problems in one order."""
+    first, *others = runs
+    return {
+        name: {metric: interval(of - runs[first][metric]) for metric, of in runs[name].items() if metric in runs[first]}
+        for name in others
     }
-    means = {name: {metric: interval(of) for metric, of in values.items()} for name, values in runs.items()}
-    return {"runs": means, "difference_to_first": differences}
 
 
-def comparison_tables(compared: dict[str, dict], on: str) -> str:
-    """A column a run: each metric with its interval; then the differences to the first run. `on`: such as "12 problems"."""
-    text = metric_table(compared["runs"])
-    if compared["difference_to_first"]:
-        text += f"\nDifference to {next(iter(compared['runs']))} on the same {on}:\n\n"
-        text += metric_table(compared["difference_to_first"], sign="+")
-    return text
+def difference_table(differences: dict[str, dict[str, dict]], first: str) -> str:
+    """The table of `differences_to_first`, below a line that names the first; nothing where there is one run."""
+    return f"\nDifference to {first}:\n\n" + metric_table(differences, "+") if differences else ""
 
 
 def metric_table(runs: dict[str, dict[str, dict]], sign: str = "") -> str:
