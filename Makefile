@@ -34,7 +34,7 @@ lint: .venv/ready
 	$(PY) -m pyright --pythonpath $(PY)
 
 results: .venv/ready
-	$(PY) results.py $(if $(ALL),--all)
+	$(PY) -m experiments.compare $(if $(ALL),--all)
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests

@@ -1,85 +1,28 @@
-"""results.py: does MRT beat outcome-reward RL, and when? The comparison of Sections 7 and 8 on the embedded model.
+"""experiments/report.py: tables, figures and summary of what experiments/compare.py has run."""
 
-    python results.py             # the core: GRPO and MRT online, each with and without length penalty, MRT prefix
-    python results.py --all       # every method, longer runs, STaR, extensions with all seeds, estimators of J, equal
-                                  # computed tokens
-    python results.py --search    # the learning-rate search on validation problems; its winners stand in the config
-    python results.py --report    # tables and figures again, from the runs that are there
-
-Everything is a command of the other scripts with the settings of configs/results.yaml, one process a core, and is
-printed as it starts; what was stopped is resumed. The methods of the core have the same search, test problems and
-number of sampled tokens (forced answers included). Intervals are 95 % and over seeds and problems at once: both are
-drawn again, seeds for each method, problems for all methods together. One seed: they are over problems alone.
-"""
-
-import argparse
-import itertools
 import json
 import math
-import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 import budget_force
-import common
-from common import fail
+from common import accuracy_at, episode_spans, regret_at
+from plumbing.models import THINK_END
+from plumbing.report import (
+    cell,
+    draw_curve,
+    group_by_problem,
+    markdown,
+    pyplot,
+    save_figure,
+    tokens_to_reach,
+)
+from plumbing.runs import config_of, fail, load_records, numbers, read_jsonl, write_json, write_text
 
-HERE = Path(__file__).resolve().parent
 DRAWS = 2000
-
-
-def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE / "configs" / "results.yaml")
-    parser.add_argument("--out", type=Path, default=Path("runs/results"))
-    parser.add_argument("--pages", type=Path, help="folder of tables and figures (default: pages/ in --out)")
-    parser.add_argument("--all", action="store_true", help="everything, not only the core methods")
-    alone = parser.add_mutually_exclusive_group()
-    alone.add_argument("--search", action="store_true", help="the learning-rate search alone")
-    alone.add_argument("--report", action="store_true", help="no run: tables and figures from those that are there")
-    parser.add_argument("--jobs", type=common.positive_int, default=os.cpu_count(), help="processes at once")
-    args = parser.parse_args(argv)
-    args.pages = args.pages or args.out / "pages"
-    return args
-
-
-def main() -> None:
-    args = flags()
-    config = common.read_config(args.config)
-    failed = 0
-    if args.search:
-        failed = run_all(args, search_jobs(args, config))
-        print(search_table(args, config))
-    elif not args.report:
-        methods = dict.fromkeys(["base", *config["core"], *(config["methods"] if args.all else ())])
-        failed = run_all(args, method_jobs(args, config, methods) + (star_jobs(args, config) if args.all else []))
-        if args.all:
-            failed += run_all(args, equal_compute_jobs(args, config) + other_jobs(args, config))
-    if not args.search:
-        report(args, config)
-    if failed:
-        fail(f"of the commands {failed} failed, see above; what they would have made is left out")
-
-
-# ---------------------------------------------------------------------------------------------- what is run
-
-Job = list[tuple[Path, list[str]]]  # commands, one after the other, each with the file that is there when it is done
-
-
-def command(script: str, out: Path, settings: dict, more: str = "") -> tuple[Path, list[str]]:
-    """What is there when the command is done, and the command; `more` overrides the settings."""
-    flags = [part for name, value in settings.items() for part in (f"--{name}", f"{value}")]
-    return out / "summary.json", [script, *flags, *shlex.split(more), "--out", str(out)]
 
 
 def slug(name: str) -> str:
@@ -90,54 +33,13 @@ def folder(args, method: str, seed: int) -> Path:
     return args.out / f"{slug(method)}-seed{seed}"
 
 
-def trained(args, config, method: str, seed: int, lr: float, out: Path) -> tuple:
-    settings = {**config["train"], "lr": lr, "seed": seed}
-    return command("rl_mrt.py", out, settings, config["methods"][method]["flags"])
-
-
 def trains_longer(config, method: str) -> bool:
     """Does the method have a number of sampled tokens of its own?"""
     return method in config["methods"] and "--max-sampled-tokens" in config["methods"][method]["flags"]
 
 
-def search_jobs(args, config) -> list[Job]:
-    """Every method with every learning rate, one seed; each model's pass@1 on validation problems."""
-    jobs, seed = [], config["search"]["seed"]
-    for lr, method in itertools.product(config["search"]["lr"], config["methods"]):
-        if trains_longer(config, method):
-            continue
-        run = args.out / "search" / f"{slug(method)}-lr{lr:g}"
-        settings = {**config["evaluate"], "split": "validation", "model": run / "model", "seed": seed}
-        test = command("evaluate.py", run / "validation", settings, "--metric pass@1")
-        jobs.append([trained(args, config, method, seed, lr, run), test])
-    return jobs
-
-
 def in_core(config, method: str) -> bool:
     return method in ("base", *config["core"])
-
-
-def seeds_of(config, method: str) -> list[int]:
-    kind = "core" if in_core(config, method) else "others"
-    return config["methods"].get(method, {}).get("seeds", config["seeds"][kind])
-
-
-def method_jobs(args, config, methods: Iterable[str]) -> list[Job]:
-    """Training, evaluation and budget forcing, that of the core and of longer training: the first seed's, or --all."""
-    jobs: list[Job] = []
-    for seed, method in itertools.product(config["seeds"]["core"], methods):
-        if seed not in seeds_of(config, method):
-            continue
-        run, job = folder(args, method, seed), []
-        if method != "base":
-            job.append(trained(args, config, method, seed, config["methods"][method]["lr"], run))
-        where = {"model": "tiny" if method == "base" else run / "model", "seed": seed}
-        job.append(command("evaluate.py", run / "test", {**config["evaluate"], **where}))
-        extended = in_core(config, method) or trains_longer(config, method)
-        if extended and (args.all or seed == config["seeds"]["core"][0]):
-            job.append(command("budget_force.py", run / "force", {**config["force"], **where}))
-        jobs.append(job)
-    return jobs
 
 
 # What may be equal, the folder of the evaluation, and how often a token of the update counts: a forward pass and a
@@ -153,100 +55,13 @@ def computed_tokens(run: Path) -> dict[str, np.ndarray]:
     the sequences of the update, their prompts (with the prefix variant: and prefixes) included."""
     before = np.array([line["computed_tokens"] for line in metrics(run)])
     update = np.zeros(len(before))
-    for record in common.read_jsonl(run / "records.jsonl"):
+    for record in read_jsonl(run / "records.jsonl"):
         update[record["step"]] += record["prompt_tokens"] + record["tokens"]
     return {what: before + passes * np.cumsum(update) for what, (_, passes) in COMPUTED.items()}
 
 
-def equal_compute_jobs(args, config) -> list[Job]:
-    """Each method's last model that had computed no more tokens than GRPO of the same seed had at its end."""
-    jobs = []
-    for seed in config["seeds"]["core"]:
-        grpo = folder(args, "GRPO", seed)
-        if not (grpo / "summary.json").exists():
-            continue
-        limits = {what: of[-1] for what, of in computed_tokens(grpo).items()}
-        for method, of_method in config["methods"].items():
-            run, no_bonus = folder(args, method, seed), "--bonus 0" in of_method["flags"]
-            if no_bonus or trains_longer(config, method) or not (run / "summary.json").exists():
-                continue
-            for what, tokens in computed_tokens(run).items():
-                step = max(1, int((tokens <= limits[what]).sum()))
-                settings = {"model": run / "checkpoints" / f"step_{step:06d}", "seed": seed}
-                jobs.append([command("evaluate.py", run / COMPUTED[what][0], {**config["evaluate"], **settings})])
-    return jobs
-
-
-def star_jobs(args, config) -> list[Job]:
-    jobs = []
-    for seed in config["seeds"]["star"]:
-        run = folder(args, "STaR", seed)
-        job = [command("star_mrt.py", run, {**config["star"], "seed": seed})]
-        for name in ("outcome", "mrt"):
-            model = run / name / f"model_{config['star']['iterations']}"
-            settings = {**config["evaluate"], "model": model, "seed": seed}
-            job.append(command("evaluate.py", run / f"test-{name}", settings))
-        jobs.append(job)
-    return jobs
-
-
-def other_jobs(args, config) -> list[Job]:
-    """The other scripts' figures, of the models with the first seed; and the estimators of J against 256 answers."""
-    seed = config["seeds"]["core"][0]
-    jobs = [
-        [command("analyze_r1.py", args.out / "analysis", config["analyze"])],
-        [command("tests/bench_progress.py", args.out / "estimators", config["estimators"])],
-    ]
-    budgets = {"budgets": config["evaluate"]["budgets"]}
-    for script, out, of, settings in (("evaluate.py", "evaluation", "test", budgets),
-                                      ("budget_force.py", "budgets", "force", {})):  # fmt: skip
-        runs = [folder(args, name, seed) / of for name in ("base", *config["core"])]
-        runs = [str(run) for run in runs if (run / "summary.json").exists()]
-        if runs:
-            jobs.append([command(script, args.out / out, settings, shlex.join(["--compare", *runs]))])
-    return jobs
-
-
-def run_all(args, jobs: list[Job]) -> int:
-    """Runs what is not done yet, --jobs at a time with one thread each; the output of each is a file beside it. Returns
-    how many failed; what follows a failed command in its job is not run. What is there must be of the same command."""
-    for done, line in itertools.chain(*jobs):
-        made = (common.config_of(done.parent) or {}).get("command")
-        if made and [part for part in made[1:] if part != "--resume"] != line[1:]:
-            fail(f"{done.parent}: was made with other settings; remove it, or give another --out")
-    todo = [job for job in jobs if not all(done.exists() for done, _ in job)]
-    began, finished, lock = time.time(), 0, threading.Lock()
-
-    def run(job: Job) -> bool:
-        nonlocal finished
-        error = ""
-        for done, line in job:
-            if done.exists():
-                continue
-            out = done.parent
-            out.parent.mkdir(parents=True, exist_ok=True)
-            line = [*line, "--resume"] if (out / "config.json").exists() else line
-            with lock:
-                print("python " + shlex.join(line), flush=True)
-            with (out.parent / f"{out.name}.log").open("a") as log:
-                code = subprocess.run([sys.executable, str(HERE / line[0]), *line[1:]], stdout=log, stderr=log,
-                                      env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode  # fmt: skip
-            if code:
-                error = f"error: {shlex.join(line)} ended with {code}: see {log.name}"
-                break
-        with lock:
-            finished += 1
-            left = common.duration((time.time() - began) / finished * (len(todo) - finished))
-            print(error or f"{finished} of {len(todo)} done, {left} left",
-                  file=sys.stderr if error else sys.stdout, flush=True)  # fmt: skip
-        return not error
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        return list(pool.map(run, todo)).count(False)
-
-
 def metrics(run: Path) -> list[dict]:
-    return common.read_jsonl(run / "metrics.jsonl")
+    return read_jsonl(run / "metrics.jsonl")
 
 
 def search_table(args, config) -> str:
@@ -265,7 +80,7 @@ def search_table(args, config) -> str:
                  for lr in config["search"]["lr"]]  # fmt: skip
         note = "" if best == of["lr"] else f"the config has {of['lr']:g}"
         rows.append([method, *cells, note])
-    return common.markdown(["pass@1, validation", *(f"lr {lr:g}" for lr in config["search"]["lr"]), ""], rows)
+    return markdown(["pass@1, validation", *(f"lr {lr:g}" for lr in config["search"]["lr"]), ""], rows)
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -279,32 +94,34 @@ def read_values(args, config, name: str, test: str = "test") -> dict[str, np.nda
         run = folder(args, name, seed) / test
         if not (run / "summary.json").exists():
             continue
-        records = sorted(common.load_records(run), key=lambda r: r["id"])
-        values = {metric: [np.mean([of(s) for s in r["samples"]], 0) for r in records]
-                  for metric, of in sample_metrics(config).items()}  # fmt: skip
-        values["hard"] = [v if r["level"] == max(q["level"] for q in records) else np.nan
-                          for v, r in zip(values["right"], records)]  # fmt: skip
+        records = sorted(load_records(run / "records.jsonl"), key=lambda r: (r["id"], r["sample"]))
+        groups = group_by_problem(records).values()
+        values = {
+            m: [np.mean([of(r) for r in group], 0) for group in groups] for m, of in trace_metrics(config).items()
+        }
+        hardest = max(r["level"] for r in records)
+        values["hard"] = [v if group[0]["level"] == hardest else np.nan for v, group in zip(values["right"], groups)]
         for metric, of_problems in values.items():
             seeds.setdefault(metric, []).append(of_problems)
         forced = run.parent / "force"
         if test == "test" and (forced / "summary.json").exists():
-            made = (common.config_of(forced) or {})["settings"]
-            records = sorted(common.load_records(forced), key=lambda r: r["id"])
-            for metric, of_problems in budget_force.per_problem(made, records).items():
+            settings = (config_of(forced) or {})["settings"]
+            records = sorted(load_records(forced / "records.jsonl"), key=lambda r: (r["id"], r["sample"]))
+            for metric, of_problems in budget_force.problem_values(settings, records).items():
                 seeds.setdefault(f"forced: {metric}", []).append(of_problems)
     return {metric: np.array(of) for metric, of in seeds.items()}
 
 
-def sample_metrics(config) -> dict:
-    """{metric: function of one recorded sample}."""
-    budgets = common.numbers("budgets", config["evaluate"]["budgets"])
+def trace_metrics(config) -> dict:
+    """{metric: function of one recorded trace}."""
+    budgets = numbers("budgets", config["evaluate"]["budgets"])
     grid = grid_of(config)
     return {
-        "right": lambda s: s["right"],
+        "right": lambda s: s["reward"],
         "tokens": lambda s: s["tokens"],
         "truncated": lambda s: s["finish"] == "length",
-        **{f"regret@{b}": lambda s, b=b: common.regret_at(s, b) for b in budgets},
-        "anytime": lambda s: [common.accuracy_at(s, x) for x in grid],
+        **{f"regret@{b}": lambda s, b=b: regret_at(s, b) for b in budgets},
+        "anytime": lambda s: [accuracy_at(s, x) for x in grid],
         "episodes": lambda s: len(s["J"]) - 1,
         "useless before the find": lambda s: waste(s)[0],
         "episodes after it": lambda s: waste(s)[1],
@@ -319,8 +136,8 @@ def grid_of(config) -> np.ndarray:
 def waste(sample: dict) -> tuple[float, int]:
     """(share of the episodes up to the one that finds the solution which try no candidate for the first time: talk and
     re-checks; number of episodes after that one)."""
-    thought = sample["text"].split(common.THINK_END)[0]
-    episodes = [thought[start:end] for start, end in common.episode_spans(thought)]
+    thought = sample["text"].split(THINK_END)[0]
+    episodes = [thought[start:end] for start, end in episode_spans(thought)]
     find = next((j for j, episode in enumerate(episodes) if "yes, x = " in episode), len(episodes) - 1)
     tried: set[str] = set()
     useless = 0
@@ -354,7 +171,7 @@ def cell_of(draws: np.ndarray) -> dict[str, float]:
     return {"mean": float(draws[0]), "low": float(low), "high": float(high)}
 
 
-def report(args, config) -> None:
+def write_report(args, config) -> None:
     """summary.json with every number, findings.md with the tables, the figures, and two traces of one problem."""
     values = {name: read_values(args, config, name) for name in ("base", *config["methods"])}
     values = {name: of for name, of in values.items() if of}
@@ -407,9 +224,9 @@ def report(args, config) -> None:
         }
     text = "".join(f"## {title}\n\n{markdown_of(rows)}\n" for title, rows in tables.items() if rows)
     args.pages.mkdir(parents=True, exist_ok=True)
-    common.write_json(args.pages / "summary.json", summary)
+    write_json(args.pages / "summary.json", summary)
     text += f"## Learning-rate search\n\n{search_table(args, config)}\n" if (args.out / "search").exists() else ""
-    common.write_text(args.pages / "findings.md", text + two_traces(args, config))
+    write_text(args.pages / "findings.md", text + two_traces(args, config))
     draw_method(args, config)
     draw_anytime(args, config, {name: values[name] for name in ("base", *config["core"]) if name in values}, "anytime")
     if longer:
@@ -432,16 +249,16 @@ Table = dict[str, dict[str, dict | str]]  # row → column → interval or text
 def markdown_of(rows: Table) -> str:
     columns = list(next(iter(rows.values())))
 
-    def shown(column: str, cell) -> str:
-        if not isinstance(cell, dict):
-            return cell
+    def shown(column: str, value) -> str:
+        if not isinstance(value, dict):
+            return value
         sign = "+" if column.startswith(("Δ", "gain")) else ""
         digits = 1 if "tokens" in column else 2 if "ratio" in column or column.startswith("episodes") else 3
-        if not math.isfinite(cell["mean"]):
+        if not math.isfinite(value["mean"]):
             return "–"
-        return common.cell(cell, digits, sign).replace("inf", "∞")
+        return cell(value, digits, sign).replace("inf", "∞")
 
-    return common.markdown(["", *columns], [[row, *(shown(c, of[c]) for c in columns)] for row, of in rows.items()])
+    return markdown(["", *columns], [[row, *(shown(c, of[c]) for c in columns)] for row, of in rows.items()])
 
 
 def boot(values: dict, metric: str) -> dict[str, np.ndarray]:
@@ -488,7 +305,7 @@ def comparison(config, title: str, values: dict, reference: str) -> dict[str, Ta
 def columns_of(config, values: dict) -> tuple[list[str], list[str]]:
     """The metrics in which methods are compared: (of whole traces, of thoughts cut and extended beyond the budget)."""
     top = config["evaluate"]["max-tokens"]
-    budgets = common.numbers("budgets", config["evaluate"]["budgets"])
+    budgets = numbers("budgets", config["evaluate"]["budgets"])
     beyond = [m for m in values if m.startswith("forced: regret@") and int(m.rsplit("@", 1)[1]) >= top]
     forced = list(dict.fromkeys([*beyond[:1], *beyond[-1:]]))
     return ["right", "tokens", *(f"regret@{b}" for b in budgets)], forced + extensions_of(values)
@@ -510,7 +327,7 @@ def regret_table(config, values: dict, metric: str) -> dict[str, dict[str, dict]
     """From the episodes of the test traces (regret@), or from thoughts cut at budgets and extended beyond their end
     (forced: regret@), for the seeds that have these; after the last extension a curve is held."""
     top, rows = config["evaluate"]["max-tokens"], {}
-    inside = common.numbers("budgets", config["evaluate"]["budgets"])
+    inside = numbers("budgets", config["evaluate"]["budgets"])
     of_column = {column: int(column.rsplit("@", 1)[1]) for column in values["base"] if column.startswith(metric)}
     draws = {f"regret@{b}": boot(values, column) for column, b in of_column.items() if b in inside or b > top}
     for name in values:
@@ -525,7 +342,7 @@ def reach_table(config, values: dict, reference: str) -> Table:
     curves = {name: np.pad(of, ((0, 0), (1, 0))) for name, of in boot(values, "anytime").items()}  # 0 within 0 tokens
     grid, rows = np.append(0.0, grid_of(config)), {name: {} for name in curves}
     for target in config["targets"]:
-        need = {n: np.array([common.tokens_to_reach(target, grid, curve) for curve in of]) for n, of in curves.items()}
+        need = {n: np.array([tokens_to_reach(target, grid, curve) for curve in of]) for n, of in curves.items()}
         for name in curves:
             rows[name][f"tokens for {target}"] = cell_of(need[name])
             compared = name != reference and np.isfinite([need[name][0], need[reference][0]]).all()
@@ -565,7 +382,7 @@ def behaviour_table(args, config, values: dict) -> Table:
 
 def validation_curves(args, config, name: str, at) -> dict[str, np.ndarray]:
     """{what: [seeds, at]} on validation problems after `at` sampled tokens of training, linear between validations."""
-    lines = [common.read_jsonl(run / "validation.jsonl") for run in training_runs(args, config, name)]
+    lines = [read_jsonl(run / "validation.jsonl") for run in training_runs(args, config, name)]
     top = config["train"]["max-tokens"]
     curves = {
         f"forced@{top // 4}": lambda c: c["forced"][str(top // 4)],
@@ -597,18 +414,21 @@ def two_traces(args, config) -> str:
     """First samples of one problem, before and after training with the first seed: of the problems that all models
     solve and the base in more than three episodes, the first with the most candidates."""
     runs = {name: folder(args, name, config["seeds"]["core"][0]) / "test" for name in ("base", "GRPO", "MRT online")}
-    samples = {name: {r["problem"]: (r["level"], r["samples"][0]) for r in common.load_records(run)}
-               for name, run in runs.items() if (run / "summary.json").exists()}  # fmt: skip
+    samples = {
+        name: {r["problem"]: r for r in load_records(run / "records.jsonl") if r["sample"] == 0}
+        for name, run in runs.items()
+        if (run / "summary.json").exists()
+    }
 
     def fit(problem: str) -> tuple:
-        level, base = samples["base"][problem]
-        return all(of[problem][1]["right"] for of in samples.values()), len(base["J"]) > 4, level
+        base = samples["base"][problem]
+        return all(of[problem]["reward"] for of in samples.values()), len(base["J"]) > 4, base["level"]
 
     problem = max(samples["base"], key=fit)  # the first of equals
     text = "## One problem before and after\n"
     for name, of in samples.items():
-        _, sample = of[problem]
-        text += f"\n**{name}**, {sample['tokens']} tokens, {'right' if sample['right'] else 'wrong'}. "
+        sample = of[problem]
+        text += f"\n**{name}**, {sample['tokens']} tokens, {'right' if sample['reward'] else 'wrong'}. "
         text += f"J at the ends of its episodes: {', '.join(f'{j:.2f}' for j in sample['J'])}\n\n"
         text += "".join(f"    {line}\n" if line else "\n" for line in [problem, *sample["text"].split("\n")])
     return text
@@ -619,16 +439,16 @@ def two_traces(args, config) -> str:
 
 def draw_method(args, config) -> None:
     """MRT on one trace of the base: J(μ) after each episode, an episode's progress, the regret above the curve."""
-    records = common.load_records(folder(args, "base", config["seeds"]["core"][0]) / "test")
-    samples = [s for r in records for s in r["samples"] if s["finish"] == "stop"]
+    records = load_records(folder(args, "base", config["seeds"]["core"][0]) / "test" / "records.jsonl")
+    samples = [r for r in records if r["finish"] == "stop"]
     clear = [s for s in samples if 5 <= len(s["J"]) - 1 <= 7 and s["J"][0] == 0 and s["J"][-2:] == [1, 1]]
     clear.sort(key=lambda s: not any(0 < j < 1 for j in s["J"]))
     sample = (clear or samples)[0]
-    plt = common.pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 3.4), constrained_layout=True)
     ends, values = sample["boundaries"], sample["J"]
-    thought = sample["text"].split(common.THINK_END)[0]
-    texts = [thought[start:end] for start, end in common.episode_spans(thought)]
+    thought = sample["text"].split(THINK_END)[0]
+    texts = [thought[start:end] for start, end in episode_spans(thought)]
     axis.fill_between(ends, values, 1, step="post", color="grey", alpha=0.15, linewidth=0)
     axis.step(ends, values, "k-", where="post", linewidth=1.2)
     for j, (start, end, text) in enumerate(zip(ends, ends[1:], texts)):
@@ -643,12 +463,12 @@ def draw_method(args, config) -> None:
     axis.set(xlabel="tokens of the thought", ylabel="J(μ): success rate if stopped here", xlim=(0, ends[-1]))
     axis.set(ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1])
     axis.text(ends[-1] * 0.02, 0.75, "regret: the area above", fontsize=8, color="grey")
-    common.save_figure(figure, args.pages / "method.png")
+    save_figure(figure, args.pages / "method.png")
 
 
 def draw_anytime(args, config, values: dict, stem: str) -> None:
     """Accuracy of an answer forced within a budget, and the normalised regret, dashed beyond the training budget."""
-    plt = common.pyplot()
+    plt = pyplot()
     grid, top, curves = grid_of(config), config["evaluate"]["max-tokens"], boot(values, "anytime")
     regrets = [regret_table(config, values, metric) for metric in ("regret@", "forced: regret@")]
     regrets = regrets if len(regrets[1]) > 1 else regrets[:1]  # the base alone
@@ -656,11 +476,11 @@ def draw_anytime(args, config, values: dict, stem: str) -> None:
     colors = {name: f"C{number}" for number, name in enumerate(("base", *config["core"]))}
     for number, name in enumerate(values):
         color = colors.get(name.split(",")[0], f"C{number}")  # that of the method which was trained less long
-        common.line(axes[0], grid, [cell_of(column) for column in curves[name].T], color, name, "-")
+        draw_curve(axes[0], grid, [cell_of(column) for column in curves[name].T], color, name, "-")
         for axis, rows in zip(axes[1:], regrets):
-            points = {int(column.split("@")[1]): cell for column, cell in rows.get(name, {}).items()}
+            points = {int(column.split("@")[1]): mean for column, mean in rows.get(name, {}).items()}
             for budgets, style in (([b for b in points if b <= top], "o-"), ([b for b in points if b >= top], "o--")):
-                common.line(axis, budgets, [points[b] for b in budgets], color, None, style)
+                draw_curve(axis, budgets, [points[b] for b in budgets], color, None, style)
     axes[0].set(xlabel="token budget", ylabel="accuracy of an answer forced by then", ylim=(0, 1), xlim=(0, top))
     axes[0].legend(frameon=False, fontsize=8)
     axes[1].set(xlabel="token budget C0", ylabel="normalised regret", title="episodes of test traces")
@@ -669,12 +489,12 @@ def draw_anytime(args, config, values: dict, stem: str) -> None:
         axes[2].axvline(top, color="grey", linewidth=0.8)
     for axis in axes:
         axis.grid(alpha=0.3)
-    common.save_figure(figure, args.pages / f"{stem}.png")
+    save_figure(figure, args.pages / f"{stem}.png")
 
 
 def draw_training(args, config, values: dict) -> None:
     """Validation during training against sampled tokens: mean and range over seeds."""
-    plt = common.pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
     top = config["evaluate"]["max-tokens"]
     for number, name in enumerate((n for n in config["core"] if n in values), 1):
@@ -689,21 +509,17 @@ def draw_training(args, config, values: dict) -> None:
     for axis in axes:
         axis.set_xlabel("sampled tokens of training (thousands)")
         axis.grid(alpha=0.3)
-    common.save_figure(figure, args.pages / "training.png")
+    save_figure(figure, args.pages / "training.png")
 
 
 def draw_extensions(args, rows: dict[str, dict[str, dict]]) -> None:
     """Accuracy after a thought is made to go on, 0 to 8 times (Figure 12)."""
-    plt = common.pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(5, 3.6), constrained_layout=True)
     for number, (name, row) in enumerate(rows.items()):
         extensions = [int(column.split()[0]) for column in row]
-        common.line(axis, extensions, list(row.values()), f"C{number}", name, "o-")
+        draw_curve(axis, extensions, list(row.values()), f"C{number}", name, "o-")
     axis.set(xlabel="extensions of the thought", ylabel="accuracy", ylim=(0, 1))
     axis.legend(frameon=False, fontsize=8)
     axis.grid(alpha=0.3)
-    common.save_figure(figure, args.pages / "extensions.png")
-
-
-if __name__ == "__main__":
-    main()
+    save_figure(figure, args.pages / "extensions.png")

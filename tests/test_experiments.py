@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-import common
-import results
-
-ROOT = Path(results.__file__).parent
+from experiments import compare, report
+from plumbing.runs import ROOT, read_jsonl
 
 TOY = {
     "train": {"max-tokens": 64, "max-sampled-tokens": 2500, "problems-per-step": 4, "group-size": 4, "eval-every": 1,
@@ -39,8 +37,8 @@ TOY = {
 
 
 def execute(folder: Path, *command):
-    command = [sys.executable, str(Path(results.__file__)), *map(str, command)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "experiments.compare", *map(str, command)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900, env=environment)
 
 
@@ -69,15 +67,15 @@ def test_the_comparison_from_nothing_and_again_from_its_runs(tmp_path, monkeypat
     assert {p.name: p.read_bytes() for p in pages.iterdir() if p.suffix != ".png"} == before
     # Equal computed tokens: the last checkpoint that had computed no more than GRPO had at its end.
     args = types.SimpleNamespace(out=tmp_path / "run")
-    jobs = results.equal_compute_jobs(args, TOY)
+    jobs = compare.equal_compute_jobs(args, TOY)
     for passes, ((_, line),) in zip((3, 0), jobs, strict=True):
         step = int(line[line.index("--model") + 1].rsplit("_", 1)[1])
         spent = []
         for name in ("mrt-online-seed0", "grpo-seed0"):
             run = tmp_path / "run" / name
-            records = common.read_jsonl(run / "records.jsonl")
+            records = read_jsonl(run / "records.jsonl")
             spent.append([])
-            for i, of in enumerate(results.metrics(run)):
+            for i, of in enumerate(report.metrics(run)):
                 update = sum(r["prompt_tokens"] + r["tokens"] for r in records if r["step"] <= i)
                 spent[-1].append(of["computed_tokens"] + passes * update)
         assert step == 1 or spent[0][step - 1] <= spent[1][-1]
@@ -86,17 +84,17 @@ def test_the_comparison_from_nothing_and_again_from_its_runs(tmp_path, monkeypat
 
 def test_runs_of_other_settings_are_refused_before_anything_runs(tmp_path, capsys):
     args = types.SimpleNamespace(out=tmp_path, jobs=1, all=False)
-    ((_, line), *_), *_ = results.method_jobs(args, TOY, ["GRPO"])
-    run = results.folder(args, "GRPO", 0)
+    ((_, line), *_), *_ = compare.method_jobs(args, TOY, ["GRPO"])
+    run = report.folder(args, "GRPO", 0)
     run.mkdir()
     (run / "config.json").write_text(json.dumps({"settings": {}, "command": ["rl_mrt.py", *line[1:], "--resume"]}))
     for done in (run / "summary.json", run / "test" / "summary.json", run / "force" / "summary.json"):
         done.parent.mkdir(exist_ok=True)
         done.write_text("{}")
-    assert results.run_all(args, results.method_jobs(args, TOY, ["GRPO"])) == 0  # it is all there
+    assert compare.run_all(args, compare.method_jobs(args, TOY, ["GRPO"])) == 0  # it is all there
     faster = {**TOY, "methods": {**TOY["methods"], "GRPO": {"flags": "--bonus 0", "lr": 1}}}
     with pytest.raises(SystemExit) as ended:
-        results.run_all(args, results.method_jobs(args, faster, ["GRPO"]))
+        compare.run_all(args, compare.method_jobs(args, faster, ["GRPO"]))
     message = capsys.readouterr().err
     assert ended.value.code == 2 and f"{run}: was made with other settings" in message and message.count("\n") == 1
 
@@ -108,7 +106,7 @@ def test_seeds_and_extensions_of_each_method():
     for everything, forced in ((False, ["base-seed0", "grpo-seed0"]), (True, [f"{m}-seed{s}" for s in range(3)
                                                                              for m in ("base", "grpo")])):  # fmt: skip
         args = types.SimpleNamespace(out=Path("runs"), all=everything)
-        jobs = results.method_jobs(args, config, ["base", "GRPO", "λ", "long"])
+        jobs = compare.method_jobs(args, config, ["base", "GRPO", "λ", "long"])
         tests = [done.parent.parent.name for job in jobs for done, _ in job if done.parent.name == "test"]
         assert sorted(tests) == sorted(
             [*(f"{m}-seed{s}" for s in range(3) for m in ("base", "grpo")), "lambda-seed1", "long-seed0", "long-seed2"]
@@ -117,21 +115,21 @@ def test_seeds_and_extensions_of_each_method():
 
 
 def test_an_accuracy_is_reached_on_the_way_from_nothing():
-    grid = results.grid_of(TOY)
+    grid = report.grid_of(TOY)
     curve = np.where(grid >= grid[3], 1.0, 0.0)  # right from the fourth budget on
-    rows = results.reach_table(TOY, {"GRPO": {"anytime": np.tile(curve, (2, 5, 1))}}, "GRPO")
+    rows = report.reach_table(TOY, {"GRPO": {"anytime": np.tile(curve, (2, 5, 1))}}, "GRPO")
     assert rows["GRPO"]["tokens for 1.0"]["mean"] == pytest.approx(grid[3])
     assert rows["GRPO"]["tokens for 0.1"]["mean"] == pytest.approx(grid[2] + 0.1 * (grid[3] - grid[2]))
     at_once = {"GRPO": {"anytime": np.ones((2, 5, len(grid)))}}
-    assert results.reach_table(TOY, at_once, "GRPO")["GRPO"]["tokens for 0.1"]["mean"] == pytest.approx(0.1 * grid[0])
+    assert report.reach_table(TOY, at_once, "GRPO")["GRPO"]["tokens for 0.1"]["mean"] == pytest.approx(0.1 * grid[0])
 
 
 def test_every_command_of_the_comparison_is_one_that_its_script_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = yaml.safe_load((ROOT / "configs" / "results.yaml").read_text())
+    config = yaml.safe_load((ROOT / "experiments" / "compare.yaml").read_text())
     args = types.SimpleNamespace(out=Path("runs/none"), all=True)
-    jobs = [*results.method_jobs(args, config, ["base", *config["methods"]]), *results.star_jobs(args, config),
-            *results.other_jobs(args, config), *results.search_jobs(args, config)]  # fmt: skip
+    jobs = [*compare.method_jobs(args, config, ["base", *config["methods"]]), *compare.star_jobs(args, config),
+            *compare.other_jobs(args, config), *compare.search_jobs(args, config)]  # fmt: skip
     commands = [line for job in jobs for _, line in job if not line[0].startswith("tests/")]
     assert len(commands) > 50
     for script, *flags in commands:
@@ -152,19 +150,19 @@ def test_resampling_draws_problems_together_and_seeds_apart():
     rng = np.random.default_rng(1)
     hard = rng.random(200)  # what the problems share
     a, b = (hard + 0.01 * rng.standard_normal((5, 200)) for _ in range(2))
-    means = results.resampled({"a": a, "b": b})
-    assert means["a"].shape == (results.DRAWS + 1,) and means["a"][0] == pytest.approx(a.mean())
+    means = report.resampled({"a": a, "b": b})
+    assert means["a"].shape == (report.DRAWS + 1,) and means["a"][0] == pytest.approx(a.mean())
     assert means["a"][1:].std() == pytest.approx(hard.std() / np.sqrt(200), rel=0.1)
     assert (means["a"] - means["b"])[1:].std() < 0.1 * means["a"][1:].std()  # paired on the problems
     seeds = np.arange(4.0)[:, None] + np.zeros((4, 50))  # all the spread is between seeds
-    assert results.resampled({"a": seeds})["a"][1:].std() == pytest.approx(seeds[:, 0].std() / 2, rel=0.1)
+    assert report.resampled({"a": seeds})["a"][1:].std() == pytest.approx(seeds[:, 0].std() / 2, rel=0.1)
 
 
 def test_resampling_leaves_out_what_is_not_there():
     values = np.array([[0.2, np.nan, 0.6], [0.4, np.nan, 0.8]])
-    assert results.resampled({"a": values})["a"][0] == pytest.approx(0.5)
+    assert report.resampled({"a": values})["a"][0] == pytest.approx(0.5)
     curves = np.stack([values, 2 * values], -1)
-    np.testing.assert_allclose(results.resampled({"a": curves})["a"][0], [0.5, 1.0])
+    np.testing.assert_allclose(report.resampled({"a": curves})["a"][0], [0.5, 1.0])
 
 
 def test_waste_is_what_tries_nothing_new_and_what_follows_the_find():
@@ -173,19 +171,19 @@ def test_waste_is_what_tries_nothing_new_and_what_follows_the_find():
     repeated = "Wait, try x = 1: no.\n\ntry x = 2: no.\n\ntry x = 3: no.\n\n"
     talk = "But hold on, maybe there is none.\n\nmaybe.\n\nmaybe.\n\n"
     finds = "Alternatively, try x = 3: no.\n\ntry x = 4: yes, x = 4 works.\n\ntry x = 4: yes, x = 4 works.\n\n"
-    assert results.waste({"text": tries + again + talk + finds + "</think>\n\n**"}) == (0.5, 0)
-    assert results.waste({"text": tries + finds + again + talk}) == (0.0, 2)
-    assert results.waste({"text": tries + repeated}) == (0.5, 0)
-    assert results.waste({"text": ""}) == (1.0, 0)  # an empty thought is one episode
+    assert report.waste({"text": tries + again + talk + finds + "</think>\n\n**"}) == (0.5, 0)
+    assert report.waste({"text": tries + finds + again + talk}) == (0.0, 2)
+    assert report.waste({"text": tries + repeated}) == (0.5, 0)
+    assert report.waste({"text": ""}) == (1.0, 0)  # an empty thought is one episode
 
 
 def test_tables_show_what_was_never_reached():
     never = {"mean": np.inf, "low": np.inf, "high": np.inf}
     sometimes = {"mean": 100.0, "low": 90.0, "high": np.inf}
-    text = results.markdown_of({"base": {"tokens for 0.9": never}, "GRPO": {"tokens for 0.9": sometimes}})
+    text = report.markdown_of({"base": {"tokens for 0.9": never}, "GRPO": {"tokens for 0.9": sometimes}})
     assert "| base | – |" in text and "| GRPO | 100.0 [90.0, ∞] |" in text
 
 
 def test_slugs_name_folders():
-    args = types.SimpleNamespace(out=results.Path("runs"))
-    assert results.folder(args, "MRT online λ=½", 3).name == "mrt-online-lambda-half-seed3"
+    args = types.SimpleNamespace(out=Path("runs"))
+    assert report.folder(args, "MRT online λ=½", 3).name == "mrt-online-lambda-half-seed3"
