@@ -471,7 +471,7 @@ def maj_at_k(answers: Sequence[str | None], gold: str, k: int, weights: Sequence
     counted = {w for answer, w in zip(answers, weights or ()) if answer is not None}
     if weights is None or len(counted) <= 1 or not right or not rivals:  # weights decide nothing
         return plain_vote(right, missing, tuple(sorted(rivals.values())), k)
-    classes = [gold, *sorted(rivals)]
+    classes = [gold, *sorted(answer for answer in rivals if answer is not None)]
     votes = np.array([[w * (answer == c) for c in classes] for answer, w in zip(answers, weights)])
     score, subsets = 0.0, 0
     for chosen in k_subsets(n, k):

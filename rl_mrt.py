@@ -384,8 +384,8 @@ def check_gap(gaps: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 
 
 def train(args, run: Path, model, sampler: Sampler, problems: list[dict], validation: list[dict]) -> None:
-    """The loop. Under torchrun every process samples its share of a step's problems; rank 0 writes."""
-    recompute = not runs.is_tiny(args.model)
+    """All steps. Under torchrun every process samples its share of a step's problems; rank 0 writes."""
+    tokenizer, recompute = sampler.tokenizer, not runs.is_tiny(args.model)
     training.prepare(model, models.pick_dtype(args.dtype), models.token_logprobs, recompute)
     reference = models.load_model(args.model, model.device) if args.kl > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
@@ -397,44 +397,31 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
     method = "GRPO (bonus 0)" if args.bonus == 0 else f"MRT {args.variant}, bonus {args.bonus:g}"
     goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
     print(f"{method}: {len(problems)} problems, {args.problems_per_step} × {args.group_size} rollouts a step, {goal}")
-    if validation and state["step"] == 0:
-        validate(args, run, sampler, validation, state)
-    tell, asked_to_stop = runs.metrics_reporter(args, run), training.on_sigterm()
-    first, began = share_done(args, state, steps), time.time()
-    while (done := share_done(args, state, steps)) < 1:
-        rate = training.learning_rate(args, done)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        state, line = one_step(args, run, model, reference, optimizer, sampler, problems, state)
-        if ranks()[0] == 0:
-            runs.append_jsonl(run / "metrics.jsonl", [line | {"lr": rate}])
-            tell(line)
-        done = share_done(args, state, steps)
-        left = runs.duration((time.time() - began) / max(done - first, 1e-9) * max(0.0, 1 - done))
-        print(step_line(line), f" {left} left", flush=True)
-        stopping = sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
-        if validation and (state["step"] % args.eval_every == 0 or done >= 1):
+
+    def share_done(state: dict) -> float:
+        return max(state["step"] / steps, state["sampled_tokens"] / (args.max_sampled_tokens or math.inf))
+
+    def step(state: dict) -> tuple[dict, dict, str]:
+        return one_step(args, run, model, reference, optimizer, sampler, problems, state)
+
+    def validate_now(state: dict) -> None:
+        if validation and (state["step"] % args.eval_every == 0 or share_done(state) >= 1):
             validate(args, run, sampler, validation, state)
-        if state["step"] % args.checkpoint_every == 0 or stopping or done >= 1:
-            training.save_checkpoint(run, model, sampler.tokenizer, optimizer, state, args.keep)
-            if ranks()[0] == 0:
-                report.draw_training(run)
-        if stopping:
-            print(f"SIGTERM: stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
-            raise SystemExit(143)
-    training.save_model(run / "model", model, sampler.tokenizer)
+        if ranks()[0] == 0 and state["step"]:
+            report.draw_training(run)
+
+    if state["step"] == 0:
+        validate_now(state)
+    state = training.train_loop(args, run, model, tokenizer, optimizer, state, share_done, step, validate_now)
+    training.save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
+    training.save_model(run / "model", model, tokenizer)
     if ranks()[0] == 0:
         runs.write_json(run / "summary.json", {"method": method, **runs.read_jsonl(run / "metrics.jsonl")[-1]})
     print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
 
 
-def share_done(args, state: dict, steps: float) -> float:
-    """Of the run, by steps or by sampled tokens, whichever is further."""
-    return max(state["step"] / steps, state["sampled_tokens"] / (args.max_sampled_tokens or math.inf))
-
-
-def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, problems, state) -> tuple[dict, dict]:
-    """Rollouts and their update; returns (the run's new state, the line of metrics.jsonl)."""
+def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, problems, state) -> tuple[dict, dict, str]:
+    """Rollouts and their update; returns (the run's new state, the line of metrics.jsonl, what is printed)."""
     (rank, world), step, began = ranks(), state["step"], time.time()
     batch = training.problems_of_step(problems, args.problems_per_step, step, args.seed)[rank::world]
     prompts = [models.prompt_ids(sampler.tokenizer, problem["problem"]) for problem in batch]
@@ -464,7 +451,13 @@ def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, pro
         "seconds": state["seconds"] + time.time() - began,
     }
     seconds = {"sampling_seconds": sampled_after - began, "update_seconds": time.time() - sampled_after}
-    return state, {**state, **rollout_stats(args, sampler.tokenizer, groups), **metrics, **seconds}
+    line = {**state, **rollout_stats(args, sampler.tokenizer, groups), **metrics, **seconds}
+    text = f"step {line['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  "
+    text += (
+        f"truncated {line['truncated']:.2f}  loss {line['loss']:+.4f}  sampled {line['sampled_tokens'] / 1e3:,.0f}k "
+    )
+    text += f"tokens  {line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s"
+    return state, line, text
 
 
 def records(step: int, groups: Groups) -> list[dict]:
@@ -487,7 +480,7 @@ def rollout_stats(args, tokenizer, groups: Groups) -> dict[str, float]:
     }
     if args.bonus and args.variant == "prefix":
         stats["J_prefix"] = mean(t.prefix_J for t in traces)
-        stats["progress_of_going_on"] = mean(t.reward - t.prefix_J for t in traces)
+        stats["progress_of_going_on"] = mean(t.reward for t in traces) - stats["J_prefix"]
         prompts = [models.prompt_ids(tokenizer, group[0].problem["problem"]) for group in groups]
         stats["prefix_tokens"] = mean(len(group[0].prompt) - len(prompt) for group, prompt in zip(groups, prompts))
     elif args.bonus:
@@ -499,15 +492,6 @@ def rollout_stats(args, tokenizer, groups: Groups) -> dict[str, float]:
         if args.progress == "likelihood":  # with a few sampled answers most differences of J are noise
             stats["episodes_without_progress"] = mean(p < 0.05 for p in progress)
     return stats
-
-
-def step_line(line: dict) -> str:
-    """A step as it is printed."""
-    return (
-        f"step {line['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  "
-        f"truncated {line['truncated']:.2f}  loss {line['loss']:+.4f}  sampled {line['sampled_tokens'] / 1e3:,.0f}k "
-        f"tokens  {line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s"
-    )
 
 
 def validate(args, run: Path, sampler: Sampler, problems: list[dict], state: dict) -> None:

@@ -25,7 +25,6 @@ import argparse
 import copy
 import json
 import math
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,8 +202,8 @@ def evaluate(args, file: Path, sampler: Sampler, problems: list[dict]) -> None:
 
 
 def traced(args, file: Path, sampler: Sampler, problems: list[dict], answers: int, seed: int) -> list[Trace]:
-    """--num-samples traces a problem with J at every boundary; recorded as each batch of problems is done, and read back
-    where they are. Each process does its share."""
+    """--num-samples traces a problem with J at every boundary; recorded as each batch of problems is done, and read
+    back where they are. Each process does its share."""
     (rank, world), settings, tokenizer = ranks(), copy.copy(args), sampler.tokenizer
     settings.seed = seed
     how = Segmentation(max_episodes=args.max_episodes, markers=(*EPISODE_MARKERS, *args.markers))
@@ -367,36 +366,29 @@ def describe(traces: list[Trace], examples: list[Example]) -> dict:
 
 def fine_tune(args, folder: Path, model, tokenizer, examples: list[Example]) -> dict:
     """--epochs of supervised fine-tuning in place; goes on from the last checkpoint in `folder`."""
-    rank, asked_to_stop = ranks()[0], training.on_sigterm()
+    if ranks()[0] == 0:
+        folder.mkdir(exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     state = training.begin_or_resume(folder, model, optimizer, {"step": 0, "loss": 0.0})
-    if rank == 0:
-        folder.mkdir(exist_ok=True)
     rows = [example.fine_tuned() for example in examples]
     a_pass = math.ceil(len(rows) / args.batch_size)
-    steps, began, first = a_pass * args.epochs, time.time(), state["step"]
-    model.train()
-    while state["step"] < steps:
-        step = state["step"]
-        order = np.random.default_rng([args.seed, step // a_pass]).permutation(len(rows))
-        batch = [rows[i] for i in order[step % a_pass :: a_pass]]  # all batches of a pass are of like size
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate(args, step / steps)
-        state = {"step": step + 1, "loss": train_step(args, model, optimizer, batch)}
+    steps = a_pass * args.epochs
+
+    def step(state: dict) -> tuple[dict, dict, str]:
+        done = state["step"]
+        order = np.random.default_rng([args.seed, done // a_pass]).permutation(len(rows))
+        batch = [rows[i] for i in order[done % a_pass :: a_pass]]  # all batches of a pass are of like size
+        state = {"step": done + 1, "loss": train_step(args, model, optimizer, batch)}
         if not math.isfinite(state["loss"]):
-            fail(f"step {step} of the fine-tuning in {folder}: the loss is {state['loss']}")
-        if rank == 0:
-            runs.append_jsonl(folder / "metrics.jsonl", [{**state, "examples": len(batch)}])
-        stopping = sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
-        if state["step"] % args.checkpoint_every == 0 or stopping:
-            training.save_checkpoint(folder, model, tokenizer, optimizer, state, keep=1)
-        if stopping:
-            print(f"SIGTERM: stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
-            raise SystemExit(143)
-        if state["step"] % max(1, steps // 5) == 0:
-            left = runs.duration((time.time() - began) / (state["step"] - first) * (steps - state["step"]))
-            print(f"step {state['step']} of {steps}  loss {state['loss']:.4f}  {left} left", flush=True)
-    training.end_on_sigterm()
+            fail(f"step {done} of the fine-tuning in {folder}: the loss is {state['loss']}")
+        told = state["step"] % max(1, steps // 5) == 0
+        text = f"step {state['step']} of {steps}  loss {state['loss']:.4f}" if told else ""
+        return state, {**state, "examples": len(batch)}, text
+
+    model.train()
+    state = training.train_loop(
+        args, folder, model, tokenizer, optimizer, state, lambda state: state["step"] / steps, step
+    )
     model.eval()
     return {"steps": steps, "loss": state["loss"]}
 

@@ -81,7 +81,7 @@ Values = dict[str, np.ndarray]  # {metric: [problems]} of one run
 
 
 def differences_to_first(runs: dict[str, Values]) -> dict[str, dict[str, dict]]:
-    """{run: {metric: interval of the paired difference to the first run}}, for runs on the same problems in one order."""
+    """{run: {metric: interval of the paired difference to the first run}}, problems in one order."""
     first, *others = runs
     return {
         name: {metric: interval(of - runs[first][metric]) for metric, of in runs[name].items() if metric in runs[first]}

@@ -308,7 +308,7 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def load_records(file: Path) -> list[dict]:
-    """The traces of a records.jsonl, one a line, each (step, problem, sample) once; a line cut by a crash is dropped."""
+    """The traces of a records.jsonl, each (step, problem, sample) once; a line that a crash cut is dropped."""
     records = [json.loads(line) for line in whole_lines(file)]
     if records and "samples" in records[0]:
         fail(f"{file}: holds one line a problem, as versions before this one wrote it; make the run again")
@@ -372,7 +372,7 @@ def duration(seconds: float) -> str:
 
 def metrics_reporter(args: argparse.Namespace, run: Path) -> Callable[[dict], object]:
     """What sends a step's metrics to --report-to; `metrics.jsonl` and a picture are written in any case."""
-    if args.report_to is None:
+    if getattr(args, "report_to", None) is None:
         return lambda line: None
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter

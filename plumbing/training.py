@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,7 +31,16 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from plumbing.models import CHUNK_LOGITS, load_config, pick_dtype
-from plumbing.runs import fail, first_line, open_run, whole_lines, write_text
+from plumbing.runs import (
+    append_jsonl,
+    duration,
+    fail,
+    first_line,
+    metrics_reporter,
+    open_run,
+    whole_lines,
+    write_text,
+)
 
 
 def micro_batches(examples: list[tuple[list[int], int, list[float]]], max_tokens: int, device):
@@ -274,6 +284,36 @@ def begin_or_resume(folder: Path, model, optimizer, fresh: dict) -> dict:
         print(f"resumed from {checkpoint} at step {state['step']}")
     if ranks()[0] == 0:
         rewind(folder, state["step"])
+    return state
+
+
+def train_loop(args, run: Path, model, tokenizer, optimizer, state: dict, share_done, step, after=None) -> dict:
+    """Steps until `share_done(state)` is 1; returns the last state. `step(state)` gives (new state, line of
+    metrics.jsonl, text to print or ""). Sets the learning rate, tells the time left, calls `after(state)`, writes a
+    checkpoint every --checkpoint-every steps, and one before it ends when it is asked to (SIGTERM)."""
+    tell, asked_to_stop = metrics_reporter(args, run), on_sigterm()
+    first, began = share_done(state), time.time()
+    while (done := share_done(state)) < 1:
+        rate = learning_rate(args, done)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        state, line, text = step(state)
+        done = share_done(state)
+        if ranks()[0] == 0:
+            append_jsonl(run / "metrics.jsonl", [{**line, "lr": rate}])
+            tell(line)
+        if text:
+            left = duration((time.time() - began) / max(done - first, 1e-9) * max(0.0, 1 - done))
+            print(f"{text}  {left} left", flush=True)
+        if after:
+            after(state)
+        stopping = sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
+        if state["step"] % args.checkpoint_every == 0 or stopping:
+            save_checkpoint(run, model, tokenizer, optimizer, state, getattr(args, "keep", 1))
+        if stopping:
+            print(f"SIGTERM: stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
+            raise SystemExit(143)
+    end_on_sigterm()
     return state
 
 

@@ -39,8 +39,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-import common
-from common import ANSWER_CUE, STOP_PHRASE, THINK_END
+from common import ANSWER_CUE, STOP_PHRASE, Segmentation, forced_prompt, read_traces, sampled_success_rates
+from plumbing.hf_engine import TransformersEngine
+from plumbing.models import THINK_END, encode, load_model, load_tokenizer, prompt_ids
+from plumbing.runs import problem_key
+from plumbing.sampler import Sampler
 from tiny.problems import LEVELS, PRIME, equations, pose, problems
 
 HERE = Path(__file__).resolve().parent
@@ -187,7 +190,7 @@ def warm_start(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
     by_level = [[pose(b, x, n, "train") for b, x in equations("train") if x <= n] for n in LEVELS]
     rows = [row for turn in zip(*by_level) for row in turn]
-    prompts = {r["id"]: common.prompt_ids(tokenizer, r["problem"]) for r in rows}
+    prompts = {r["id"]: prompt_ids(tokenizer, r["problem"]) for r in rows}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps))))
@@ -198,8 +201,8 @@ def warm_start(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
             texts = []
             for row in (rng.choice(rows) for _ in range(batch * 16)):
                 thought, stop, answer = warm_start_text(row, rng)
-                head = prompts[row["id"]] + common.encode(tokenizer, thought)
-                tail, end = common.encode(tokenizer, stop), common.encode(tokenizer, answer) + [tokenizer.eos_token_id]
+                head = prompts[row["id"]] + encode(tokenizer, thought)
+                tail, end = encode(tokenizer, stop), encode(tokenizer, answer) + [tokenizer.eos_token_id]
                 natural = stop.startswith(THINK_END)
                 mask = [0] * len(prompts[row["id"]]) + [1] * (len(head) - len(prompts[row["id"]]))
                 texts.append((head + tail + end, mask + [int(natural)] * len(tail) + [1] * len(end)))
@@ -236,15 +239,17 @@ LINE = re.compile(r"(?:try|check) x = (\d+): (\d+)² ≡ (\d+), \+ (\d+) ≡ (\d
 
 def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
     """Prints what the model does on validation problems when it samples, beside what is asked of it."""
-    tokenizer = common.load_tokenizer(model)
-    sampler = common.Sampler(common.TransformersEngine(common.load_model(model, "cpu")), tokenizer)
+    tokenizer = load_tokenizer(model)
+    sampler = Sampler(TransformersEngine(load_model(model, "cpu")), tokenizer)
     rows = problems("validation")[:count]
-    prompts = [common.prompt_ids(tokenizer, r["problem"]) for r in rows]
+    prompts = [prompt_ids(tokenizer, r["problem"]) for r in rows]
     began = time.time()
-    seeds = [(seed, common.key(r["id"])) for r in rows]
+    seeds = [(seed, problem_key(r)) for r in rows]
     sampled = sampler.generate(prompts, 2 * max_tokens, seeds, n=4)
     rate = sampler.sampled_tokens / (time.time() - began)
-    traces = [t for group in common.read_traces(tokenizer, rows, prompts, sampled, max_episodes=64) for t in group]
+    traces = [
+        t for group in read_traces(tokenizer, rows, prompts, sampled, Segmentation(max_episodes=64)) for t in group
+    ]
     lines = valid = found = right_after = useful = recheck = doubt = 0
     for trace in traces:
         n, b, x = (int(part) for part in trace.problem["id"].split("-")[2:])
@@ -261,14 +266,13 @@ def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
                 valid += bool(m) and f"{body}\n\n" == line(int(m[1]), b, (x * x + b) % PRIME, body.split()[0])
         if trace.finished and f"x = {x} works" in thought:
             found, right_after = found + 1, right_after + trace.reward
-    how = common.ForcedAnswers("sampled", 4, 8, 1.0)
     solved, forced, formed = [], 0, 0
-    prompts = [common.forced_prompt(tokenizer, t, b) for t in traces for b in t.boundaries[: 1 if t.finished else None]]
+    prompts = [forced_prompt(tokenizer, t, b) for t in traces for b in t.boundaries[: 1 if t.finished else None]]
     for trace in traces:
-        prompts += [common.forced_prompt(tokenizer, trace, b) for b in trace.boundaries[1:-1]]
-    for (answer,) in sampler.generate(prompts, how.max_tokens, [(seed, i) for i in range(len(prompts))]):
+        prompts += [forced_prompt(tokenizer, trace, b) for b in trace.boundaries[1:-1]]
+    for (answer,) in sampler.generate(prompts, 8, [(seed, i) for i in range(len(prompts))]):
         forced, formed = forced + 1, formed + bool(re.fullmatch(r"Final Answer:\*\* \\boxed\{\d+\}", answer.text))
-    common.success_rates(sampler, traces, how, (seed, 5))
+    sampled_success_rates(sampler, traces, 4, 8, 1.0, 1.0, (seed, 5))
     for trace in traces:
         shown = f"x = {trace.problem['answer']} works"
         solved += [v for b, v in zip(trace.boundaries, trace.values) if shown in trace.prefix(b)]
