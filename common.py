@@ -11,14 +11,12 @@ is what any reinforcement learning of a reasoner has, and what is not even that 
 
 from __future__ import annotations
 
-import itertools
 import math
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 
 import numpy as np
 import torch
@@ -28,6 +26,7 @@ from plumbing.hf_engine import sequence_logprobs
 from plumbing.models import THINK_END, Completion, encode, text_and_offsets, thinks
 from plumbing.runs import problem_key
 from plumbing.sampler import Sampler
+from plumbing.votes import plain_vote, weighted_vote
 
 # The forced-termination phrase of the authors' public code: what turns the model into the meta-prover μ.
 STOP_PHRASE = (
@@ -83,9 +82,11 @@ def episode_spans(thought: str, how: Segmentation = Segmentation()) -> list[tupl
 
 
 def split_episodes(thought: str, max_steps: int, group_size: int = 1) -> list[str]:
-    """The published segmentation, text in, text out: episodes without their trailing newlines. ValueError as above."""
-    how = Segmentation(max_steps, group_size)
-    return [thought[start:end].rstrip("\n") for start, end in episode_spans(thought, how)]
+    """The published segmentation, text in, text out: episodes without their trailing newlines, those of a group joined
+    by a blank line. ValueError as above."""
+    groups = len(episode_spans(thought, Segmentation(max_steps, group_size)))
+    texts = [thought[start:end].rstrip("\n") for start, end in episode_spans(thought, Segmentation(max_steps))]
+    return ["\n\n".join(texts[i * group_size : (i + 1) * group_size]) for i in range(groups)]
 
 
 @dataclass
@@ -446,20 +447,14 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
 
-EXACT_SUBSETS, SUBSET_DRAWS = 200_000, 100_000  # unequal votes: all subsets up to so many, else so many random ones
-
-
 def maj_at_k(answers: Sequence[str | None], gold: str, k: int, weights: Sequence[float] | None = None) -> float:
     """Probability that `gold` wins the vote of k of the n answers, drawn without replacement.
 
     answers: n canonical strings, None where there is none. weights: n positive vote weights (the paper: 2 ** mean
     token log-prob); None or all equal is plain voting. As in the published code (Section 5, Appendix D) a tie for first
     place that gold shares counts 1/2, however many share it; None never competes; without a vote for gold the score is
-    0. At k = 1 this is the mean accuracy.
-
-    Plain votes are counted exactly. Unequal ones go through all C(n, k) subsets up to `EXACT_SUBSETS`; beyond,
-    `SUBSET_DRAWS` are drawn: standard error at most .0016. Totals within 1e-9 of each other tie, since a float sum
-    depends on the order of its terms. ValueError for k outside 1..n, gold None, or weights not n positive numbers.
+    0. At k = 1 this is the mean accuracy. Plain votes are counted exactly, unequal ones as in `weighted_vote`.
+    ValueError for k outside 1..n, gold None, or weights that are not n positive finite numbers.
     """
     n = len(answers)
     if gold is None or not 1 <= k <= n:
@@ -471,47 +466,9 @@ def maj_at_k(answers: Sequence[str | None], gold: str, k: int, weights: Sequence
     counted = {w for answer, w in zip(answers, weights or ()) if answer is not None}
     if weights is None or len(counted) <= 1 or not right or not rivals:  # weights decide nothing
         return plain_vote(right, missing, tuple(sorted(rivals.values())), k)
-    classes = [gold, *sorted(answer for answer in rivals if answer is not None)]
+    classes = [gold, *(answer for answer in rivals if answer is not None)]
     votes = np.array([[w * (answer == c) for c in classes] for answer, w in zip(answers, weights)])
-    score, subsets = 0.0, 0
-    for chosen in k_subsets(n, k):
-        mask = np.zeros((len(chosen), n))
-        np.put_along_axis(mask, chosen, 1.0, axis=1)
-        totals = mask @ votes  # [subsets, classes], gold first; 0 where a class has no vote
-        own, best_rival = totals[:, 0], totals[:, 1:].max(axis=1)
-        tied = np.abs(own - best_rival) <= 1e-9 * own
-        score += np.sum(np.where(tied, 0.5, own > best_rival) * (own > 0))
-        subsets += len(chosen)
-    return float(score / subsets)
-
-
-@cache
-def plain_vote(right: int, missing: int, rivals: tuple[int, ...], k: int) -> float:
-    """`maj_at_k` of equal votes, exactly, from the number of answers in each class."""
-    # ways[v][j]: how many sets of j answers other than gold give no rival more than v votes. Each class
-    # multiplies in its binomial row, cut after v; Python ints (dtype object) keep the counts exact.
-    ways = []
-    for v in range(min(right, k) + 1):
-        count = np.array([1] + [0] * k, dtype=object)
-        for size, most in [(missing, missing), *((size, v) for size in rivals)]:
-            row = [math.comb(size, votes) for votes in range(min(size, most) + 1)]
-            count = np.convolve(count, np.array(row, dtype=object))[: k + 1]
-        ways.append(count)
-    # With v votes gold is alone in front if rivals have <= v - 1, in front or tied if they have <= v.
-    twice = sum(math.comb(right, v) * (ways[v - 1][k - v] + ways[v][k - v]) for v in range(1, len(ways)))
-    return twice / (2 * math.comb(right + missing + sum(rivals), k))
-
-
-def k_subsets(n: int, k: int, block: int = 10_000) -> Iterator[np.ndarray]:
-    """k-subsets of range(n) as [<= block, k] index arrays: each once if there are few, else random ones."""
-    if math.comb(n, k) <= EXACT_SUBSETS:
-        every = itertools.combinations(range(n), k)
-        while some := list(itertools.islice(every, block)):
-            yield np.array(some)
-    else:
-        rng = np.random.default_rng(0)
-        for done in range(0, SUBSET_DRAWS, block):
-            yield rng.random((min(block, SUBSET_DRAWS - done), n)).argpartition(k - 1, axis=1)[:, :k]
+    return weighted_vote(votes, k)
 
 
 # ============================================================================================ 5 the GRPO loss
