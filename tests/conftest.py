@@ -1,5 +1,13 @@
-"""Shared pieces of the tests: the embedded model, loaded once; optional real data beside the checkout."""
+"""Shared pieces of the tests: the embedded model, loaded once; what is promised of two runs; real data, where at hand.
 
+The promise. On one machine, with one engine and one number of processes, a run is the same bits each time, also when it
+was interrupted and resumed: `assert_same_bits`. With another number of processes, on another machine or with another
+number of threads, everything discrete is the same (token ids, texts, boundaries, outcomes, choices), and every real
+number within `TOLERANCE`: `assert_same_content`.
+"""
+
+import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,33 +19,96 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import common  # noqa: E402
+from plumbing import data, models  # noqa: E402
+from plumbing.hf_engine import TransformersEngine  # noqa: E402
+from plumbing.sampler import Sampler  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"  # real benchmarks, where they are at hand; tests that want them skip without
+TOLERANCE = 1e-4  # of a log-prob, a J, a loss of the embedded model in float32
+TIMING = ("seconds", "sampling_seconds", "update_seconds")  # the clock is promised by nobody
+
+
+# ------------------------------------------------------------------------------------------------ what two runs share
+
+
+def jsonl(file: Path) -> list[dict]:
+    """The rows of a complete JSON-lines file. Only "\\n" ends a line: texts of a model hold the rarer line ends."""
+    text = file.read_text(encoding="utf-8")
+    assert text.endswith("\n"), f"{file} ends within a line"
+    return [json.loads(line) for line in text[:-1].split("\n")]
+
+
+def same_content(ours, theirs, tolerance: float = TOLERANCE, where: str = "") -> None:
+    """Two JSON values: numbers with a point within the tolerance, everything else exactly; `TIMING` is left out."""
+    assert type(ours) is type(theirs), f"{where}: {ours!r} and {theirs!r}"
+    if isinstance(ours, dict):
+        ours, theirs = ({k: v for k, v in of.items() if k not in TIMING} for of in (ours, theirs))
+        assert list(ours) == list(theirs), f"{where}: fields {list(ours)} and {list(theirs)}"
+        for name in ours:
+            same_content(ours[name], theirs[name], tolerance, f"{where}.{name}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), f"{where}: {len(ours)} and {len(theirs)} items"
+        for number, (a, b) in enumerate(zip(ours, theirs)):
+            same_content(a, b, tolerance, f"{where}[{number}]")
+    elif isinstance(ours, float):
+        near = math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance)
+        assert near or (math.isnan(ours) and math.isnan(theirs)), f"{where}: {ours} and {theirs}"
+    else:
+        assert ours == theirs, f"{where}: {ours!r} and {theirs!r}"
+
+
+def read_file(file: Path):
+    return jsonl(file) if file.suffix == ".jsonl" else json.loads(file.read_text(encoding="utf-8"))
+
+
+def assert_same_content(run: Path, other: Path, tolerance: float = TOLERANCE, files=("records.jsonl",)) -> None:
+    """JSON files of two runs on different machines, with different numbers of processes or batches."""
+    for name in files:
+        same_content(read_file(run / name), read_file(other / name), tolerance, name)
+
+
+def assert_same_bits(run: Path, other: Path, files=("records.jsonl",)) -> None:
+    """Files of two runs on one machine, with one number of processes and one engine; but for `TIMING`."""
+    for name in files:
+        if name.endswith("metrics.jsonl") or name == "summary.json":
+            same_content(read_file(run / name), read_file(other / name), 0.0, name)
+        else:
+            assert (run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def assert_same_weights(run: Path, other: Path, tolerance: float) -> None:
+    """Models in Hugging Face format."""
+    ours, theirs = (models.load_model(str(folder), "cpu").state_dict() for folder in (run, other))
+    assert list(ours) == list(theirs)
+    for name, weights in ours.items():
+        torch.testing.assert_close(weights, theirs[name], atol=tolerance, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------ the embedded model
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return common.load_tokenizer("tiny")
+    return models.load_tokenizer("tiny")
 
 
 @pytest.fixture(scope="session")
 def model():
     """The embedded model in float32. Tests that train copy it."""
     torch.manual_seed(0)
-    return common.load_model("tiny", "cpu")
+    return models.load_model("tiny", "cpu")
 
 
 @pytest.fixture()
 def sampler(model, tokenizer):
-    return common.Sampler(common.TransformersEngine(model), tokenizer)
+    return Sampler(TransformersEngine(model), tokenizer)
 
 
 @pytest.fixture(scope="session")
 def problems():
-    return common.load_problems("tiny", "validation", 12)
+    return data.load_problems("tiny", "validation", 12)
 
 
 @pytest.fixture(scope="session")
 def prompts(tokenizer, problems):
-    return [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    return [models.prompt_ids(tokenizer, p["problem"]) for p in problems]

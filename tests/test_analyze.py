@@ -10,7 +10,8 @@ from conftest import SHARED
 
 import analyze_r1
 import common
-from common import ForcedAnswers
+from common import Segmentation, sampled_success_rates
+from plumbing import answers, data, models, report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -19,15 +20,15 @@ def options(*flags):
     return analyze_r1.flags([*flags])
 
 
+GOLD = "7"
+
+
 def boundary(classes):
     """Forced answers at one boundary, equal ones sharing a class; 0 is right."""
-    return {
-        "answers": [None if c is None else str(c) for c in classes],
-        "classes": classes,
-        "mean_logprob": [-0.5] * len(classes),
-        "tokens": [4] * len(classes),
-        "texts": ["…"] * len(classes),
-    }
+    verdicts = ["none" if c is None else "wrong" if c else "right" for c in classes]
+    boxes = [None if c is None else f"{c}0" if c else GOLD for c in classes]
+    fields = {"tokens": 4, "mean_logprob": -0.5, "text": "…"}
+    return [{"boxed": box, "verdict": verdict, **fields} for box, verdict in zip(boxes, verdicts)]
 
 
 def sample(rows, tokens, episodes=None, right=1.0):
@@ -35,8 +36,8 @@ def sample(rows, tokens, episodes=None, right=1.0):
     return {
         "text": "x" * tokens[-1],
         "finish": "stop",
-        "answer": "7",
-        "right": right,
+        "boxed": GOLD,
+        "reward": right,
         "verdict": "right" if right else "wrong",
         "tokens": tokens[-1],
         "episodes": episodes or len(tokens) - 1,
@@ -49,7 +50,8 @@ def sample(rows, tokens, episodes=None, right=1.0):
 
 
 def problem(i, *samples):
-    return {"id": str(i), "problem": f"p{i}", "answer": "7", "samples": list(samples)}
+    """The records of a problem's traces."""
+    return [{"id": str(i), "problem": f"p{i}", "gold": GOLD, "sample": n, **s} for n, s in enumerate(samples)]
 
 
 NONE, HALF, ALL = [1, 1, 2, None], [0, 0, 1, 2], [0, 0, 0, 0]
@@ -59,17 +61,16 @@ NONE, HALF, ALL = [1, 1, 2, None], [0, 0, 1, 2], [0, 0, 0, 0]
 def by_hand():
     """Two problems: one trace of 2 episodes that learns, one of 3 that wins and loses, one of a single point."""
     records = [
-        problem(0, sample([NONE, HALF, ALL], [0, 10, 20]), sample([NONE], [0], episodes=1, right=0.0)),
-        problem(1, sample([NONE, ALL, ALL, NONE], [0, 10, 20, 40], right=0.0)),
+        *problem(0, sample([NONE, HALF, ALL], [0, 10, 20]), sample([NONE], [0], episodes=1, right=0.0)),
+        *problem(1, sample([NONE, ALL, ALL, NONE], [0, 10, 20, 40], right=0.0)),
     ]
     for record in records:
-        for s in record["samples"]:
-            s["maj"] = {kind: analyze_r1.votes(s, kind) for kind in ("weighted", "plain")}
+        record["maj"] = {kind: analyze_r1.votes(record, kind) for kind in ("weighted", "plain")}
     return records
 
 
 def test_votes_at_each_boundary_are_exact(by_hand):
-    learns = by_hand[0]["samples"][0]
+    learns = by_hand[0]
     assert learns["maj"]["plain"][0] == [0, 0, 0, 0] and learns["maj"]["plain"][2] == [1, 1, 1, 1]
     # two right, two different wrong ones; of the 6 pairs: 1 both right, 4 ties with one right, 1 both wrong
     one, two, four, eight = learns["maj"]["plain"][1]
@@ -108,12 +109,13 @@ def test_regrets_are_those_of_metrics(by_hand):
     args = options("--budgets", "20,40")
     summary = analyze_r1.summarise(args, by_hand)
     for budget in (20, 40):
-        expected = np.mean([np.mean([common.regret_at(s, budget) for s in r["samples"]]) for r in by_hand])
+        regrets = [common.regret_at(record, budget) for record in by_hand]
+        expected = np.mean([np.mean(regrets[:2]), regrets[2]])  # problems weigh the same
         assert summary["regret"][budget]["normalised"]["mean"] == pytest.approx(expected)
         assert summary["regret"][budget]["cumulative"]["mean"] == pytest.approx(budget * expected)
     regret = [cell["mean"] for cell in summary["regret_over_episodes"]]
     assert regret[:3] == pytest.approx([1.0, 1 + ((0.5 + 1) / 2 + 0) / 2, 1 + 0.375 + ((0 + 1) / 2 + 0) / 2])
-    ratios = [common.additional_regret(s["maj"]["weighted"]) for r in by_hand for s in r["samples"]]
+    ratios = [common.additional_regret(record["maj"]["weighted"]) for record in by_hand]
     assert np.isnan(ratios[1])  # one point: nothing to think on to
     assert summary["additional_regret"]["mean"] == pytest.approx((ratios[0] + ratios[2]) / 2)
 
@@ -122,8 +124,7 @@ def test_noise_of_the_estimate_is_what_repeated_sampling_shows():
     """True J's 0.5 everywhere: the deviation of progress is noise alone, and the noise says so."""
     rng = np.random.default_rng(0)
     rows = [[[0 if rng.random() < 0.5 else 1 for _ in range(8)] for _ in range(4)] for _ in range(400)]
-    traces = [(str(i), sample(row, [0, 5, 10, 15])) for i, row in enumerate(rows)]
-    moved = analyze_r1.progress(traces)
+    moved = analyze_r1.progress([r for i, row in enumerate(rows) for r in problem(i, sample(row, [0, 5, 10, 15]))])
     assert moved["noise"] == pytest.approx(moved["deviation"], rel=0.08)
 
 
@@ -135,7 +136,7 @@ EPISODES = STEPS + "".join(f"Wait, again {i}.\n\nno.\n\nstill no.\n\n" for i in 
 
 def given(tokenizer, response, *flags, marked=True):
     args, row = options(*flags), {"problem": "What is 3 + 4?", "answer": "7", "id": "0"}
-    return analyze_r1.given_trace(args, tokenizer, row, common.prompt_ids(tokenizer, row["problem"]), response, marked)
+    return analyze_r1.given_trace(args, tokenizer, row, models.prompt_ids(tokenizer, row["problem"]), response, marked)
 
 
 @pytest.mark.parametrize(
@@ -157,13 +158,13 @@ def test_given_responses_of_every_kind(tokenizer, sampler, response, points, ans
         assert len(trace.boundaries) == points
     assert trace.boundaries[0] == 0 and trace.boundaries == sorted(set(trace.boundaries))
     rest = trace.completion.token_ids[trace.boundaries[-1] :]  # marker and answer count as tokens of the trace
-    assert rest[:1] == (common.encode(tokenizer, "</think>") if trace.finished else [])
-    assert common.extract_answer(trace.answer or "") == answer
+    assert rest[:1] == (models.encode(tokenizer, "</think>") if trace.finished else [])
+    assert answers.extract_answer(trace.answer or "") == answer
     assert trace.completion.text.replace("<think>", "").strip() == response.replace("<think>", "").strip()
     for b in trace.boundaries[1:-1]:
         assert trace.prefix(b).endswith("\n\n")
     common.grade_traces([trace])
-    common.success_rates(sampler, [trace], ForcedAnswers("sampled", 2, 6, 1.0), (0,))
+    sampled_success_rates(sampler, [trace], 2, 6, 1.0, 1.0, (0,))
     assert len(trace.values) == len(trace.boundaries) and all(len(row) == 2 for row in trace.forced)
 
 
@@ -176,7 +177,7 @@ def test_five_hundred_episodes_stop_at_the_limit_and_are_grouped(tokenizer):
 
 def test_responses_without_any_marker_hold_their_answers(tokenizer):
     trace = given(tokenizer, "3 + 4 is \\boxed{7}", marked=False)
-    assert common.extract_answer(trace.answer) == "7" and not trace.finished
+    assert answers.extract_answer(trace.answer) == "7" and not trace.finished
 
 
 def test_windows_line_ends_and_scattered_rows(tmp_path):
@@ -187,7 +188,7 @@ def test_windows_line_ends_and_scattered_rows(tmp_path):
     ]
     file = tmp_path / "r.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    problems, responses = analyze_r1.load_traces(file, None)
+    problems, responses = data.load_responses(file, None)
     assert [p["problem"] for p in problems] == ["A", "B"]
     assert responses == [["one\n\ntwo</think>1", ""], ["x"]]
 
@@ -195,15 +196,15 @@ def test_windows_line_ends_and_scattered_rows(tmp_path):
 def test_unusable_responses_are_told_and_a_problem_without_any_is_kept(tokenizer, tmp_path, capsys):
     args = options("--traces", "r.jsonl")
     problems = [{"problem": p, "answer": "1", "id": str(i)} for i, p in enumerate("ABC")]
-    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
     responses = [["fine</think>\\boxed{1}", " "], ["  "], ["word " * 5000 + "</think>1"]]
-    groups, longest = analyze_r1.read_given(args, tokenizer, problems, prompts, responses, 4096)
+    groups, longest = analyze_r1.read_given(args, tokenizer, problems, prompts, responses)
     said = capsys.readouterr().out
     assert [len(g) for g in groups] == [1, 0, 0] and longest < 4096
     assert "problem 1: no usable response" in said and "problem 2: no usable response" in said
     assert "2 responses are empty" in said and "1 responses exceed" in said
     with pytest.raises(SystemExit):
-        analyze_r1.read_given(args, tokenizer, problems[1:2], prompts[1:2], responses[1:2], 4096)
+        analyze_r1.read_given(args, tokenizer, problems[1:2], prompts[1:2], responses[1:2])
 
 
 @pytest.mark.skipif(not (SHARED / "official_segmentation.jsonl").exists(), reason="the reference data are not there")
@@ -217,7 +218,7 @@ def test_a_given_trace_has_a_boundary_at_every_official_episode(tokenizer):
         flags = ("--max-steps", row["max_steps"], "--episodes-per-point", row["group_size"])
         trace = given(tokenizer, text + "</think>", *map(str, flags))
         starts = [trace.completion.offsets[b] for b in trace.boundaries]
-        spans = common.episode_spans(trace.prefix(trace.boundaries[-1]), row["max_steps"], row["group_size"])
+        spans = common.episode_spans(trace.prefix(trace.boundaries[-1]), Segmentation(row["max_steps"], row["group_size"]))
         assert len(spans) == row["n_merged"]
         for (start, _), at in zip(spans, starts):
             assert 0 <= at - start < 12  # the first token that starts in the episode
@@ -234,7 +235,7 @@ def test_forced_answers_cost_tokens_linear_in_the_trace(tokenizer, sampler):
         trace = given(tokenizer, text)
         common.grade_traces([trace])
         before = sampler.computed_tokens
-        common.success_rates(sampler, [trace], ForcedAnswers("sampled", 2, 4, 1.0), (0,))
+        sampled_success_rates(sampler, [trace], 2, 4, 1.0, 1.0, (0,))
         computed.append(sampler.computed_tokens - before)
         requested.append(sum(len(common.forced_prompt(tokenizer, trace, b)) for b in trace.boundaries))
     assert computed[1] < 2.3 * computed[0] and requested[1] > 3.3 * requested[0]
@@ -246,8 +247,9 @@ def test_a_hostile_trace_is_text_in_a_real_browser(tmp_path):
     long = sample([NONE, ALL], [0, 200_000])
     long["text"] = (hostile + " 'quote' \\u003c \u2028 ") * 2000
     long["characters"] = [0, len(long["text"]) - 10]
-    long["forced"][0]["texts"][0] = long["forced"][0]["answers"][0] = hostile
-    page = analyze_r1.write_page(tmp_path, [{**problem(0, long), "problem": hostile}, problem(1)])
+    long["forced"][0][0] |= {"text": hostile, "boxed": hostile}
+    (record,) = problem(0, long)
+    page = report.write_page([{**record, "problem": hostile}], tmp_path / "trace.html")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic",
                "--disable-background-networking", "--disable-component-update", "--disable-sync",
                f"--user-data-dir={tmp_path}/user", "--enable-logging=stderr", "--dump-dom",

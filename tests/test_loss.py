@@ -8,7 +8,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import common
-from common import group_advantages, grpo_loss, token_logprobs
+from common import Segmentation, group_advantages, grpo_loss
+from plumbing import models, training
+from plumbing.models import token_logprobs
 
 
 def random_tokens(count=40, seed=0):
@@ -51,7 +53,7 @@ def test_rule_3_padding_changes_neither_loss_nor_gradient_whatever_it_holds(mode
     def loss_and_gradient(limit):
         net.zero_grad()
         total = 0.0
-        for order, ids, where, advantage in common.micro_batches(examples, limit, "cpu"):
+        for order, ids, where, advantage in training.micro_batches(examples, limit, "cpu"):
             for row, i in enumerate(order):
                 ids[row, len(examples[i][0]) :] = filler
             logp, _ = token_logprobs(net, ids, where)
@@ -204,11 +206,11 @@ def test_rules_11_and_12_the_sampled_ids_are_the_trained_ids_and_a_chosen_end_of
     def forbidden(*args, **kwargs):
         raise AssertionError("text was tokenized between sampling and loss")
 
-    traces = [common.read_trace(tokenizer, p, q, c, 8) for p, q, row in zip(problems, prompts, rows) for c in row]
-    monkeypatch.setattr(common, "encode", forbidden)
+    traces = [common.read_trace(tokenizer, p, q, c, Segmentation(max_episodes=8)) for p, q, row in zip(problems, prompts, rows) for c in row]
+    monkeypatch.setattr(models, "_encode", forbidden)  # under every name it is imported by
     examples = [(t.prompt + t.completion.token_ids, len(t.prompt), [0.0] * len(t.completion.token_ids)) for t in traces]
     seen = 0
-    for order, ids, where, advantages in common.micro_batches(examples, 600, "cpu"):
+    for order, ids, where, advantages in training.micro_batches(examples, 600, "cpu"):
         for row, i in enumerate(order):
             assert ids[row][where[row]].tolist() == traces[i].completion.token_ids
             seen += 1
@@ -219,7 +221,7 @@ def test_rules_11_and_12_the_sampled_ids_are_the_trained_ids_and_a_chosen_end_of
 def test_micro_batches_keep_every_example_once_under_the_limit():
     examples = [([1] * n, 1, [0.0] * (n - 1)) for n in (3, 50, 7, 7, 20, 90, 4)]
     seen = []
-    for order, ids, _, _ in common.micro_batches(examples, 60, "cpu"):
+    for order, ids, _, _ in training.micro_batches(examples, 60, "cpu"):
         assert ids.numel() <= 60 or len(order) == 1
         seen += order
     assert sorted(seen) == list(range(7))

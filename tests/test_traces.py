@@ -3,7 +3,18 @@
 import pytest
 
 import common
-from common import STOP_PHRASE, Completion, forced_prompt, read_trace
+from common import (
+    STOP_PHRASE,
+    Segmentation,
+    forced_prompt,
+    likelihood_success_rates,
+    read_trace,
+    sampled_success_rates,
+)
+from plumbing import data, models
+from plumbing.models import Completion
+from tiny import problems as equations
+from tiny.build import line
 
 TWO_EPISODES = (
     "Okay, try x = 8: 8² ≡ 3, + 17 ≡ 20 vs 5: no.\n\ntry x = 2: 2² ≡ 4, + 17 ≡ 21 vs 5: no.\n\n"
@@ -12,15 +23,15 @@ TWO_EPISODES = (
 
 
 def completion_of(tokenizer, text, finish="stop"):
-    ids = common.encode(tokenizer, text) + [tokenizer.eos_token_id] * (finish == "stop")
-    got, offsets = common.text_and_offsets(tokenizer, ids)
+    ids = models.encode(tokenizer, text) + [tokenizer.eos_token_id] * (finish == "stop")
+    got, offsets = models.text_and_offsets(tokenizer, ids)
     assert got == text
     return Completion(ids, [0.0] * len(ids), finish, got, offsets)
 
 
 def trace_of(tokenizer, text, finish="stop", max_episodes=32, gold="7"):
     problem = {"problem": "p", "answer": gold, "id": "1"}
-    return read_trace(tokenizer, problem, [1, 2], completion_of(tokenizer, text, finish), max_episodes)
+    return read_trace(tokenizer, problem, [1, 2], completion_of(tokenizer, text, finish), Segmentation(max_episodes=max_episodes))
 
 
 def text_between(trace, start, end):
@@ -33,18 +44,18 @@ def test_episodes_are_contiguous_token_spans_that_cover_the_thought(tokenizer):
     first, second = (text_between(trace, a, b) for a, b in zip(trace.boundaries, trace.boundaries[1:]))
     assert first + second == TWO_EPISODES and second.startswith("Wait, try x = 7")
     assert trace.answer == "\n\n**Final Answer:** \\boxed{7}"
-    assert trace.completion.token_ids[trace.boundaries[-1]] == common.encode(tokenizer, "</think>")[0]
+    assert trace.completion.token_ids[trace.boundaries[-1]] == models.encode(tokenizer, "</think>")[0]
 
 
 def test_every_sampled_trace_splits_as_its_text_does(tokenizer, sampler, problems, prompts):
     rows = sampler.generate(prompts, 200, [(9, i) for i in range(len(prompts))], n=4)
     for problem, prompt, row in zip(problems, prompts, rows):
         for c in row:
-            trace = read_trace(tokenizer, problem, prompt, c, 50)
+            trace = read_trace(tokenizer, problem, prompt, c, Segmentation(max_episodes=50))
             thought = c.text.split("</think>")[0]
             episodes = [text_between(trace, a, b) for a, b in zip(trace.boundaries, trace.boundaries[1:])]
             assert "".join(episodes) == thought
-            assert episodes == [thought[a:b] for a, b in common.episode_spans(thought, 49)]
+            assert episodes == [thought[a:b] for a, b in common.episode_spans(thought, Segmentation(49))]
 
 
 def test_long_thoughts_are_joined_to_at_most_so_many_episodes(tokenizer):
@@ -94,24 +105,25 @@ def test_the_stop_phrase_stands_after_exactly_one_blank_line(tokenizer, ending):
 
 
 def test_j_is_one_where_the_prefix_holds_the_answer_and_small_where_it_does_not(sampler, tokenizer):
-    problem = next(p for p in common.load_problems("tiny", "test") if p["level"] == 30)
+    problem = next(p for p in data.load_problems("tiny", "test") if p["level"] == 30)
     _, _, _, b, x = problem["id"].split("-")
-    prompt = common.prompt_ids(tokenizer, problem["problem"])
-    from tiny import build as tiny
-
-    target = (int(x) ** 2 + int(b)) % tiny.PRIME
+    prompt = models.prompt_ids(tokenizer, problem["problem"])
+    target = (int(x) ** 2 + int(b)) % equations.PRIME
     miss = [y for y in range(1, 31) if y != int(x)][:3]
-    thought = "Okay, " + "".join(tiny.line(y, int(b), target) for y in miss)
-    thought += "Wait, " + tiny.line(int(x), int(b), target)
-    trace = read_trace(tokenizer, problem, prompt, completion_of(tokenizer, thought, "length"), 8)
-    for how in (common.ForcedAnswers("sampled", 16, 8, 1.0), common.ForcedAnswers("likelihood", 0, 0, 1.0)):
-        common.success_rates(sampler, [trace], how, (0,))
+    thought = "Okay, " + "".join(line(y, int(b), target) for y in miss)
+    thought += "Wait, " + line(int(x), int(b), target)
+    trace = read_trace(tokenizer, problem, prompt, completion_of(tokenizer, thought, "length"), Segmentation(max_episodes=8))
+    for estimate in (
+        lambda: sampled_success_rates(sampler, [trace], 16, 8, 1.0, 1.0, (0,)),
+        lambda: likelihood_success_rates(sampler, [trace]),
+    ):
+        estimate()
         assert trace.values[0] < 0.3 and trace.values[1] < 0.3 and trace.values[2] > 0.9
         assert all(n <= 8 for n in trace.answer_tokens)
 
 
 def test_only_a_model_that_does_not_think_is_asked_for_a_box(tokenizer, monkeypatch):
     problem = "Find x between 1 and 10 such that x² + 6 ≡ 26 (mod 61)."
-    assert tokenizer.decode(common.prompt_ids(tokenizer, problem)) == f"<|user|>{problem}<|assistant|><think>\n"
-    monkeypatch.setattr(common, "thinks", lambda _: False)
-    assert "within \\boxed{}." in tokenizer.decode(common.prompt_ids(tokenizer, problem))
+    assert tokenizer.decode(models.prompt_ids(tokenizer, problem)) == f"<|user|>{problem}<|assistant|><think>\n"
+    monkeypatch.setattr(models, "thinks", lambda _: False)
+    assert "within \\boxed{}." in tokenizer.decode(models.prompt_ids(tokenizer, problem))
