@@ -39,8 +39,8 @@ from common import (
 from plumbing import data, models, report, runs
 from plumbing.answers import group_answers
 from plumbing.models import THINK_END, Completion, encode, text_and_offsets
-from plumbing.report import cell, group_by_problem, interval, problem_means
-from plumbing.runs import fail, non_negative, positive_int, problem_key, short_name, whole_number
+from plumbing.report import Curve, Panel, cell, group_by_problem, interval, problem_means
+from plumbing.runs import fail, positive_int, problem_key, short_name, whole_number
 from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
@@ -51,6 +51,8 @@ DEFAULTS = {
     "num_samples": (4, 4, "Appendix D: thoughts a problem"),
     "max_tokens": (256, 8192, "Appendix D"),
     "temperature": (1.0, 0.7, "Appendix D"),
+    "top_p": (1.0, 1.0, "Appendix D"),
+    "forced_answers": (8, 8, "Appendix D: 8 a boundary"),
     "answer_tokens": (8, 4096, "Appendix D"),
     "max_steps": (49, 45, "the authors on AIME 2024; 49 on Omni-MATH, 99 in their regret study"),
     "episodes_per_point": (1, 3, "the authors on AIME 2024; 5 on Omni-MATH, 10 in their regret study"),
@@ -66,26 +68,18 @@ MAY_CHANGE = ("budgets", "panel_episodes", "from_run", "direct_model", "direct_s
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_common_flags(parser)
-    flag = parser.add_argument_group("thoughts").add_argument
+    flag = runs.shared_flags(parser, "thoughts", "num-samples max-tokens temperature top-p batch-problems")
     given = "given responses instead of sampled ones: problem, answer, response; any number a problem"
     flag("--traces", type=Path, metavar="FILE.jsonl", help=given)
-    flag("--num-samples", type=positive_int, help="thoughts a problem")
-    flag("--max-tokens", type=positive_int, help="limit of a thought with its answer")
-    flag("--temperature", type=non_negative, help="of thoughts and forced answers")
-    flag("--top-p", type=float, default=1.0)
     flag("--max-steps", type=whole_number, help="episodes opened at most")
     joined = "neighbours joined; answers are forced at the ends of the groups"
     flag("--episodes-per-point", type=positive_int, help=joined)
-    flag = parser.add_argument_group("forced answers (μ)").add_argument
-    flag("--forced-answers", type=positive_int, default=8, help="at every boundary (Appendix D: 8)")
-    flag("--answer-tokens", type=positive_int, help="limit of one")
-    flag("--batch-problems", type=positive_int, help="problems sampled and recorded together")
+    runs.shared_flags(parser, "forced answers (μ)", "forced-answers answer-tokens")
     flag = parser.add_argument_group("direct baseline").add_argument
     flag("--direct-model", help="model that answers without episodes (Appendix D: Qwen2.5-32B-Instruct)")
     flag("--direct-samples", type=positive_int, default=32, help="its answers (Appendix D: 32)")
-    flag = parser.add_argument_group("what is shown").add_argument
+    flag = runs.shared_flags(parser, "what is shown", "budgets")
     flag("--panel-episodes", type=positive_int, help="width of a panel, in episodes of a trace")
-    flag("--budgets", help="token budgets C0 of the regret")
     flag("--from", dest="from_run", type=Path, metavar="RUN", help="redraw an earlier run, without a model")
     args = runs.parse_flags(parser, DEFAULTS, argv)
     if args.from_run:  # the settings that its records were made with
@@ -475,25 +469,22 @@ def draw_scaling(summary: dict, run: Path) -> Path:
 
 def draw_budgets(summary: dict, run: Path) -> Path:
     """Accuracy of the answer forced by a budget, the area above it (the regret), and the regret over episodes."""
-    figure, (accuracy, normalised, cumulative) = report.panels(3)
-    curve, budgets = summary["accuracy_at"], [int(b) for b in summary["regret"]]
-    report.draw_curve(accuracy, curve["budget"], curve["forced"], "C0")
-    accuracy.set(xlabel="token budget", ylabel="accuracy of the answer forced by then", ylim=(0, 1))
-    means = [of["normalised"] for of in summary["regret"].values()]
-    report.draw_curve(normalised, budgets, means, "C0", style="o-")
-    normalised.set(xlabel="token budget C0", ylabel="normalised regret", xticks=budgets, ylim=(0, 1))
-    regret = summary["regret_over_episodes"]
-    k = range(1, len(regret) + 1)
-    report.draw_curve(cumulative, k, regret, "C0", "the model", "o-")
-    cumulative.plot(k, k, ":", color="grey", label="never right")
-    cumulative.set(xlabel="points k at which it is forced to answer", ylabel="cumulative regret, Σ (1 - J)")
-    cumulative.legend()
-    return report.save_figure(figure, run / "budgets.png")
+    curve, budgets, regret = summary["accuracy_at"], list(summary["regret"]), summary["regret_over_episodes"]
+    accuracy = Curve(curve["budget"], curve["forced"], style="-")
+    normalised = Curve(budgets, [of["normalised"] for of in summary["regret"].values()])
+    points = range(1, len(regret) + 1)
+    labels = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then", "ylim": (0, 1)}
+    of_budget = {"xlabel": "token budget C0", "ylabel": "normalised regret", "xticks": budgets, "ylim": (0, 1)}
+    of_points = {"xlabel": "points k where it is forced to answer", "ylabel": "cumulative regret, Σ (1 - J)"}
+    never = Curve(points, [{"mean": k} for k in points], "never right", ":", "grey", band=False)
+    panels = [Panel(labels, [accuracy]), Panel(of_budget, [normalised])]
+    panels.append(Panel(of_points, [Curve(points, regret, "the model"), never]))
+    return report.draw_panels(run / "budgets.png", *panels)
 
 
 def draw_progress(summary: dict, run: Path) -> Path:
     """Progress of episodes: how it is spread, by the number of the episode, by the place in the trace."""
-    figure, (spread, by_number, by_fifth) = report.panels(3)
+    figure, (spread, by_number, by_fifth) = report.subplots(3)
     moved = summary["progress"]
     if moved:
         edges = np.array(moved["histogram"]["edges"])

@@ -34,8 +34,8 @@ from common import (
 )
 from plumbing import data, models, report, runs
 from plumbing.models import THINK_END, encode, text_and_offsets
-from plumbing.report import Values, interval, problem_means
-from plumbing.runs import fail, non_negative, positive_int, problem_key, short_name, whole_number
+from plumbing.report import Curve, Panel, Values, interval, problem_means
+from plumbing.runs import fail, positive_int, problem_key, short_name, whole_number
 from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
@@ -47,6 +47,7 @@ DEFAULTS = {
     "max_tokens": (256, 16384, "Appendix F"),
     "temperature": (1.0, 0.6, "Appendix F"),
     "top_p": (1.0, 0.95, "Appendix F"),
+    "forced_answers": (8, 8, "Appendix F: 8 a point"),
     "answer_tokens": (8, 4096, "Appendix F"),
     "extension_tokens": (32, 2048, "Appendix F"),
     "budgets": ("32,64,96,128,192,256", "2048,4096,8192,12288,16384", "Section 7 has the last four"),
@@ -60,18 +61,11 @@ def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_common_flags(parser)
     parser.set_defaults(model=",".join(["tiny", *(path for path in DEMO if Path(path).is_dir())]))
-    flag = parser.add_argument_group("thoughts").add_argument
+    flag = runs.shared_flags(parser, "thoughts", "num-samples max-tokens temperature top-p batch-problems")
     given = "thoughts of an analyze_r1.py run of the same model, with J at their episodes; its --max-tokens holds"
     flag("--thoughts", type=Path, metavar="RUN", help=given)
-    flag("--num-samples", type=positive_int, help="thoughts a problem")
-    flag("--max-tokens", type=positive_int, help="training budget: limit of a thought and its answer")
-    flag("--temperature", type=non_negative)
-    flag("--top-p", type=float)
-    flag = parser.add_argument_group("answers").add_argument
-    flag("--forced-answers", type=positive_int, default=8, help="a point (Appendix F: 8)")
-    flag("--answer-tokens", type=positive_int, help="limit of one")
-    flag = parser.add_argument_group("exploit").add_argument
-    flag("--budgets", help="tokens at which thoughts are cut, as 512,1024")
+    runs.shared_flags(parser, "answers", "forced-answers answer-tokens")
+    flag = runs.shared_flags(parser, "exploit", "budgets")
     cut = "at the last paragraph end within the budget, or at the very token"
     flag("--cut", choices=("paragraph", "exact"), default="paragraph", help=cut)
     count = "what a budget counts: the thought, or the thought and its answer"
@@ -86,8 +80,6 @@ def flags(argv=None) -> argparse.Namespace:
     )
     style += "s1: 'Wait' at the very end, all within --max-tokens"
     flag("--style", choices=("paper", "s1"), default="paper", help=style)
-    flag = parser.add_argument_group("runs").add_argument
-    flag("--batch-problems", type=positive_int, help="problems worked on and recorded together")
     flag("--compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
     args = runs.parse_flags(parser, DEFAULTS, argv)
     names = args.model.split(",")
@@ -385,39 +377,30 @@ def table(summary: dict, settings: dict) -> str:
 
 def draw_regret(summary: dict, out: Path) -> Path:
     """Figure 9: normalised regret over budgets, dashed beyond the training budget."""
-    figure, (axis,) = report.panels(1, 4.6, 3.2)
-    top = summary["training_budget"]
+    top, curves = summary["training_budget"], []
     inside = [b for b in summary["regret_budgets"] if b <= top]
     beyond = inside[-1:] + [b for b in summary["regret_budgets"] if b > top]
     for number, (name, run) in enumerate(summary["runs"].items()):
-        for budgets, style in ((inside, "o-"), (beyond, "o--")):
+        for budgets, style, label in ((inside, "o-", name), (beyond, "o--", None)):
             means = [run["metrics"][f"regret@{b}"] for b in budgets]
-            report.draw_curve(axis, budgets, means, f"C{number}", name if style == "o-" else None, style)
-    axis.axvline(top, color="grey", linewidth=0.8)
-    axis.text(top, axis.get_ylim()[1], " training budget", fontsize=7, va="top", color="grey")
-    axis.set(xlabel="token budget C0", ylabel="normalised regret")
-    axis.legend()
-    return report.save_figure(figure, out / "regret.png")
+            curves.append(Curve(budgets, means, label, style, f"C{number}"))
+    labels = {"xlabel": f"token budget C0 (trained with {top})", "ylabel": "normalised regret"}
+    return report.draw_panels(out / "regret.png", Panel(labels, curves), width=4.6, height=3.2)
 
 
 def draw_accuracy(summary: dict, out: Path) -> Path:
     """Figure 12: accuracy against tokens; solid where thoughts are cut, dashed where they are extended."""
-    figure, (cut, extended) = report.panels(2, 4.4, 3.2, sharey=True)
+    cut, extended = [], []
     for name, run in summary["runs"].items():
         metrics = run["metrics"]
-        report.draw_curve(
-            cut, summary["budgets"], [metrics[f"within {b}"] for b in summary["budgets"]], None, name, "o-"
-        )
+        cut.append(Curve(summary["budgets"], [metrics[f"within {b}"] for b in summary["budgets"]], name))
         tokens = [metrics[f"tokens, {w} extensions"]["mean"] for w in summary["extensions"]]
-        means = [metrics[f"{w} extensions"] for w in summary["extensions"]]
-        report.draw_curve(extended, tokens, means, None, name, "o--")
-    cut.set(xlabel=f"budget (tokens of {summary['counts']})", ylabel="accuracy", title="thoughts cut")
-    extended.set(xlabel="mean tokens of thought and answer")
-    extended.set_title(f"thoughts extended {', '.join(map(str, summary['extensions']))} times")
-    report.token_axis(cut)
-    report.token_axis(extended)
-    cut.legend()
-    return report.save_figure(figure, out / "accuracy.png")
+        extended.append(Curve(tokens, [metrics[f"{w} extensions"] for w in summary["extensions"]], style="o--"))
+    left = {"xlabel": f"budget (tokens of {summary['counts']})", "ylabel": "accuracy", "title": "thoughts cut"}
+    times = ", ".join(map(str, summary["extensions"]))
+    right = {"xlabel": "mean tokens of thought and answer", "title": f"thoughts extended {times} times"}
+    panels = Panel(left, cut, tokens=True), Panel(right, extended, tokens=True)
+    return report.draw_panels(out / "accuracy.png", *panels, width=4.4, height=3.2, sharey=True)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ import numpy as np
 
 from common import (
     EPISODE_MARKERS,
-    EXACT_SUBSETS,
-    SUBSET_DRAWS,
     Segmentation,
     accuracy_at,
     maj_at_k,
@@ -33,9 +31,10 @@ from common import (
 )
 from plumbing import data, models, report, runs
 from plumbing.answers import group_answers
-from plumbing.report import RecordedRun, Values, group_by_problem, interval, problem_means
-from plumbing.runs import fail, non_negative, positive_int, short_name
+from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, problem_means
+from plumbing.runs import fail, short_name
 from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
+from plumbing.votes import EXACT_SUBSETS, SUBSET_DRAWS
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
@@ -45,6 +44,7 @@ DEFAULTS = {
     "max_tokens": (256, 16384, "Table 1"),
     "temperature": (1.0, 0.6, "Appendix F"),
     "top_p": (1.0, 0.95, "Appendix F"),
+    "forced_answers": (4, 4, "ours"),
     "answer_tokens": (8, 1024, "ours"),
     "budgets": ("64,128,192,256", "4096,8192,12288,16384", "Section 7"),
     "max_episodes": (32, 16, "ours; the authors' regret study joins episodes by tens"),
@@ -56,20 +56,13 @@ MAY_CHANGE = ("metric", "k", "budgets", "num_samples", "compare", "limit", "vote
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_common_flags(parser)
+    runs.shared_flags(parser, "sampling", "num-samples max-tokens temperature top-p batch-problems")
+    runs.shared_flags(parser, "forced answers, for the regret", "forced-answers answer-tokens max-episodes budgets")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), default="all")
     flag("--k", help="k of pass@k and maj@k, as 1,2,4 (default: powers of 2 up to --num-samples)")
     vote = "maj@k: votes count 1, or 2^(mean token log-prob) as in the paper's analysis"
     flag("--vote", choices=("plain", "likelihood"), default="plain", help=vote)
-    flag("--num-samples", type=positive_int)
-    flag("--max-tokens", type=positive_int, help="budget of a completion, thought and answer")
-    flag("--temperature", type=non_negative)
-    flag("--top-p", type=float)
-    flag("--forced-answers", type=positive_int, default=4, help="answers a boundary, for the regret")
-    flag("--answer-tokens", type=positive_int, help="limit of a forced answer")
-    flag("--max-episodes", type=positive_int, help="longer thoughts: neighbours are joined")
-    flag("--budgets", help="token budgets C0 of the normalised regret")
-    flag("--batch-problems", type=positive_int, help="problems sampled and recorded together")
     flag("--compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base")
     args = runs.parse_flags(parser, DEFAULTS, argv)
     args.out = args.out or Path("runs") / ("compare" if args.compare else f"eval-{label(args.model, args.dataset)}")
@@ -351,32 +344,30 @@ def draw_anytime(args, recorded: list[RecordedRun], stem: str) -> Path | None:
     None where the records hold no forced answers."""
     if not all(r["J"] for run in recorded for r in run.records):
         return None
-    figure, (accuracy, regret) = report.panels(2, 4.2)
     top = max(run.settings["max_tokens"] for run in recorded)
-    grid = np.linspace(top / 32, top, 32)
+    accuracy, regret, grid = [], [], np.linspace(top / 32, top, 32)
     for run in recorded:
         forced = [interval(problem_means(run.records, lambda r, x=x: accuracy_at(r, x))) for x in grid]
-        report.draw_curve(accuracy, grid, forced, label=run.name)
+        accuracy.append(Curve(grid, forced, run.name, "-"))
         regrets = [interval(problem_means(run.records, lambda r, b=b: regret_at(r, b))) for b in args.budgets]
-        report.draw_curve(regret, args.budgets, regrets, label=run.name, style="o-")
-    accuracy.set(xlabel="token budget", ylabel="accuracy of the answer forced by then", ylim=(0, 1), xlim=(0, top))
-    regret.set(xlabel="token budget C0", ylabel="normalised regret", xticks=args.budgets)
-    accuracy.legend()
-    return report.save_figure(figure, args.out / f"{stem}anytime.png")
+        regret.append(Curve(args.budgets, regrets))
+    labels = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then"}
+    left = Panel({**labels, "ylim": (0, 1), "xlim": (0, top)}, accuracy)
+    right = Panel({"xlabel": "token budget C0", "ylabel": "normalised regret", "xticks": args.budgets}, regret)
+    return report.draw_panels(args.out / f"{stem}anytime.png", left, right, width=4.2)
 
 
 def draw_efficiency(args, recorded: list[RecordedRun], stem: str) -> Path:
     """pass@k and maj@k against the tokens of k samples (Figures 7 and 8)."""
-    figure, axes = report.panels(2, 4.2, sharey=True)
-    for run in recorded:
-        curve = efficiency(args, run.records)
-        for axis, metric in zip(axes, SCORES):
-            means = [interval(column) for column in curve[metric].T]
-            report.draw_curve(axis, curve["tokens"].mean(0), means, label=run.name, style=".-")
-            axis.set(xlabel="tokens of k samples", ylabel=metric)
-            report.token_axis(axis)
-    axes[0].legend()
-    return report.save_figure(figure, args.out / f"{stem}efficiency.png")
+    efficiencies = {run.name: efficiency(args, run.records) for run in recorded}
+    panels = []
+    for metric in SCORES:
+        curves = [
+            Curve(of["tokens"].mean(0), [interval(column) for column in of[metric].T], name, ".-")
+            for name, of in efficiencies.items()
+        ]
+        panels.append(Panel({"xlabel": "tokens of k samples", "ylabel": metric}, curves, tokens=True))
+    return report.draw_panels(args.out / f"{stem}efficiency.png", *panels, width=4.2, sharey=True)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ DEFAULTS = {
     "problems_per_step": (32, 64, "Table 3: a batch of 256 samples"),
     "group_size": (8, 4, "Table 3"),
     "max_tokens": (256, 16384, "the authors' runs of 1.5B models; Table 3 allows 24576"),
+    "forced_answers": (4, 4, "the authors' v0.1; the prefix variant's m of Figure 6"),
     "answer_tokens": (8, 1024, "ours"),
     "temperature": (1.0, 0.9, "Table 3"),
     "lr": (5e-4, 1e-6, "Table 3"),
@@ -68,51 +69,43 @@ DEFAULTS = {
     "weight_decay": (0.0, 0.01, "Table 3"),
     "kl": (0.0, 0.04, "not published; the default of the trainer the authors built on"),
     "max_episodes": (32, 6, "the authors' online variant"),
+    "max_grad_norm": (1.0, 1.0, "usual"),
     "max_tokens_per_batch": (16384, 32768, "ours"),
+    "checkpoint_every": (10, 10, "ours"),
+    "eval_split": ("validation", "validation", "ours"),
+    "eval_problems": (96, 96, "ours"),
 }
 
 
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_common_flags(parser)
-    mrt = parser.add_argument_group("MRT").add_argument
-    mrt("--bonus", type=non_negative, default=1.0, help="α of Eq. 2; 0 is GRPO (default 1: the authors' v0.1)")
-    mrt("--variant", choices=("prefix", "online"), default="prefix", help="default: the paper's")
-    mrt("--progress", choices=("sampled", "likelihood"), default="sampled", help="J by sampled forced answers, or by "
-        "the gold answer's likelihood")  # fmt: skip
-    mrt("--forced-answers", type=positive_int, default=4, help="samples for each J; prefix: m of Figure 6 (v0.1: 4)")
-    mrt("--answer-tokens", type=positive_int, help="limit of a forced answer")
-    mrt("--credit-lambda", type=float, default=0.0, help="online: 0 credits an episode with its own progress (the "
-        "paper), 1 with all that follows")  # fmt: skip
-    mrt("--max-episodes", type=positive_int, help="longer thoughts: neighbours are joined")
-    grpo = parser.add_argument_group("GRPO").add_argument
-    grpo("--problems-per-step", type=positive_int)
-    grpo("--group-size", type=positive_int, help="G rollouts a problem")
-    grpo("--max-tokens", type=positive_int, help="budget of a completion, thought and answer")
-    grpo("--temperature", type=non_negative, help="of rollouts and forced answers; the loss divides by it, too")
-    grpo("--no-std", action="store_true", help="advantages without the division by the group's std")
-    grpo("--length-penalty", type=non_negative, default=0.0, help="weight w in [0, 1), 0: none")
-    grpo("--clip", type=non_negative, default=0.2, help="ε of the ratio's clipping (PPO's)")
-    grpo("--kl", type=non_negative, help="β of the k3 penalty to the initial model; 0: no copy kept")
-    grpo("--is-cap", type=non_negative, default=2.0, help="cap of importance weights between sampler and trainer")
-    grpo("--updates-per-batch", type=positive_int, default=1, help="optimiser steps a batch")
-    train = parser.add_argument_group("optimisation").add_argument
-    train("--steps", type=positive_int, help="default: one pass over the problems")
-    train("--max-sampled-tokens", type=positive_int, help="stop after so many, forced answers included")
-    train("--lr", type=non_negative)
-    train("--schedule", choices=("constant", "cosine"))
-    train("--warmup", type=non_negative, help="share of the run with rising learning rate")
-    train("--weight-decay", type=non_negative)
-    train("--max-grad-norm", type=non_negative, default=1.0)
-    train("--max-tokens-per-batch", type=positive_int, help="tokens of a micro-batch, with padding")
-    train("--checkpoint-every", type=positive_int, default=10, help="steps")
-    train("--keep", type=positive_int, default=1, help="checkpoints kept")
-    train("--eval-every", type=whole_number, default=10, help="steps between validations; 0: none")
-    train("--eval-dataset", help="problems to validate on; default: tiny's own, none for other data")
-    train("--eval-split", default="validation", help="split of --eval-dataset")
-    train("--eval-problems", type=positive_int, default=96)
-    train("--report-to", choices=("wandb", "trackio", "tensorboard"), help="metrics also go there")
-    train("--dry-run", action="store_true", help="print the plan and a memory estimate, load no weights")
+    flag = runs.shared_flags(parser, "MRT", "forced-answers answer-tokens max-episodes")
+    flag("--bonus", type=non_negative, default=1.0, help="α of Eq. 2; 0 is GRPO (default 1: the authors' v0.1)")
+    flag("--variant", choices=("prefix", "online"), default="prefix", help="default: the paper's")
+    estimate = "J by sampled forced answers, or by the gold answer's likelihood"
+    flag("--progress", choices=("sampled", "likelihood"), default="sampled", help=estimate)
+    credit = "online: 0 credits an episode with its own progress (the paper), 1 with all that follows"
+    flag("--credit-lambda", type=float, default=0.0, help=credit)
+    flag = runs.shared_flags(parser, "GRPO", "max-tokens temperature")
+    flag("--problems-per-step", type=positive_int)
+    flag("--group-size", type=positive_int, help="G rollouts a problem")
+    flag("--no-std", action="store_true", help="advantages without the division by the group's std")
+    flag("--length-penalty", type=non_negative, default=0.0, help="weight w in [0, 1), 0: none")
+    flag("--clip", type=non_negative, default=0.2, help="ε of the ratio's clipping (PPO's)")
+    flag("--kl", type=non_negative, help="β of the k3 penalty to the initial model; 0: no copy kept")
+    flag("--is-cap", type=non_negative, default=2.0, help="cap of importance weights between sampler and trainer")
+    flag("--updates-per-batch", type=positive_int, default=1, help="optimiser steps a batch")
+    shared = "lr warmup weight-decay max-grad-norm max-tokens-per-batch checkpoint-every"
+    flag = runs.shared_flags(parser, "optimisation", shared)
+    flag("--steps", type=positive_int, help="default: one pass over the problems")
+    flag("--max-sampled-tokens", type=positive_int, help="stop after so many, forced answers included")
+    flag("--schedule", choices=("constant", "cosine"))
+    flag("--keep", type=positive_int, default=1, help="checkpoints kept")
+    flag("--report-to", choices=("wandb", "trackio", "tensorboard"), help="metrics also go there")
+    flag("--dry-run", action="store_true", help="print the plan and a memory estimate, load no weights")
+    flag = runs.shared_flags(parser, "held-out problems", "eval-dataset eval-split eval-problems")
+    flag("--eval-every", type=whole_number, default=10, help="steps between validations; 0: none")
     args = runs.parse_flags(parser, DEFAULTS, argv)
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
     args.out = args.out or Path("runs") / f"rl-{runs.short_name(args.model)}-{kind}-seed{args.seed}"

@@ -46,8 +46,8 @@ from common import (
     trace_of,
 )
 from plumbing import data, models, report, runs, training
-from plumbing.report import Values, interval, problem_means
-from plumbing.runs import fail, non_negative, positive_int, problem_key
+from plumbing.report import Curve, Panel, Values, interval, problem_means
+from plumbing.runs import fail, positive_int, problem_key
 from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
 from plumbing.training import ranks, sum_over_ranks
 
@@ -60,6 +60,7 @@ DEFAULTS = {
     "num_samples": (4, 4, "not published"),
     "max_tokens": (256, 16384, "Table 2"),
     "temperature": (1.0, 0.7, "the authors' script of Section 5"),
+    "top_p": (1.0, 1.0, "the authors' script of Section 5"),
     "forced_answers": (8, 20, "the authors' code"),
     "answer_tokens": (8, 4096, "the authors' script of Section 5"),
     "max_episodes": (32, 16, "ours; longer thoughts: neighbours are joined"),
@@ -68,7 +69,11 @@ DEFAULTS = {
     "epochs": (2, 3, "Table 2"),
     "warmup": (0.1, 0.1, "Table 2"),
     "weight_decay": (0.0, 0.0, "not published"),
+    "max_grad_norm": (1.0, 1.0, "usual"),
     "max_tokens_per_batch": (16384, 32768, "ours"),
+    "checkpoint_every": (50, 50, "ours"),
+    "eval_split": ("test", "test", "ours"),
+    "eval_problems": (96, 96, "ours"),
     "batch_problems": (96, 32, "ours"),
     "budgets": ("64,128,192,256", "4096,8192,12288,16384", "Section 7"),
 }
@@ -78,36 +83,19 @@ TITLES = {"outcome": "STaR", "mrt": "MRT-STaR"}
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_common_flags(parser)
-    flag = parser.add_argument_group("MRT").add_argument
+    flag = runs.shared_flags(parser, "MRT", "forced-answers answer-tokens max-episodes")
     flag("--filter", choices=("mrt", "outcome", "both"))
     flag("--iterations", type=positive_int, default=2)
     flag("--min-success", type=float, default=0.5, help="J that the prefix kept must have")
     flag("--per-problem", type=positive_int, default=2, help="traces kept of a problem")
     flag("--stop-phrase", choices=("none", "masked", "trained"), default="none")
-    flag("--max-episodes", type=positive_int)
-    flag = parser.add_argument_group("sampling").add_argument
-    flag("--num-samples", type=positive_int, help="traces a problem")
-    flag("--max-tokens", type=positive_int, help="budget of a completion, thought and answer")
-    flag("--temperature", type=non_negative)
-    flag("--top-p", type=float, default=1.0)
-    flag("--forced-answers", type=positive_int, help="sampled answers for each J")
-    flag("--answer-tokens", type=positive_int, help="limit of a forced answer")
-    flag("--batch-problems", type=positive_int, help="problems sampled and recorded together")
-    flag = parser.add_argument_group("fine-tuning").add_argument
-    flag("--lr", type=non_negative)
+    runs.shared_flags(parser, "sampling", "num-samples max-tokens temperature top-p batch-problems")
+    shared = "lr warmup weight-decay max-grad-norm max-tokens-per-batch checkpoint-every"
+    flag = runs.shared_flags(parser, "fine-tuning", shared)
     flag("--schedule", choices=("constant", "cosine"), default="cosine")
     flag("--batch-size", type=positive_int, help="examples of an optimiser step")
     flag("--epochs", type=positive_int)
-    flag("--warmup", type=non_negative, help="share of the steps with rising learning rate")
-    flag("--weight-decay", type=non_negative)
-    flag("--max-grad-norm", type=non_negative, default=1.0)
-    flag("--max-tokens-per-batch", type=positive_int, help="tokens of a micro-batch, with padding")
-    flag("--checkpoint-every", type=positive_int, default=50, help="steps")
-    flag = parser.add_argument_group("held-out problems").add_argument
-    flag("--eval-dataset", help="problems to evaluate on; default: tiny's own, none for other data")
-    flag("--eval-split", default="test")
-    flag("--eval-problems", type=positive_int, default=96)
-    flag("--budgets", help="token budgets C0 of the regret")
+    runs.shared_flags(parser, "held-out problems", "eval-dataset eval-split eval-problems budgets")
     args = runs.parse_flags(parser, DEFAULTS, argv)
     args.out = args.out or Path("runs") / f"star-{runs.short_name(args.model)}-{args.filter}-seed{args.seed}"
     args.budgets = runs.numbers("--budgets", args.budgets)
@@ -459,18 +447,17 @@ def values_of(args, file: Path) -> Values:
     return values | {f"regret@{b}": problem_means(records, lambda r, b=b: regret_at(r, b)) for b in args.budgets}
 
 
-def draw(args, summary: dict, run: Path) -> None:
+def draw(args, summary: dict, run: Path) -> Path:
     """Accuracy, tokens and regret on held-out problems by iteration."""
     labels = {"right": "share right", "tokens": "tokens", f"regret@{args.budgets[-1]}": "normalised regret"}
-    figure, axes = report.panels(3)
-    for axis, (metric, label) in zip(axes, labels.items()):
+    panels = []
+    for metric, label in labels.items():
+        curves = []
         for title in (TITLES[name] for name in filters(args)):
             names = ["base", *(name for name in summary["models"] if name.rsplit(" ", 1)[0] == title)]
-            means = [summary["models"][name][metric] for name in names]
-            report.draw_curve(axis, range(len(means)), means, None, title, "o-")
-        axis.set(xlabel="iteration", ylabel=label, xticks=range(args.iterations + 1))
-    axes[0].legend()
-    report.save_figure(figure, run / "star.png")
+            curves.append(Curve(range(len(names)), [summary["models"][name][metric] for name in names], title))
+        panels.append(Panel({"xlabel": "iteration", "ylabel": label, "xticks": range(args.iterations + 1)}, curves))
+    return report.draw_panels(run / "star.png", *panels)
 
 
 if __name__ == "__main__":

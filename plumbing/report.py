@@ -188,16 +188,50 @@ def pyplot():
     return plt
 
 
-def panels(count: int, width: float = 3.3, height: float = 2.9, **more):
+@dataclass
+class Curve:
+    """A line through means of `interval`, with the band of their intervals."""
+
+    x: Sequence[float]
+    means: list[dict]
+    label: str | None = None
+    style: str = "o-"
+    color: str | None = None
+    band: bool = True
+
+
+@dataclass
+class Panel:
+    """Axes with curves. `settings`: of matplotlib's `Axes.set`; `tokens`: x is tokens, on a logarithmic axis."""
+
+    settings: dict
+    curves: list[Curve]
+    tokens: bool = False
+
+
+def draw_panels(file: Path, *panels: Panel, width: float = 3.3, height: float = 2.9, **more) -> Path:
+    """Panels side by side, the legend in the first one that has labels; `more`: of `plt.subplots`."""
+    figure, axes = subplots(len(panels), width, height, **more)
+    for axis, panel in zip(axes, panels):
+        for curve in panel.curves:
+            draw_curve(axis, curve.x, curve.means, curve.color, curve.label, curve.style, curve.band)
+        if panel.tokens:
+            token_axis(axis)
+        axis.set(**panel.settings)
+    labelled = [axis for axis in axes if axis.get_legend_handles_labels()[1]]
+    if labelled:
+        labelled[0].legend()
+    return save_figure(figure, file)
+
+
+def subplots(count: int, width: float = 3.3, height: float = 2.9, **more):
     """(figure, axes [count]) side by side."""
-    figure, axes = pyplot().subplots(
-        1, count, figsize=(width * count, height), constrained_layout=True, squeeze=False, **more
-    )
+    size = (width * count, height)
+    figure, axes = pyplot().subplots(1, count, figsize=size, constrained_layout=True, squeeze=False, **more)
     return figure, axes[0]
 
 
 def draw_curve(axis, x, means: list[dict], color=None, label=None, style="-", band=True) -> None:
-    """A line through means, with the band of their intervals."""
     (drawn,) = axis.plot(x, [m["mean"] for m in means], style, color=color, label=label, markersize=3, linewidth=1.2)
     if band:
         low, high = ([m[end] for m in means] for end in ("low", "high"))
@@ -225,7 +259,7 @@ def draw_training(run: Path) -> Path:
     """`progress.png`: a training so far, from its metrics.jsonl and validation.jsonl."""
     lines = read_jsonl(run / "metrics.jsonl")
     thousands = [line["sampled_tokens"] / 1e3 for line in lines]
-    figure, (accuracy, length, rest) = panels(3)
+    figure, (accuracy, length, rest) = subplots(3)
     accuracy.plot(thousands, [line["reward"] for line in lines], alpha=0.5, label="rollouts")
     if (run / "validation.jsonl").exists():
         checks = read_jsonl(run / "validation.jsonl")

@@ -137,6 +137,15 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--overwrite", action="store_true", help="discard the run in --out and start again")
 
 
+def shared_flags(parser: argparse.ArgumentParser, title: str, names: str):
+    """Adds a group with the named flags of `SHARED`; returns the group's `add_argument` for the script's own."""
+    add = parser.add_argument_group(title).add_argument
+    for name in names.split():
+        kind, text = SHARED[name]
+        add(f"--{name}", type=kind, help=text)
+    return add
+
+
 def whole_number(text: str, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
@@ -176,6 +185,29 @@ def non_negative(text: str) -> float:
     return value
 
 
+# Flags that mean the same in every script that has them; their defaults stand in the scripts' DEFAULTS.
+SHARED = {
+    "num-samples": (positive_int, "traces a problem"),
+    "max-tokens": (positive_int, "budget of a completion, thought and answer"),
+    "temperature": (non_negative, "of traces and forced answers"),
+    "top-p": (float, "sample from the likeliest tokens with this mass"),
+    "forced-answers": (positive_int, "sampled answers for each J(μ|prefix)"),
+    "answer-tokens": (positive_int, "limit of a forced answer"),
+    "max-episodes": (positive_int, "longer thoughts: neighbours are joined"),
+    "budgets": (str, "token budgets C0, as 512,1024"),
+    "batch-problems": (positive_int, "problems sampled and recorded together"),
+    "lr": (non_negative, "learning rate"),
+    "warmup": (non_negative, "share of the steps with rising learning rate"),
+    "weight-decay": (non_negative, "AdamW's"),
+    "max-grad-norm": (non_negative, "longer gradients are cut to it; 0: never"),
+    "max-tokens-per-batch": (positive_int, "tokens of a micro-batch, with padding"),
+    "checkpoint-every": (positive_int, "steps"),
+    "eval-dataset": (str, "held-out problems; default: tiny's own, none for other data"),
+    "eval-split": (str, "split of --eval-dataset"),
+    "eval-problems": (positive_int, "at most so many"),
+}
+
+
 def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], argv: list[str] | None = None):
     """Parses flags over the settings of a --config file, if one is given, over the script's defaults.
 
@@ -183,7 +215,8 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     """
     actions = {action.dest: action for action in parser._actions}
     for name, (small, large, source) in defaults.items():
-        actions[name].help = f"{actions[name].help or ''} (default: {small} for tiny, else {large}; {source})".strip()
+        values = f"{small}" if small == large else f"{small} for tiny, else {large}"
+        actions[name].help = f"{actions[name].help or ''} (default: {values}; {source})".strip()
     known, _ = parser.parse_known_args(argv)
     if known.config:
         from_file = []
