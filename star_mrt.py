@@ -197,7 +197,7 @@ def traced(args, file: Path, sampler: Sampler, problems: list[dict], answers: in
     how = Segmentation(max_episodes=args.max_episodes, markers=(*EPISODE_MARKERS, *args.markers))
     prompts = {p["id"]: models.prompt_ids(tokenizer, p["problem"]) for p in problems}
     counts = [args.num_samples] * len(problems)
-    todo = list(runs.unrecorded(file, problems, counts, args.batch_problems, sampler))
+    todo = runs.unrecorded(file, problems, counts, args.batch_problems, sampler)
     training.wait_for_ranks()  # all have read what is there
     for batch, first in todo:
         share = [problems[i] for i in batch][rank::world]
@@ -207,7 +207,8 @@ def traced(args, file: Path, sampler: Sampler, problems: list[dict], answers: in
         sampled_success_rates(sampler, traces, answers, args.answer_tokens, args.temperature, args.top_p, (seed, 1))
         lines = training.gather_over_ranks([trace.record() for trace in traces])
         if rank == 0:
-            runs.append_jsonl(file, lines)
+            order = {problems[i]["id"]: place for place, i in enumerate(batch)}  # that of one process
+            runs.append_jsonl(file, sorted(lines, key=lambda line: order[line["id"]]))
     training.wait_for_ranks()
     records = {(r["id"], r["sample"]): r for r in runs.load_records(file)} if problems else {}
     return [

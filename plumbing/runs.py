@@ -354,14 +354,20 @@ def unrecorded(file: Path, problems: list[dict], counts: list[int], size: int, s
     have = Counter(record["id"] for record in load_records(file)) if file.exists() else Counter()
     firsts = [have[problem["id"]] for problem in problems]
     todo = [i for i, first in enumerate(firsts) if first < counts[i]]
-    clock, done = Clock(len(todo), "problems", sampler), 0
+    batches = []
     for first in sorted({firsts[i] for i in todo}):
         of_first = [i for i in todo if firsts[i] == first]
-        for start in range(0, len(of_first), size):
-            batch = of_first[start : start + size]
-            yield batch, first
-            done += len(batch)
-            clock.tell(done)
+        batches += [(of_first[start : start + size], first) for start in range(0, len(of_first), size)]
+    return with_progress(batches, Clock(len(todo), "problems", sampler))
+
+
+def with_progress(batches: list[tuple], clock: Clock) -> Iterator[tuple]:
+    """The batches, and after each a line about the time left."""
+    done = 0
+    for batch, first in batches:
+        yield batch, first
+        done += len(batch)
+        clock.tell(done)
 
 
 class Clock:
