@@ -8,8 +8,14 @@ number within `TOLERANCE`: `assert_same_content`.
 
 import json
 import math
+import multiprocessing
+import multiprocessing.forkserver
 import os
+import runpy
+import signal
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -112,3 +118,78 @@ def problems():
 @pytest.fixture(scope="session")
 def prompts(tokenizer, problems):
     return [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
+
+
+# ------------------------------------------------------------------------------------------------ real processes
+
+SCRIPTS = ("rl_mrt", "evaluate", "analyze_r1", "budget_force", "star_mrt")
+PATIENCE = 600  # seconds that a process of some seconds may take on a busy machine
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def child(script: str, argv: list[str], folder: Path) -> None:
+    """In the forked process: what `python script argv` does, or `python -m script argv`, with its output in files."""
+    os.chdir(folder)
+    for stream, name in ((1, "stdout.txt"), (2, "stderr.txt")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.argv = [script, *argv]
+    if script.endswith(".py"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture(scope="session")
+def start():
+    """start(folder, script, *flags) → a running process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*SCRIPTS, "tiny.build", "datasets", "matplotlib.pyplot"])
+    with pytest.MonkeyPatch.context() as patch:  # the server keeps the environment that it starts in
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+
+    def start_one(folder: Path, script: str, *flags) -> multiprocessing.Process:
+        process = context.Process(target=child, args=(script, [str(f) for f in flags], folder))
+        process.start()
+        return process
+
+    return start_one
+
+
+@pytest.fixture(scope="session")
+def execute(start):
+    """execute(folder, script, *flags) → Done, when the process has ended."""
+
+    def run_one(folder: Path, script: str, *flags) -> Done:
+        process = start(folder, script, *flags)
+        process.join(PATIENCE)
+        if process.is_alive():
+            process.kill()
+            pytest.fail(f"{script} {flags} took longer than {PATIENCE} s")
+        printed = [(folder / name).read_text(encoding="utf-8") for name in ("stdout.txt", "stderr.txt")]
+        return Done(process.exitcode, *printed)
+
+    return run_one
+
+
+def succeeded(done) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kill_at_line(process, file: Path, count: int) -> None:
+    """SIGKILL as soon as the file has so many lines."""
+    deadline = time.time() + PATIENCE
+    while not (file.exists() and file.read_bytes().count(b"\n") >= count):
+        assert process.is_alive() and time.time() < deadline, f"{file.name} never had {count} lines"
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL

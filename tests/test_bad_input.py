@@ -11,10 +11,10 @@ import yaml
 
 import analyze_r1
 import budget_force
-import common
 import evaluate
 import rl_mrt
 import star_mrt
+from plumbing import data, models, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD_ROW = {"problem": "1 + 1 = ?", "answer": "2"}
@@ -62,7 +62,7 @@ def a_run(folder: Path, script: str | None = None, **settings) -> Path:
     """A folder as a run leaves it, with something to lose; `script` if not this process's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script or sys.argv[0]])
-        common.open_run(folder, {"model": "tiny", **settings}, resume=False, overwrite=False)
+        runs.open_run(folder, {"model": "tiny", **settings}, resume=False, overwrite=False)
     write(folder / "metrics.jsonl", '{"step": 1}\n')
     return folder
 
@@ -98,7 +98,7 @@ def test_redrawing_what_is_no_analysis(capsys, monkeypatch, tmp_path):
 
 def test_unknown_columns_are_listed(capsys, tmp_path):
     for row in ({"text": "?", "label": "2"}, {"problem": "?", "label": "2"}, {"text": "?", "answer": "2"}):
-        message = refusal(capsys, common.load_problems, write_rows(tmp_path / "d.jsonl", row), "train")
+        message = refusal(capsys, data.load_problems, write_rows(tmp_path / "d.jsonl", row), "train")
         assert ", ".join(row) in message and "problem|question|prompt" in message and "answer|solution" in message
 
 
@@ -115,13 +115,13 @@ def test_unknown_columns_are_listed(capsys, tmp_path):
     ],
 )
 def test_files_that_are_no_json_lines(capsys, tmp_path, text, says):
-    message = refusal(capsys, common.load_problems, write(tmp_path / "d.jsonl", text), "train")
+    message = refusal(capsys, data.load_problems, write(tmp_path / "d.jsonl", text), "train")
     assert "d.jsonl" in message and says in message
 
 
 def test_a_file_that_is_no_text(capsys, tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b'{"problem": "\xff\xfe\x80", "answer": "1"}\n')
-    assert "d.jsonl" in refusal(capsys, common.load_problems, str(tmp_path / "d.jsonl"), "train")
+    assert "d.jsonl" in refusal(capsys, data.load_problems, str(tmp_path / "d.jsonl"), "train")
 
 
 @pytest.mark.parametrize(
@@ -143,29 +143,29 @@ def test_a_file_that_is_no_text(capsys, tmp_path):
 )
 def test_a_row_that_cannot_be_used_is_named(capsys, tmp_path, row):
     file = write_rows(tmp_path / "d.jsonl", GOOD_ROW, GOOD_ROW, row, GOOD_ROW)
-    message = refusal(capsys, common.load_problems, file, "train")
+    message = refusal(capsys, data.load_problems, file, "train")
     assert "d.jsonl" in message and "row 3" in message
 
 
 def test_a_solution_without_a_box_is_named(capsys, tmp_path):
     rows = {"problem": "?", "solution": r"so \boxed{2}"}, {"problem": "?", "solution": "so it is 2"}
-    message = refusal(capsys, common.load_problems, write_rows(tmp_path / "d.jsonl", *rows), "train")
+    message = refusal(capsys, data.load_problems, write_rows(tmp_path / "d.jsonl", *rows), "train")
     assert "row 2" in message and "boxed" in message
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "nowhere.json", "nobody/nothing", "."])
 def test_a_data_set_that_is_not_there_is_named(capsys, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    assert name in refusal(capsys, common.load_problems, name, "train")
+    assert name in refusal(capsys, data.load_problems, name, "train")
 
 
 @pytest.mark.parametrize("dataset", ["tiny:1", "tiny:31", "tiny:0", "tiny:-5", "tiny:abc", "tiny:10;20", "tiny:10,1"])
 def test_wrong_levels_of_the_tiny_problems(capsys, dataset):
-    assert "--dataset" in refusal(capsys, common.load_problems, dataset, "train")
+    assert "--dataset" in refusal(capsys, data.load_problems, dataset, "train")
 
 
 def test_a_split_that_the_tiny_problems_lack(capsys):
-    message = refusal(capsys, common.load_problems, "tiny", "nope")
+    message = refusal(capsys, data.load_problems, "tiny", "nope")
     assert "--split nope" in message and "train" in message and "validation" in message and "test" in message
 
 
@@ -173,27 +173,27 @@ def test_a_split_that_the_tiny_problems_lack(capsys):
 
 
 def test_a_model_out_of_reach_is_named(capsys):
-    assert "--model nobody/nothing" in refusal(capsys, common.load_tokenizer, "nobody/nothing")
+    assert "--model nobody/nothing" in refusal(capsys, models.load_tokenizer, "nobody/nothing")
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer_config.json"])
 def test_a_model_folder_without_a_file_it_needs(capsys, tmp_path, missing):
     folder = copy_of_tiny(tmp_path / "m", missing)
-    message = refusal(capsys, common.load_tokenizer, str(folder))
+    message = refusal(capsys, models.load_tokenizer, str(folder))
     assert str(folder) in message and f"no {missing}" in message
 
 
 def test_what_takes_the_place_of_a_chat_template_is_said_once(capsys, tmp_path):
     folder = copy_of_tiny(tmp_path / "base", "chat_template.jinja")
-    tokenizer = common.load_tokenizer(str(folder))
-    common.load_tokenizer(str(folder))
+    tokenizer = models.load_tokenizer(str(folder))
+    models.load_tokenizer(str(folder))
     assert capsys.readouterr().out == f"{folder} has no chat template: its prompt is the bare problem\n"
-    assert common.prompt_ids(tokenizer, "What?") == tokenizer.encode("What?\n\n")
+    assert models.prompt_ids(tokenizer, "What?") == tokenizer.encode("What?\n\n")
 
 
 def test_a_model_folder_without_weights(capsys, tmp_path):
     folder = copy_of_tiny(tmp_path / "m", "model.safetensors")
-    assert str(folder) in refusal(capsys, common.load_model, str(folder), "cpu")
+    assert str(folder) in refusal(capsys, models.load_model, str(folder), "cpu")
 
 
 @pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
@@ -209,7 +209,7 @@ def test_a_model_folder_with_a_broken_configuration(capsys, monkeypatch, tmp_pat
 def test_a_wrong_model_is_told_before_a_data_set_is_fetched(capsys, monkeypatch, tmp_path, script):
     """Without --dataset that is the paper's, of gigabytes; the tokenizer is a file."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "load_problems", lambda *_: pytest.fail("the data set was loaded first"))
+    monkeypatch.setattr(data, "load_problems", lambda *_: pytest.fail("the data set was loaded first"))
     assert "--model nobody/nothing" in refusal(capsys, main_with(monkeypatch, script, "--model", "nobody/nothing"))
 
 
@@ -224,7 +224,7 @@ def test_a_prompt_longer_than_the_context_is_named(capsys, monkeypatch, tmp_path
 
 
 def test_the_budget_counts_towards_the_context(capsys, monkeypatch, tmp_path):
-    main = main_with(monkeypatch, rl_mrt, "--limit", 1, "--max-tokens", 4090, "--out", tmp_path / "out")
+    main = main_with(monkeypatch, rl_mrt, *"--limit 1 --max-tokens 4090 --eval-every 0".split(), "--out", tmp_path / "out")
     assert "tiny-train-" in refusal(capsys, main)
     assert not (tmp_path / "out").exists()
 
@@ -246,6 +246,8 @@ def test_the_budget_counts_towards_the_context(capsys, monkeypatch, tmp_path):
         ["--limit", "0"],
         ["--steps", "0"],
         ["--seed", "one"],
+        ["--temperature", "-1"],
+        ["--temperature", "nan"],
         ["--eval-every", "-1"],
         ["--variant", "suffix"],
         ["--resume", "--overwrite"],
@@ -262,8 +264,6 @@ def test_values_that_the_parser_refuses(capsys, argv):
     [
         ["--group-size", "1"],
         ["--temperature", "0"],
-        ["--temperature", "-1"],
-        ["--temperature", "nan"],
         ["--credit-lambda", "2"],
         ["--credit-lambda", "-0.1"],
         ["--credit-lambda", "nan"],
@@ -307,18 +307,18 @@ def test_settings_of_an_evaluation_that_make_no_sense(capsys, argv):
 def test_a_run_is_neither_mixed_with_another_nor_lost(capsys, tmp_path):
     run = a_run(tmp_path / "run", bonus=0.0, lr=1e-3)
     before = {f.name: f.read_bytes() for f in run.iterdir()}
-    message = refusal(capsys, common.open_run, run, {"model": "tiny", "bonus": 0.0, "lr": 1e-3}, False, False)
+    message = refusal(capsys, runs.open_run, run, {"model": "tiny", "bonus": 0.0, "lr": 1e-3}, False, False)
     assert str(run) in message and "--resume" in message and "--overwrite" in message
-    message = refusal(capsys, common.open_run, run, {"model": "tiny", "bonus": 1.0, "lr": 1e-3}, True, False)
+    message = refusal(capsys, runs.open_run, run, {"model": "tiny", "bonus": 1.0, "lr": 1e-3}, True, False)
     assert "--bonus 0.0 (now 1.0)" in message and "--lr" not in message
     assert {f.name: f.read_bytes() for f in run.iterdir()} == before
-    common.open_run(run, {"model": "tiny", "bonus": 0.0, "lr": 1e-3}, True, False)
+    runs.open_run(run, {"model": "tiny", "bonus": 0.0, "lr": 1e-3}, True, False)
     assert {f.name: f.read_bytes() for f in run.iterdir()} == before
 
 
 def test_overwrite_replaces_a_run(tmp_path):
     run = a_run(tmp_path / "run", bonus=0.0)
-    common.open_run(run, {"model": "tiny", "bonus": 1.0}, resume=False, overwrite=True)
+    runs.open_run(run, {"model": "tiny", "bonus": 1.0}, resume=False, overwrite=True)
     assert [f.name for f in run.iterdir()] == ["config.json"]
     assert json.loads((run / "config.json").read_text())["settings"]["bonus"] == 1.0
 
@@ -336,22 +336,22 @@ def test_what_is_not_a_run_is_never_touched(capsys, tmp_path, what, resume, over
         if what != "thesis":
             write(folder / "config.json", '{"settings": {"mod' if what == "broken" else "[1, 2]")
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    assert str(folder) in refusal(capsys, common.open_run, folder, {"model": "tiny"}, resume, overwrite)
+    assert str(folder) in refusal(capsys, runs.open_run, folder, {"model": "tiny"}, resume, overwrite)
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_output_folder_that_is_a_file(capsys, tmp_path, overwrite):
     write(tmp_path / "out", "notes")
-    assert str(tmp_path / "out") in refusal(capsys, common.open_run, tmp_path / "out", {}, False, overwrite)
+    assert str(tmp_path / "out") in refusal(capsys, runs.open_run, tmp_path / "out", {}, False, overwrite)
     assert (tmp_path / "out").read_text() == "notes"
 
 
 @pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
 def test_a_taken_output_folder_is_told_before_data_and_model_are_loaded(capsys, monkeypatch, tmp_path, script):
     run = a_run(tmp_path / "run")
-    for name in ("load_problems", "load_tokenizer", "load_model"):
-        monkeypatch.setattr(common, name, lambda *_: pytest.fail("expensive work came first"))
+    for module, name in ((data, "load_problems"), (models, "load_tokenizer"), (models, "load_model")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("expensive work came first"))
     assert str(run) in refusal(capsys, main_with(monkeypatch, script, "--out", run))
 
 
@@ -453,7 +453,7 @@ def test_a_config_file_can_name_the_runs_to_compare(tmp_path):
 
 def test_comparing_what_is_no_evaluation(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    record = {"id": "a", "answer": "2", "samples": []}
+    record = {"id": "a", "sample": 0, "gold": "2"}
     for name, row in (
         ("training", {"step": 0, "id": "a", "sample": 0, "reward": 1.0}),
         ("empty", None),
@@ -469,11 +469,32 @@ def test_comparing_what_is_no_evaluation(capsys, monkeypatch, tmp_path):
         assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("script, settings", [(evaluate, {"top_p": 1.0}), (budget_force, {"extension_tokens": 8})],
+                         ids=["evaluate", "budget_force"])  # fmt: skip
+def test_records_of_an_earlier_version_are_refused(capsys, monkeypatch, tmp_path, script, settings):
+    """One line a problem with its samples in a list, as it was once written."""
+    run = a_run(tmp_path / "run", f"{script.__name__}.py", **settings)
+    write_rows(run / "records.jsonl", {"id": "a", "answer": "2", "samples": [{"right": 1.0}]})
+    message = refusal(capsys, main_with(monkeypatch, script, "--compare", run, "--out", tmp_path / "out"))
+    assert str(run / "records.jsonl") in message and "one line a problem" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_analysis_of_an_earlier_version_is_refused(capsys, monkeypatch, tmp_path):
+    run = a_run(tmp_path / "run", "analyze_r1.py", max_steps=49, episodes_per_point=1, max_tokens=96)
+    write_rows(run / "records.jsonl", {"id": "a", "answer": "2", "samples": [{"right": 1.0}]})
+    for script, *argv in (
+        (analyze_r1, "--from", run),
+        (budget_force, "--model", "tiny", "--thoughts", run, "--engine", "transformers"),
+    ):
+        assert "one line a problem" in refusal(capsys, main_with(monkeypatch, script, *argv))
+
+
 def test_the_run_of_another_script_is_not_overwritten(tmp_path, capsys):
     """`evaluate.py --model runs/a/model --out runs/a --overwrite` would delete the model that it evaluates."""
     run = a_run(tmp_path / "run", script="another.py")
     with pytest.raises(SystemExit) as stop:
-        common.open_run(run, {"model": "tiny"}, resume=False, overwrite=True)
+        runs.open_run(run, {"model": "tiny"}, resume=False, overwrite=True)
     assert stop.value.code == 2 and "another.py" in capsys.readouterr().err
     assert (run / "metrics.jsonl").exists()
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import evaluate
-from evaluate import Efficiency, token_ratio
-from plumbing.metrics import tokens_to_reach
+from evaluate import token_ratio
+from plumbing import report
+from plumbing.report import tokens_to_reach
 
 
 def options(*flags):
@@ -16,27 +17,31 @@ def options(*flags):
 
 
 def record(i, answers, gold="7", tokens=100, logprobs=None):
-    samples = [
+    """The records of a problem's traces."""
+    return [
         {
-            "answer": a,
-            "right": float(a == gold),
+            "id": str(i),
+            "problem": f"p{i}",
+            "gold": gold,
+            "sample": s,
+            "boxed": a,
+            "reward": float(a == gold),
             "verdict": "none" if a is None else "right" if a == gold else "wrong",
             "finish": "stop" if a is not None else "length",
             "tokens": tokens,
-            "thought_tokens": tokens - 5,
             "mean_logprob": logprobs[s] if logprobs else -0.5,
-            "boundaries": [],
+            "boundaries": [0, tokens - 5],
             "J": [],
             "answer_tokens": [],
         }
         for s, a in enumerate(answers)
     ]
-    return {"id": str(i), "problem": f"p{i}", "answer": gold, "samples": samples}
 
 
 def test_each_metric_of_a_problem_by_hand():
     args = options("--num-samples", "4", "--k", "1,2,4")
-    values = evaluate.per_problem(args, [record(0, ["7", "7.0", "3", None]), record(1, ["3", "3", None, None])])
+    values = evaluate.problem_values(args, record(0, ["7", "7.0", "3", None]) + record(1, ["3", "3", None, None]))
+    values = {name: of_problems.tolist() for name, of_problems in values.items()}
     assert values["pass@1"] == [0.25, 0.0]
     assert values["pass@2"] == [0.5, 0.0] and values["pass@4"] == [1.0, 0.0]
     # {7, 7.0} and 3 and none: pairs 77 7 3 -> ties; by hand over the 6 pairs: 1, ½, 1, ½, 1, 0
@@ -46,9 +51,9 @@ def test_each_metric_of_a_problem_by_hand():
 
 def test_likelihood_votes_weigh_two_to_the_mean_log_prob():
     row = record(0, ["7", "3", "3"], logprobs=[-0.1, -2.0, -2.5])
-    assert evaluate.maj_at_k(row, 3, "plain") == 0.0
+    assert evaluate.vote_at(row, 3, "plain") == 0.0
     assert 2**-0.1 > 2**-2.0 + 2**-2.5
-    assert evaluate.maj_at_k(row, 3, "likelihood") == 1.0
+    assert evaluate.vote_at(row, 3, "likelihood") == 1.0
 
 
 def test_tokens_to_reach_a_score_lie_on_the_line_between_two_points():
@@ -62,9 +67,9 @@ def test_tokens_to_reach_a_score_lie_on_the_line_between_two_points():
 def test_token_ratio_is_two_where_a_model_needs_half_of_the_tokens():
     rng = np.random.default_rng(0)
     scores = np.sort(rng.random((50, 4)), axis=1)
-    slow = Efficiency(np.tile([200.0, 400, 600, 800], (50, 1)), {"maj@k": scores})
-    fast = Efficiency(slow.tokens / 2, {"maj@k": scores})
-    ratio = token_ratio(slow, fast, "maj@k", draws=50)
+    slow = {"tokens": np.tile([200.0, 400, 600, 800], (50, 1)), "maj@k": scores}
+    fast = {"tokens": slow["tokens"] / 2, "maj@k": scores}
+    ratio = token_ratio(slow, fast, "maj@k")
     assert ratio["ratio"] == pytest.approx(2) and ratio["low"] == pytest.approx(2) == pytest.approx(ratio["high"])
 
 
@@ -79,7 +84,7 @@ def write_run(folder, dataset, model, rows, **settings):
     base = {"dataset": dataset, "model": model, "split": "test", "max_tokens": 256, "temperature": 1.0, "top_p": 1.0}
     base |= {"forced_answers": 4, "max_episodes": 32, **settings}
     (folder / "config.json").write_text(json.dumps({"settings": base}))
-    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for of_problem in rows for r in of_problem))
     return folder
 
 
@@ -100,7 +105,7 @@ def test_compare_pairs_problems_and_makes_one_table_of_several_data_sets(tmp_pat
 
 
 def test_problems_with_one_id_and_different_texts_are_not_paired(tmp_path, capsys):
-    other = [{**record(i, ["7", "7"]), "problem": "something else"} for i in range(4)]
+    other = [[{**r, "problem": "something else"} for r in record(i, ["7", "7"])] for i in range(4)]
     a = write_run(tmp_path / "a", "x", "a", [record(i, ["7", "3"]) for i in range(4)])
     b = write_run(tmp_path / "b", "x", "b", other)
     args = options("--compare", str(a), str(b), "--out", str(tmp_path / "out"))
@@ -117,9 +122,9 @@ def test_five_hundred_problems_with_64_samples_are_scored_in_seconds():
         drawn = [
             "7" if rng.random() < p else None if rng.random() < 0.1 else str(rng.zipf(1.6) + 10) for _ in range(64)
         ]
-        rows.append(record(i, drawn))
+        rows += record(i, drawn)
     args = options("--num-samples", "64", "--metric", "all")
     began = time.perf_counter()
-    summary = evaluate.summarise(args, rows, evaluate.per_problem(args, rows))
-    assert time.perf_counter() - began < 60
+    summary = evaluate.summarise(args, rows, evaluate.problem_values(args, rows))
+    assert time.perf_counter() - began < 60  # three seconds alone
     assert summary["metrics"]["maj@64"]["mean"] > summary["metrics"]["pass@1"]["mean"]

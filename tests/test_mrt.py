@@ -9,7 +9,11 @@ import torch
 
 import common
 import rl_mrt
-from common import Completion, ForcedAnswers, Trace, episode_credits
+from common import Segmentation, Trace, episode_credits, likelihood_success_rates, sampled_success_rates
+from plumbing import data, models
+from plumbing.hf_engine import TransformersEngine
+from plumbing.models import Completion
+from plumbing.sampler import Sampler
 
 
 def options(*flags):
@@ -21,7 +25,8 @@ def a_trace(values, tokens_an_episode=2, answer_tokens=1, reward=1.0):
     ids = list(range(k * tokens_an_episode + answer_tokens))
     completion = Completion(ids, [0.0] * len(ids), "stop", "", [0] * (len(ids) + 1))
     boundaries = [j * tokens_an_episode for j in range(k + 1)]
-    return Trace({"id": "p", "answer": "1"}, [7], completion, boundaries, True, "", reward, values=list(values))
+    problem = {"id": "p", "answer": "1"}
+    return Trace(problem, [7], completion, boundaries, True, "", reward=reward, values=list(values))
 
 
 # ------------------------------------------------------------------------------------------------ progress and credit
@@ -40,13 +45,13 @@ def test_credit_lambda_interpolates_between_own_progress_and_all_that_follows():
         episode_credits(values, 0.5),
         [0 + 0.25 - 0.05 + 0.075, 0.5 - 0.1 + 0.15, -0.2 + 0.3, 0.6],
     )
-    assert episode_credits([0.5], 0.5) == []
+    assert len(episode_credits([0.5], 0.5)) == 0
 
 
 def test_online_bonus_reinforces_the_episode_that_gains_and_not_the_one_that_gains_nothing():
     """Two traces, both right: GRPO sees a flat group and learns nothing; MRT tells their episodes apart."""
     group = [a_trace([0.1, 0.1, 0.9]), a_trace([0.1, 0.9, 0.9])]
-    rows = [[0.0] * 5, [0.0] * 5]
+    rows = [np.zeros(5), np.zeros(5)]
     rl_mrt.add_progress(rows, group, bonus=1.0, credit_lambda=0.0)
     # Mean progress over the 4 episodes: 0.4. Two tokens an episode; the answer's token makes no progress.
     expected = [[-0.4, -0.4, 0.4, 0.4, -0.4], [0.4, 0.4, -0.4, -0.4, -0.4]]
@@ -56,7 +61,7 @@ def test_online_bonus_reinforces_the_episode_that_gains_and_not_the_one_that_gai
 def test_the_mean_is_a_baseline_and_no_fee_for_episodes():
     """Ending the thought and starting an episode that gains nothing are treated alike: no hidden length penalty."""
     group = [a_trace([0.1, 0.9]), a_trace([0.1, 0.9, 0.9, 0.9])]
-    rows = [[0.0] * 3, [0.0] * 7]
+    rows = [np.zeros(3), np.zeros(7)]
     rl_mrt.add_progress(rows, group, bonus=1.0, credit_lambda=0.0)
     ends_at_once, goes_on = rows[0][2], rows[1][2]
     assert ends_at_once == pytest.approx(goes_on) and ends_at_once < 0
@@ -64,7 +69,7 @@ def test_the_mean_is_a_baseline_and_no_fee_for_episodes():
 
 def test_online_bonus_scales_with_alpha_and_punishes_lost_ground():
     group = [a_trace([0.5, 0.9, 0.2, 0.9])]
-    rows = [[1.0] * 7]
+    rows = [np.ones(7)]
     rl_mrt.add_progress(rows, group, bonus=2.0, credit_lambda=0.0)
     mean = 0.4 / 3
     episodes = [1 + 2 * (progress - mean) for progress in (0.4, -0.7, 0.7)]
@@ -80,20 +85,20 @@ def placed(problems):
 def scripted(monkeypatch, prefix_right, going_on_right):
     """Runs the prefix variant with scripted outcomes: how many of the m stops and of the G rollouts are right."""
     args = options("--bonus", "1", "--forced-answers", "4")
-    tokenizer = common.load_tokenizer("tiny")
-    problems = common.load_problems("tiny", "validation", 1)
-    prompts = [common.prompt_ids(tokenizer, problems[0]["problem"])]
+    tokenizer = models.load_tokenizer("tiny")
+    problems = data.load_problems("tiny", "validation", 1)
+    prompts = [models.prompt_ids(tokenizer, problems[0]["problem"])]
     gold = problems[0]["answer"]
 
     def completion(text, right):
         text += f"</think>\n\n**Final Answer:** \\boxed{{{gold if right else 'wrong'}}}"
-        ids = common.encode(tokenizer, text) + [tokenizer.eos_token_id]
-        text, offsets = common.text_and_offsets(tokenizer, ids)
+        ids = models.encode(tokenizer, text) + [tokenizer.eos_token_id]
+        text, offsets = models.text_and_offsets(tokenizer, ids)
         return Completion(ids, [0.0] * len(ids), "stop", text, offsets)
 
     calls = []
 
-    def generate(asked, limits, seeds, n=1, **_):
+    def generate(asked, limits, seeds, n=1, temperature=1.0, **_):
         calls.append(asked)
         if len(calls) == 1:
             return [[completion("Okay, maybe there is no such x at all.\n\n", False)]]
@@ -102,7 +107,7 @@ def scripted(monkeypatch, prefix_right, going_on_right):
 
     sampler = types.SimpleNamespace(tokenizer=tokenizer, generate=generate)
     groups, advantages = rl_mrt.rollouts_prefix(args, sampler, placed(problems), prompts, (0, 0))
-    stats = rl_mrt.progress_stats(args, groups, {problems[0]["id"]: prompts[0]})
+    stats = rl_mrt.rollout_stats(args, tokenizer, groups)
     return [row[0] for row in advantages[0]], stats, calls, groups
 
 
@@ -136,13 +141,13 @@ def test_prefix_variant_trains_only_what_follows_the_prefix(monkeypatch):
     partial, stops, contexts = calls
     assert contexts[0] == groups[0][0].prompt and contexts[0][: len(partial[0])] == partial[0]
     assert stops[0][: len(contexts[0])] == contexts[0]
-    tail = common.load_tokenizer("tiny").decode(stops[0][len(contexts[0]) :]).lstrip("\n")
+    tail = models.load_tokenizer("tiny").decode(stops[0][len(contexts[0]) :]).lstrip("\n")
     assert tail in (common.STOP_PHRASE, "</think>")  # the latter where the prefix is the complete thought
 
 
 def test_prefixes_leave_room_to_answer_and_end_where_an_episode_does(sampler, tokenizer):
-    problems = common.load_problems("tiny", "train", 24)
-    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    problems = data.load_problems("tiny", "train", 24)
+    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
     args = options("--bonus", "1", "--group-size", "2", "--max-tokens", "60")
     groups, _ = rl_mrt.rollouts_prefix(args, sampler, placed(problems), prompts, (0, 0))
     cuts = [len(group[0].prompt) - len(prompt) for group, prompt in zip(groups, prompts)]
@@ -154,10 +159,11 @@ def test_prefixes_leave_room_to_answer_and_end_where_an_episode_does(sampler, to
 
 def test_without_a_thinking_marker_the_prefix_is_graded_with_what_follows(sampler, tokenizer, monkeypatch):
     """An answer that stands in the prefix is not lost, and no prefix ends after a complete answer."""
-    monkeypatch.setattr(common, "thinks", lambda _: False)
+    for module in (common, models):
+        monkeypatch.setattr(module, "thinks", lambda _: False)
     args = options("--bonus", "1")
-    problems = common.load_problems("tiny", "validation", 1)
-    prompts = [common.prompt_ids(tokenizer, problems[0]["problem"])]
+    problems = data.load_problems("tiny", "validation", 1)
+    prompts = [models.prompt_ids(tokenizer, problems[0]["problem"])]
     groups = rl_mrt.sample_groups(
         args, sampler, placed(problems), prompts, 1, (0,), [f"so \\boxed{{{problems[0]['answer']}}}"]
     )
@@ -169,15 +175,15 @@ def test_without_a_thinking_marker_the_prefix_is_graded_with_what_follows(sample
 
 def one_update(model, tokenizer, args, seed=0):
     model = copy.deepcopy(model)
-    sampler = common.Sampler(common.TransformersEngine(model), tokenizer)
-    problems = common.load_problems("tiny", "train", args.problems_per_step)
-    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    sampler = Sampler(TransformersEngine(model), tokenizer)
+    problems = data.load_problems("tiny", "train", args.problems_per_step)
+    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
     rollouts = rl_mrt.rollouts_grpo if args.bonus == 0 else rl_mrt.rollouts_online
     groups, advantages = rollouts(args, sampler, placed(problems), prompts, (seed, 0))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [p.detach().clone() for p in model.parameters()]
     model.train()
-    metrics = rl_mrt.update(args, model, None, optimizer, groups, advantages, torch.float32)
+    metrics = rl_mrt.update(args, model, None, optimizer, groups, advantages)
     return groups, advantages, [b - p.detach() for b, p in zip(before, model.parameters())], metrics
 
 
@@ -202,16 +208,16 @@ def test_bonus_zero_is_grpo_token_for_token(model, tokenizer):
 
 @pytest.mark.parametrize("variant", ["online", "prefix"])
 def test_bonus_zero_ignores_the_variant_and_a_bonus_does_not(model, tokenizer, variant):
-    sampler = common.Sampler(common.TransformersEngine(model), tokenizer)
-    problems = common.load_problems("tiny", "train", 4)
-    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    sampler = Sampler(TransformersEngine(model), tokenizer)
+    problems = data.load_problems("tiny", "train", 4)
+    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
     args = options("--bonus", "1", "--variant", variant)
     rollouts = {"online": rl_mrt.rollouts_online, "prefix": rl_mrt.rollouts_prefix}[variant]
     _, with_bonus = rollouts(args, sampler, placed(problems), prompts, (0, 0))
     args.bonus = 0.0
     groups, without = rollouts(args, sampler, placed(problems), prompts, (0, 0))
     outcome = rl_mrt.outcome_advantages(args, groups)
-    for row, a in zip((r for rows in without for r in rows), outcome.flatten().tolist()):
+    for row, a in zip((r for rows in without for r in rows), (r for rows in outcome for r in rows), strict=True):
         np.testing.assert_allclose(row, a)
     assert not all(np.allclose(a, b) for x, y in zip(with_bonus, without) for a, b in zip(x, y))
 
@@ -254,11 +260,12 @@ def test_length_penalty_is_arora_and_zanettes():
 def test_likelihood_agrees_with_many_sampled_answers(sampler, tokenizer, problems, prompts):
     """Two independent routes to J(μ|prefix): exact likelihood, and 64 sampled and graded answers."""
     rows = sampler.generate(prompts[:4], 150, [(3, i) for i in range(4)])
-    traces = [common.read_trace(tokenizer, p, q, c, 32) for p, q, (c,) in zip(problems, prompts, rows)]
+    how = Segmentation(max_episodes=32)
+    traces = [common.read_trace(tokenizer, p, q, c, how) for p, q, (c,) in zip(problems, prompts, rows)]
     common.grade_traces(traces)
-    common.success_rates(sampler, traces, ForcedAnswers("sampled", 64, 8, 1.0), (5,))
+    sampled_success_rates(sampler, traces, 64, 8, 1.0, 1.0, (5,))
     sampled = np.concatenate([t.values for t in traces])
-    common.success_rates(sampler, traces, ForcedAnswers("likelihood", 0, 0, 1.0), (5,))
+    likelihood_success_rates(sampler, traces)
     exact = np.concatenate([t.values for t in traces])
     assert len(exact) > 12 and np.ptp(exact) > 0.5
     error = np.sqrt(np.maximum(exact * (1 - exact), 0.01) / 64)

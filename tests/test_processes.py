@@ -12,13 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import (
+    PATIENCE,
+    ROOT,
+    assert_same_bits,
+    assert_same_content,
+    assert_same_weights,
+    jsonl,
+    same_content,
+    succeeded,
+)
 from test_bad_input import parser_refusal, refusal
-from test_scripts import execute, jsonl, start, succeeded  # noqa: F401  fixtures
 
-import common
 import rl_mrt
+from plumbing import training
 
-ROOT = Path(__file__).resolve().parents[1]
 # Five problems a step: two and three processes have uneven shares, and batches of different numbers and sizes.
 FLAGS = (
     "--bonus 1 --variant online --progress likelihood --problems-per-step 5 --group-size 4 --max-tokens 96 --steps 3"
@@ -37,7 +45,7 @@ def torchrun(folder: Path, count: int, *flags, script: str = "rl_mrt.py") -> sub
 
 
 def finish(process: subprocess.Popen, folder: Path) -> str:
-    assert process.wait(timeout=240) == 0, (folder / "out.txt").read_text()[-3000:]
+    assert process.wait(timeout=PATIENCE) == 0, (folder / "out.txt").read_text()[-3000:]
     return (folder / "out.txt").read_text()
 
 
@@ -47,7 +55,7 @@ def curve(run: Path) -> list[list[float]]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, execute):  # noqa: F811
+def alone(tmp_path_factory, execute):
     folder = tmp_path_factory.mktemp("alone")
     succeeded(execute(folder, "rl_mrt.py", *FLAGS.split(), "--out", "run"))
     return folder / "run"
@@ -62,13 +70,9 @@ def of_two(tmp_path_factory):
 
 
 def assert_same(run: Path, alone: Path) -> None:
-    assert torch.tensor(curve(run)) == pytest.approx(torch.tensor(curve(alone)), abs=1e-5)
-    assert (run / "records.jsonl").read_bytes() == (alone / "records.jsonl").read_bytes()
-    ours, theirs = (jsonl(folder / "validation.jsonl") for folder in (run, alone))
-    assert ours == [pytest.approx(line) if isinstance(line, float) else line for line in theirs]
-    weights = [common.load_model(str(folder / "model"), "cpu").state_dict() for folder in (run, alone)]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], atol=2e-4, rtol=0)
+    same_content(curve(run), curve(alone), 1e-5, "metrics")
+    assert_same_content(run, alone, files=("records.jsonl", "validation.jsonl"))
+    assert_same_weights(run / "model", alone / "model", 2e-4)
 
 
 def test_two_processes_train_as_one(of_two, alone):
@@ -78,7 +82,7 @@ def test_two_processes_train_as_one(of_two, alone):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(tmp_path, execute, of_two, alone, count):  # noqa: F811
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(tmp_path, execute, of_two, alone, count):
     run = tmp_path / "run"
     shutil.copytree(of_two, run)
     for name in ("model", "checkpoints/step_000003", "checkpoints/step_000002"):
@@ -92,7 +96,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(tmp_path, exe
     assert_same(run, alone)
 
 
-def test_two_processes_fine_tune_as_one(tmp_path, execute):  # noqa: F811
+def test_two_processes_fine_tune_as_one(tmp_path, execute):
     flags = "--limit 7 --num-samples 2 --max-tokens 160 --forced-answers 4 --batch-problems 4 --batch-size 3 --epochs 2"
     flags = [*flags.split(), *"--filter mrt --iterations 2 --eval-problems 3 --budgets 160 --lr 1e-4 --out run".split()]
     folders = tmp_path / "one", tmp_path / "two"
@@ -100,72 +104,73 @@ def test_two_processes_fine_tune_as_one(tmp_path, execute):  # noqa: F811
         folder.mkdir()
     succeeded(execute(folders[0], "star_mrt.py", *flags))
     finish(torchrun(folders[1], 2, *flags, script="star_mrt.py"), folders[1])
-    for name in ("samples_1.jsonl", "mrt/selected_1.jsonl", "base.jsonl"):
-        assert (folders[0] / "run" / name).read_bytes() == (folders[1] / "run" / name).read_bytes(), name
+    files = ("samples_1.jsonl", "mrt/selected_1.jsonl", "base.jsonl")
+    assert_same_content(folders[1] / "run", folders[0] / "run", files=files)
     for iteration in (1, 2):
         curves = [[line["loss"] for line in jsonl(f / f"run/mrt/tuning_{iteration}/metrics.jsonl")] for f in folders]
-        assert len(curves[0]) > 3 and curves[1] == pytest.approx(curves[0], abs=1e-4)
+        assert len(curves[0]) > 3
+        same_content(curves[1], curves[0], 1e-4, f"losses of iteration {iteration}")
     assert (folders[1] / "run/star.png").exists()
 
 
 def test_a_process_that_dies_brings_the_others_down(tmp_path):
     process = torchrun(tmp_path, 2, "--out", "run", "--steps", "500")
-    deadline = time.time() + 120
+    deadline = time.time() + PATIENCE
     while not (tmp_path / "run/metrics.jsonl").exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    assert process.wait(timeout=90) != 0
+    assert process.wait(timeout=PATIENCE) != 0
     assert "SIGKILL" in (tmp_path / "out.txt").read_text() or "-9" in (tmp_path / "out.txt").read_text()
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
 def test_fewer_problems_than_processes_are_refused(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rl_mrt.py", "--problems-per-step", "1"])
-    monkeypatch.setattr(common, "start_processes", lambda: (0, 2))
+    monkeypatch.setattr(training, "start_processes", lambda: (0, 2))
     assert "--problems-per-step" in refusal(capsys, rl_mrt.main)
 
 
 # ---------------------------------------------------------------------------------------------- interruptions
 
 
-def test_sigterm_writes_a_checkpoint_from_which_the_run_goes_on(tmp_path, start, execute, alone):  # noqa: F811
+def test_sigterm_writes_a_checkpoint_from_which_the_run_goes_on(tmp_path, start, execute, alone):
     flags = [*FLAGS.split(), "--checkpoint-every", 100, "--out", "run"]
     process = start(tmp_path, "rl_mrt.py", *flags)
     while not (tmp_path / "run/metrics.jsonl").exists():
         assert process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(120)
+    process.join(PATIENCE)
     assert process.exitcode == 143 and "SIGTERM: stopped after step" in (tmp_path / "stdout.txt").read_text()
     assert "Traceback" not in (tmp_path / "stderr.txt").read_text()
     assert len(list((tmp_path / "run/checkpoints").glob("step_??????"))) == 1
     succeeded(execute(tmp_path, "rl_mrt.py", *flags, "--resume"))
-    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (alone / "model/model.safetensors").read_bytes()
+    assert_same_bits(tmp_path / "run", alone, ("records.jsonl", "model/model.safetensors"))
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(tmp_path, model, tokenizer, capsys):
     """A limit on the size of files stands in for the disk: what writes the weights fails with an error of its own."""
     optimizer = torch.optim.AdamW(model.parameters())
-    common.save_checkpoint(tmp_path, model, tokenizer, optimizer, {"step": 1}, keep=1)
+    training.save_checkpoint(tmp_path, model, tokenizer, optimizer, {"step": 1}, keep=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
-        message = refusal(capsys, common.save_checkpoint, tmp_path, model, tokenizer, optimizer, {"step": 2}, 1)
+        message = refusal(capsys, training.save_checkpoint, tmp_path, model, tokenizer, optimizer, {"step": 2}, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
     assert "step_000002" in message and "step_000001" in message
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
-    assert common.load_checkpoint(tmp_path / "checkpoints/step_000001", model, optimizer) == {"step": 1}
+    assert training.load_checkpoint(tmp_path / "checkpoints/step_000001", model, optimizer) == {"step": 1}
 
 
 # ---------------------------------------------------------------------------------------------- plan, reports
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, execute):  # noqa: F811
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, execute):
     printed = succeeded(execute(tmp_path, "rl_mrt.py", *FLAGS.split(), "--dry-run", "--out", "run"))
     assert "0.6M parameters, 1 process" in printed and "3 steps of 5 × 4 = 20 rollouts" in printed
     assert "GiB" in printed and not (tmp_path / "run").exists()

@@ -6,106 +6,31 @@ start is 8 seconds of imports otherwise); each runs the script's own file as `__
 
 import json
 import math
-import multiprocessing
-import multiprocessing.forkserver
 import os
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import (
+    PATIENCE,
+    ROOT,
+    assert_same_bits,
+    assert_same_content,
+    jsonl,
+    kill_at_line,
+    same_content,
+    succeeded,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common
-from tiny import build as tiny
+from plumbing import report, runs, training
+from tiny import problems as tiny
 
-ROOT = Path(__file__).resolve().parents[1]
-TIMING = ("seconds", "sampling_seconds", "update_seconds")
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def child(script: str, argv: list[str], folder: Path) -> None:
-    """In the forked process: what `python script argv` does, with its output in files."""
-    os.chdir(folder)
-    for stream, name in ((1, "stdout.txt"), (2, "stderr.txt")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    sys.argv = [script, *argv]
-    runpy.run_path(str(ROOT / script), run_name="__main__")
-
-
-@pytest.fixture(scope="session")
-def start():
-    """start(folder, script, *flags) → a running process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["rl_mrt", "evaluate", "analyze_r1", "budget_force", "star_mrt", "tiny.build", "datasets", "matplotlib.pyplot"]
-    )
-    with pytest.MonkeyPatch.context() as patch:  # the server keeps the environment that it starts in
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        multiprocessing.forkserver.ensure_running()
-
-    def start_one(folder: Path, script: str, *flags) -> multiprocessing.Process:
-        process = context.Process(target=child, args=(script, [str(f) for f in flags], folder))
-        process.start()
-        return process
-
-    return start_one
-
-
-@pytest.fixture(scope="session")
-def execute(start):
-    """execute(folder, script, *flags) → Done, when the process has ended."""
-
-    def run_one(folder: Path, script: str, *flags) -> Done:
-        process = start(folder, script, *flags)
-        process.join(120)
-        if process.is_alive():
-            process.kill()
-            pytest.fail(f"{script} {flags} took longer than two minutes")
-        return Done(process.exitcode, (folder / "stdout.txt").read_text(), (folder / "stderr.txt").read_text())
-
-    return run_one
-
-
-def succeeded(done) -> str:
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def kill_at_line(process, file: Path, count: int) -> None:
-    """SIGKILL as soon as the file has so many lines."""
-    deadline = time.time() + 120
-    while not (file.exists() and file.read_bytes().count(b"\n") >= count):
-        assert process.is_alive() and time.time() < deadline, f"{file.name} never had {count} lines"
-        time.sleep(0.002)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
-def jsonl(file: Path) -> list[dict]:
-    text = file.read_text()
-    assert text.endswith("\n")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def without_timing(file: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in jsonl(file)]
 
 
 def is_picture(file: Path) -> bool:
@@ -131,7 +56,8 @@ def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method
     if method == "grpo":  # as a user starts it
         command = [sys.executable, str(ROOT / "rl_mrt.py"), *map(str, flags)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment,
+                              timeout=PATIENCE)  # fmt: skip
     else:
         done = execute(tmp_path, "rl_mrt.py", *flags)
     printed, run = succeeded(done), tmp_path / "run"
@@ -143,11 +69,12 @@ def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method
     assert len(records) == 32
     assert {(r["step"], r["sample"]) for r in records} == {(step, s) for step in range(2) for s in range(4)}
     for row in records:
-        assert {"step", "id", "sample", "reward", "tokens", "text", "boundaries", "J"} <= row.keys()
+        assert {"step", "id", "sample", "reward", "tokens", "text", "boundaries", "J", "prefix_J"} <= row.keys()
         assert row["id"].startswith("tiny-train-") and row["reward"] in (0, 1) and 1 <= row["tokens"] <= 80
         assert row["boundaries"] == sorted(row["boundaries"]) and row["boundaries"][-1] <= row["tokens"]
-        values = {"prefix": 2, "sampled": len(row["boundaries"]), "likelihood": len(row["boundaries"])}
+        values = {"sampled": len(row["boundaries"]), "likelihood": len(row["boundaries"])}
         assert len(row["J"]) == values.get(method, 0) and all(0 <= j <= 1 for j in row["J"])
+        assert 0 <= row["prefix_J"] <= 1 if method == "prefix" else row["prefix_J"] is None
 
     metrics = jsonl(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2]
@@ -189,11 +116,8 @@ def litter(run: Path) -> None:
 
 
 def assert_same_training(run: Path, straight: Path) -> None:
-    assert without_timing(run / "metrics.jsonl") == without_timing(straight / "metrics.jsonl")
-    for name in ("records.jsonl", "validation.jsonl", "model/model.safetensors", "model/config.json"):
-        assert (run / name).read_bytes() == (straight / name).read_bytes(), name
-    ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (run, straight))
-    assert {k: v for k, v in ours.items() if k not in TIMING} == {k: v for k, v in theirs.items() if k not in TIMING}
+    files = ("metrics.jsonl", "records.jsonl", "validation.jsonl", "model/model.safetensors", "model/config.json")
+    assert_same_bits(run, straight, (*files, "summary.json"))
     assert [folder.name for folder in (run / "checkpoints").glob("step_??????")] == ["step_000006"]
 
 
@@ -244,12 +168,13 @@ def straight_evaluation(tmp_path_factory, execute):
 
 def test_an_evaluation_writes_records_and_a_summary_of_them(straight_evaluation):
     records = jsonl(straight_evaluation / "records.jsonl")
-    assert len(records) == len({r["id"] for r in records}) == 6 and all(len(r["samples"]) == 4 for r in records)
-    for sample in (s for r in records for s in r["samples"]):
-        assert len(sample["J"]) == len(sample["boundaries"]) == len(sample["answer_tokens"])
-        assert sample["right"] in (0, 1) and sample["tokens"] <= 96 and sample["thought_tokens"] <= sample["tokens"]
-        assert not sample["right"] or sample["answer"]
-    right = [[s["right"] for s in r["samples"]] for r in records]
+    groups = report.group_by_problem(records)
+    assert len(groups) == 6 and all([r["sample"] for r in group] == [0, 1, 2, 3] for group in groups.values())
+    for record in records:
+        assert len(record["J"]) == len(record["boundaries"]) == len(record["answer_tokens"])
+        assert record["reward"] in (0, 1) and record["tokens"] <= 96 and record["boundaries"][-1] <= record["tokens"]
+        assert not record["reward"] or record["boxed"]
+    right = [[r["reward"] for r in group] for group in groups.values()]
     assert 0 < np.mean(right) < 1
     summary = json.loads((straight_evaluation / "summary.json").read_text())
     assert summary["problems"] == 6 and summary["samples"] == 24
@@ -263,9 +188,7 @@ def test_an_evaluation_writes_records_and_a_summary_of_them(straight_evaluation)
     assert f"| pass@1 | {np.mean(right):.3f} [" in table and "regret@96" in table and "run" in table.splitlines()[0]
 
 
-def assert_same_evaluation(run: Path, straight: Path) -> None:
-    for name in ("records.jsonl", "summary.json", "summary.md"):
-        assert (run / name).read_bytes() == (straight / name).read_bytes(), name
+EVALUATED = ("records.jsonl", "summary.json", "summary.md")
 
 
 def test_a_killed_evaluation_resumes_to_the_same_records(tmp_path, start, execute, straight_evaluation):
@@ -273,28 +196,41 @@ def test_a_killed_evaluation_resumes_to_the_same_records(tmp_path, start, execut
     kill_at_line(start(tmp_path, "evaluate.py", *flags), tmp_path / "run" / "records.jsonl", 2)
     assert not (tmp_path / "run" / "summary.json").exists()
     succeeded(execute(tmp_path, "evaluate.py", *flags, "--resume"))
-    assert_same_evaluation(tmp_path / "run", straight_evaluation)
+    assert_same_bits(tmp_path / "run", straight_evaluation, EVALUATED)
 
 
-def test_a_record_cut_by_a_crash_is_made_again(tmp_path, execute, straight_evaluation):
+@pytest.mark.parametrize("line", [8, 2], ids=["after a batch", "within a batch"])
+def test_a_record_cut_by_a_crash_is_made_again(tmp_path, execute, straight_evaluation, line):
     """Killed within a write: the file ends in the middle of a line, and here of a character."""
     shutil.copytree(straight_evaluation, tmp_path / "run")
     lines = (straight_evaluation / "records.jsonl").read_bytes().splitlines(keepends=True)
-    cut = lines[2][: lines[2].rindex("²".encode()) + 1]
-    (tmp_path / "run" / "records.jsonl").write_bytes(b"".join(lines[:2]) + cut)
+    cut = lines[line][: lines[line].rindex("²".encode()) + 1]
+    (tmp_path / "run" / "records.jsonl").write_bytes(b"".join(lines[:line]) + cut)
     succeeded(execute(tmp_path, "evaluate.py", *EVALUATION, "--num-samples", 4, "--out", "run", "--resume"))
-    assert_same_evaluation(tmp_path / "run", straight_evaluation)
+    if line == 8:  # the batches are those of the straight run
+        assert_same_bits(tmp_path / "run", straight_evaluation, EVALUATED)
+    else:
+        same_traces(tmp_path / "run", straight_evaluation)
+        assert_same_content(tmp_path / "run", straight_evaluation, files=("summary.json",))
+
+
+def same_traces(run: Path, other: Path) -> None:
+    """The same traces in whatever order, made in other batches: equal content, not equal bits."""
+    ours, theirs = ({(r["id"], r["sample"]): r for r in jsonl(f / "records.jsonl")} for f in (run, other))
+    assert len(ours) == len(theirs) == len(jsonl(run / "records.jsonl"))
+    for name in theirs:
+        same_content(ours[name], theirs[name], where=str(name))
 
 
 def test_text_with_rare_line_ends_stays_on_one_line(tmp_path):
     """Models write U+2028, U+0085 and form feeds; only a newline ends a record."""
     text = "a\u2028b\u2029c\x85d\x0ce\x1cf\r\ng\n\nh"
-    rows = [{"step": step, "id": str(step), "samples": [{"text": text}]} for step in range(3)]
-    common.append_jsonl(tmp_path / "records.jsonl", rows)
-    assert [r["samples"] for r in common.load_records(tmp_path)] == [row["samples"] for row in rows]
-    assert common.read_jsonl(tmp_path / "records.jsonl") == rows
-    common.rewind(tmp_path, 2)
-    assert common.read_jsonl(tmp_path / "records.jsonl") == rows[:2]
+    rows = [{"step": step, "id": str(step), "sample": 0, "text": text} for step in range(3)]
+    runs.append_jsonl(tmp_path / "records.jsonl", rows)
+    assert runs.load_records(tmp_path / "records.jsonl") == rows
+    assert runs.read_jsonl(tmp_path / "records.jsonl") == rows
+    training.rewind(tmp_path, 2)
+    assert runs.read_jsonl(tmp_path / "records.jsonl") == rows[:2]
 
 
 def test_more_samples_are_added_to_those_there(tmp_path, execute, straight_evaluation):
@@ -304,16 +240,8 @@ def test_more_samples_are_added_to_those_there(tmp_path, execute, straight_evalu
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["samples"] == 12
     succeeded(execute(tmp_path, "evaluate.py", *flags, "--num-samples", 4, "--resume"))
     assert file.read_bytes().startswith(first)  # what was there stays as it is
-    joined: dict[str, list[dict]] = {}
-    for row in jsonl(file):
-        joined.setdefault(row["id"], []).extend(row["samples"])
-    for record in jsonl(straight_evaluation / "records.jsonl"):
-        assert len(joined[record["id"]]) == 4
-        for ours, theirs in zip(joined[record["id"]], record["samples"]):
-            assert ours.pop("mean_logprob") == pytest.approx(theirs.pop("mean_logprob"), abs=1e-5)
-            assert ours == theirs
-    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (tmp_path / "run", straight_evaluation))
-    assert ours == theirs
+    same_traces(tmp_path / "run", straight_evaluation)
+    assert_same_content(tmp_path / "run", straight_evaluation, files=("summary.json",))
 
 
 def test_a_comparison_needs_records_alone(tmp_path, execute, straight_evaluation):
@@ -321,10 +249,11 @@ def test_a_comparison_needs_records_alone(tmp_path, execute, straight_evaluation
     shutil.copytree(straight_evaluation, tmp_path / "base")
     shutil.copytree(straight_evaluation, tmp_path / "better")
     records = jsonl(straight_evaluation / "records.jsonl")
-    pass_1 = np.mean([[s["right"] for s in r["samples"]] for r in records[1:]])
-    for sample in (s for r in records for s in r["samples"]):
-        sample.update(right=1.0, tokens=sample["tokens"] - 10)
-    (tmp_path / "better" / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:0:-1]))
+    shared = [r for r in records if r["id"] != records[0]["id"]]
+    pass_1 = np.mean([r["reward"] for r in shared])
+    for record in shared:
+        record.update(reward=1.0, verdict="right", tokens=record["tokens"] - 10)
+    (tmp_path / "better" / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in shared[::-1]))
     flags = ("--k", "1,4", "--budgets", "48,96", "--model", "/nowhere/at/all", "--out", "both")
     printed = succeeded(execute(tmp_path, "evaluate.py", "--compare", "base", "better", *flags))
     table = (tmp_path / "both" / "summary.md").read_text()
@@ -357,12 +286,13 @@ def straight_analysis(tmp_path_factory, execute):
 
 def test_an_analysis_writes_records_and_numbers_and_pictures_of_them(straight_analysis):
     records = jsonl(straight_analysis / "records.jsonl")
-    assert len(records) == 6 and all(len(r["samples"]) == 2 for r in records)
-    for s in (s for r in records for s in r["samples"]):
-        points = len(s["boundaries"])
-        assert points == len(s["J"]) == len(s["forced"]) == len(s["characters"]) == len(s["answer_tokens"])
-        for value, forced in zip(s["J"], s["forced"]):
-            assert value == np.mean([c == 0 for c in forced["classes"]]) and len(forced["texts"]) == 4
+    assert [r["sample"] for r in records] == [0, 1] * 6 and len({r["id"] for r in records}) == 6
+    for r in records:
+        points = len(r["boundaries"])
+        assert points == len(r["J"]) == len(r["forced"]) == len(r["characters"]) == len(r["answer_tokens"])
+        for value, forced in zip(r["J"], r["forced"]):
+            assert value == np.mean([a["verdict"] == "right" for a in forced])
+            assert len(forced) == 4 and all(a["text"] for a in forced)
     summary = json.loads((straight_analysis / "summary.json").read_text())
     assert summary["traces"] == 12 == sum(p["traces"] for p in summary["panels"])
     assert summary["direct"]["k"] == [1, 2, 4]
@@ -375,13 +305,12 @@ def test_a_killed_analysis_resumes_to_the_same_records_and_can_be_redrawn(tmp_pa
     flags = [*ANALYSIS, "--out", "run"]
     kill_at_line(start(tmp_path, "analyze_r1.py", *flags), tmp_path / "run" / "records.jsonl", 2)
     succeeded(execute(tmp_path, "analyze_r1.py", *flags, "--resume"))
-    assert (tmp_path / "run/records.jsonl").read_bytes() == (straight_analysis / "records.jsonl").read_bytes()
+    assert_same_bits(tmp_path / "run", straight_analysis)
     shutil.copytree(straight_analysis, tmp_path / "again")
     for name in ("summary.json", "trace.html", *FIGURES):
         (tmp_path / "again" / name).unlink()
     succeeded(execute(tmp_path, "analyze_r1.py", "--from", "again", "--budgets", "48,96", "--model", "/nowhere"))
-    for name in ("summary.json", "trace.html"):
-        assert (tmp_path / "again" / name).read_bytes() == (straight_analysis / name).read_bytes()
+    assert_same_bits(tmp_path / "again", straight_analysis, ("summary.json", "trace.html"))
     assert all(is_picture(tmp_path / "again" / name) for name in FIGURES)
 
 
@@ -396,8 +325,8 @@ def test_given_responses_are_analysed(tmp_path, execute):
     printed = succeeded(execute(tmp_path, "analyze_r1.py", "--traces", "r.jsonl", "--out", "run"))
     assert "problem 1: no usable response" in printed
     records = jsonl(tmp_path / "run/records.jsonl")
-    assert [[s["verdict"] for s in r["samples"]] for r in records] == [["right", "none"], []]
-    assert json.loads((tmp_path / "run/summary.json").read_text())["problems_without_trace"] == ["1"]
+    assert [(r["id"], r["sample"], r["verdict"]) for r in records] == [("0", 0, "right"), ("0", 1, "none")]
+    assert json.loads((tmp_path / "run/summary.json").read_text())["problems"] == 1
     assert "<script>alert" not in (tmp_path / "run/trace.html").read_text()
 
 
@@ -416,13 +345,13 @@ def straight_budget(tmp_path_factory, execute):
 
 def test_budget_forcing_writes_records_numbers_and_pictures(straight_budget):
     records = jsonl(straight_budget / "records.jsonl")
-    assert len(records) == 6 and all(len(r["samples"]) == 2 for r in records)
+    assert [r["sample"] for r in records] == [0, 1] * 6 and len({r["id"] for r in records}) == 6
     metrics = json.loads((straight_budget / "summary.json").read_text())["runs"]["run"]["metrics"]
     for name in ("32", "96"):
-        expected = np.mean([s["exploit"][name]["J"] for r in records for s in r["samples"]])
+        expected = np.mean([r["exploit"][name]["J"] for r in records])
         assert metrics[f"within {name}"]["mean"] == pytest.approx(expected)
     for w in ("0", "2"):
-        expected = np.mean([s["extrapolate"][w]["J"] for r in records for s in r["samples"]])
+        expected = np.mean([r["extrapolate"][w]["J"] for r in records])
         assert metrics[f"{w} extensions"]["mean"] == pytest.approx(expected)
     assert {"regret@32", "regret@96", "regret@112"} <= metrics.keys()
     assert all(is_picture(straight_budget / name) for name in ("regret.png", "accuracy.png"))
@@ -433,8 +362,7 @@ def test_killed_budget_forcing_resumes_and_is_compared_from_records(tmp_path, st
     flags = ["--model", "tiny", *BUDGET, "--out", "run"]
     kill_at_line(start(tmp_path, "budget_force.py", *flags), tmp_path / "run" / "records.jsonl", 2)
     succeeded(execute(tmp_path, "budget_force.py", *flags, "--resume"))
-    for name in ("records.jsonl", "summary.json", "summary.md"):
-        assert (tmp_path / "run" / name).read_bytes() == (straight_budget / name).read_bytes(), name
+    assert_same_bits(tmp_path / "run", straight_budget, EVALUATED)
     shutil.copytree(straight_budget, tmp_path / "other")
     printed = succeeded(execute(tmp_path, "budget_force.py", "--compare", "run", "other", "--out", "both"))
     assert (
@@ -450,16 +378,15 @@ def test_budget_forcing_goes_on_from_the_thoughts_of_an_analysis(tmp_path, execu
               for run in ("run", "analysis")]  # fmt: skip
     assert limits[0] == limits[1] > 31  # the training budget is the limit that the thoughts had
     ours, theirs = jsonl(tmp_path / "run/records.jsonl"), jsonl(tmp_path / "analysis/records.jsonl")
-    assert [[s["J"] for s in r["samples"]] for r in ours] == [[s["J"] for s in r["samples"]] for r in theirs]
-    assert [[s["tokens"] for s in r["samples"]] for r in ours] == [[len(s["token_ids"]) for s in r["samples"]]
-                                                                  for r in theirs]  # fmt: skip
+    for name in ("id", "sample", "J", "forced", "token_ids", "answer", "boxed"):
+        assert [r[name] for r in ours] == [r[name] for r in theirs], name
 
 
 # ------------------------------------------------------------------------------------------------ the embedded model
 
 
 def test_tiny_shows_a_problem_and_a_trace(tmp_path, execute):
-    printed = succeeded(execute(tmp_path, "tiny.py", "--show", 1))
+    printed = succeeded(execute(tmp_path, "tiny.build", "--show", 1))
     assert printed.count("Find x between 1 and ") == 1 and "(mod 61)" in printed
     assert "<think>\nOkay, " in printed and "</think>" in printed and "\\boxed{" in printed
 

@@ -6,11 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_scripts import execute, jsonl, kill_at_line, start, succeeded  # noqa: F401  fixtures
+from conftest import assert_same_bits, jsonl, kill_at_line, succeeded
 
 import common
 import star_mrt
-from common import Completion, Trace
+from common import Trace, sampled_success_rates
+from plumbing import models
+from plumbing.hf_engine import TransformersEngine
+from plumbing.models import Completion
+from plumbing.sampler import Sampler
 
 
 def options(*flags):
@@ -40,33 +44,34 @@ def trace(values, right=1.0, finished=True, name="p"):
     ],
 )
 def test_mrt_cuts_at_the_first_prefix_with_all_of_the_progress(values, cut):
-    assert star_mrt.keep_progress(options(), [trace(values)]) == ([] if cut is None else [(0, cut)])
+    assert star_mrt.keep_progress([trace(values)], 0.5) == ({} if cut is None else {0: cut})
 
 
 def test_mrt_keeps_a_cut_thought_whose_own_end_was_wrong_or_missing():
     lost = [trace((0.0, 1.0, 0.0), right=0.0), trace((0.0, 1.0), right=0.0, finished=False)]
-    assert star_mrt.keep_progress(options(), lost) == [(0, 1), (1, 1)]
-    assert star_mrt.keep_right(options(), lost) == []
+    assert star_mrt.keep_progress(lost, 0.5) == {0: 1, 1: 1}
+    assert star_mrt.keep_right(lost) == {}
 
 
 def test_the_best_and_shortest_come_first_and_no_problem_crowds_out_others():
     traces = [trace((0, 0, 0.9)), trace((0, 0, 1.0)), trace((0, 1.0)), trace((0, 0.6), name="q"), trace((0, 1.0))]
-    chosen = star_mrt.keep_progress(options(), traces)
-    assert [t for t, _ in chosen] == [2, 4, 1, 0, 3]
-    assert [t for t, _ in star_mrt.limit_per_problem(options("--per-problem", 2), traces, chosen)] == [2, 4, 3]
+    chosen = star_mrt.keep_progress(traces, 0.5)
+    assert list(chosen) == [2, 4, 1, 0, 3]
+    examples = [star_mrt.Example(t, traces[t], cut, [], []) for t, cut in chosen.items()]
+    assert [e.number for e in star_mrt.first_of_problem(examples, 2)] == [2, 4, 3]
 
 
 def test_plain_star_keeps_right_traces_whole():
     traces = [trace((0, 1, 1)), trace((0, 1), right=0.0), trace((0, 0))]
-    assert star_mrt.keep_right(options(), traces) == [(0, 2), (2, 1)]
+    assert star_mrt.keep_right(traces) == {0: 2, 2: 1}
 
 
 @pytest.fixture(scope="module")
 def sampled(model, tokenizer, problems, prompts):
-    sampler = common.Sampler(common.TransformersEngine(model), tokenizer)
+    sampler = Sampler(TransformersEngine(model), tokenizer)
     groups = common.sample_traces(options(), sampler, problems, prompts)
     traces = [t for group in groups for t in group]
-    common.success_rates(sampler, traces, common.ForcedAnswers("sampled", 8, 8, 1.0), (0,))
+    sampled_success_rates(sampler, traces, 8, 8, 1.0, 1.0, (0,))
     return sampler, traces
 
 
@@ -74,22 +79,23 @@ def sampled(model, tokenizer, problems, prompts):
 def test_examples_are_the_sampled_tokens_and_end_in_a_right_answer(sampled, phrase):
     sampler, traces = sampled
     tokenizer = sampler.tokenizer
-    examples, kept = star_mrt.select(options("--stop-phrase", phrase), "mrt", sampler, traces, 1)
-    assert len(examples) == len(kept) > 3
+    examples = star_mrt.select(options("--stop-phrase", phrase), "mrt", sampler, traces, 1)
+    assert len(examples) > 3
     cuts = 0
-    for (ids, first, weights), row in zip(examples, kept):
+    for example in examples:
+        (ids, first, weights), row = example.fine_tuned(), example.record(tokenizer)
         t = traces[row["trace"]]
         assert ids[:first] == t.prompt and len(ids) - first == len(weights) == row["tokens"]
         assert ids[first : first + row["cut"]] == t.completion.token_ids[: row["cut"]]
         assert ids[-1] == tokenizer.eos_token_id
-        answer = tokenizer.decode(ids[first:]).rsplit(common.THINK_END, 1)[1]
+        answer = tokenizer.decode(ids[first:]).rsplit(models.THINK_END, 1)[1]
         assert common.grade(answer, t.problem["answer"])
-        told = common.encode(tokenizer, common.STOP_PHRASE)
+        told = models.encode(tokenizer, common.STOP_PHRASE)
         inside = any(ids[i : i + len(told)] == told for i in range(len(ids)))
         whole = row["cut"] == t.boundaries[-1] and t.finished
         assert inside == (phrase != "none" and not whole)
-        assert sum(w == 0 for w in weights) == (0 if phrase != "masked" or whole else len(
-            star_mrt.ending_of(options("--stop-phrase", phrase), tokenizer, t, row["cut"])))  # fmt: skip
+        ending = common.forced_prompt(tokenizer, t, row["cut"])[first + row["cut"] :]
+        assert sum(w == 0 for w in weights) == (0 if phrase != "masked" or whole else len(ending))
         cuts += not whole
         assert row["J"] >= 0.5 and row["J"] > row["J_empty"]
     assert cuts, "the test needs a thought that was cut"
@@ -97,16 +103,18 @@ def test_examples_are_the_sampled_tokens_and_end_in_a_right_answer(sampled, phra
 
 def test_plain_star_trains_on_the_very_completions(sampled):
     sampler, traces = sampled
-    examples, kept = star_mrt.select(options("--per-problem", 4), "outcome", sampler, traces, 1)
-    assert len(kept) == sum(t.reward for t in traces)
-    for (ids, first, weights), row in zip(examples, kept):
-        assert ids[first:] == traces[row["trace"]].completion.token_ids and set(weights) == {1.0}
+    examples = star_mrt.select(options("--per-problem", 4), "outcome", sampler, traces, 1)
+    assert len(examples) == sum(t.reward for t in traces)
+    for example in examples:
+        ids, first, weights = example.fine_tuned()
+        assert ids[first:] == traces[example.number].completion.token_ids and set(weights) == {1.0}
 
 
 def test_one_step_has_the_gradient_of_a_plain_transformers_forward(model, sampled):
     """Cross entropy over completion tokens, mean over all tokens of the batch, whatever the micro-batches."""
     sampler, traces = sampled
-    examples, _ = star_mrt.select(options("--stop-phrase", "masked"), "mrt", sampler, traces, 1)
+    kept = star_mrt.select(options("--stop-phrase", "masked"), "mrt", sampler, traces, 1)
+    examples = [example.fine_tuned() for example in kept]
     plain, ours = copy.deepcopy(model), copy.deepcopy(model)
     total, count = torch.zeros(()), 0
     for ids, first, weights in examples:
@@ -116,7 +124,7 @@ def test_one_step_has_the_gradient_of_a_plain_transformers_forward(model, sample
         total, count = total + loss * tokens, count + tokens
     (total / count).backward()
     args = options("--max-tokens-per-batch", 300, "--max-grad-norm", 0)
-    value = star_mrt.train_step(args, ours, torch.optim.SGD(ours.parameters(), lr=0.0), examples, torch.float32)
+    value = star_mrt.train_step(args, ours, torch.optim.SGD(ours.parameters(), lr=0.0), examples)
     assert value == pytest.approx((total / count).item(), abs=1e-5)
     for a, b in zip(ours.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
@@ -129,7 +137,7 @@ TOY += "--epochs 2 --checkpoint-every 2 --eval-problems 4 --budgets 64,160".spli
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, execute):  # noqa: F811
+def straight(tmp_path_factory, execute):
     folder = tmp_path_factory.mktemp("star")
     succeeded(execute(folder, "star_mrt.py", *TOY, "--out", "run"))
     return folder / "run"
@@ -144,27 +152,27 @@ def test_two_iterations_of_both_filters_from_the_same_samples(straight):
         line = summary["kept"][name][0]
         assert line["traces"] == len(kept) and line["tokens"] == sum(k["tokens"] for k in kept)
         assert line["sampled_traces"] == 16 and not (straight / name / "samples_1.jsonl").exists()
-        base, first, second = (common.load_model(str(f), "cpu").state_dict() for f in
+        base, first, second = (models.load_model(str(f), "cpu").state_dict() for f in
                                ("tiny", straight / name / "model_1", straight / name / "model_2"))  # fmt: skip
         weight = "model.norm.weight"
         assert not torch.equal(base[weight], first[weight]) and not torch.equal(first[weight], second[weight])
     assert (straight / "star.png").stat().st_size > 5000
-    expected = np.mean([s["right"] for r in jsonl(straight / "base.jsonl") for s in r["samples"]])
+    expected = np.mean([r["reward"] for r in jsonl(straight / "base.jsonl")])
     assert summary["models"]["base"]["right"]["mean"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("file, lines", [("samples_1.jsonl", 4), ("outcome/tuning_1/metrics.jsonl", 3),
                                          ("mrt/samples_2.jsonl", 4)])  # fmt: skip
-def test_a_killed_run_resumes_to_the_same_models(tmp_path, start, execute, straight, file, lines):  # noqa: F811
+def test_a_killed_run_resumes_to_the_same_models(tmp_path, start, execute, straight, file, lines):
     flags = [*TOY, "--out", "run"]
     kill_at_line(start(tmp_path, "star_mrt.py", *flags), tmp_path / "run" / file, lines)
     succeeded(execute(tmp_path, "star_mrt.py", *flags, "--resume"))
-    for name in ("summary.json", "summary.md", "samples_1.jsonl", "mrt/samples_2.jsonl", "mrt/selected_2.jsonl",
-                 "mrt/model_2/model.safetensors", "outcome/model_2/model.safetensors"):  # fmt: skip
-        assert (tmp_path / "run" / name).read_bytes() == (straight / name).read_bytes(), name
+    files = ["summary.json", "summary.md", "samples_1.jsonl", "mrt/samples_2.jsonl", "mrt/selected_2.jsonl"]
+    files += ["mrt/model_2/model.safetensors", "outcome/model_2/model.safetensors"]
+    assert_same_bits(tmp_path / "run", straight, files)
 
 
-def test_a_filter_that_keeps_nothing_says_so_and_exits_with_3(tmp_path, execute):  # noqa: F811
+def test_a_filter_that_keeps_nothing_says_so_and_exits_with_3(tmp_path, execute):
     done = execute(tmp_path, "star_mrt.py", *TOY, "--filter", "outcome", "--max-tokens", 6, "--out", "run")
     assert done.returncode == 3 and "the filter outcome kept no trace in iteration 1" in done.stdout
-    assert len(jsonl(tmp_path / "run/samples_1.jsonl")) == 8 and not (tmp_path / "run/outcome/model_1").exists()
+    assert len(jsonl(tmp_path / "run/samples_1.jsonl")) == 16 and not (tmp_path / "run/outcome/model_1").exists()

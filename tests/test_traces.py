@@ -31,7 +31,8 @@ def completion_of(tokenizer, text, finish="stop"):
 
 def trace_of(tokenizer, text, finish="stop", max_episodes=32, gold="7"):
     problem = {"problem": "p", "answer": gold, "id": "1"}
-    return read_trace(tokenizer, problem, [1, 2], completion_of(tokenizer, text, finish), Segmentation(max_episodes=max_episodes))
+    how = Segmentation(max_episodes=max_episodes)
+    return read_trace(tokenizer, problem, [1, 2], completion_of(tokenizer, text, finish), how)
 
 
 def text_between(trace, start, end):
@@ -112,7 +113,8 @@ def test_j_is_one_where_the_prefix_holds_the_answer_and_small_where_it_does_not(
     miss = [y for y in range(1, 31) if y != int(x)][:3]
     thought = "Okay, " + "".join(line(y, int(b), target) for y in miss)
     thought += "Wait, " + line(int(x), int(b), target)
-    trace = read_trace(tokenizer, problem, prompt, completion_of(tokenizer, thought, "length"), Segmentation(max_episodes=8))
+    completion = completion_of(tokenizer, thought, "length")
+    trace = read_trace(tokenizer, problem, prompt, completion, Segmentation(max_episodes=8))
     for estimate in (
         lambda: sampled_success_rates(sampler, [trace], 16, 8, 1.0, 1.0, (0,)),
         lambda: likelihood_success_rates(sampler, [trace]),
