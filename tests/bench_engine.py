@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common
-from plumbing import hf_engine as sampling
-from common import Sampler, TransformersEngine, VllmEngine
+from plumbing import data, models, runs
+from plumbing.hf_engine import TransformersEngine
+from plumbing.sampler import Sampler
+from plumbing.vllm_engine import VllmEngine, vllm_or_why_not
 
 
 def plain_generate(model, tokenizer, prompts, max_tokens) -> int:
@@ -27,7 +28,7 @@ def plain_generate(model, tokenizer, prompts, max_tokens) -> int:
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    stop = sampling.stop_token_ids(tokenizer, model.generation_config)
+    stop = models.stop_token_ids(tokenizer, model.generation_config)
     settings = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=stop, pad_token_id=stop[0])
     with torch.inference_mode():
         out = model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, **settings)[:, width:]
@@ -41,21 +42,23 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 256])
     args = parser.parse_args()
-    tokenizer, model = common.load_tokenizer(args.model), common.load_model(args.model, "cpu")
-    problems = common.load_problems("tiny", "train", max(args.sizes))
+    tokenizer, model = models.load_tokenizer(args.model), models.load_model(args.model, "cpu")
+    problems = data.load_problems("tiny", "train", max(args.sizes))
     lines = "Okay, try x = 8: 8² ≡ 3, + 17 ≡ 20 vs 5: no.\n\n" * 200
-    more = common.encode(tokenizer, lines)
-    prompts = [common.prompt_ids(tokenizer, p["problem"]) + more[: 7 * i % 150] for i, p in enumerate(problems)]
+    more = models.encode(tokenizer, lines)
+    prompts = [models.prompt_ids(tokenizer, p["problem"]) + more[: 7 * i % 150] for i, p in enumerate(problems)]
     samplers = {"our transformers engine": Sampler(TransformersEngine(model), tokenizer)}
-    works, why_not = sampling.vllm_or_why_not()
+    works, why_not = vllm_or_why_not()
     if works:
         longest = max(len(more) + 100, max(map(len, prompts)) + args.max_tokens)
-        path = common.resolve_model(args.model)
+        path = runs.resolve_model(args.model)
         samplers[works] = Sampler(VllmEngine(path, torch.float32, longest), tokenizer)
     else:
         print(why_not)
-    print(f"{args.model}, prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, at most "
-          f"{args.max_tokens} sampled\n")  # fmt: skip
+    print(
+        f"{args.model}, prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, at most "
+        f"{args.max_tokens} sampled\n"
+    )
     print(f"{'tokens/s':32s}" + "".join(f"{size:>8d}" for size in args.sizes))
     speeds = {"transformers generate": []}
     for size in args.sizes:
@@ -72,7 +75,7 @@ def main() -> None:
     ratios = [a / b for a, b in zip(speeds["our transformers engine"], speeds["transformers generate"])]
     print(f"{'ours / transformers generate':32s}" + "".join(f"{r:8.1f}" for r in ratios))
 
-    trace = common.prompt_ids(tokenizer, problems[0]["problem"]) + more
+    trace = models.prompt_ids(tokenizer, problems[0]["problem"]) + more
     asked = [trace[:end] for end in range(100, len(trace), 100)]
     print(f"\n4 forced answers at {len(asked)} boundaries of a trace of {len(trace)} tokens:")
     for name, sampler in samplers.items():

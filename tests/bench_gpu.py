@@ -20,14 +20,31 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common
 import rl_mrt
-from common import Completion, Trace
+from common import Trace
+from plumbing import models, runs, training
+from plumbing.models import Completion
 
-SHAPE = dict(vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-             num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768)  # fmt: skip
-TOY = dict(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-           num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768)  # fmt: skip
+SHAPE = dict(
+    vocab_size=151_936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+    max_position_embeddings=32_768,
+)
+TOY = dict(
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+    max_position_embeddings=32_768,
+)
 
 
 def traces_of(model, count: int, length: int, dtype) -> list[list[Trace]]:
@@ -39,8 +56,8 @@ def traces_of(model, count: int, length: int, dtype) -> list[list[Trace]]:
             ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
             where = torch.ones_like(ids, dtype=torch.bool)
             where[:, :64] = False
-            with torch.no_grad(), common.autocast(dtype):
-                logprobs, _ = common.token_logprobs(model, ids, where)
+            with torch.no_grad(), models.autocast(dtype):
+                logprobs, _ = models.token_logprobs(model, ids, where)
             ids = ids[0].tolist()
             completion = Completion(ids[64:], logprobs.tolist(), "length")
             group.append(Trace({"id": str(place), "place": place}, ids[:64], completion, [0], False, None))
@@ -57,24 +74,34 @@ def main() -> None:
     args = parser.parse_args()
     length = 512 if args.toy else args.tokens
     if not args.toy and not torch.cuda.is_available():
-        common.fail("no GPU here; --toy shows the same at toy size")
-    device, dtype = common.pick_device(), common.pick_dtype("auto")
+        runs.fail("no GPU here; --toy shows the same at toy size")
+    device, dtype = models.pick_device(), models.pick_dtype("auto")
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**(TOY if args.toy else SHAPE))).to(device)
     model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     groups = traces_of(model, args.sequences, length, dtype)
     rng = np.random.default_rng(0)
-    advantages = [[rng.normal(size=len(t.completion.token_ids)).tolist() for t in group] for group in groups]
-    settings = SimpleNamespace(updates_per_batch=1, problems_per_step=len(groups), group_size=2, temperature=1,
-                               clip=0.2, kl=0.0, is_cap=2.0, max_grad_norm=1, max_tokens_per_batch=length)  # fmt: skip
+    advantages = [[rng.normal(size=len(t.completion.token_ids)) for t in group] for group in groups]
+    settings = SimpleNamespace(
+        updates_per_batch=1,
+        problems_per_step=len(groups),
+        group_size=2,
+        temperature=1,
+        clip=0.2,
+        kl=0.0,
+        is_cap=2.0,
+        max_grad_norm=1,
+        max_tokens_per_batch=length,
+        dtype="auto",
+    )
     model.train()
     for name in ("first (with AdamW's moments to make)", "second"):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         began = time.perf_counter()
-        metrics = rl_mrt.update(settings, model, None, optimizer, groups, advantages, dtype)
+        metrics = rl_mrt.update(settings, model, None, optimizer, groups, advantages)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
@@ -84,12 +111,14 @@ def main() -> None:
         flops = tokens * (8 * parameters + attention)
         peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak, " if device == "cuda" else ""
         speed = flops / seconds / 1e12
-        print(f"{common.device_name()}: {name} update of {args.sequences} × {length:,} tokens:")
-        print(f"  {parameters / 1e6:,.0f}M parameters, {peak}{tokens / seconds:,.0f} tokens/s, {speed:.1f} TFLOP/s = "
-              f"{speed / args.peak_tflops:.0%} of the peak, sampler gap {metrics['sampler_gap_mean']:.1e}")  # fmt: skip
+        print(f"{runs.device_name()}: {name} update of {args.sequences} × {length:,} tokens:")
+        print(
+            f"  {parameters / 1e6:,.0f}M parameters, {peak}{tokens / seconds:,.0f} tokens/s, {speed:.1f} TFLOP/s = "
+            f"{speed / args.peak_tflops:.0%} of the peak, sampler gap {metrics['sampler_gap_mean']:.1e}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        common.save_model(Path(folder) / "model", model, common.load_tokenizer("tiny"))
+        training.save_model(Path(folder) / "model", model, models.load_tokenizer("tiny"))
         print(f"saved in {time.perf_counter() - began:.1f} s")
 
 

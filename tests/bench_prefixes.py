@@ -15,8 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-from plumbing import hf_engine as sampling
-from common import ForcedAnswers, Sampler, TransformersEngine
+from plumbing import data, models
+from plumbing.hf_engine import TransformersEngine
+from plumbing.sampler import Sampler
 
 
 def main() -> None:
@@ -25,26 +26,26 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=64)
     parser.add_argument("--lines", type=int, default=60, help="lines of a trace; an episode has three")
     args = parser.parse_args()
-    tokenizer, model = common.load_tokenizer(args.model), common.load_model(args.model, "cpu")
+    tokenizer, model = models.load_tokenizer(args.model), models.load_model(args.model, "cpu")
     sampler = Sampler(TransformersEngine(model), tokenizer)
     traces = []
-    for i, problem in enumerate(common.load_problems("tiny", "train", args.traces)):
+    for i, problem in enumerate(data.load_problems("tiny", "train", args.traces)):
         lines = [f"try x = {(7 * i + n) % 30}: {n}² ≡ 3, + 17 ≡ 20 vs 5: no.\n\n" for n in range(args.lines + i % 10)]
         text = "".join(("Wait, " if n % 3 == 0 else "") + line for n, line in enumerate(lines))
-        ids = common.encode(tokenizer, text)
-        completion = common.Completion(ids, [], "length", *common.text_and_offsets(tokenizer, ids))
-        prompt = common.prompt_ids(tokenizer, problem["problem"])
+        ids = models.encode(tokenizer, text)
+        completion = models.Completion(ids, [], "length", *models.text_and_offsets(tokenizer, ids))
+        prompt = models.prompt_ids(tokenizer, problem["problem"])
         traces.append(common.read_trace(tokenizer, problem, prompt, completion))
     asked = [[common.forced_prompt(tokenizer, t, b) for b in t.boundaries] for t in traces]
     requested = sum(len(prompt) for row in asked for prompt in row)
     print(f"{len(traces)} traces, {sum(map(len, asked))} boundaries, {requested:,} prompt tokens, 4 answers each")
 
     began = time.perf_counter()
-    common.success_rates(sampler, traces, ForcedAnswers("sampled", 4, 8, 1.0), (0,))
+    common.sampled_success_rates(sampler, traces, 4, 8, 1.0, 1.0, (0,))
     shared, computed = time.perf_counter() - began, sampler.computed_tokens - sampler.sampled_tokens
     print(f"shared prefixes, one call   {computed:10,} prompt tokens computed {shared:8.1f} s")
 
-    stop = sampling.stop_token_ids(tokenizer, model.generation_config)
+    stop = models.stop_token_ids(tokenizer, model.generation_config)
     settings = dict(do_sample=True, top_k=0, num_return_sequences=4, eos_token_id=stop, pad_token_id=stop[0])
     began, computed = time.perf_counter(), 0
     for row in asked:

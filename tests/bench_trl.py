@@ -41,14 +41,30 @@ def trl_steps(steps: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=PROBLEMS * GROUP, num_generations=GROUP,
-            max_completion_length=TOKENS, temperature=1.0, top_k=0, top_p=1.0, beta=0.0, learning_rate=5e-4, bf16=False,
-            gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, seed=0,
-        )  # fmt: skip
-        data = Dataset.from_list([{"prompt": [{"role": "user", "content": r["problem"]}], "answer": r["answer"]}
-                                  for r in rows])  # fmt: skip
-        trainer = GRPOTrainer(model=str(ROOT / "tiny"), reward_funcs=reward, args=config, train_dataset=data,
-                              callbacks=[Clock()])  # fmt: skip
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=PROBLEMS * GROUP,
+            num_generations=GROUP,
+            max_completion_length=TOKENS,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            beta=0.0,
+            learning_rate=5e-4,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            seed=0,
+        )
+        data = Dataset.from_list(
+            [{"prompt": [{"role": "user", "content": r["problem"]}], "answer": r["answer"]} for r in rows]
+        )
+        trainer = GRPOTrainer(
+            model=str(ROOT / "tiny"), reward_funcs=reward, args=config, train_dataset=data, callbacks=[Clock()]
+        )
         trainer.train()
     tokens = sum(lengths[1:]) * PROBLEMS * GROUP
     print(json.dumps({"tokens": tokens, "seconds": marks[-1] - marks[0], "steps": steps - 1}))
@@ -56,9 +72,27 @@ def trl_steps(steps: int) -> None:
 
 def our_steps(steps: int, *flags: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "rl_mrt.py", "--steps", steps, "--eval-every", 0, "--problems-per-step",
-                   PROBLEMS, "--group-size", GROUP, "--max-tokens", TOKENS, "--checkpoint-every", 10**6, "--engine",
-                   "transformers", "--out", f"{folder}/run", *flags]  # fmt: skip
+        command = [
+            sys.executable,
+            ROOT / "rl_mrt.py",
+            "--steps",
+            steps,
+            "--eval-every",
+            0,
+            "--problems-per-step",
+            PROBLEMS,
+            "--group-size",
+            GROUP,
+            "--max-tokens",
+            TOKENS,
+            "--checkpoint-every",
+            10**6,
+            "--engine",
+            "transformers",
+            "--out",
+            f"{folder}/run",
+            *flags,
+        ]
         subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
     return {
@@ -83,23 +117,30 @@ def main() -> None:
     print(f"ours --bonus 0   {ours['tokens']:9,.0f} tokens trained  {ours['seconds']:6.1f} s  {speed:8,.0f} tokens/s")
     if args.trl_python:
         sys.path.insert(0, str(ROOT))
-        import common
+        from plumbing import data, runs
 
-        rows = "".join(common.json_line(p) for p in common.load_problems("tiny", "train"))
+        rows = "".join(runs.json_line(p) for p in data.load_problems("tiny", "train"))
         command = [args.trl_python, __file__, "--as-trl", "--steps", str(args.steps)]
         done = subprocess.run(command, input=rows, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
         theirs = json.loads(done.stdout.splitlines()[-1])
         other = theirs["tokens"] / theirs["seconds"]
-        print(f"TRL GRPOTrainer  {theirs['tokens']:9,.0f} tokens trained  {theirs['seconds']:6.1f} s  {other:8,.0f} "
-              f"tokens/s: ours is {speed / other:.1f} times as fast")  # fmt: skip
-    for name, flags in (("prefix", ["--variant", "prefix"]), ("online, 4 sampled", ["--variant", "online"]),
-                        ("online, likelihood", ["--variant", "online", "--progress", "likelihood"])):  # fmt: skip
+        print(
+            f"TRL GRPOTrainer  {theirs['tokens']:9,.0f} tokens trained  {theirs['seconds']:6.1f} s  {other:8,.0f} "
+            f"tokens/s: ours is {speed / other:.1f} times as fast"
+        )
+    for name, flags in (
+        ("prefix", ["--variant", "prefix"]),
+        ("online, 4 sampled", ["--variant", "online"]),
+        ("online, likelihood", ["--variant", "online", "--progress", "likelihood"]),
+    ):
         of = our_steps(args.steps, "--bonus", "1", *flags)
         per = [of[k] / of["tokens"] / (ours[k] / ours["tokens"]) for k in ("sampled", "computed", "seconds")]
-        print(f"--bonus 1, {name:20s} a trained token costs, against --bonus 0: {per[0]:.2f} × sampled, "
-              f"{per[1]:.2f} × computed, {per[2]:.2f} × seconds")  # fmt: skip
+        print(
+            f"--bonus 1, {name:20s} a trained token costs, against --bonus 0: {per[0]:.2f} × sampled, "
+            f"{per[1]:.2f} × computed, {per[2]:.2f} × seconds"
+        )
 
 
 if __name__ == "__main__":

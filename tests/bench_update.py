@@ -23,8 +23,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def one(variant: str, tokens: int) -> dict:
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=151_936, hidden_size=256, intermediate_size=1024, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+    config = Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
     model = Qwen2ForCausalLM(config)
     ids = torch.randint(0, 151_936, (max(1, tokens // 1024), 1024 + 1))
     where = torch.ones_like(ids, dtype=torch.bool)
@@ -34,11 +41,11 @@ def one(variant: str, tokens: int) -> dict:
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     if variant == "ours":
         sys.path.insert(0, str(ROOT))
-        import common
+        from plumbing import models
 
         began = time.perf_counter()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        logprobs, _ = common.token_logprobs(model, ids, where)
+        logprobs, _ = models.token_logprobs(model, ids, where)
     else:
         logits = model(ids).logits[:, :-1]
         if variant == "trl":
@@ -76,8 +83,11 @@ def main() -> None:
         of = results[variant] = json.loads(done.stdout.splitlines()[-1])
         shares = [of[name] / results["plain"][name] if "plain" in results else None for name in ("peak_mib", "seconds")]
         told = "" if None in shares else f"   {shares[0]:.2f} of plain's memory, {shares[1]:.2f} of its time"
-        print(f"{variant:6s} peak {of['peak_mib']:8,.0f} MiB  {of['seconds']:6.1f} s  "
-              f"gradient norm {of['gradient_norm']:.6f}{told}", flush=True)  # fmt: skip
+        print(
+            f"{variant:6s} peak {of['peak_mib']:8,.0f} MiB  {of['seconds']:6.1f} s  "
+            f"gradient norm {of['gradient_norm']:.6f}{told}",
+            flush=True,
+        )
     a, b = results["ours"], results["plain"]
     print(f"ours / plain: memory {a['peak_mib'] / b['peak_mib']:.2f}, time {a['seconds'] / b['seconds']:.2f}")
 

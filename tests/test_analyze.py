@@ -218,7 +218,9 @@ def test_a_given_trace_has_a_boundary_at_every_official_episode(tokenizer):
         flags = ("--max-steps", row["max_steps"], "--episodes-per-point", row["group_size"])
         trace = given(tokenizer, text + "</think>", *map(str, flags))
         starts = [trace.completion.offsets[b] for b in trace.boundaries]
-        spans = common.episode_spans(trace.prefix(trace.boundaries[-1]), Segmentation(row["max_steps"], row["group_size"]))
+        spans = common.episode_spans(
+            trace.prefix(trace.boundaries[-1]), Segmentation(row["max_steps"], row["group_size"])
+        )
         assert len(spans) == row["n_merged"]
         for (start, _), at in zip(spans, starts):
             assert 0 <= at - start < 12  # the first token that starts in the episode
@@ -250,10 +252,21 @@ def test_a_hostile_trace_is_text_in_a_real_browser(tmp_path):
     long["forced"][0][0] |= {"text": hostile, "boxed": hostile}
     (record,) = problem(0, long)
     page = report.write_page([{**record, "problem": hostile}], tmp_path / "trace.html")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic",
-               "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               f"--user-data-dir={tmp_path}/user", "--enable-logging=stderr", "--dump-dom",
-               f"file://{page}"]  # fmt: skip
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-quic",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path}/user",
+        "--enable-logging=stderr",
+        "--dump-dom",
+        f"file://{page}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     shown = done.stdout

@@ -224,7 +224,9 @@ def test_a_prompt_longer_than_the_context_is_named(capsys, monkeypatch, tmp_path
 
 
 def test_the_budget_counts_towards_the_context(capsys, monkeypatch, tmp_path):
-    main = main_with(monkeypatch, rl_mrt, *"--limit 1 --max-tokens 4090 --eval-every 0".split(), "--out", tmp_path / "out")
+    main = main_with(
+        monkeypatch, rl_mrt, *"--limit 1 --max-tokens 4090 --eval-every 0".split(), "--out", tmp_path / "out"
+    )
     assert "tiny-train-" in refusal(capsys, main)
     assert not (tmp_path / "out").exists()
 
@@ -294,9 +296,10 @@ def test_settings_that_look_odd_but_are_sound():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--top-p", "0"], ["--top-p", "1.5"], ["--top-p", "nan"], ["--k", "1,two"], ["--budgets", "0"]],
+    "argv",
+    [["--top-p", "0"], ["--top-p", "1.5"], ["--top-p", "nan"], ["--k", "1,two"], ["--budgets", "0"]],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_settings_of_an_evaluation_that_make_no_sense(capsys, argv):
     assert argv[0] in refusal(capsys, evaluate.flags, argv)
 
@@ -423,9 +426,21 @@ def test_config_files_that_cannot_be_read(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["bonus: high", "bonus: -1", "bonus: .nan", "max-tokens: 0", "max-tokens: [1, 2]", "steps: true", "lr: {a: 1}",
-     "variant: suffix", "dtype: float16", "no-std: maybe", "overwrite: 'false'", "resume: 2"],
-)  # fmt: skip
+    [
+        "bonus: high",
+        "bonus: -1",
+        "bonus: .nan",
+        "max-tokens: 0",
+        "max-tokens: [1, 2]",
+        "steps: true",
+        "lr: {a: 1}",
+        "variant: suffix",
+        "dtype: float16",
+        "no-std: maybe",
+        "overwrite: 'false'",
+        "resume: 2",
+    ],
+)
 def test_config_values_of_the_wrong_type(capsys, tmp_path, text):
     """Judged as the flag's own value would be: its type, its choices, and true or false for a switch."""
     file = write(tmp_path / "c.yaml", text + "\n")
@@ -469,8 +484,11 @@ def test_comparing_what_is_no_evaluation(capsys, monkeypatch, tmp_path):
         assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("script, settings", [(evaluate, {"top_p": 1.0}), (budget_force, {"extension_tokens": 8})],
-                         ids=["evaluate", "budget_force"])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, settings",
+    [(evaluate, {"top_p": 1.0}), (budget_force, {"extension_tokens": 8})],
+    ids=["evaluate", "budget_force"],
+)
 def test_records_of_an_earlier_version_are_refused(capsys, monkeypatch, tmp_path, script, settings):
     """One line a problem with its samples in a list, as it was once written."""
     run = a_run(tmp_path / "run", f"{script.__name__}.py", **settings)

@@ -172,9 +172,16 @@ def test_a_stop_token_ends_a_completion_and_belongs_to_it(watched, tokenizer, pr
 def test_the_curve_joins_cuts_or_episodes_and_extensions():
     cut = {"thought_tokens": 10, "answer_tokens": 2.0, "J": 0.25, "cut": True}
     free = {"thought_tokens": 30, "answer_tokens": 3.0, "J": 1.0, "cut": False}
-    sample = {"boundaries": [0, 30], "J": [], "answer_tokens": [], "exploit": {"10": cut, "40": free},
-              "extrapolate": {"0": {"thought_tokens": 30, "answer_tokens": 3.0, "J": 0.5},
-                              "2": {"thought_tokens": 50, "answer_tokens": 3.0, "J": 0.75}}}  # fmt: skip
+    sample = {
+        "boundaries": [0, 30],
+        "J": [],
+        "answer_tokens": [],
+        "exploit": {"10": cut, "40": free},
+        "extrapolate": {
+            "0": {"thought_tokens": 30, "answer_tokens": 3.0, "J": 0.5},
+            "2": {"thought_tokens": 50, "answer_tokens": 3.0, "J": 0.75},
+        },
+    }
     assert budget_force.curve(sample) == ([12.0, 33.0, 53.0], [0.25, 0.5, 0.75])
     tokens, values = budget_force.curve({**sample, "J": [0.0, 0.5], "answer_tokens": [2.0, 3.0]})
     assert (tokens, values) == ([2.0, 33.0, 33.0, 53.0], [0.0, 0.5, 0.5, 0.75])
@@ -206,6 +213,16 @@ def test_the_thoughts_of_one_model_are_not_given_to_several(capsys, monkeypatch,
 
 
 def test_thoughts_must_be_an_analysis_of_the_same_model(capsys, monkeypatch, tmp_path):
-    main = main_with(monkeypatch, budget_force, "--thoughts", tmp_path, "--model", "tiny", "--out", tmp_path / "run",
-                     "--engine", "transformers")  # fmt: skip
+    main = main_with(
+        monkeypatch,
+        budget_force,
+        "--thoughts",
+        tmp_path,
+        "--model",
+        "tiny",
+        "--out",
+        tmp_path / "run",
+        "--engine",
+        "transformers",
+    )
     assert "--thoughts" in refusal(capsys, main)

@@ -8,7 +8,6 @@ import pytest
 
 import evaluate
 from evaluate import token_ratio
-from plumbing import report
 from plumbing.report import tokens_to_reach
 
 

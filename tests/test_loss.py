@@ -102,9 +102,14 @@ def test_rule_6_k3_estimates_kl_policy_to_reference_and_its_gradient_is_the_othe
     ref = torch.tensor([0.9, 0.2, -0.4, 0.0], dtype=torch.float64).log_softmax(-1)
     logp = logits.log_softmax(-1)
     weights = logp.exp().detach()  # the expectation over samples of the policy, exactly
-    values = torch.stack([grpo_loss(lp[None], lp[None].detach(), torch.zeros(1, dtype=torch.float64), 1,
-                                    ref_logprobs=r[None], kl=1.0)[0]
-                          for lp, r in zip(logp, ref)])  # fmt: skip
+    values = torch.stack(
+        [
+            grpo_loss(
+                lp[None], lp[None].detach(), torch.zeros(1, dtype=torch.float64), 1, ref_logprobs=r[None], kl=1.0
+            )[0]
+            for lp, r in zip(logp, ref)
+        ]
+    )
     expected = (weights * values).sum()
     assert expected.item() == pytest.approx(float((weights * (logp - ref).detach()).sum()))  # KL(π‖ref)
     (grad,) = torch.autograd.grad(expected, logits, retain_graph=True)
@@ -206,7 +211,11 @@ def test_rules_11_and_12_the_sampled_ids_are_the_trained_ids_and_a_chosen_end_of
     def forbidden(*args, **kwargs):
         raise AssertionError("text was tokenized between sampling and loss")
 
-    traces = [common.read_trace(tokenizer, p, q, c, Segmentation(max_episodes=8)) for p, q, row in zip(problems, prompts, rows) for c in row]
+    traces = [
+        common.read_trace(tokenizer, p, q, c, Segmentation(max_episodes=8))
+        for p, q, row in zip(problems, prompts, rows)
+        for c in row
+    ]
     monkeypatch.setattr(models, "_encode", forbidden)  # under every name it is imported by
     examples = [(t.prompt + t.completion.token_ids, len(t.prompt), [0.0] * len(t.completion.token_ids)) for t in traces]
     seen = 0

@@ -37,8 +37,16 @@ FLAGS += (
 
 
 def torchrun(folder: Path, count: int, *flags, script: str = "rl_mrt.py") -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
-               ROOT / script, *(FLAGS.split() if script == "rl_mrt.py" else ()), *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={count}",
+        ROOT / script,
+        *(FLAGS.split() if script == "rl_mrt.py" else ()),
+        *flags,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = (folder / "out.txt").open("w")
     return subprocess.Popen([*map(str, command)], cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)

@@ -56,8 +56,7 @@ def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method
     if method == "grpo":  # as a user starts it
         command = [sys.executable, str(ROOT / "rl_mrt.py"), *map(str, flags)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment,
-                              timeout=PATIENCE)  # fmt: skip
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     else:
         done = execute(tmp_path, "rl_mrt.py", *flags)
     printed, run = succeeded(done), tmp_path / "run"
@@ -374,8 +373,10 @@ def test_budget_forcing_goes_on_from_the_thoughts_of_an_analysis(tmp_path, execu
     shutil.copytree(straight_analysis, tmp_path / "analysis")
     flags = (*BUDGET, "--max-tokens", 31, "--out", "run")
     succeeded(execute(tmp_path, "budget_force.py", "--thoughts", "analysis", *flags))
-    limits = [json.loads((tmp_path / run / "config.json").read_text())["settings"]["max_tokens"]
-              for run in ("run", "analysis")]  # fmt: skip
+    limits = [
+        json.loads((tmp_path / run / "config.json").read_text())["settings"]["max_tokens"]
+        for run in ("run", "analysis")
+    ]
     assert limits[0] == limits[1] > 31  # the training budget is the limit that the thoughts had
     ours, theirs = jsonl(tmp_path / "run/records.jsonl"), jsonl(tmp_path / "analysis/records.jsonl")
     for name in ("id", "sample", "J", "forced", "token_ids", "answer", "boxed"):

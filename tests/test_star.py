@@ -152,8 +152,10 @@ def test_two_iterations_of_both_filters_from_the_same_samples(straight):
         line = summary["kept"][name][0]
         assert line["traces"] == len(kept) and line["tokens"] == sum(k["tokens"] for k in kept)
         assert line["sampled_traces"] == 16 and not (straight / name / "samples_1.jsonl").exists()
-        base, first, second = (models.load_model(str(f), "cpu").state_dict() for f in
-                               ("tiny", straight / name / "model_1", straight / name / "model_2"))  # fmt: skip
+        base, first, second = (
+            models.load_model(str(f), "cpu").state_dict()
+            for f in ("tiny", straight / name / "model_1", straight / name / "model_2")
+        )
         weight = "model.norm.weight"
         assert not torch.equal(base[weight], first[weight]) and not torch.equal(first[weight], second[weight])
     assert (straight / "star.png").stat().st_size > 5000
@@ -161,8 +163,9 @@ def test_two_iterations_of_both_filters_from_the_same_samples(straight):
     assert summary["models"]["base"]["right"]["mean"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("file, lines", [("samples_1.jsonl", 4), ("outcome/tuning_1/metrics.jsonl", 3),
-                                         ("mrt/samples_2.jsonl", 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, lines", [("samples_1.jsonl", 4), ("outcome/tuning_1/metrics.jsonl", 3), ("mrt/samples_2.jsonl", 4)]
+)
 def test_a_killed_run_resumes_to_the_same_models(tmp_path, start, execute, straight, file, lines):
     flags = [*TOY, "--out", "run"]
     kill_at_line(start(tmp_path, "star_mrt.py", *flags), tmp_path / "run" / file, lines)

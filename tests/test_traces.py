@@ -60,8 +60,9 @@ def test_every_sampled_trace_splits_as_its_text_does(tokenizer, sampler, problem
 
 
 def test_long_thoughts_are_joined_to_at_most_so_many_episodes(tokenizer):
-    thought = "".join("Wait, maybe there is no such x at all.\n\n" + "the problem says that there is one.\n\n" * 2
-                      for _ in range(11))  # fmt: skip
+    thought = "".join(
+        "Wait, maybe there is no such x at all.\n\n" + "the problem says that there is one.\n\n" * 2 for _ in range(11)
+    )
     for most in (1, 3, 4, 11, 20):
         trace = trace_of(tokenizer, thought, "length", most)
         assert len(trace.boundaries) - 1 <= most

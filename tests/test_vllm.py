@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-import common
-from plumbing import vllm_engine as sampling
-from common import Sampler, TransformersEngine, VllmEngine
+from plumbing import models
+from plumbing.hf_engine import TransformersEngine
+from plumbing.sampler import Sampler, pick_engine
+from plumbing.vllm_engine import VllmEngine, vllm_or_why_not
 
 ROOT = Path(__file__).resolve().parents[1]
-works, why_not = sampling.vllm_or_why_not()
+works, why_not = vllm_or_why_not()
 needs_vllm = pytest.mark.skipif(works is None, reason=why_not)
 SMOLLM2 = Path(os.environ.get("MRT_SMOLLM2", Path.home() / ".cache/mrt/smollm2"))  # 135M parameters, where at hand
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -63,8 +64,8 @@ def gap(samplers, prompts, temperature=1.0, max_tokens=60) -> float:
             ids = torch.tensor([prompt + c.token_ids])
             where = torch.zeros_like(ids, dtype=torch.bool)
             where[0, len(prompt) :] = True
-            with torch.no_grad(), sampling.autocast(scored.engine.dtype):
-                logprobs, _ = common.token_logprobs(model, ids, where, temperature)
+            with torch.no_grad(), models.autocast(scored.engine.dtype):
+                logprobs, _ = models.token_logprobs(model, ids, where, temperature)
             worst = max(worst, float((logprobs - torch.tensor(c.logprobs)).abs().max()))
     return worst
 
@@ -83,8 +84,8 @@ def train_a_little(model, prompts, steps=3, lr=1e-3):
 def long_prompts(tokenizer, prompts):
     """One prefix of over 100 tokens, several ends."""
     lines = "".join(f"Okay, try x = {i}: {i}² ≡ 3, + 17 ≡ 20 vs 5: no.\n\n" for i in range(1, 9))
-    prefix = prompts[0] + common.encode(tokenizer, lines)
-    return [prefix + common.encode(tokenizer, end) for end in ("", "Wait,", "Alternatively,", "But hold on,")]
+    prefix = prompts[0] + models.encode(tokenizer, lines)
+    return [prefix + models.encode(tokenizer, end) for end in ("", "Wait,", "Alternatively,", "But hold on,")]
 
 
 @needs_vllm
@@ -178,7 +179,7 @@ def test_many_prompts_with_seeds_fill_the_token_limit_of_a_step(pair, long_promp
 def test_prefixes_are_computed_once(pair, tokenizer, prompts):
     """Forced answers at the boundaries of a trace: all but the last block of each prefix comes from the cache."""
     drawn, _ = pair
-    trace = (prompts[1] + common.encode(tokenizer, "Wait, check x = 3: 3² ≡ 9, + 27 ≡ 36 vs 30: no.\n\n") * 30)[:390]
+    trace = (prompts[1] + models.encode(tokenizer, "Wait, check x = 3: 3² ≡ 9, + 27 ≡ 36 vs 30: no.\n\n") * 30)[:390]
     asked = [trace[:end] for end in range(60, 390, 10)]
     before = drawn.computed_tokens - drawn.sampled_tokens
     drawn.generate(asked, 1, keys(asked), n=4)
@@ -190,10 +191,10 @@ def test_prefixes_are_computed_once(pair, tokenizer, prompts):
 @needs_vllm
 @pytest.mark.skipif(not (SMOLLM2 / "config.json").exists(), reason="the 135M model is not there")
 def test_a_real_model_gives_the_same_greedy_tokens_and_log_probs():
-    tokenizer, model = common.load_tokenizer(str(SMOLLM2)), common.load_model(str(SMOLLM2), "cpu")
+    tokenizer, model = models.load_tokenizer(str(SMOLLM2)), models.load_model(str(SMOLLM2), "cpu")
     engine = VllmEngine(str(SMOLLM2), FP32, 400, model)
     samplers = Sampler(engine, tokenizer), Sampler(TransformersEngine(model), tokenizer)
-    prompts = [common.prompt_ids(tokenizer, q) for q in ("What is 7 · 8?", "Name three prime numbers above 10.")]
+    prompts = [models.prompt_ids(tokenizer, q) for q in ("What is 7 · 8?", "Name three prime numbers above 10.")]
     ours, theirs = (s.generate(prompts, 40, keys(prompts), temperature=0) for s in samplers)
     assert [c.token_ids for (c,) in ours] == [c.token_ids for (c,) in theirs]
     assert gap(samplers, prompts, max_tokens=30) < 1e-4
@@ -256,30 +257,78 @@ def run(folder: Path, *command) -> subprocess.CompletedProcess:
 
 @needs_vllm
 def test_training_with_vllm_resumes_and_its_log_probs_stay_the_trainers(tmp_path):
-    flags = ("--engine", "vllm", "--bonus", "1", "--variant", "online", "--problems-per-step", "4", "--group-size", "4",
-             "--max-tokens", "128", "--eval-every", "2", "--eval-problems", "8", "--checkpoint-every", "1",
-             "--keep", "9", "--steps", "3", "--lr", "1e-3", "--out", "r")  # fmt: skip
+    flags = (
+        "--engine",
+        "vllm",
+        "--bonus",
+        "1",
+        "--variant",
+        "online",
+        "--problems-per-step",
+        "4",
+        "--group-size",
+        "4",
+        "--max-tokens",
+        "128",
+        "--eval-every",
+        "2",
+        "--eval-problems",
+        "8",
+        "--checkpoint-every",
+        "1",
+        "--keep",
+        "9",
+        "--steps",
+        "3",
+        "--lr",
+        "1e-3",
+        "--out",
+        "r",
+    )
     done = run(tmp_path, ROOT / "rl_mrt.py", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and max(line["sampler_gap_max"] for line in lines) < 1e-4
-    before = common.load_model(str(tmp_path / "r/model"), "cpu").state_dict()
+    before = models.load_model(str(tmp_path / "r/model"), "cpu").state_dict()
     for name in ("model", "checkpoints/step_000003", "checkpoints/step_000002"):
         shutil.rmtree(tmp_path / "r" / name)
     (tmp_path / "r/summary.json").unlink()
     done = run(tmp_path, ROOT / "rl_mrt.py", *flags, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "at step 1" in done.stdout
-    after = common.load_model(str(tmp_path / "r/model"), "cpu").state_dict()
+    after = models.load_model(str(tmp_path / "r/model"), "cpu").state_dict()
     for name, weights in before.items():
         torch.testing.assert_close(after[name], weights, atol=1e-6, rtol=0)
 
 
 @needs_vllm
 def test_two_processes_have_an_engine_each_that_follows_the_sharded_model(tmp_path):
-    done = run(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "rl_mrt.py",
-               "--engine", "vllm", "--bonus", "0", "--problems-per-step", "3", "--group-size", "4", "--max-tokens",
-               "96", "--eval-every", "0", "--steps", "3", "--lr", "1e-3", "--out", "r")  # fmt: skip
+    done = run(
+        tmp_path,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        ROOT / "rl_mrt.py",
+        "--engine",
+        "vllm",
+        "--bonus",
+        "0",
+        "--problems-per-step",
+        "3",
+        "--group-size",
+        "4",
+        "--max-tokens",
+        "96",
+        "--eval-every",
+        "0",
+        "--steps",
+        "3",
+        "--lr",
+        "1e-3",
+        "--out",
+        "r",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and max(line["sampler_gap_max"] for line in lines) < 1e-4
@@ -290,24 +339,36 @@ def test_two_processes_have_an_engine_each_that_follows_the_sharded_model(tmp_pa
 @needs_vllm
 def test_evaluation_of_two_models_opens_and_closes_two_engines(tmp_path):
     shutil.copytree(ROOT / "tiny", tmp_path / "other")
-    done = run(tmp_path, ROOT / "evaluate.py", "--model", "tiny,other", "--limit", "4", "--num-samples", "2", "--out",
-               "e", "--temperature", "0")  # fmt: skip
+    done = run(
+        tmp_path,
+        ROOT / "evaluate.py",
+        "--model",
+        "tiny,other",
+        "--limit",
+        "4",
+        "--num-samples",
+        "2",
+        "--out",
+        "e",
+        "--temperature",
+        "0",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("engine: vLLM ")
     assert json.loads((tmp_path / "e/tiny-tiny/config.json").read_text())["settings"]["engine"] == "vllm"
 
 
 def test_auto_says_which_engine_and_why(capsys):
-    picked = common.pick_engine("auto")
+    picked = pick_engine("auto")
     said = capsys.readouterr().out
     assert said.startswith("engine: vLLM" if picked == "vllm" else "engine: transformers, as vLLM ")
-    assert common.pick_engine("transformers") == "transformers"
+    assert pick_engine("transformers") == "transformers"
 
 
 @pytest.mark.skipif(works is not None, reason="vLLM is here")
 def test_vllm_where_it_is_missing_is_one_line(capsys):
     with pytest.raises(SystemExit) as exit:
-        common.pick_engine("vllm")
+        pick_engine("vllm")
     assert exit.value.code == 2
     said = capsys.readouterr().err
     assert said == "error: --engine vllm: vLLM is not installed; --engine transformers needs nothing else\n"

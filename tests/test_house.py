@@ -1,0 +1,170 @@
+"""The house: what the top level holds, which way imports run, where each name is defined, the marks of the method."""
+
+import ast
+import re
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+import common
+
+# From the ground up: a file imports from its own floor or from those below it, a script from no other script.
+FLOORS = ("plumbing", "common", "scripts", "tiny", "experiments", "tests")
+# What is imported in a function, so that who does without it need not have it or wait for it.
+OPTIONAL = (
+    "vllm",
+    "matplotlib",
+    "cycler",
+    "datasets",
+    "torch.utils.tensorboard",
+    "math_verify",
+    "sympy",
+    "latex2sympy2_extended",
+)
+OURS = sorted(file for part in (".", "plumbing", "tiny", "experiments", "tests") for file in (ROOT / part).glob("*.py"))
+
+
+def floor(file: Path) -> str:
+    if file.parent != ROOT:
+        return file.parent.name
+    return "common" if file.stem == "common" else "scripts"
+
+
+def path_of(module: str) -> Path | None:
+    """The file of one of our modules; None for a library's."""
+    place = ROOT.joinpath(*module.split("."))
+    return next((f for f in (place.with_suffix(".py"), place / "__init__.py") if f.is_file()), None)
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def defined_in(file: Path) -> set[str]:
+    """The names that a file defines itself: functions, classes, values."""
+    names = set()
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+def imports(file: Path) -> list[tuple[str, str | None, str, bool]]:
+    """(module, name taken from it, what it is called here, hidden in a function?) of every import of a file."""
+    tree, found = tree_of(file), []
+    at_the_top = set(ast.walk(tree)) - {
+        inner for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(a.name, None, a.asname or a.name, node not in at_the_top) for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{file}, line {node.lineno}: a relative import"
+            found += [(node.module, a.name, a.asname or a.name, node not in at_the_top) for a in node.names]
+    return found
+
+
+def our_imports(file: Path) -> list[tuple[Path, str | None, str, bool]]:
+    """The same of our own files, with the file that is imported: of `from plumbing import runs` it is runs.py."""
+    found = []
+    for module, name, here, hidden in imports(file):
+        inner = path_of(f"{module}.{name}") if name else None
+        if (target := inner or path_of(module)) is not None:
+            found.append((target, None if inner else name, here, hidden))
+    return found
+
+
+def test_the_top_level_is_the_paper_and_its_five_components():
+    names = {"analyze_r1.py", "star_mrt.py", "rl_mrt.py", "evaluate.py", "budget_force.py", "common.py"}
+    assert {file.name for file in ROOT.glob("*.py")} == names
+
+
+@pytest.mark.parametrize("file", OURS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_run_one_way(file):
+    for target, _, _, hidden in our_imports(file):
+        here, there = floor(file), floor(target)
+        assert FLOORS.index(there) <= FLOORS.index(here), f"{file.name} imports {target}"
+        assert not (here == there == "scripts"), f"{file.name} imports {target.name}"
+        assert not hidden or here == "tests", f"{file.name} imports {target.name} in a function"
+    for module, name, _, hidden in imports(file):
+        if hidden and here_matters(file):
+            full = f"{module}.{name}"
+            assert f"{full}.".startswith(tuple(f"{m}." for m in OPTIONAL)), f"{file.name} imports {full} in a function"
+
+
+def here_matters(file: Path) -> bool:
+    """Tests import what they need where they need it; the grader's worker is a program of its own, given as text."""
+    return floor(file) != "tests" and file.stem != "answers"
+
+
+def test_no_imports_go_round_in_a_circle():
+    open_, done = [], set()
+
+    def visit(file: Path) -> None:
+        assert file not in open_, " → ".join(f.name for f in [*open_[open_.index(file) :], file])
+        if file not in done:
+            open_.append(file)
+            for target, *_ in our_imports(file):
+                if target != file:
+                    visit(target)
+            done.add(open_.pop())
+
+    for file in OURS:
+        if floor(file) != "tests":
+            visit(file)
+
+
+@pytest.mark.parametrize("file", OURS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_name_is_imported_from_where_it_is_defined(file):
+    """Nothing is re-exported: neither `from common import encode` nor `common.encode`."""
+    modules = {}
+    for target, name, here, _ in our_imports(file):
+        if name is None:
+            modules[here] = target
+        else:
+            assert name in defined_in(target), f"{file.name} imports {name} from {target.name}"
+    shadowed = {n.arg for n in ast.walk(tree_of(file)) if isinstance(n, ast.arg)} | defined_in(file)
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load):
+            target = modules.get(node.value.id)
+            if target is not None and node.value.id not in shadowed and not node.attr.startswith("__"):
+                libraries = {n for m, taken, n, _ in imports(target) if taken is None and path_of(m) is None}
+                inside = node.attr in defined_in(target) or (floor(file) == "tests" and node.attr in libraries)
+                assert inside, f"{file.name}, line {node.lineno}: {node.value.id}.{node.attr}"
+
+
+def test_nothing_is_excused_for_being_imported_and_not_used():
+    excuse = "noqa: " + "F401"
+    assert not [file.name for file in OURS if excuse in file.read_text(encoding="utf-8")]
+
+
+def test_the_names_that_others_rely_on_are_defined_in_common():
+    for name in ("split_episodes", "grade", "pass_at_k", "maj_at_k", "normalized_regret"):
+        assert getattr(common, name).__module__ == "common", name
+
+
+def marks(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"# MRT (\d+):", text)]
+
+
+def test_the_marks_of_the_method_count_from_one():
+    """Each number once; J has two: from sampled answers and from the likelihood."""
+    found = {file.stem: marks(file.read_text(encoding="utf-8")) for file in OURS if floor(file) != "tests"}
+    assert {name for name, numbers in found.items() if numbers} <= {"common", *SCRIPTS}
+    assert all(a <= b for numbers in found.values() for a, b in pairwise(numbers))  # in the order of reading
+    every = sorted(number for numbers in found.values() for number in numbers)
+    assert sorted(set(every)) == list(range(1, max(every) + 1))
+    assert [number for number in set(every) if every.count(number) > 1] == [3] and every.count(3) == 2
+    likelihood, sampled = (
+        marks(ast.get_source_segment((ROOT / "common.py").read_text(encoding="utf-8"), node) or "")
+        for node in sorted(tree_of(ROOT / "common.py").body, key=lambda node: getattr(node, "name", ""))
+        if getattr(node, "name", "") in ("likelihood_success_rates", "sampled_success_rates")
+    )
+    assert likelihood == sampled == [3]
