@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import json
 import math
 import platform
@@ -386,10 +387,8 @@ class Clock:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on, and the commit of this checkout where git knows it."""
-    import transformers
-
     found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    found["transformers"] = transformers.__version__
+    found["transformers"] = importlib.metadata.version("transformers")
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         found["commit"] = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

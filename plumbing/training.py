@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -94,8 +95,6 @@ def ranks() -> tuple[int, int]:
 def shard(model, dtype: torch.dtype, scores: Callable) -> None:
     """PyTorch's FSDP2: every process keeps a share of each weight, its gradient and its moments, and gathers a layer
     when it computes it. `scores(model, …)` becomes `model.scores(…)`, which may use weights outside of `forward`."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
     low = dtype != torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
     for layer in model.base_model.layers:

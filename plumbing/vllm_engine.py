@@ -25,8 +25,9 @@ def vllm_or_why_not() -> tuple[str | None, str]:
     set_vllm_environment()
     try:
         import vllm
-        from vllm import LLM  # noqa: F401  `import vllm` alone imports nothing that could fail
         from vllm.platforms import current_platform
+
+        assert vllm.LLM  # `import vllm` alone imports nothing that could fail
     except Exception as error:
         return None, f"vLLM does not import: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
     platform = current_platform.device_type
