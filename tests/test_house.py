@@ -135,7 +135,9 @@ def test_a_name_is_imported_from_where_it_is_defined(file):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load):
             target = modules.get(node.value.id)
             if target is not None and node.value.id not in shadowed and not node.attr.startswith("__"):
-                libraries = {n for m, taken, n, _ in imports(target) if taken is None and path_of(m) is None}
+                libraries = {
+                    n.split(".")[0] for m, taken, n, _ in imports(target) if taken is None and path_of(m) is None
+                }
                 inside = node.attr in defined_in(target) or (floor(file) == "tests" and node.attr in libraries)
                 assert inside, f"{file.name}, line {node.lineno}: {node.value.id}.{node.attr}"
 
