@@ -65,6 +65,8 @@ def build(value):
         return S.Reals
     if kind == "interval":
         brackets, low, high = parts[0], build(parts[1]), build(parts[2])
+        if (low > high) == True or (low == high and brackets != "[]"):  # noqa: E712, a relation of symbols is neither
+            raise ValueError("no interval")
         return Interval(low, high, brackets[0] == "(", brackets[1] == ")")
     parts = [build(part) for part in parts]
     if kind == "listed":  # "x > 0, x < 5" is both; "x < 1, x > 2" can only be either
@@ -82,7 +84,7 @@ def points(*values):
     symbols = sorted(set().union(*(value.free_symbols for value in values)), key=str)
     for shift, sign in ((0, 1), (5, 1), (2, -1), (9, 1)) if symbols else ((0, 1),):
         yield {
-            s: S(4 + shift + 3 * k) if s in counted else sign * Rational(7 + shift + 4 * k, 3)
+            s: S(4 + shift + 3 * k) if s in counted else sign * Rational(15 + 2 * shift + 6 * k, 8)
             for k, s in enumerate(symbols)
         }
 

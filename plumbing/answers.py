@@ -55,9 +55,9 @@ from pathlib import Path
 from typing import Any
 
 MAX_ANSWER_CHARS = 300  # longer answers are wrong unread, unless the gold itself is long
-MAX_DEPTH = 40  # of brackets
+MAX_PARSED_CHARS, MAX_DEPTH = 3000, 40  # longer texts are compared as text; the depth is that of brackets
 # Limits for one question to math-verify. CPU time decides, so a busy machine does not change a verdict.
-GRADER_CPU_SECONDS, GRADER_WALL_SECONDS, GRADER_START_SECONDS = 1.5, 60, 120
+GRADER_CPU_SECONDS, GRADER_WALL_SECONDS, GRADER_START_SECONDS = 1, 60, 120
 grader_timeouts = 0  # questions that were killed, in this process
 
 # ================================================================================================== the last box
@@ -102,7 +102,7 @@ _GLYPHS = str.maketrans({
     "∓": r"\mp ", "≡": r"\equiv ", "∧": r"\land ", "∨": r"\lor ", "⟨": r"\langle ", "⟩": r"\rangle ", "∣": r"\mid ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "√": "sqrt",
     "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "∠": r"\angle ", "º": r"^\circ ",
-    "°": r"^\circ ", "⁄": "/", "∕": "/", "∶": ":", "′": "'", "’": "'", "€": "$", "£": "$", "¥": "$", "￥": "$", "₹": "$",
+    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "°": r"^\circ ", "⁄": "/", "∕": "/", "∶": ":", "′": "'", "’": "'", "€": "$", "£": "$", "¥": "$", "￥": "$", "₹": "$",
 })  # fmt: skip
 _PLAIN = r"(?<![\\a-zA-Z])"  # before a word that is not a macro
 _END = r"(?![a-zA-Z])"  # after a macro
@@ -116,10 +116,11 @@ _REWRITES = [
         (r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}", " "),
         (r"(?<!\\)\\[,;:> ]|\\q?quad|\\enspace|~|\s+", " "),
         (r",\s*\\!\s*(?=[0-9]{3})", ","),
-        (r"\\!|(?<!\\)\\[()\[\]]|\\?\$", ""),
+        (r"\\!|(?<!\\)\\[()\[\]]|\\?\$|\\(?:pounds|euro|yen)(?![a-zA-Z])", ""),
         (rf"\\(?:boldsymbol|bm|pmb|underline|math(?:bf|it|sf|tt|normal)|emph){_END}", ""),
         (rf"\\(?:mbox|text[a-z]+|mathrm|operatorname){_END}|\\text\s+(?=\{{)", r"\\text"),
         (r"\\text\s*\{\s*\}", " "),
+        (r"^\s*\*\*(.*)\*\*\W*$", r"\1"),
         (rf"\\text\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
         (rf"\\[dtc]frac{_END}", r"\\frac"),
         # one macro or sign for each meaning
@@ -140,10 +141,12 @@ _REWRITES = [
         (r"\\end\s*\{(?:array|[bvB]?matrix)\}", r"\\end{pmatrix}"),
         (r"[\[(]\s*(\\begin\{pmatrix\}.*\\end\{pmatrix\})\s*[\])]", r"\1"),
         (r"\*\*", "^"),
+        (rf"\\colon{_END}", ":"),
         (r"\\lg\b", r"\\log_{10}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}|^([^{}]*)\\choose(?![a-zA-Z])([^{}]*)$", r"\\binom{\1\3}{\2\4}"),
         (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
-        (r"\\frac\s*\{\s*d\s*([a-z])\s*\}\s*\{\s*d\s*([a-z])\s*\}", r"\\Xi_{d\1d\2}"),
+        (r"\\frac\s*\{\s*(d|\\partial)\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([a-zA-Z])\s*\}\s*\{\s*\1\s*([a-zA-Z][^{}]*?)\s*\}",
+         lambda m: f"\\Xi_{{{m[1][1:]}d{m[2] or ''}{m[3]}{re.sub('[^0-9a-zA-Z]', '', m[4])}}}"),
         (r"_\s*(?:\{\s*\\text\s*\{\s*(\w+)\s*\}\s*\}|\\text\s*\{\s*(\w+)\s*\})", r"_{\1\2}"),
         (r"\\text\s*\{\s*(?:\\?%|per ?cent(?:age)?|pct)\s*\}|\\%|\b(?:per ?cent(?:age)?|pct)\b", "%"),
         (r"\^\s*\{\s*\\circ\s*\}|\\degree(?:s|Celsius)?(?![a-zA-Z])|\^\s*\\circ(?![a-zA-Z])", r"^\\circ "),
@@ -153,7 +156,7 @@ _REWRITES = [
         (rf"{_PLAIN}(pi|{_FUNCTIONS}){_END}", r"\\\1 "),
         (rf"{_PLAIN}sqrt\s*([0-9]+(?:\.[0-9]+)?|[a-zA-Z]{_END}|\\[a-zA-Z]+)", r"\\sqrt{\1}"),
         (rf"{_PLAIN}sqrt(?=\s*[({{\[])", r"\\sqrt"),
-        (r"\^\s*(-?[0-9]+)", r"^{\1}"),
+        (r"\^\s*(-?[0-9]+(?:\.[0-9]+)?)", r"^{\1}"),
         (r"\+\s*\\infty", r"\\infty"),
         (r"^\s*([a-z])\s*(?=\([^()]*\]$|\[[^\[\]]*\)$)", r"\1\\in "),
         # French intervals: ]1,2[ is (1,2)
@@ -162,10 +165,9 @@ _REWRITES = [
         (r"^\s*((?:\\text\s*\{\s*)?)([A-J])\)", r"\1(\2)"),
         # numbers
         (r"([0-9]+)!!", lambda m: str(math.prod(range(int(m[1][:3]), 0, -2)))),
-        (r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?",
+        (r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?",
          lambda m: _repeating(m[1], m[2], "".join(filter(None, m.groups()[2:])))),
-        (r"^([-+]?\s*)([0-9]*)\.([0-9]*)\(([0-9]+)\)$", lambda m: m[1] + _repeating(m[2], m[3], m[4])),
-        (r"([0-9]*)\.([0-9]*?)([0-9]+?)\3+\s*\\ldots", lambda m: _repeating(m[1], m[2], m[3])),
+        (r"(?<![0-9])([0-9]*)\.([0-9]{0,20}?)([0-9]{1,20}?)\3+\s*\\ldots", lambda m: _repeating(m[1], m[2], m[3])),
         (r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:\{,\}|\s)[0-9]{3})+(?![0-9/])", lambda m: re.sub("[^0-9]", "", m[0])),
     ]
 ]  # fmt: skip
@@ -247,7 +249,7 @@ _NAME = re.compile(  # what may stand before "=": x, x_1, f(x), (x,y), AB, |AB|,
 _OR, _AND = (rf"\\text\s*\{{[,\s]*{w}[,\s]*\}}|(?<![a-zA-Z\\]){w}(?![a-zA-Z])" for w in ("or", "and"))
 _RELATION = r"\\le |\\ge |\\ne |<|>"
 _OPTION = re.compile(
-    r"(?:(?i:the )?(?i:option|choice|answer)(?i: is)?:?\s*)?"
+    r"(?:(?i:the )?(?i:correct |final )?(?i:option|choice|answer)(?i: is)?:?\s*)?"
     r"(?:\(\s*([A-Ja-j])\s*\)|([A-J])(?=[).:]\s|[).:]?$))[).:]*\s*((?![,;]|and\b|or\b)[-\w\\($].*)?"
 )
 _CLOCK = re.compile(r"([0-9]{1,2})(?::([0-9]{2}))?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
@@ -255,7 +257,7 @@ _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "bi
 _PARTS = ("half|halve", "third", "quarter|fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _SCALES |= {word: Fraction(1, n) for n, words in enumerate(_PARTS, 2) for word in words.split("|")}
 _SCALES |= {"hundredth": Fraction(1, 100), "thousandth": Fraction(1, 1000), "squared": 2, "cubed": 3}
-_SCALED = re.compile(rf"(.*[0-9}}])\s*(?:-\s*)?\b({'|'.join(sorted(_SCALES, reverse=True))})s?\b(.*)")
+_SCALED = re.compile(rf"(.*[0-9}}]|an?|one)\s*(?:-\s*)?\b({'|'.join(sorted(_SCALES, reverse=True))})s?\b(.*)")
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US|Rs\.?|USD|EUR|GBP|INR|JPY|CNY|RMB|CAD|AUD)\s*(?=[-0-9.])(.*)")
 _UNIT = r"(?:\\text\s*\{(?:[^{}0-9]|\^\s*\{\s*-?[0-9]\s*\})*\}|[a-zA-Z]+\.?)(?:\s*\^\s*\{\s*-?[0-9]\s*\})?"
 _WITH_UNIT = re.compile(rf"(.*?(?:[0-9}})!\]]|[a-zA-Z](?=\s*\\text)))(\s*)({_UNIT}(?:\s*(?:/|\\cdot|\\times)?\s*{_UNIT})*)")
@@ -268,14 +270,14 @@ _NO_UNIT = re.compile(
     r"|choose|base|out|least|most|either|otherwise|except|unless|but|only|infinity|root|power|with|approx\w*)\b|="
 )
 _QUALIFIED = re.compile(
-    r"(.+?)[\s,;(]*(?<![a-zA-Z\\])((?:for (?:all|any|every|each)|where|with|for (?=\\?[a-zA-Z]+\s*(?:\\[lgn]e |\\in|[<>])))"
-    r"(?![a-zA-Z]).*)"
+    r"(.+?)[\s,;(]*((?<![a-zA-Z\\])(?:for\s+(?:all|any|every|each|some)|where|with|for(?=\s+\\?[a-zA-Z]+\s*(?:\\[lgn]e |\\in|[<>])))"
+    r"(?![a-zA-Z]).*|\(\s*[a-z]\s*(?:\\[lgn]e |\\in(?![a-z])|[<>])[^()]*\))"
 )
 _RESTRICTS = re.compile(r"=|\b(?:if|otherwise|or|odd|even|else|except)\b")
 _APPROXIMATE = re.compile(r"^(?:approximately|approx\.?|about|roughly)\s+|\s*\(?\b(?:approximately|approx\.?|roughly)\)?$")
 _PROSE = re.compile(r"(?:(?<![\\a-zA-Z])[a-zA-Z]{2,}[ ,]+){2}[a-zA-Z]{2,}")
 _MODULO = re.compile(
-    r"(?:(.*?)\\equiv(?![a-z]))?(.*?)(?:\\[pb]?mod(?![a-z])|\(\s*\\?mod|\\text\{\s*\(?mod\s*\}|\\?mod(?![a-z]))\s*(.*)"
+    r"(?:(.*?)\\equiv(?![a-z]))?(.*?)(?:\\[pb]?mod(?![a-z])|\(?\s*\\?(?<![a-z])mod(?![a-z]))\s*(.*)"
 )
 
 
@@ -375,6 +377,10 @@ def _set(form: tuple | None) -> tuple | None:
     return ("finite", *values) if form[0] != "list" or form[1] in ("", r"\{\}") else None
 
 
+def _is_domain(form: tuple) -> bool:
+    return form[0] == "set" or (form[0] == "latex" and form[1].startswith(r"\mathbb"))
+
+
 def _set_of(kind: str, parts: Iterable[tuple | None]) -> tuple | None:
     sets = [_set(part) for part in parts]
     return None if None in sets else ("set", (kind, *sets))
@@ -398,7 +404,7 @@ def _list(brackets: str, texts: list[str], kind: str = "listed") -> tuple | None
         loose = [[("named", *pair) for pair in zip(t[1][1:-1].split(","), t[2][2])] for t in tuples if t[2][0] == "list"]
         flat = [*(item for items in loose for item in items), *(item for item in flat if item not in tuples)]
     names = [item[1] for item in flat if item[0] == "named"]
-    conditions = [item for item in flat[1:] if item[0] == "relation" or (item[0] == "named" and item[2][0] == "set")]
+    conditions = [item for item in flat[1:] if item[0] == "relation" or (item[0] == "named" and _is_domain(item[2]))]
     if len(conditions) == len(flat) - 1 > 0 and flat[0][0] == "latex":
         told = set(re.findall(r"[a-zA-Z]+", " ".join(item[1] for item in conditions if item[0] == "named")))
         return flat[0] if told and told <= set(re.findall(r"[a-zA-Z]+", flat[0][1])) else None
@@ -458,14 +464,15 @@ def _parse(text: str) -> tuple | None:
     while enclosed and enclosed[0] == "{}":
         text = enclosed[1]
         enclosed = _enclosed(text)
-    number = _number(text.removesuffix("%").rstrip())
+    digits = re.sub(r"(?<![0-9])([0-9]*)\.([0-9]*)\(([0-9]+)\)$", lambda m: _repeating(*m.groups()), text.removesuffix("%").rstrip())
+    number = _number(digits)
     if number is not None:
         return ("percent" if text.endswith("%") else "number", number)
     plain = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip()
     if not plain or _TWO_NUMBERS.search(text) or _BROKEN.search(text) or plain.lower() in ("nan", "none", "null"):
         return None
     # what is said in words
-    if whole := re.fullmatch(r"\\text\s*\{([^{}]*[0-9][^{}]*)\}", text):
+    if whole := re.fullmatch(r"\\text\s*\{([^{}]*(?:[0-9,;]|\b(?:and|or)\b)[^{}]*)\}", text):
         return _parse(whole[1])
     if option := _OPTION.fullmatch(plain):
         content = _parse(option[3]) if option[3] else None
@@ -476,7 +483,7 @@ def _parse(text: str) -> tuple | None:
     if re.fullmatch(r"(?:the )?(?:set of )?(?:all )?(?:real numbers|reals)|\\mathbb\s*\{R\}", plain.lower(), re.IGNORECASE):
         return ("set", ("reals",))
     if scaled := _SCALED.fullmatch(plain):
-        number, scale = _number(scaled[1]), _SCALES[scaled[2]]
+        number, scale = _number(re.sub("^(?:an?|one)$", "1", scaled[1])), _SCALES[scaled[2]]
         if number is None:
             return None
         return _parse(f"{number**scale if scaled[2] in ('squared', 'cubed') else number * scale}{scaled[3]}")
@@ -504,7 +511,7 @@ def _parse(text: str) -> tuple | None:
     for operator, kind in ((r"\\cup", "union"), (r"\\cap", "both"), (r"\\setminus|-(?=\s*\\\{)", "without")):
         if len(parts := _split(text, rf"(?:{operator})(?![a-z])")) > 1:
             return _set_of(kind, map(_parse, parts)) or ("latex", _squeeze(text))
-    if modulo := _MODULO.fullmatch(text):
+    if modulo := _MODULO.fullmatch(plain):
         residue, modulus = _parse(modulo[2]), _parse(modulo[3].strip("(){} ")) if modulo[3].strip("(){} ") else None
         return residue and modulus and ("modulo", _squeeze(modulo[1] or ""), residue, modulus)
     if enclosed and enclosed[0] == r"\{\}" and len(parts := _split(enclosed[1], r"\\mid(?![a-z])|\||:")) == 2:
@@ -524,7 +531,7 @@ def _parse(text: str) -> tuple | None:
     if enclosed:
         brackets, inside = enclosed
         items = _split(inside, r"[,;](?=\s)|;") if re.search(r",\s", inside) else _split(inside, "[,;]")
-        if len(items) == 1 and brackets in ("()", r"\{\}"):
+        if len(items) == 1 and brackets in ("()", r"\{\}") and "emptyset" not in inside:
             return _parse(items[0])
         value = _list(brackets, items)
         closed = brackets in ("[]", "(]", "[)") and value and len(value[2]) == 2 and _set(value)
@@ -552,6 +559,8 @@ def parse(text: str) -> tuple | None:
     ("relation", latex)  ("named", name, form)  ("modulo", left side, form, form)  ("set", set of algebra.py)
     ("list", brackets, forms), brackets: "" (bare list), "\{\}", "()", ":" (ratio), ...
     """
+    if len(text) > MAX_PARSED_CHARS:
+        return _words(text)
     text = tidy(text)
     depth = deepest = 0
     for sign in re.sub(r"\\[{}]", "", text):
@@ -582,9 +591,10 @@ def _in_light_of(gold: tuple, answer: tuple) -> tuple:
     if answer[0] == "quantity":
         return ("latex", answer[2]) if gold[0] in ("latex", "quantity", *relations) else answer[1]
     if answer[0] == "option":
-        return answer[:2] if _contains(gold, "option") or not answer[2] else _in_light_of(gold, answer[2])
+        content = None if _contains(gold, "option") else answer[2]
+        return _in_light_of(gold, content) if content else ("option", answer[1], None)
     if answer[0] == "latex" and gold[0] == "option" and re.fullmatch("[a-j]", answer[1]):
-        return ("option", answer[1].upper())
+        return ("option", answer[1].upper(), None)
     if answer[0] == "percent":
         return ("number", answer[1] / 100)
     if answer[0] == "named" and gold[0] == "named" and "(" in answer[1] and answer[1] != gold[1]:
@@ -641,7 +651,7 @@ def _same(a: tuple, b: tuple) -> bool:
             return False
         numbers = [form[1] for form in (a[2], b[2], a[3]) if form[0] == "number"]
         return (numbers[0] - numbers[1]) % numbers[2] == 0 if len(numbers) == 3 else _same(a[2], b[2])
-    if "set" in kinds and kinds <= {"set", "list", "latex"}:
+    if "set" in kinds and kinds <= {"set", "list", "latex", "number"}:
         return _ask(_set(a), _set(b))
     if kinds == {"list"} and a[1] == b[1]:
         if a[1] == r"\{\}":
