@@ -6,7 +6,6 @@ high], ["union", set, ...], ["both", set, ...], ["listed", set, ...], ["without"
 ["reals"]. The process that reads is a fork: one that is killed for its CPU time is replaced in milliseconds.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -14,15 +13,13 @@ import re
 import resource
 import signal
 import sys
-from functools import lru_cache, reduce
+from functools import lru_cache
 
+import sympy
 from latex2sympy2_extended import NormalizationConfig
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
 from math_verify import verify
-from sympy import (
-    Complement, Dummy, Expr, FiniteSet, Float, I, Integral, Intersection, Interval, Limit, MatrixBase, Product, Rational,
-    S, Set, Sum, SymmetricDifference, Union, binomial, factorial, nan, oo, simplify, zoo,
-)  # fmt: skip
+from sympy import Expr, I, MatrixBase, Rational, S, Set, nan, oo, simplify, zoo
 from sympy.core.relational import Equality, Relational, Unequality
 
 MEMORY_BYTES = 4 << 30
@@ -50,7 +47,7 @@ def read(latex: str):
     try:  # no stripping of "units", which takes variables for units
         text = normalize_latex(latex, NORMALIZATION)
         value = latex2sympy(text, is_real=True, normalization_config=None, conversion_config=CONVERSION)
-        exact = {decimal: Rational(str(decimal)) for decimal in value.atoms(Float)}
+        exact = {decimal: Rational(str(decimal)) for decimal in value.atoms(sympy.Float)}
         exact |= {symbol: I for symbol in value.free_symbols if symbol.name == "i"}
         return value.xreplace(exact) if exact else value
     except Exception:
@@ -67,19 +64,21 @@ def build(value):
         brackets, low, high = parts[0], build(parts[1]), build(parts[2])
         if (low > high) == True or (low == high and brackets != "[]"):  # noqa: E712, a relation of symbols is neither
             raise ValueError("no interval")
-        return Interval(low, high, brackets[0] == "(", brackets[1] == ")")
+        return sympy.Interval(low, high, brackets[0] == "(", brackets[1] == ")")
     parts = [build(part) for part in parts]
     if kind == "listed":  # "x > 0, x < 5" is both; "x < 1, x > 2" can only be either
-        both = Intersection(*parts)
-        return Union(*parts) if both is S.EmptySet else both
-    return {"finite": FiniteSet, "union": Union, "both": Intersection, "without": Complement}[kind](*parts)
+        both = sympy.Intersection(*parts)
+        return sympy.Union(*parts) if both is S.EmptySet else both
+    return {"finite": sympy.FiniteSet, "union": sympy.Union, "both": sympy.Intersection, "without": sympy.Complement}[
+        kind
+    ](*parts)
 
 
 def points(*values):
     """Values for the free symbols: whole where a sum, a product or a factorial needs it, both signs elsewhere."""
     counted = set()
     for value in values:
-        for part in value.atoms(Sum, Product, factorial, binomial):
+        for part in value.atoms(sympy.Sum, sympy.Product, sympy.factorial, sympy.binomial):
             counted |= part.free_symbols
     symbols = sorted(set().union(*(value.free_symbols for value in values)), key=str)
     for shift, sign in ((0, 1), (5, 1), (2, -1), (9, 1)) if symbols else ((0, 1),):
@@ -101,11 +100,11 @@ def same_value(a, b) -> bool:
     """Equal at points where both are numbers, to 400 digits; else equal when simplified."""
     if a == b:
         return True
-    a, b = (v.doit() if v.has(Integral, Limit) else v for v in (a, b))
+    a, b = (v.doit() if v.has(sympy.Integral, sympy.Limit) else v for v in (a, b))
     equal, beyond_reals = 0, []
     for point in points(a, b):
         at = [real_roots(v.xreplace(point)) for v in (a, b)]
-        at = [v.doit() if v.has(Sum, Product) else v for v in at]
+        at = [v.doit() if v.has(sympy.Sum, sympy.Product) else v for v in at]
         if at[0] == at[1]:
             equal += 1
             continue
@@ -142,7 +141,7 @@ def same_relation(a, b) -> bool:
 
 
 def same_set(a, b) -> bool:
-    if a == b or SymmetricDifference(a, b) is S.EmptySet:
+    if a == b or sympy.SymmetricDifference(a, b) is S.EmptySet:
         return True
     return type(a) is type(b) and len(a.args) == len(b.args) and all(map(same, a.args, b.args))
 
