@@ -188,8 +188,7 @@ class _Worker:
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         self.process: Any = subprocess.Popen(command, bufsize=0, start_new_session=True, **pipes)
         if self.receive(GRADER_START_SECONDS) != "ready":
-            self.stop()
-            raise RuntimeError(f"the grading worker did not start: {self.messages.decode()[-500:]}")
+            raise RuntimeError(f"the grading worker did not start: {self.stop()[-500:]}")
 
     def receive(self, seconds: float) -> str:
         """One line, or "" if the process ended or said nothing for so long."""
@@ -208,12 +207,15 @@ class _Worker:
                 self.stop()
         return verdict
 
-    def stop(self) -> None:
+    def stop(self) -> str:
+        """Ends the process and its fork, and returns what it wrote on stderr."""
+        self.process.stdin.close()  # an idle worker leaves by itself, and a hung fork runs out of its CPU time
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)  # the reader and its fork
-        except ProcessLookupError:
-            pass
-        self.messages = self.process.communicate()[1]
+            self.process.wait(2 * GRADER_CPU_SECONDS)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with self.process:
+            return self.process.stderr.read().decode()
 
 
 _idle: list[_Worker] = []  # at most one worker for each thread that grades
@@ -263,7 +265,7 @@ def _gold_form(gold: str) -> tuple:
     text = extract_answer(gold) if r"\boxed" in gold else gold
     form = parse(text) if text else None
     if form is None:
-        raise ValueError(f"gold answer cannot be parsed: {gold!r}")
+        raise ValueError(f"gold answer cannot be parsed: {gold if len(gold) < 200 else gold[:200] + '...'!r}")
     return form
 
 

@@ -16,21 +16,15 @@ MAX_PARSED_CHARS, MAX_DEPTH = 3000, 40  # longer texts are compared as text; the
 
 # ================================================================================================== tidy
 
-_GLYPHS = str.maketrans(
-    dict(
-        re.findall(
-            r"(\S) (\S+)",
-            r"""
+_GLYPHS = r"""
 − -  – -  — -  ‐ -  ‑ -  × \times~  · \cdot~  ⋅ \cdot~  ÷ /  ∞ \infty~  ± \pm~  ∓ \mp~  ∠ \angle~
 ≤ \le~  ⩽ \le~  ≦ \le~  ≥ \ge~  ⩾ \ge~  ≧ \ge~  ≠ \ne~  ≈ \approx~  ≡ \equiv~  ∧ \land~  ∨ \lor~
 ∪ \cup~  ∩ \cap~  ∈ \in~  ∖ \setminus~  ∅ \emptyset~  ∣ \mid~  ⟨ \langle~  ⟩ \rangle~
 ℝ \mathbb{R}  ℤ \mathbb{Z}  ℕ \mathbb{N}  ℚ \mathbb{Q}  ℂ \mathbb{C}  √ sqrt  ∛ \sqrt[3]  ∜ \sqrt[4]
 ∑ \sum~  ∏ \prod~  ∫ \int~  ⌊ \lfloor~  ⌋ \rfloor~  ⌈ \lceil~  ⌉ \rceil~  º ^\circ~  ° ^\circ~
 ⁄ /  ∕ /  ∶ :  ′ '  ’ '  € $  £ $  ¥ $  ￥ $  ₹ $
-""",
-        )
-    )
-)
+"""
+_AS_LATEX = str.maketrans(dict(re.findall(r"(\S) (\S+)", _GLYPHS)))  # "~" is a space
 _PLAIN = r"(?<![\\a-zA-Z])"  # before a word that is not a macro
 _END = r"(?![a-zA-Z])"  # after a macro
 _FUNCTIONS = r"(?:arc)?(?:sin|cos|tan|cot)|sec|csc|ln|log|lg|exp"
@@ -147,8 +141,8 @@ def tidy(text: str) -> str:
         raised = {c for c in text if unicodedata.decomposition(c).startswith(kind) and c != "º"}
         for run in re.findall(f"[{''.join(raised)}]+", text) if raised else ():
             text = text.replace(run, f"{sign}{{{unicodedata.normalize('NFKC', run)}}}", 1)
-    text = "".join(map(_of_glyph, unicodedata.normalize("NFKC", "".join(map(_of_glyph, text.translate(_GLYPHS))))))
-    text = text.translate(_GLYPHS)  # what NFKC made of full-width signs
+    text = "".join(map(_of_glyph, unicodedata.normalize("NFKC", "".join(map(_of_glyph, text.translate(_AS_LATEX))))))
+    text = text.translate(_AS_LATEX)  # what NFKC made of full-width signs
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
     text = _brace(text, r"\\sqrt\s*\(", r"\sqrt")
