@@ -4,7 +4,9 @@
     sampler.py      token ids in, token ids and log-probs out, from one of the engines:
     hf_engine.py      transformers, in batches that share prefixes; also scores
     vllm_engine.py    vLLM in this process
-    answers.py      is a boxed answer the gold answer? in processes that can be killed
+    answers.py      is a boxed answer the gold answer? the policy and the verdicts
+    forms.py        what an answer says: text to a form
+    algebra.py      sympy, in a child process that can be killed
     data.py         problems and given responses from files and the Hub
     training.py     micro-batches, several processes, checkpoints
     runs.py         flags, records, the folder of a run
