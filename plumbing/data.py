@@ -2,59 +2,296 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from plumbing.answers import check_gold, extract_answer
-from plumbing.runs import ROOT, fail, first_line, read_jsonl
+from plumbing.runs import ROOT, fail, first_line
 
-PROBLEM_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("answer", "solution")
+PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages")
+ANSWER_COLUMNS = ("final_answer", "expected_answer", "ground_truth", "reward_model.ground_truth", "answer", "solution")
 NOT_ANSWERS = ("proof", "notfound", "not found", "see solution", "n/a", "none", "unknown")  # NuminaMath has them
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def load_problems(dataset: str, split: str, limit: int | None = None) -> list[dict]:
-    """`[{problem, answer, id}]` from `tiny`, `tiny:30` (only that difficulty), a .jsonl file or the Hub.
+def load_problems(
+    dataset: str,
+    split: str,
+    limit: int | None = None,
+    problem_column: str | None = None,
+    answer_column: str | None = None,
+    skip_unusable: bool = False,
+) -> list[dict]:
+    """`[{problem, answer, id}]` from `tiny`, `tiny:30` (only that difficulty), a file or the Hub.
 
-    `answer` is the bare gold answer: what follows GSM8K's `####`, or a solution's last box. A row of a file whose
-    answer cannot be graded ends the run and is named; rows of a Hub set (NuminaMath has proofs) are left out, counted.
+    A file is .jsonl, .json (a list, an object with one, or lines), .csv or .parquet, or one of these with .gz. A column
+    may be `outer.inner`. `answer` is the bare gold answer, what follows GSM8K's `####` or a solution's last box; a list
+    of several, where any is right. Rows of a file that cannot be used end the run, all named in one message, unless
+    `skip_unusable`; rows of a Hub set (NuminaMath has proofs) are left out and counted.
     """
     if is_tiny_dataset(dataset):
         return tiny_problems(dataset, split)[:limit]
-    from_file = dataset.endswith((".jsonl", ".json")) or Path(dataset).exists()
-    rows: Any = read_jsonl(Path(dataset)) if from_file else load_from_hub(dataset, split)
-    columns = {c.lower(): c for c in (rows[0] if from_file else rows.column_names)}
-    problem_column = next((columns[c] for c in PROBLEM_COLUMNS if c in columns), None)
-    answer_column = next((columns[c] for c in ANSWER_COLUMNS if c in columns), None)
-    if problem_column is None or answer_column is None:
-        fail(
-            f"--dataset {dataset}: needs one column of {'|'.join(PROBLEM_COLUMNS)} and one of "
-            f"{'|'.join(ANSWER_COLUMNS)}; found {', '.join(columns.values())}"
-        )
-    problems, skipped = [], 0
-    for number, row in enumerate(rows, 1):
-        if limit is not None and len(problems) == limit:
-            break
-        try:
-            if not isinstance(row.get(problem_column), str) or not row[problem_column].strip():
-                raise ValueError(f"column {problem_column} holds no text")
-            gold = gold_answer(str(row.get(answer_column, "")), is_solution=answer_column.lower() == "solution")
-        except ValueError as error:
-            if from_file:
-                fail(f"{dataset}, row {number}: {error}")
-            skipped += 1
-            continue
-        problems.append({"problem": row[problem_column], "answer": gold, "id": str(row.get("id", number - 1))})
-    if skipped:
-        print(f"{dataset}: left out {skipped} rows without an answer that can be graded")
-    if not problems:
-        fail(f"--dataset {dataset}: no usable problem")
+    from_file = is_file_name(dataset) or Path(dataset).exists()
+    rows = read_rows(Path(dataset)) if from_file else load_from_hub(dataset, split)
+    used = usable_rows(dataset, rows, limit, problem_column, answer_column, skip_unusable or not from_file)
+    problems = [problem for problem, _ in used]
     if len({p["id"] for p in problems}) < len(problems):
+        print(f"{dataset}: ids repeat; the number of the row is added to each")
         for number, problem in enumerate(problems):
             problem["id"] = f"{problem['id']}-{number}"
     return problems
+
+
+def load_responses(
+    file: Path,
+    limit: int | None = None,
+    problem_column: str | None = None,
+    answer_column: str | None = None,
+    skip_unusable: bool = False,
+) -> tuple[list[dict], list[list[str]]]:
+    """(problems, the responses to each) of a file with the columns of `load_problems` and `response` or `responses`.
+
+    A response is text or a chat, whose last assistant message counts. Rows of one problem need not be neighbours.
+    """
+    used = usable_rows(str(file), read_rows(file), None, problem_column, answer_column, skip_unusable, responses_of)
+    problems: dict[str, dict] = {}
+    responses: dict[str, list[str]] = {}
+    for problem, texts in used:
+        same = json.dumps([problem["problem"], problem["answer"]])
+        problems.setdefault(same, {**problem, "id": str(len(problems))})
+        responses.setdefault(same, []).extend(texts)
+    return list(problems.values())[:limit], list(responses.values())[:limit]
+
+
+def load_markers(file: Path) -> tuple[str, ...]:
+    """The markers of a file with one a line; spaces around them count, blank lines do not."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--markers {file}: cannot be read: {first_line(error)}")
+    markers = tuple(dict.fromkeys(line for line in lines if line.strip()))
+    if not markers:
+        fail(f"--markers {file}: holds no marker, expected one a line")
+    return markers
+
+
+# ================================================================================================== rows of a file
+
+
+def is_file_name(dataset: str) -> bool:
+    return dataset.removesuffix(".gz").endswith(FILE_TYPES)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file; one that cannot be read ends the run with the number of its line."""
+    if not path.is_file():
+        fail(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+        if kind == ".parquet":
+            import pyarrow.parquet
+
+            rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+        elif kind == ".csv":
+            csv.field_size_limit(sys.maxsize)
+            rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
+        else:
+            rows = json_document(data) if kind == ".json" else None
+            rows = json_lines(path, data) if rows is None else rows
+    except Exception as error:  # each library has its own; json_lines ends the program
+        fail(f"{path}: cannot be read: {first_line(error)}")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or None in row or (kind == ".csv" and None in row.values()):
+            fail(f"{path}, row {number}: expected {'as many cells as columns' if kind == '.csv' else 'an object'}")
+    if not rows:
+        fail(f"{path}: empty, expected rows with a problem and an answer")
+    return rows
+
+
+def json_document(data: bytes) -> list | None:
+    """The list that a JSON file is or holds; None where it is no single JSON value."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except ValueError:
+        return None
+    if isinstance(value, dict):
+        lists = [part for part in value.values() if isinstance(part, list)]
+        return lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else [value]
+    return value if isinstance(value, list) else None
+
+
+def json_lines(path: Path, data: bytes) -> list[dict]:
+    rows = []
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        fail(f"{path}: is UTF-16, expected UTF-8")
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):  # text may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except json.JSONDecodeError as error:
+            fail(f"{path}, line {number}: not JSON ({error.msg})")
+        except UnicodeDecodeError as error:
+            fail(f"{path}, line {number}: not UTF-8 ({error.reason})")
+        if not isinstance(row, dict):
+            fail(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+# ================================================================================================== cells of a row
+
+
+def usable_rows(
+    name: str,
+    rows: Any,
+    limit: int | None,
+    problem_column: str | None,
+    answer_column: str | None,
+    skip_unusable: bool,
+    more=lambda row: None,
+) -> list[tuple[dict, Any]]:
+    """[({problem, answer, id}, more(row))] of the first `limit` rows that can be used."""
+    problem_columns = (problem_column,) if problem_column else PROBLEM_COLUMNS
+    answer_columns = (answer_column,) if answer_column else ANSWER_COLUMNS
+    found = list(getattr(rows, "column_names", dict.fromkeys(column for row in rows for column in row)))
+    there = {column.lower() for column in found}
+    if not all(
+        any({c.lower(), c.split(".")[0].lower()} & there for c in cs) for cs in (problem_columns, answer_columns)
+    ):
+        fail(
+            f"--dataset {name}: needs one column of {'|'.join(problem_columns)} and one of {'|'.join(answer_columns)} "
+            f"(--problem-column and --answer-column name others); found {', '.join(found)}"
+        )
+    used, unusable, several = [], [], 0
+    for number, row in enumerate(rows, 1):
+        if limit is not None and len(used) == limit:
+            break
+        try:
+            answer = gold_of(row, answer_columns)
+            text, name_of_row = text_of(row, problem_columns, "user"), str(row.get("id", number - 1))
+            used.append(({"problem": text, "answer": answer, "id": name_of_row}, more(row)))
+            several += isinstance(answer, list)
+        except ValueError as error:
+            unusable.append(f"row {number}: {error}")
+    if several:
+        print(f"{name}: {several} row{'s have' if several > 1 else ' has'} several answers; any of them is right")
+    if unusable and not skip_unusable:
+        fail(f"{name}, {unusable[0]}" if len(unusable) == 1 else f"{name}: {told(unusable)}")
+    if unusable:
+        print(f"{name}: left out {told(unusable)}")
+    if not used:
+        fail(f"--dataset {name}: no usable problem")
+    return used
+
+
+def told(unusable: list[str]) -> str:
+    """The count and the first ten."""
+    return f"{len(unusable)} rows that cannot be used: {'; '.join(unusable[:10])}{'; ...' * (len(unusable) > 10)}"
+
+
+def value_at(row: dict, column: str) -> Any:
+    """What a row holds in `column` or in `outer.inner`, upper or lower case; None where it is empty or not there."""
+    outer, _, inner = column.partition(".")
+    value = row.get(column, next((row[name] for name in row if name.lower() == outer.lower()), None))
+    if inner and column not in row:
+        return value_at(value, inner) if isinstance(value, dict) else None
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def text_of(row: dict, columns: Iterable[str], role: str) -> str:
+    """The text of the first column that is there; of a chat, the last message of `role`."""
+    column = next((column for column in columns if value_at(row, column) is not None), None)
+    text = message_of(value_at(row, column), role) if column else None
+    if text is None:
+        raise ValueError(f"column {column or '|'.join(columns)} holds no text")
+    return text
+
+
+def message_of(value: Any, role: str) -> str | None:
+    """Text as it is; of a chat, the last message of `role`."""
+    if isinstance(value, list):
+        said = [m.get("content") for m in value if isinstance(m, dict) and m.get("role") == role]
+        value = said[-1] if said else None
+        if isinstance(value, list):  # [{"type": "text", "text": ...}]
+            value = "".join(str(part.get("text", "")) for part in value if isinstance(part, dict))
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def responses_of(row: dict) -> list[str]:
+    many = value_at(row, "responses")
+    values = many if isinstance(many, list) else [value_at(row, "response")]
+    texts = [message_of(value, "assistant") for value in values]
+    if not texts or None in texts:
+        raise ValueError(f"column response holds no text; found {', '.join(row)}")
+    return [text.replace("\r\n", "\n") for text in texts if text]
+
+
+def gold_of(row: dict, columns: Iterable[str]) -> str | list[str]:
+    """The gold answer, or the list of those of which any is right; ValueError where there is none."""
+    column = next((column for column in columns if value_at(row, column) not in (None, [])), None)
+    if column is None:
+        raise ValueError("no answer")
+    value = value_at(row, column)
+    is_solution = column.lower() == "solution"
+    golds = [gold_answer(str(one), is_solution) for one in (value if isinstance(value, list) else [value])]
+    return golds[0] if len(golds) == 1 else golds
+
+
+def gold_answer(text: str, is_solution: bool) -> str:
+    """The bare answer of an answer column's text; ValueError where there is none that can be graded."""
+    if "####" in text:
+        text = text.rsplit("####", 1)[1].strip().partition("\n")[0]
+    elif is_solution or "\\boxed" in text:
+        boxed = extract_answer(text)
+        if boxed is None:
+            raise ValueError("the solution holds no \\boxed{} answer")
+        text = boxed
+    text = text.strip()
+    if text.lower() in NOT_ANSWERS:
+        raise ValueError(f"{text!r} is not an answer")
+    check_gold(text)
+    return text
+
+
+# ================================================================================================== responses
+
+_OPENING = re.compile(
+    r"\s*(?:(?:<[｜|]begin[▁_]of[▁_](?:sentence|text)[｜|]>|<s>|<bos>|<\|im_start\|>(?:assistant)?|<\|start\|>assistant)\s*)*"
+    r"(<think>|<thinking>|\[THINK\]|<\|channel\|>\s*analysis\s*<\|message\|>)?\n?"
+)
+_CLOSING = re.compile(
+    r"</think>|</thinking>|\[/THINK\]|(?:<\|end\|>\s*)?(?:<\|start\|>assistant\s*)?<\|channel\|>\s*final\s*<\|message\|>"
+)
+_LAST = re.compile(
+    r"(?:\s*(?:</think(?:ing)?>|\[/THINK\]|<\|(?:return|end|im_end)\|>|<[｜|]end[▁_]of[▁_]sentence[｜|]>))+\s*$"
+)
+
+
+def split_response(text: str) -> tuple[bool, str, str | None]:
+    r"""(is the thought opened by a mark?, the thought, the answer or None where the thought does not end).
+
+    The marks are `<think>`, `<thinking>`, `[THINK]` or the channels of harmony, after any BOS token and white space;
+    neither the thought nor the answer holds one: `</think>\boxed{7}\n</think>` has the answer `\boxed{7}`.
+    """
+    opening = _OPENING.match(text)
+    opened = bool(opening and opening[1])
+    start = opening.end() if opening and (opened or opening[0].strip()) else 0
+    closing = _CLOSING.search(text, start)
+    if closing is None:
+        return opened, text[start:], None
+    return opened, text[start : closing.start()], _LAST.sub("", text[closing.end() :])
+
+
+# ================================================================================================== the Hub and tiny
 
 
 def load_from_hub(dataset: str, split: str):
@@ -89,33 +326,3 @@ def tiny_problems(dataset: str, split: str) -> list[dict]:
 
 def is_tiny_dataset(dataset: str) -> bool:
     return dataset == "tiny" or dataset.startswith("tiny:")
-
-
-def gold_answer(text: str, is_solution: bool) -> str:
-    """The bare answer of an answer column's text; ValueError where there is none that can be graded."""
-    if "####" in text:
-        text = text.rsplit("####", 1)[1]
-    elif is_solution or "\\boxed" in text:
-        boxed = extract_answer(text)
-        if boxed is None:
-            raise ValueError("the solution holds no \\boxed{} answer")
-        text = boxed
-    text = text.strip()
-    if text.lower() in NOT_ANSWERS:
-        raise ValueError(f"{text!r} is not an answer")
-    check_gold(text)
-    return text
-
-
-def load_responses(file: Path, limit: int | None) -> tuple[list[dict], list[list[str]]]:
-    """(problems, the responses to each) of a file with a row a response; rows of one problem need not be neighbours."""
-    rows = load_problems(str(file), "", None)
-    responses: dict[tuple, list[str]] = {}
-    problems: dict[tuple, dict] = {}
-    for number, (problem, row) in enumerate(zip(rows, read_jsonl(file)), 1):
-        if not isinstance(row.get("response"), str):
-            fail(f"{file}, row {number}: column response holds no text; found {', '.join(row)}")
-        same = (problem["problem"], problem["answer"])
-        problems.setdefault(same, {**problem, "id": str(len(problems))})
-        responses.setdefault(same, []).append(row["response"].replace("\r\n", "\n"))
-    return list(problems.values())[:limit], list(responses.values())[:limit]

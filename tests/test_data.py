@@ -1,40 +1,229 @@
-"""Problems from files: the columns seen in the wild, and the real benchmarks where they are at hand."""
+"""Problems and responses from files: formats, columns and golds seen in the wild, and the real benchmarks."""
 
+import gzip
 import json
 
 import pytest
 from conftest import SHARED
 
-import common
+from plumbing import data
+from plumbing.answers import extract_answer, grade
+from plumbing.data import load_markers, load_problems, load_responses, split_response
+
+ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "half, as a fraction?", "answer": r"\frac{1}{2}"}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = rows if isinstance(rows, str) else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return str(path)
+
+
+def refusal(capsys, load, *args, **kwargs):
+    """What a user reads who gave bad input: one line, exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        load(*args, **kwargs)
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+    return message
+
+
+def chat(*texts):
+    return [{"role": role, "content": text} for role, text in zip(("system", "user", "assistant"), texts)]
 
 
 @pytest.mark.parametrize(
     "row, gold",
     [
         ({"problem": "p", "answer": "7"}, "7"),
+        ({"Problem": "p", "Answer": "7"}, "7"),
         ({"question": "p", "answer": "6 + 1 = <<6+1=7>>7\n#### 7"}, "7"),
+        ({"question": "p", "answer": "6 + 1 = 7\n#### 7\nSo it is 7."}, "7"),
         ({"prompt": "p", "solution": "First $\\boxed{3}$, no: $\\boxed{\\frac{1}{2}}$."}, "\\frac{1}{2}"),
         ({"question": "p", "answer": "\\boxed{7}", "solution": "other"}, "7"),
+        ({"problem": "p", "solution": "so \\boxed{7}", "answer": ""}, "7"),
         ({"problem": "p", "answer": 73}, "73"),
+        ({"problem": "p", "answer": 0.5}, "0.5"),
         ({"problem": "p", "answer": "1,000"}, "1,000"),
+        ({"problem": "p", "answer": ["7"]}, "7"),
+        ({"problem": "p", "answer": ["7", "-7"]}, ["7", "-7"]),
+        ({"problem": "p", "final_answer": ["7"], "solution": "long"}, "7"),
+        ({"question": "p", "expected_answer": "7"}, "7"),
+        ({"prompt": chat("be kind", "p"), "ground_truth": "7"}, "7"),
+        ({"messages": chat("be kind", "p", "7"), "answer": "7"}, "7"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "p"}]}], "answer": "7"}, "7"),
+        ({"prompt": chat("", "p"), "reward_model": {"style": "rule", "ground_truth": "7"}}, "7"),
+        ({"problem": "p", "answer": "sqrt(7)"}, "sqrt(7)"),
     ],
 )
 def test_columns_and_answers_seen_in_the_wild(tmp_path, row, gold):
-    (problem,) = common.load_problems(write(tmp_path / "d.jsonl", [row]), "train")
+    (problem,) = load_problems(write(tmp_path / "d.jsonl", [row]), "train")
     assert problem == {"problem": "p", "answer": gold, "id": "0"}
 
 
-def test_ids_are_kept_or_made_and_are_unique(tmp_path):
-    rows = [{"problem": "p", "answer": "1", "id": 5}, {"problem": "q", "answer": "2", "id": 5}]
-    ids = [p["id"] for p in common.load_problems(write(tmp_path / "d.jsonl", rows), "train")]
-    assert len(set(ids)) == 2 and all(i.startswith("5") for i in ids)
-    assert len(common.load_problems(write(tmp_path / "e.jsonl", rows), "train", limit=1)) == 1
+def test_columns_of_other_names(tmp_path, capsys):
+    file = write(tmp_path / "d.jsonl", [{"text": "p", "extra": {"label": "7"}}])
+    assert "--problem-column" in refusal(capsys, load_problems, file, "train")
+    (problem,) = load_problems(file, "train", problem_column="text", answer_column="extra.label")
+    assert problem["problem"] == "p" and problem["answer"] == "7"
+    assert "nope" in refusal(capsys, load_problems, file, "train", problem_column="nope", answer_column="extra.label")
 
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("d.jsonl", LINES),
+        ("d.json", LINES),
+        ("d.json", json.dumps(ROWS, indent=2)),
+        ("d.json", json.dumps({"version": 1, "data": ROWS}, indent=2)),
+        ("d.jsonl", "\ufeff" + LINES),
+        ("d.jsonl", LINES.replace("\n", "\r\n")),
+        ("d.jsonl", LINES.replace("\n", "\n\n \n")),
+        ("d.csv", 'problem,answer\r\n1+1?,2\r\n"half, as a fraction?",\\frac{1}{2}\r\n'),
+        ("d.csv", '\ufeffproblem,answer\n1+1?,2\n"half, as a fraction?",\\frac{1}{2}'),
+    ],
+)
+def test_formats(tmp_path, name, content):
+    plain = load_problems(write(tmp_path / name, content), "train")
+    assert [{"problem": p["problem"], "answer": p["answer"]} for p in plain] == ROWS
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    assert load_problems(str(tmp_path / f"{name}.gz"), "train") == plain
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"prompt": chat("", r["problem"]), "reward_model": {"ground_truth": r["answer"]}} for r in ROWS]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    assert [p["answer"] for p in load_problems(str(tmp_path / "d.parquet"), "train")] == ["2", r"\frac{1}{2}"]
+
+
+def test_a_line_separator_within_a_text_does_not_end_a_line(tmp_path):
+    rows = [{"problem": "a\u2028b\x85c", "answer": "2"}]
+    assert load_problems(write(tmp_path / "d.jsonl", rows), "train")[0]["problem"] == "a\u2028b\x85c"
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("d.jsonl", b"", "empty"),
+        ("d.csv", b"", "empty"),
+        ("d.json", b"[]", "empty"),
+        ("d.jsonl", b'{"problem": "a", "answer": "1"}\n{"prob', "line 2: not JSON"),
+        ("d.jsonl", b'{"problem": "a\x00b", "answer": "1"}\n', "line 1: not JSON"),
+        ("d.jsonl", b'{"problem": "\xff\xfe", "answer": "1"}\n', "line 1: not UTF-8"),
+        ("d.jsonl", LINES.encode("utf-16"), "UTF-16"),
+        ("d.jsonl", b"3\n", "line 1: expected an object"),
+        ("d.csv", b"problem,answer\n1,2,3\n", "row 1"),
+        ("d.csv", b"problem,answer\n1\n", "row 1"),
+        ("d.csv", b"problem,answer\n\xff,2\n", "utf-8"),
+        ("d.parquet", b"PAR", "cannot be read"),
+        ("d.jsonl.gz", b"PAR", "cannot be read"),
+        ("d.json", b'[{"problem": "a", "answer": "1"}, 3]', "row 2"),
+        ("d.jsonl", b"x" * 10_000_000, "line 1: not JSON"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value[:12]),
+)
+def test_what_is_wrong_with_a_file_is_one_line(tmp_path, capsys, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    message = refusal(capsys, load_problems, str(tmp_path / name), "train")
+    assert name in message and says in message and len(message) < 400
+
+
+def test_all_unusable_rows_are_named_at_once(tmp_path, capsys):
+    bad = [{"problem": "?", "answer": a} for a in (r"\frac{1}{", "1/0", None, "", "proof")] + [
+        {"problem": "", "answer": 1}
+    ]
+    file = write(tmp_path / "d.jsonl", [row for one in bad for row in (ROWS[0], one)] + [{"answer": "1/0"}] * 9)
+    message = refusal(capsys, load_problems, file, "train")
+    assert "15 rows" in message and message.count("row ") == 10 and "row 2: " in message and "row 12: " in message
+    kept = load_problems(file, "train", skip_unusable=True)
+    assert [p["answer"] for p in kept] == ["2"] * 6 and "15 rows" in capsys.readouterr().out
+    assert len(load_problems(file, "train", limit=1)) == 1  # what is not used is not looked at
+    assert "no usable" in refusal(capsys, load_problems, write(tmp_path / "e.jsonl", bad), "train", skip_unusable=True)
+
+
+def test_several_golds_are_said_once(tmp_path, capsys):
+    load_problems(write(tmp_path / "d.jsonl", [{"problem": "p", "answer": ["1", "2"]}] * 3), "train")
+    assert capsys.readouterr().out.count("any of them is right") == 1
+
+
+def test_ids_are_kept_or_made_and_are_unique(tmp_path, capsys):
+    rows = [{"problem": "p", "answer": "1", "id": 5}, {"problem": "q", "answer": "2", "id": 5}]
+    ids = [p["id"] for p in load_problems(write(tmp_path / "d.jsonl", rows), "train")]
+    assert len(set(ids)) == 2 and all(i.startswith("5") for i in ids)
+    assert capsys.readouterr().out.count("\n") == 1
+    assert len(load_problems(write(tmp_path / "e.jsonl", rows), "train", limit=1)) == 1
+
+
+# ---------------------------------------------------------------------------------------------- responses
+
+
+def test_responses_of_one_problem_are_gathered(tmp_path, capsys):
+    problem = {"problem": "p", "answer": "7"}
+    rows = [
+        {**problem, "response": "a\r\nb"},
+        {"problem": "q", "answer": ["1", "2"], "responses": ["c", chat("", "q", "d")]},
+        {**problem, "response": chat("", "p", "e")},
+    ]
+    problems, responses = load_responses(tmp_path / write(tmp_path / "r.jsonl", rows).rsplit("/")[-1])
+    assert [(p["id"], p["answer"]) for p in problems] == [("0", "7"), ("1", ["1", "2"])]
+    assert responses == [["a\nb", "e"], ["c", "d"]]
+    assert load_responses(tmp_path / "r.jsonl", limit=1) == (problems[:1], responses[:1])
+    for bad in ({}, {"response": None}, {"response": 3}, {"responses": ["a", ""]}):
+        write(tmp_path / "r.jsonl", [rows[0], {**problem, **bad}])
+        assert "r.jsonl, row 2: column response" in refusal(capsys, load_responses, tmp_path / "r.jsonl")
+
+
+THOUGHT, ANSWER = "I add.\n\nWait, again.\n", "\nIt is \\boxed{7}."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>\n{THOUGHT}</think>{ANSWER}",
+        f"<｜begin▁of▁sentence｜>\n<think>\n{THOUGHT}</think>{ANSWER}<｜end▁of▁sentence｜>",
+        f"\n<think>\n{THOUGHT}</think>{ANSWER}",
+        f"<s> <think>\n{THOUGHT}</think>{ANSWER}\n</think>",
+        f"<|im_start|>assistant\n<think>\n{THOUGHT}</think>{ANSWER}<|im_end|>",
+        f"<thinking>\n{THOUGHT}</thinking>{ANSWER}",
+        f"[THINK]\n{THOUGHT}[/THINK]{ANSWER}",
+        f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>final<|message|>{ANSWER}<|return|>",
+    ],
+)
+def test_thought_and_answer_in_all_marks(text):
+    assert split_response(text) == (True, THOUGHT, ANSWER)
+    assert extract_answer(text) == "7"
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        (f"{THOUGHT}</think>{ANSWER}", (False, THOUGHT, ANSWER)),  # the template has opened the thought
+        (f"<think>\n{THOUGHT}", (True, THOUGHT, None)),
+        (THOUGHT + ANSWER, (False, THOUGHT + ANSWER, None)),
+        ("\n2 + 2", (False, "\n2 + 2", None)),
+        ("<think></think>7", (True, "", "7")),
+        ("<think>a</think>\\boxed{7}\n</think>", (True, "a", "\\boxed{7}")),
+        ("", (False, "", None)),
+    ],
+)
+def test_thought_and_answer(text, parts):
+    assert split_response(text) == parts
+
+
+def test_markers(tmp_path, capsys):
+    file = tmp_path / "m.txt"
+    file.write_text("\ufeffWait\nHmm\n\n等等\nWait\n", encoding="utf-8")
+    assert load_markers(file) == ("Wait", "Hmm", "等等")
+    for content in (b"", b"\n \n", b"\xff\xfe"):
+        file.write_bytes(content)
+        assert "m.txt" in refusal(capsys, load_markers, file)
+    assert "nowhere.txt" in refusal(capsys, load_markers, tmp_path / "nowhere.txt")
+
+
+# ---------------------------------------------------------------------------------------------- real data
 
 SIZES = {
     "aime2024": 30,
@@ -45,12 +234,38 @@ SIZES = {
     "minerva_math": 272,
     "olympiadbench": 675,
 }
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not here")
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real benchmarks are not here")
+@needs_data
 @pytest.mark.parametrize("name", SIZES)
 def test_real_benchmarks_load_and_their_golds_grade_as_right(name):
-    problems = common.load_problems(str(SHARED / f"{name}.jsonl"), "test")
+    problems = load_problems(str(SHARED / f"{name}.jsonl"), "test")
     assert len(problems) == SIZES[name]
     for problem in problems:
-        assert common.grade(f"so \\boxed{{{problem['answer']}}}", problem["answer"]), problem
+        assert grade(f"so \\boxed{{{problem['answer']}}}", problem["answer"]), problem
+
+
+@needs_data
+def test_files_that_were_chosen_to_be_hard(capsys):
+    refused = set()
+    for file in sorted((SHARED / "files_hard").iterdir()):
+        load = load_responses if file.name.startswith("traces") else lambda path: load_problems(str(path), "train")
+        try:
+            assert load(file)
+        except SystemExit:
+            refused.add(file.stem)
+    assert capsys.readouterr().err.count("\n") == len(refused)
+    assert refused == {
+        "bad_gold_rows_2_and_4", "bad_json_line_2", "empty", "missing_answer_row_2", "null_answer_row_2", "utf16"
+    }  # fmt: skip
+
+
+def test_a_hub_set_leaves_out_what_cannot_be_used(monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(
+        [{"problem": "p", "solution": s} for s in ("\\boxed{2}", "a proof", "\\boxed{3}")]
+    )
+    monkeypatch.setattr(data, "load_from_hub", lambda *_: rows)
+    assert [p["answer"] for p in load_problems("owner/name", "train")] == ["2", "3"]
+    assert "left out" in capsys.readouterr().out
