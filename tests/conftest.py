@@ -185,7 +185,7 @@ def succeeded(done) -> str:
 
 
 def kill_at_line(process, file: Path, count: int) -> None:
-    """SIGKILL as soon as the file has so many lines."""
+    """SIGKILL as soon as the file has so many lines: those of a whole batch, since a write may be cut within one."""
     deadline = time.time() + PATIENCE
     while not (file.exists() and file.read_bytes().count(b"\n") >= count):
         assert process.is_alive() and time.time() < deadline, f"{file.name} never had {count} lines"

@@ -192,7 +192,7 @@ EVALUATED = ("records.jsonl", "summary.json", "summary.md")
 
 def test_a_killed_evaluation_resumes_to_the_same_records(tmp_path, start, execute, straight_evaluation):
     flags = [*EVALUATION, "--num-samples", 4, "--out", "run"]
-    kill_at_line(start(tmp_path, "evaluate.py", *flags), tmp_path / "run" / "records.jsonl", 2)
+    kill_at_line(start(tmp_path, "evaluate.py", *flags), tmp_path / "run" / "records.jsonl", 8)
     assert not (tmp_path / "run" / "summary.json").exists()
     succeeded(execute(tmp_path, "evaluate.py", *flags, "--resume"))
     assert_same_bits(tmp_path / "run", straight_evaluation, EVALUATED)
@@ -302,7 +302,7 @@ def test_an_analysis_writes_records_and_numbers_and_pictures_of_them(straight_an
 
 def test_a_killed_analysis_resumes_to_the_same_records_and_can_be_redrawn(tmp_path, start, execute, straight_analysis):
     flags = [*ANALYSIS, "--out", "run"]
-    kill_at_line(start(tmp_path, "analyze_r1.py", *flags), tmp_path / "run" / "records.jsonl", 2)
+    kill_at_line(start(tmp_path, "analyze_r1.py", *flags), tmp_path / "run" / "records.jsonl", 4)
     succeeded(execute(tmp_path, "analyze_r1.py", *flags, "--resume"))
     assert_same_bits(tmp_path / "run", straight_analysis)
     shutil.copytree(straight_analysis, tmp_path / "again")
@@ -359,7 +359,7 @@ def test_budget_forcing_writes_records_numbers_and_pictures(straight_budget):
 
 def test_killed_budget_forcing_resumes_and_is_compared_from_records(tmp_path, start, execute, straight_budget):
     flags = ["--model", "tiny", *BUDGET, "--out", "run"]
-    kill_at_line(start(tmp_path, "budget_force.py", *flags), tmp_path / "run" / "records.jsonl", 2)
+    kill_at_line(start(tmp_path, "budget_force.py", *flags), tmp_path / "run" / "records.jsonl", 4)
     succeeded(execute(tmp_path, "budget_force.py", *flags, "--resume"))
     assert_same_bits(tmp_path / "run", straight_budget, EVALUATED)
     shutil.copytree(straight_budget, tmp_path / "other")

@@ -164,7 +164,7 @@ def test_two_iterations_of_both_filters_from_the_same_samples(straight):
 
 
 @pytest.mark.parametrize(
-    "file, lines", [("samples_1.jsonl", 4), ("outcome/tuning_1/metrics.jsonl", 3), ("mrt/samples_2.jsonl", 4)]
+    "file, lines", [("samples_1.jsonl", 8), ("outcome/tuning_1/metrics.jsonl", 3), ("mrt/samples_2.jsonl", 8)]
 )
 def test_a_killed_run_resumes_to_the_same_models(tmp_path, start, execute, straight, file, lines):
     flags = [*TOY, "--out", "run"]
