@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_bad_input import copy_of_tiny
 
 from plumbing import models
 from plumbing.hf_engine import TransformersEngine
@@ -338,7 +339,7 @@ def test_two_processes_have_an_engine_each_that_follows_the_sharded_model(tmp_pa
 
 @needs_vllm
 def test_evaluation_of_two_models_opens_and_closes_two_engines(tmp_path):
-    shutil.copytree(ROOT / "tiny", tmp_path / "other")
+    copy_of_tiny(tmp_path / "other")
     done = run(
         tmp_path,
         ROOT / "evaluate.py",
