@@ -113,9 +113,9 @@ def analyse(args) -> None:
     runs.check_out(args.out, runs.identity(args, *MAY_CHANGE), args.resume, args.overwrite)
     tokenizer = models.load_tokenizer(args.model)
     if args.traces:
-        problems, responses = data.load_responses(args.traces, args.limit)
+        problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
     else:
-        problems, responses = data.load_problems(args.dataset, args.split, args.limit), None
+        problems, responses = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)), None
     prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
     if responses:
         given, longest = read_given(args, tokenizer, problems, prompts, responses)
@@ -158,13 +158,15 @@ def ungrouped_episodes(how: Segmentation, trace: Trace) -> int:
 
 
 def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -> tuple[list[list[Trace]], int]:
-    """Traces of given responses and the tokens of the longest prompt with an answer; what cannot be used is told.
+    """Traces of given responses and the tokens of the longest prompt with an answer; tells what cannot be used.
 
-    A response is `[<think>] thought </think> answer`. Without a `</think>` it is a thought that was cut off and has no
-    answer; unless no response of the file has one: then they are solutions without a separate thought.
+    A response is `[<think>] thought </think> answer`, or has other marks (`data.split_response`). One whose thought does
+    not end was cut off and has no answer; unless no response of the file has a mark: then they are solutions without
+    a separate thought.
     """
     context, room = models.context_length(args.model), room_for_answer(tokenizer, args.answer_tokens)
-    marked = any(THINK_END in response for row in responses for response in row)
+    split = [data.split_response(response) for row in responses for response in row]
+    marked = any(opened or answer is not None for opened, _, answer in split)
     if not marked:
         print(f"{args.traces}: no response has {THINK_END}; each is read as a thought that holds its answer")
     groups, longest, unused = [], 0, Counter()
@@ -193,18 +195,16 @@ def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -
 
 def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str, marked: bool) -> Trace:
     """A trace of text that another model may have written, in the tokens of μ."""
-    if "<think>" in tokenizer.decode(prompt[-8:]):  # the template has opened the thought already
-        response = response.removeprefix("<think>").removeprefix("\n")
-    thought, marker, answer = response.partition(THINK_END)
+    opened, thought, answer = data.split_response(response)
+    if opened and "<think>" not in tokenizer.decode(prompt[-8:]):  # else the template has opened the thought already
+        thought = "<think>\n" + thought
     ids = encode(tokenizer, thought)
-    written = ids + encode(tokenizer, marker + answer)
-    completion = Completion(written, [], "stop" if marker or not marked else "length")
+    written = ids + (encode(tokenizer, THINK_END + answer) if answer is not None else [])
+    completion = Completion(written, [], "length" if marked and answer is None else "stop")
     completion.text, completion.offsets = text_and_offsets(tokenizer, written)
-    finished = bool(marker) and models.thinks(tokenizer)
-    graded = (answer if marker else None) if marked else response
-    return Trace(
-        problem, prompt, completion, token_boundaries(completion, len(ids), segmentation(args)), finished, graded
-    )
+    finished = answer is not None and models.thinks(tokenizer)
+    boundaries = token_boundaries(completion, len(ids), segmentation(args))
+    return Trace(problem, prompt, completion, boundaries, finished, answer if marked else response)
 
 
 def answer_directly(args, run: Path, problems: list[dict]) -> None:

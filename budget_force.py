@@ -122,7 +122,7 @@ def main() -> None:
         )
         problems = problems[: args.limit]
     else:
-        problems = data.load_problems(args.dataset, args.split, args.limit)
+        problems = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args))
     for one in one_of_each:
         force(one, problems, thoughts)
     compare(args, [one.out for one in one_of_each])

@@ -90,7 +90,10 @@ def main() -> None:
     for one in evaluations:  # what can be refused at once is, before anything large is fetched
         runs.check_out(one.out, runs.identity(one, *MAY_CHANGE), one.resume, one.overwrite)
         models.load_tokenizer(one.model)
-    problems = {one.dataset: data.load_problems(one.dataset, args.split, args.limit) for one in evaluations}
+    problems = {
+        one.dataset: data.load_problems(one.dataset, args.split, args.limit, *data.columns_of(args))
+        for one in evaluations
+    }
     for model in dict.fromkeys(one.model for one in evaluations):
         evaluate_model([one for one in evaluations if one.model == model], problems)
     if len(evaluations) > 1:

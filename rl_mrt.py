@@ -140,10 +140,12 @@ def main() -> None:
         fail("--progress likelihood: several processes score with --engine transformers, which has the whole model")
     runs.check_out(args.out, runs.identity(args), args.resume, args.overwrite)
     tokenizer = models.load_tokenizer(args.model)  # small: a wrong --model is told before a data set is fetched
-    problems = data.load_problems(args.dataset, args.split, args.limit)
+    problems = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args))
     validation = []
     if args.eval_every and (args.eval_dataset or data.is_tiny_dataset(args.dataset)):
-        validation = data.load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems)
+        validation = data.load_problems(
+            args.eval_dataset or args.dataset, args.eval_split, args.eval_problems, *data.columns_of(args)
+        )
     if not models.thinks(tokenizer):
         print(f"{args.model} has no {models.THINK_END}: its whole completion is the thought, and it is asked for a box")
     prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems + validation]

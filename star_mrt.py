@@ -114,9 +114,11 @@ def main() -> None:
     tokenizer = models.load_tokenizer(args.model)
     if not models.thinks(tokenizer):
         fail(f"--model {args.model}: has no {models.THINK_END} in its vocabulary, so no thought to cut")
-    problems, held_out = data.load_problems(args.dataset, args.split, args.limit), []
+    problems, held_out = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)), []
     if args.eval_dataset or data.is_tiny_dataset(args.dataset):
-        held_out = data.load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems)
+        held_out = data.load_problems(
+            args.eval_dataset or args.dataset, args.eval_split, args.eval_problems, *data.columns_of(args)
+        )
     prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems + held_out]
     room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
     longest = check_lengths(args.model, problems + held_out, prompts, room)

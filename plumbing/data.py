@@ -49,6 +49,11 @@ def load_problems(
     return problems
 
 
+def columns_of(args) -> tuple[str | None, str | None, bool]:
+    """The last arguments of `load_problems` and `load_responses`, from the flags."""
+    return args.problem_column, args.answer_column, args.skip_unusable
+
+
 def load_responses(
     file: Path,
     limit: int | None = None,
@@ -68,18 +73,6 @@ def load_responses(
         problems.setdefault(same, {**problem, "id": str(len(problems))})
         responses.setdefault(same, []).extend(texts)
     return list(problems.values())[:limit], list(responses.values())[:limit]
-
-
-def load_markers(file: Path) -> tuple[str, ...]:
-    """The markers of a file with one a line; spaces around them count, blank lines do not."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--markers {file}: cannot be read: {first_line(error)}")
-    markers = tuple(dict.fromkeys(line for line in lines if line.strip()))
-    if not markers:
-        fail(f"--markers {file}: holds no marker, expected one a line")
-    return markers
 
 
 # ================================================================================================== rows of a file
@@ -227,12 +220,13 @@ def message_of(value: Any, role: str) -> str | None:
 
 
 def responses_of(row: dict) -> list[str]:
+    """The texts of a row's responses; an empty one is a text, too."""
     many = value_at(row, "responses")
-    values = many if isinstance(many, list) else [value_at(row, "response")]
-    texts = [message_of(value, "assistant") for value in values]
+    values = many if isinstance(many, list) else [value_at(row, "response") or row.get("response")]
+    texts = [value if isinstance(value, str) else message_of(value, "assistant") for value in values]
     if not texts or None in texts:
         raise ValueError(f"column response holds no text; found {', '.join(row)}")
-    return [text.replace("\r\n", "\n") for text in texts if text]
+    return [text.replace("\r\n", "\n") for text in texts if text is not None]
 
 
 def gold_of(row: dict, columns: Iterable[str]) -> str | list[str]:

@@ -119,7 +119,10 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
                       "embedded model, else the paper's")  # fmt: skip
     data.add_argument("--split", help="split of the data set")
     data.add_argument("--limit", type=positive_int, help="use only the first problems")
-    data.add_argument("--markers", type=phrases, default=[], metavar="FILE", help="phrases that open an episode beside "
+    data.add_argument("--problem-column", help="column of the problem, or outer.inner; default: a usual name")
+    data.add_argument("--answer-column", help="column of the gold answer, likewise")
+    data.add_argument("--skip-unusable", action="store_true", help="leave out rows of a file that cannot be used")
+    data.add_argument("--markers", type=Path, metavar="FILE", help="phrases that open an episode beside "
                       "the published ones, one a line")  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -153,15 +156,16 @@ def whole_number(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def phrases(file: str) -> list[str]:
-    """The lines of a file, without blank ones."""
+def load_markers(file: Path) -> list[str]:
+    """The markers of a file with one a line; spaces around them count, blank lines do not."""
     try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{file} cannot be read: {first_line(error)}") from None
-    if not lines:
-        raise argparse.ArgumentTypeError(f"{file} holds no phrase")
-    return lines
+        fail(f"--markers {file}: cannot be read: {first_line(error)}")
+    markers = list(dict.fromkeys(line for line in lines if line.strip()))
+    if not markers:
+        fail(f"--markers {file}: holds no marker")
+    return markers
 
 
 def positive_int(text: str) -> int:
@@ -240,6 +244,7 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     for name, (small, large, _) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, small if is_tiny(args.model.split(",")[0]) else large)
+    args.markers = load_markers(args.markers) if args.markers else []
     if getattr(args, "warmup", 0.0) >= 1:
         fail(f"--warmup {args.warmup}: is a share of the run, below 1")
     if getattr(args, "compare", None) and args.out and config_of(args.out):

@@ -8,7 +8,8 @@ from conftest import SHARED
 
 from plumbing import data
 from plumbing.answers import extract_answer, grade
-from plumbing.data import load_markers, load_problems, load_responses, split_response
+from plumbing.data import load_problems, load_responses, split_response
+from plumbing.runs import load_markers
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "half, as a fraction?", "answer": r"\frac{1}{2}"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -171,7 +172,7 @@ def test_responses_of_one_problem_are_gathered(tmp_path, capsys):
     assert [(p["id"], p["answer"]) for p in problems] == [("0", "7"), ("1", ["1", "2"])]
     assert responses == [["a\nb", "e"], ["c", "d"]]
     assert load_responses(tmp_path / "r.jsonl", limit=1) == (problems[:1], responses[:1])
-    for bad in ({}, {"response": None}, {"response": 3}, {"responses": ["a", ""]}):
+    for bad in ({}, {"response": None}, {"response": 3}, {"responses": ["a", 3]}):
         write(tmp_path / "r.jsonl", [rows[0], {**problem, **bad}])
         assert "r.jsonl, row 2: column response" in refusal(capsys, load_responses, tmp_path / "r.jsonl")
 
@@ -216,7 +217,7 @@ def test_thought_and_answer(text, parts):
 def test_markers(tmp_path, capsys):
     file = tmp_path / "m.txt"
     file.write_text("\ufeffWait\nHmm\n\n等等\nWait\n", encoding="utf-8")
-    assert load_markers(file) == ("Wait", "Hmm", "等等")
+    assert load_markers(file) == ["Wait", "Hmm", "等等"]
     for content in (b"", b"\n \n", b"\xff\xfe"):
         file.write_bytes(content)
         assert "m.txt" in refusal(capsys, load_markers, file)
