@@ -4,6 +4,7 @@
     sampler.py      token ids in, token ids and log-probs out, from one of the engines:
     hf_engine.py      transformers, in batches that share prefixes; also scores
     vllm_engine.py    vLLM in this process
+    served_engine.py  a server
     answers.py      is a boxed answer the gold answer? in processes that can be killed
     data.py         problems and given responses from files and the Hub
     training.py     micro-batches, several processes, checkpoints
