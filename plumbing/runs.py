@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -111,7 +112,8 @@ def is_tiny(model: str) -> bool:
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that mean the same in every script."""
     data = parser.add_argument_group("model and data")
-    data.add_argument("--model", default="tiny", help="Hub id, folder or tiny (the embedded reasoner)")
+    data.add_argument("--model", help="Hub id, folder or tiny, the embedded reasoner (default: tiny, or what --engine "
+                      "serves)")  # fmt: skip
     data.add_argument("--dataset", help="Hub id, .jsonl file, tiny or tiny:N (N candidates); default: tiny for the "
                       "embedded model, else the paper's")  # fmt: skip
     data.add_argument("--split", help="split of the data set")
@@ -119,10 +121,13 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument(
         "--engine",
-        choices=("auto", "vllm", "transformers"),
+        type=engine_name,
         default="auto",
-        help="what samples; auto: vLLM if it is installed and finds a device",
+        help="what samples: vllm, transformers, or the address of a server like http://127.0.0.1:8000/v1, its key in "
+        "OPENAI_API_KEY (default: vllm if it is installed and finds a device)",
     )
+    run.add_argument("--tokenizer", help="of a served model: Hub id or folder (default: what the server has loaded)")
+    run.add_argument("--concurrency", type=positive_int, default=64, help="requests to a server at a time")
     run.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
                      help="arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
     run.add_argument("--seed", type=whole_number, default=0)
@@ -131,6 +136,18 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     again = run.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
     again.add_argument("--overwrite", action="store_true", help="discard the run in --out and start again")
+
+
+def engine_name(text: str) -> str:
+    if text in ("auto", "vllm", "transformers"):
+        return text
+    if not re.fullmatch(r"https?://[^@?#\s]+", text):  # not repeated: it may hold a key
+        raise argparse.ArgumentTypeError("is auto, vllm, transformers or an address like http://127.0.0.1:8000/v1")
+    return text.rstrip("/")
+
+
+def is_served(engine: str) -> bool:
+    return engine.startswith("http")
 
 
 def whole_number(text: str, least: int = 0) -> int:
@@ -188,9 +205,13 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
                 from_file.append(f"--{name}={value}")
         argv = from_file + (sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
+    args.context = None
+    if is_served(args.engine) and not any(getattr(args, flag, None) for flag in ("compare", "from_run", "dry_run")):
+        ask_server(args)
+    args.model = args.model or "tiny"
     for name, (small, large, _) in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, small if is_tiny(args.model.split(",")[0]) else large)
+            setattr(args, name, small if is_tiny(args.tokenizer or args.model.split(",")[0]) else large)
     if getattr(args, "warmup", 0.0) >= 1:
         fail(f"--warmup {args.warmup}: is a share of the run, below 1")
     if getattr(args, "compare", None) and args.out and config_of(args.out):
@@ -198,6 +219,18 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     if not 0 < getattr(args, "top_p", 1.0) <= 1:
         fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
     return args
+
+
+def ask_server(args) -> None:
+    """Sets --model, --tokenizer and the context of a served model to what the server at --engine says."""
+    from plumbing.served_engine import find_model
+
+    found = [find_model(args.engine, model) for model in (args.model.split(",") if args.model else [None])]
+    args.model = ",".join(name for name, _, _ in found)
+    if not args.tokenizer and found[0][1].startswith("/") and not Path(found[0][1]).is_dir():
+        fail(f"--engine {args.engine}: has loaded {found[0][1]}, which is not here; name its --tokenizer")
+    args.tokenizer = args.tokenizer or found[0][1]
+    args.context = min((context for _, _, context in found if context), default=None)
 
 
 def script_name() -> str:
@@ -217,7 +250,10 @@ def config_of(run: Path) -> dict | None:
 def lasting(config: dict) -> dict:
     """The settings that a run shares with what continues it, as JSON holds them."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-    return {k: v for k, v in settings.items() if k not in ("resume", "overwrite", "config", "out")}
+    if is_served(settings.get("engine", "")):
+        settings["engine"] = "served"  # wherever it is
+    passing = ("resume", "overwrite", "config", "out", "concurrency", "context")
+    return {k: v for k, v in settings.items() if k not in passing}
 
 
 def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
