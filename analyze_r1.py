@@ -87,7 +87,7 @@ def main() -> None:
         return
     args.engine = common.pick_engine(args.engine)
     common.check_out(args.out, lasting_settings(args), args.resume, args.overwrite)
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = common.load_tokenizer(args.tokenizer or args.model)
     given = None
     if args.traces:
         problems, given = load_traces(args.traces, args.limit)
@@ -95,12 +95,12 @@ def main() -> None:
         problems = common.load_problems(args.dataset, args.split, args.limit)
     prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
     if given:
-        context = common.context_length(args.model)
+        context = args.context or common.context_length(args.tokenizer or args.model)
         traces, longest = read_given(args, tokenizer, problems, prompts, given, context)
     else:
         traces, longest = None, common.check_lengths(args, tokenizer, problems, prompts)
     if args.direct_model:
-        common.load_tokenizer(args.direct_model)  # a wrong name is told now, not after the thoughts
+        common.load_tokenizer(direct_settings(args).tokenizer or args.direct_model)  # a wrong name is told now
     run = common.open_run(args.out, lasting_settings(args), args.resume, args.overwrite)
     sampler = common.open_sampler(args, tokenizer, longest)
     analyse(args, run, sampler, problems, prompts, traces)
@@ -234,6 +234,15 @@ def forced_answers(problem: dict, row: list[Completion]) -> dict:
     }
 
 
+def direct_settings(args) -> argparse.Namespace:
+    """The settings for --direct-model, which the server at --engine has to serve, too."""
+    one = copy.copy(args)
+    one.model, one.tokenizer = args.direct_model, None
+    if common.is_served(args.engine):
+        common.ask_server(one)
+    return one
+
+
 def answer_directly(args, run: Path, problems: list[dict]) -> None:
     """The baseline of Figure 3: many whole answers of a model, in `direct.jsonl`."""
     done = run / "direct.jsonl"
@@ -242,9 +251,8 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
         if made != args.direct_model:
             fail(f"--direct-model {args.direct_model}: {done} is of {made}; remove it or name another --out")
         return
-    one = copy.copy(args)
-    one.model = args.direct_model
-    tokenizer = common.load_tokenizer(one.model)
+    one = direct_settings(args)
+    tokenizer = common.load_tokenizer(one.tokenizer or one.model)
     prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
     sampler = common.open_sampler(one, tokenizer, common.check_lengths(one, tokenizer, problems, prompts))
     seeds = [(args.seed, 2, common.key(p["id"])) for p in problems]

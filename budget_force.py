@@ -107,14 +107,14 @@ def main() -> None:
         one = copy.copy(args)
         one.model, one.out = model, args.out / common.short_name(model) if "," in args.model else args.out
         common.check_out(one.out, lasting_settings(one), one.resume, one.overwrite)
-        if not common.thinks(common.load_tokenizer(model)):
+        if not common.thinks(common.load_tokenizer(args.tokenizer or model)):
             fail(f"--model {model}: has no {THINK_END} in its vocabulary, so no thought to cut or to extend")
         todo.append(one)
     given = load_thoughts(args) if args.thoughts else None
     problems = [r["problem"] for r in given] if given else common.load_problems(args.dataset, args.split, args.limit)
     runs = []
     for one in todo:
-        tokenizer = common.load_tokenizer(one.model)
+        tokenizer = common.load_tokenizer(one.tokenizer or one.model)
         prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
         strings = max(len(common.encode(tokenizer, "\n" + string)) for string in one.strings)
         more = one.extensions * (one.extension_tokens + strings) if one.style == "paper" else 0

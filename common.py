@@ -61,7 +61,7 @@ ANSWER_CUE = "Final Answer:** \\boxed{"  # ours: where the gold answer's likelih
 def check_lengths(args, tokenizer, problems: list[dict], prompts: list[list[int]], more: int = 0) -> int:
     """Ends the run if a prompt and what may follow it (a thought, the stop phrase, a forced answer) do not fit the
     model's context; returns the tokens of the longest."""
-    context = context_length(args.model)
+    context = args.context or context_length(args.tokenizer or args.model)
     phrase = len(encode(tokenizer, "\n\n" + STOP_PHRASE + ANSWER_CUE))
     room = args.max_tokens + more + phrase + args.answer_tokens
     too_long = [(len(q), p["id"]) for p, q in zip(problems, prompts) if len(q) + room > context]

@@ -96,14 +96,14 @@ def main() -> None:
             one.out = args.out if len(models) == len(datasets) == 1 else args.out / label(model, dataset)
             common.check_out(one.out, lasting_settings(one), one.resume, one.overwrite)
             todo[model].append(one)
-        common.load_tokenizer(model)
+        common.load_tokenizer(args.tokenizer or model)
     folders = [one.out for evaluations in todo.values() for one in evaluations]
     if len(set(folders)) < len(folders):
         fail(f"--model {args.model}: two of them would have the same folder {max(folders, key=folders.count)}")
     problems = {name: common.load_problems(name, args.split, args.limit) for name in datasets}
     runs = []
     for name, evaluations in todo.items():
-        tokenizer, longest = common.load_tokenizer(name), 0
+        tokenizer, longest = common.load_tokenizer(args.tokenizer or name), 0
         prompts = {d: [common.prompt_ids(tokenizer, p["problem"]) for p in problems[d]] for d in datasets}
         for one in evaluations:
             longest = max(longest, common.check_lengths(one, tokenizer, problems[one.dataset], prompts[one.dataset]))
