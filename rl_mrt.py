@@ -127,6 +127,8 @@ def main() -> None:
     _, world = common.start_processes()
     if args.problems_per_step < world:
         fail(f"--problems-per-step {args.problems_per_step}: fewer than the {world} processes")
+    if common.is_served(args.engine):
+        fail("--engine: a server keeps the weights it has loaded, so it cannot sample from a model in training")
     args.engine = common.pick_engine(args.engine)
     if world > 1 and args.engine == "vllm" and args.bonus and args.progress == "likelihood":
         fail("--progress likelihood: several processes score with --engine transformers, which has the whole model")

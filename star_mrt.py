@@ -106,7 +106,8 @@ def main() -> None:
     args.engine = common.pick_engine(args.engine)
     settings = {k: v for k, v in vars(args).items() if k not in ("config", "checkpoint_every", "batch_problems")}
     common.check_out(args.out, settings, args.resume, args.overwrite)
-    tokenizer = common.load_tokenizer(args.model)
+    weights = args.tokenizer or args.model  # of a served model the name says nothing
+    tokenizer = common.load_tokenizer(weights)
     if not common.thinks(tokenizer):
         fail(f"--model {args.model}: has no {THINK_END} in its vocabulary, so no thought to cut")
     problems = common.load_problems(args.dataset, args.split, args.limit)
@@ -117,17 +118,17 @@ def main() -> None:
     held_prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in held_out]
     longest = common.check_lengths(args, tokenizer, problems, prompts)
     longest = max(longest, common.check_lengths(args, tokenizer, held_out, held_prompts))
-    model = common.load_model(args.model, common.pick_device())
+    model = common.load_model(weights, common.pick_device())
     run = common.open_run_once(args.out, settings, args.resume, args.overwrite)
     sampler = common.open_sampler(args, tokenizer, longest, trained=model)
-    dtype, recompute = common.pick_dtype(args.dtype), not common.is_tiny(args.model)
+    dtype, recompute = common.pick_dtype(args.dtype), not common.is_tiny(weights)
     common.prepare(model, dtype, common.token_logprobs, recompute)
     if held_out:
         evaluate(args, run / "base.jsonl", sampler, held_out, held_prompts)
     ran_dry = False
     for number, name in enumerate(("outcome", "mrt") if args.filter == "both" else (args.filter,)):
         if number:  # every filter starts from the base
-            common.load_weights(model, common.resolve_model(args.model))
+            common.load_weights(model, common.resolve_model(weights))
             sampler.sync()
         (run / name).mkdir(exist_ok=True)
         for iteration in range(1, args.iterations + 1):
