@@ -62,6 +62,7 @@ def flags(argv=None) -> argparse.Namespace:
     direct.add_argument("--direct-model", help="model that answers without episodes (Appendix D: Qwen2.5-32B-Instruct)")
     direct.add_argument("--direct-samples", type=common.positive_int, default=32, help="its answers (Appendix D: 32)")
     show = parser.add_argument_group("what is shown")
+    show.add_argument("--dry-run", action="store_true", help="only tell the number of requests and tokens, at most")
     show.add_argument("--panel-episodes", type=common.positive_int, help="width of a panel, in episodes of a trace")
     show.add_argument("--budgets", help="token budgets C0 of the regret")
     show.add_argument(
@@ -84,6 +85,9 @@ def main() -> None:
     args = flags()
     if args.from_run:
         report(args, args.from_run)
+        return
+    if args.dry_run:
+        dry_run(args)
         return
     args.engine = common.pick_engine(args.engine)
     common.check_out(args.out, lasting_settings(args), args.resume, args.overwrite)
@@ -110,9 +114,53 @@ def main() -> None:
     report(args, run)
 
 
+def plan(
+    problems: int,
+    thoughts: int,
+    tokens: int,
+    boundaries: int,
+    answers: int,
+    answer_tokens: int,
+    prompt_tokens: int = 150,
+    phrase_tokens: int = 50,
+    block: int = 16,
+) -> dict[str, int]:
+    """Requests and tokens of an analysis: `thoughts` a problem, each of `tokens` tokens, with `answers` forced at each
+    of its `boundaries`, evenly spaced from the empty prefix, which a problem's thoughts share, to the whole thought.
+
+    `computed`: with a cache of prefixes in blocks of `block` tokens, a trace is computed once, and of every request
+    what follows the last whole block, half a block on average.
+    """
+    forced = problems * answers * (1 + thoughts * (boundaries - 1))
+    prefixes = problems * thoughts * answers * tokens * boundaries // 2
+    requests = problems * thoughts + forced
+    own = problems * (prompt_tokens + phrase_tokens)
+    own += problems * thoughts * (tokens + (boundaries - 1) * phrase_tokens)
+    return {
+        "requests": requests,
+        "sampled": problems * thoughts * tokens + forced * answer_tokens,
+        "sent": requests * prompt_tokens + forced * phrase_tokens + prefixes,
+        "computed": own + requests * block // 2,
+    }
+
+
+def dry_run(args) -> None:
+    """Tells what the analysis costs at most, without a model."""
+    problems = len(common.load_problems(args.dataset, args.split, args.limit))
+    boundaries = math.ceil((args.max_steps + 1) / args.episodes_per_point) + 1
+    cost = plan(problems, args.num_samples, args.max_tokens, boundaries, args.forced_answers, args.answer_tokens)
+    print(
+        f"{problems} problems × {args.num_samples} thoughts of at most {args.max_tokens:,} tokens, "
+        f"{args.forced_answers} answers of at most {args.answer_tokens:,} at each of at most {boundaries} boundaries: "
+        f"{cost['requests']:,} requests, {cost['sampled']:,} tokens sampled, {cost['sent']:,} tokens of prompts, of "
+        f"which {cost['computed']:,} are computed where prefixes are cached"
+    )
+
+
 def lasting_settings(args) -> dict:
     """Without those that may differ when a run is continued."""
-    volatile = ("config", "batch_problems", "budgets", "panel_episodes", "from_run", "direct_model", "direct_samples")
+    volatile = ("config", "batch_problems", "budgets", "panel_episodes", "from_run", "dry_run", "direct_model",
+                "direct_samples")
     return {k: v for k, v in vars(args).items() if k not in volatile}
 
 

@@ -21,6 +21,7 @@ import torch
 import urllib3
 from test_bad_input import main_with, parser_refusal, refusal
 
+import analyze_r1
 import common
 import evaluate
 import rl_mrt
@@ -349,6 +350,31 @@ def test_a_run_goes_on_where_the_server_died_and_holds_no_key(serve, capsys, mon
     assert asked < len(whole.bodies) - 2
     for file in tmp_path.rglob("*"):
         assert file.is_dir() or KEY.encode() not in file.read_bytes()
+
+
+def test_the_plan_of_an_analysis_counts_what_would_be_asked(capsys, monkeypatch):
+    problems, thoughts, tokens, boundaries, answers, limit, prompt, phrase = 3, 2, 800, 5, 4, 60, 150, 50
+    asked = [(prompt, tokens)] * (problems * thoughts) + [(prompt + phrase, limit)] * (problems * answers)
+    ends = [tokens * b // (boundaries - 1) for b in range(1, boundaries)]
+    asked += [(prompt + end + phrase, limit) for end in ends] * (problems * thoughts * answers)
+    cost = analyze_r1.plan(problems, thoughts, tokens, boundaries, answers, limit)
+    assert cost["requests"] == len(asked)
+    assert cost["sampled"] == sum(sampled for _, sampled in asked)
+    assert cost["sent"] == sum(sent for sent, _ in asked)
+    main_with(
+        monkeypatch,
+        analyze_r1,
+        "--dry-run",
+        "--model",
+        "no/such",
+        "--dataset",
+        "tiny",
+        "--split",
+        "test",
+        "--limit",
+        "2",
+    )()
+    assert "2 problems × 4 thoughts of at most 8,192 tokens" in capsys.readouterr().out
 
 
 # ============================================================================================ vllm serve
