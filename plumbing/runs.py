@@ -112,7 +112,7 @@ def is_tiny(model: str) -> bool:
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that mean the same in every script."""
     data = parser.add_argument_group("model and data")
-    data.add_argument("--model", help="Hub id, folder, tiny (the embedded reasoner; default) or the name it is served by")
+    data.add_argument("--model", help="Hub id, folder, tiny (the embedded reasoner; default) or a served name")
     data.add_argument("--dataset", help="Hub id, .jsonl file, tiny or tiny:N (N candidates); default: tiny for the "
                       "embedded model, else the paper's")  # fmt: skip
     data.add_argument("--split", help="split of the data set")
@@ -126,7 +126,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "OPENAI_API_KEY (default: vllm if it is installed and finds a device)",
     )
     run.add_argument("--tokenizer", help="of a served model: Hub id or folder (default: what the server has loaded)")
-    run.add_argument("--concurrency", type=positive_int, default=64, help="requests to a server at a time (default: 64)")
+    run.add_argument("--concurrency", type=positive_int, default=64, help="requests to a server at a time (64)")
     run.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
                      help="arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
     run.add_argument("--seed", type=whole_number, default=0)
