@@ -49,4 +49,4 @@ test: .venv/ready
 vllm: .venv-vllm/ready
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py tests/test_served.py

@@ -38,10 +38,11 @@ from common import (
 )
 from plumbing import data, models, report, runs
 from plumbing.answers import group_answers
+from plumbing.flags import add_common_flags, ask_server, numbers, parse_flags, positive_int, shared_flags, whole_number
 from plumbing.models import THINK_END, Completion, encode, text_and_offsets
 from plumbing.report import Curve, Panel, cell, group_by_problem, interval, problem_means
-from plumbing.runs import fail, positive_int, problem_key, short_name, whole_number
-from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
+from plumbing.runs import fail, problem_key, short_name
+from plumbing.sampler import Sampler, check_lengths, context_of, open_sampler, pick_engine
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
@@ -67,39 +68,62 @@ MAY_CHANGE = ("budgets", "panel_episodes", "from_run", "direct_model", "direct_s
 
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    runs.add_common_flags(parser)
-    flag = runs.shared_flags(parser, "thoughts", "num-samples max-tokens temperature top-p batch-problems")
+    add_common_flags(parser)
+    flag = shared_flags(parser, "thoughts", "num-samples max-tokens temperature top-p batch-problems")
     given = "given responses instead of sampled ones: problem, answer, response; any number a problem"
     flag("--traces", type=Path, metavar="FILE.jsonl", help=given)
     flag("--max-steps", type=whole_number, help="episodes opened at most")
     joined = "neighbours joined; answers are forced at the ends of the groups"
     flag("--episodes-per-point", type=positive_int, help=joined)
-    runs.shared_flags(parser, "forced answers (μ)", "forced-answers answer-tokens")
+    shared_flags(parser, "forced answers (μ)", "forced-answers answer-tokens")
     flag = parser.add_argument_group("direct baseline").add_argument
     flag("--direct-model", help="model that answers without episodes (Appendix D: Qwen2.5-32B-Instruct)")
     flag("--direct-samples", type=positive_int, default=32, help="its answers (Appendix D: 32)")
-    flag = runs.shared_flags(parser, "what is shown", "budgets")
+    flag = shared_flags(parser, "what is shown", "budgets")
+    flag("--dry-run", action="store_true", help="only tell the number of requests and tokens, at most")
     flag("--panel-episodes", type=positive_int, help="width of a panel, in episodes of a trace")
     flag("--from", dest="from_run", type=Path, metavar="RUN", help="redraw an earlier run, without a model")
-    args = runs.parse_flags(parser, DEFAULTS, argv)
+    args = parse_flags(parser, DEFAULTS, argv)
     if args.from_run:  # the settings that its records were made with
         settings = (runs.config_of(args.from_run) or {}).get("settings", {})
         if "episodes_per_point" not in settings:
             fail(f"--from {args.from_run}: no config.json of an analysis there")
         names = ("model", "max-steps", "episodes-per-point")
         argv = sys.argv[1:] if argv is None else argv
-        args = runs.parse_flags(parser, DEFAULTS, argv + [f"--{n}={settings[n.replace('-', '_')]}" for n in names])
+        args = parse_flags(parser, DEFAULTS, argv + [f"--{n}={settings[n.replace('-', '_')]}" for n in names])
     name = short_name(str(args.traces or args.dataset))
     args.out = args.from_run or args.out or Path("runs") / f"analyze-{short_name(args.model)}-{name}"
-    args.budgets = runs.numbers("--budgets", args.budgets)
+    args.budgets = numbers("--budgets", args.budgets)
     return args
 
 
 def main() -> None:
     args = flags()
+    if args.dry_run:
+        print(plan(args, len(data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)))))
+        return
     if not args.from_run:
         analyse(args)
     write_report(args, args.out)
+
+
+def plan(args, problems: int, prompt_tokens: int = 150, phrase_tokens: int = 50, block: int = 16) -> str:
+    """--dry-run: requests and tokens at most. Boundaries are evenly spaced from the empty prefix, which a problem's
+    thoughts share, to the whole thought. With a cache of prefixes in blocks of `block` tokens a trace is computed once,
+    and of every request what follows the last whole block, half a block on average."""
+    thoughts, boundaries = problems * args.num_samples, math.ceil((args.max_steps + 1) / args.episodes_per_point) + 1
+    forced = args.forced_answers * (problems + thoughts * (boundaries - 1))
+    sent = thoughts * args.forced_answers * args.max_tokens * boundaries // 2  # prefixes
+    sent += (thoughts + forced) * prompt_tokens + forced * phrase_tokens
+    computed = problems * (prompt_tokens + phrase_tokens) + (thoughts + forced) * block // 2
+    computed += thoughts * (args.max_tokens + (boundaries - 1) * phrase_tokens)
+    sampled = thoughts * args.max_tokens + forced * args.answer_tokens
+    return (
+        f"{problems} problems × {args.num_samples} thoughts of at most {args.max_tokens:,} tokens, "
+        f"{args.forced_answers} answers of at most {args.answer_tokens:,} at each of at most {boundaries} boundaries: "
+        f"{thoughts + forced:,} requests, {sampled:,} tokens sampled, {sent:,} tokens of prompts, of which "
+        f"{computed:,} are computed where prefixes are cached"
+    )
 
 
 def segmentation(args) -> Segmentation:
@@ -111,7 +135,7 @@ def analyse(args) -> None:
     """Thoughts, sampled or given, with J(μ) at their boundaries, in records.jsonl; the direct baseline's answers."""
     args.engine = pick_engine(args.engine)
     runs.check_out(args.out, runs.identity(args, *MAY_CHANGE), args.resume, args.overwrite)
-    tokenizer = models.load_tokenizer(args.model)
+    tokenizer = models.load_tokenizer(args.tokenizer or args.model)
     if args.traces:
         problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
     else:
@@ -121,9 +145,9 @@ def analyse(args) -> None:
         given, longest = read_given(args, tokenizer, problems, prompts, responses)
     else:
         given, room = None, args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
-        longest = check_lengths(args.model, problems, prompts, room)
+        longest = check_lengths(args, problems, prompts, room)
     if args.direct_model:
-        models.load_tokenizer(args.direct_model)  # a wrong name is told now, not after the thoughts
+        models.load_tokenizer(direct_settings(args).tokenizer or args.direct_model)  # a wrong name is told now
     run = runs.open_run(args.out, runs.identity(args, *MAY_CHANGE), args.resume, args.overwrite)
     sampler = open_sampler(args, tokenizer, longest)
     sample(args, run, sampler, problems, prompts, given)
@@ -160,11 +184,11 @@ def ungrouped_episodes(how: Segmentation, trace: Trace) -> int:
 def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -> tuple[list[list[Trace]], int]:
     """Traces of given responses and the tokens of the longest prompt with an answer; tells what cannot be used.
 
-    A response is `[<think>] thought </think> answer`, or has other marks (`data.split_response`). One whose thought does
-    not end was cut off and has no answer; unless no response of the file has a mark: then they are solutions without
+    A response is `[<think>] thought </think> answer`, or has other marks (`data.split_response`). One whose thought
+    does not end was cut off and has no answer; unless no response of the file has a mark: then they are solutions without
     a separate thought.
     """
-    context, room = models.context_length(args.model), room_for_answer(tokenizer, args.answer_tokens)
+    context, room = context_of(args), room_for_answer(tokenizer, args.answer_tokens)
     split = [data.split_response(response) for row in responses for response in row]
     marked = any(opened or answer is not None for opened, _, answer in split)
     if not marked:
@@ -207,6 +231,15 @@ def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str
     return Trace(problem, prompt, completion, boundaries, finished, answer if marked else response)
 
 
+def direct_settings(args) -> argparse.Namespace:
+    """The settings for --direct-model, which the server at --engine has to serve, too."""
+    one = copy.copy(args)
+    one.model, one.tokenizer = args.direct_model, None
+    if runs.is_served(args.engine):
+        ask_server(one)
+    return one
+
+
 def answer_directly(args, run: Path, problems: list[dict]) -> None:
     """The baseline of Figure 3: many whole answers of a model, in `direct.jsonl`."""
     file = run / "direct.jsonl"
@@ -215,12 +248,11 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
         if model != args.direct_model:
             fail(f"--direct-model {args.direct_model}: {file} is of {model}; remove it or name another --out")
         return
-    one = copy.copy(args)
-    one.model = args.direct_model
-    tokenizer = models.load_tokenizer(one.model)
+    one = direct_settings(args)
+    tokenizer = models.load_tokenizer(one.tokenizer or one.model)
     prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
     room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
-    sampler = open_sampler(one, tokenizer, check_lengths(one.model, problems, prompts, room))
+    sampler = open_sampler(one, tokenizer, check_lengths(one, problems, prompts, room))
     seeds = [(args.seed, 2, problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, args.max_tokens, seeds, args.direct_samples, args.temperature, args.top_p)
     traces = [trace for group in read_traces(tokenizer, problems, prompts, rows) for trace in group]

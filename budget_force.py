@@ -33,9 +33,10 @@ from common import (
     trace_of,
 )
 from plumbing import data, models, report, runs
+from plumbing.flags import add_common_flags, numbers, parse_flags, positive_int, shared_flags, whole_number
 from plumbing.models import THINK_END, encode, text_and_offsets
 from plumbing.report import Curve, Panel, Values, interval, problem_means
-from plumbing.runs import fail, positive_int, problem_key, short_name, whole_number
+from plumbing.runs import fail, problem_key, short_name
 from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
@@ -59,13 +60,13 @@ DEMO = ("runs/demo/grpo/model", "runs/demo/mrt/model")
 
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    runs.add_common_flags(parser)
+    add_common_flags(parser)
     parser.set_defaults(model=",".join(["tiny", *(path for path in DEMO if Path(path).is_dir())]))
-    flag = runs.shared_flags(parser, "thoughts", "num-samples max-tokens temperature top-p batch-problems")
+    flag = shared_flags(parser, "thoughts", "num-samples max-tokens temperature top-p batch-problems")
     given = "thoughts of an analyze_r1.py run of the same model, with J at their episodes; its --max-tokens holds"
     flag("--thoughts", type=Path, metavar="RUN", help=given)
-    runs.shared_flags(parser, "answers", "forced-answers answer-tokens")
-    flag = runs.shared_flags(parser, "exploit", "budgets")
+    shared_flags(parser, "answers", "forced-answers answer-tokens")
+    flag = shared_flags(parser, "exploit", "budgets")
     cut = "at the last paragraph end within the budget, or at the very token"
     flag("--cut", choices=("paragraph", "exact"), default="paragraph", help=cut)
     count = "what a budget counts: the thought, or the thought and its answer"
@@ -81,11 +82,11 @@ def flags(argv=None) -> argparse.Namespace:
     style += "s1: 'Wait' at the very end, all within --max-tokens"
     flag("--style", choices=("paper", "s1"), default="paper", help=style)
     flag("--compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
-    args = runs.parse_flags(parser, DEFAULTS, argv)
+    args = parse_flags(parser, DEFAULTS, argv)
     names = args.model.split(",")
     name = short_name(names[0]) if len(names) == 1 else "models"
     args.out = args.out or Path("runs") / ("budget-compare" if args.compare else f"budget-{name}")
-    args.budgets = runs.numbers("--budgets", args.budgets)
+    args.budgets = numbers("--budgets", args.budgets)
     args.strings = ["Wait"] if args.style == "s1" else args.strings.split(",")
     if not all(args.strings):
         fail("--strings: one of them is empty")
@@ -135,7 +136,7 @@ def one_of_many(args, model: str) -> argparse.Namespace:
         runs.check_out_of_many(args.out)
         one.model, one.out = model, args.out / short_name(model)
     runs.check_out(one.out, runs.identity(one, "compare"), one.resume, one.overwrite)
-    if not models.thinks(models.load_tokenizer(model)):
+    if not models.thinks(models.load_tokenizer(args.tokenizer or model)):
         fail(f"--model {model}: has no {THINK_END} in its vocabulary, so no thought to cut or to extend")
     return one
 
@@ -145,12 +146,12 @@ def one_of_many(args, model: str) -> argparse.Namespace:
 
 def force(args, problems: list[dict], thoughts: list[dict] | None) -> None:
     """One model: writes a record a trace, as each batch of problems is done; those recorded are not made again."""
-    tokenizer = models.load_tokenizer(args.model)
+    tokenizer = models.load_tokenizer(args.tokenizer or args.model)
     prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
     strings = max(len(encode(tokenizer, "\n" + string)) for string in args.strings)
     more = args.extensions * (args.extension_tokens + strings) if args.style == "paper" else 0
     room = args.max_tokens + more + room_for_answer(tokenizer, args.answer_tokens)
-    longest = check_lengths(args.model, problems, prompts, room)
+    longest = check_lengths(args, problems, prompts, room)
     run = runs.open_run(args.out, runs.identity(args, "compare"), args.resume, args.overwrite)
     sampler = open_sampler(args, tokenizer, longest)
     groups = report.group_by_problem(thoughts or [])

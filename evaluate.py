@@ -31,6 +31,7 @@ from common import (
 )
 from plumbing import data, models, report, runs
 from plumbing.answers import group_answers
+from plumbing.flags import add_common_flags, numbers, parse_flags, shared_flags
 from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, problem_means
 from plumbing.runs import fail, short_name
 from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
@@ -55,19 +56,19 @@ MAY_CHANGE = ("metric", "k", "budgets", "num_samples", "compare", "limit", "vote
 
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    runs.add_common_flags(parser)
-    runs.shared_flags(parser, "sampling", "num-samples max-tokens temperature top-p batch-problems")
-    runs.shared_flags(parser, "forced answers, for the regret", "forced-answers answer-tokens max-episodes budgets")
+    add_common_flags(parser)
+    shared_flags(parser, "sampling", "num-samples max-tokens temperature top-p batch-problems")
+    shared_flags(parser, "forced answers, for the regret", "forced-answers answer-tokens max-episodes budgets")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), default="all")
     flag("--k", help="k of pass@k and maj@k, as 1,2,4 (default: powers of 2 up to --num-samples)")
     vote = "maj@k: votes count 1, or 2^(mean token log-prob) as in the paper's analysis"
     flag("--vote", choices=("plain", "likelihood"), default="plain", help=vote)
     flag("--compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base")
-    args = runs.parse_flags(parser, DEFAULTS, argv)
+    args = parse_flags(parser, DEFAULTS, argv)
     args.out = args.out or Path("runs") / ("compare" if args.compare else f"eval-{label(args.model, args.dataset)}")
     args.k = args.k or ",".join(str(2**i) for i in range(args.num_samples.bit_length()))
-    args.k, args.budgets = runs.numbers("--k", args.k), runs.numbers("--budgets", args.budgets)
+    args.k, args.budgets = numbers("--k", args.k), numbers("--budgets", args.budgets)
     if not args.compare and max(args.k) > args.num_samples:
         fail(f"--k {max(args.k)}: more than the {args.num_samples} samples of a problem")
     return args
@@ -89,7 +90,7 @@ def main() -> None:
     ]
     for one in evaluations:  # what can be refused at once is, before anything large is fetched
         runs.check_out(one.out, runs.identity(one, *MAY_CHANGE), one.resume, one.overwrite)
-        models.load_tokenizer(one.model)
+        models.load_tokenizer(one.tokenizer or one.model)
     problems = {
         one.dataset: data.load_problems(one.dataset, args.split, args.limit, *data.columns_of(args))
         for one in evaluations
@@ -115,12 +116,13 @@ def one_of_many(args, model: str, dataset: str) -> argparse.Namespace:
 
 def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, list[dict]]) -> None:
     """One model, loaded once, on every data set: samples, then summary.json and summary.md."""
-    tokenizer, prompts, longest = models.load_tokenizer(evaluations[0].model), {}, 0
+    first = evaluations[0]
+    tokenizer, prompts, longest = models.load_tokenizer(first.tokenizer or first.model), {}, 0
     for one in evaluations:
         prompts[one.dataset] = [models.prompt_ids(tokenizer, p["problem"]) for p in problems[one.dataset]]
         room = one.max_tokens + room_for_answer(tokenizer, one.answer_tokens)
-        longest = max(longest, check_lengths(one.model, problems[one.dataset], prompts[one.dataset], room))
-    sampler = open_sampler(evaluations[0], tokenizer, longest)
+        longest = max(longest, check_lengths(one, problems[one.dataset], prompts[one.dataset], room))
+    sampler = open_sampler(first, tokenizer, longest)
     for one in evaluations:
         run = runs.open_run(one.out, runs.identity(one, *MAY_CHANGE), one.resume, one.overwrite)
         sample(one, run, sampler, problems[one.dataset], prompts[one.dataset])

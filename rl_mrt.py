@@ -48,7 +48,8 @@ from common import (
     success_rate,
 )
 from plumbing import data, models, report, runs, training
-from plumbing.runs import fail, non_negative, positive_int, problem_key, whole_number
+from plumbing.flags import add_common_flags, non_negative, parse_flags, positive_int, shared_flags, whole_number
+from plumbing.runs import fail, problem_key
 from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
 from plumbing.training import ranks, sum_over_ranks
 
@@ -79,15 +80,15 @@ DEFAULTS = {
 
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    runs.add_common_flags(parser)
-    flag = runs.shared_flags(parser, "MRT", "forced-answers answer-tokens max-episodes")
+    add_common_flags(parser)
+    flag = shared_flags(parser, "MRT", "forced-answers answer-tokens max-episodes")
     flag("--bonus", type=non_negative, default=1.0, help="α of Eq. 2; 0 is GRPO (default 1: the authors' v0.1)")
     flag("--variant", choices=("prefix", "online"), default="prefix", help="default: the paper's")
     estimate = "J by sampled forced answers, or by the gold answer's likelihood"
     flag("--progress", choices=("sampled", "likelihood"), default="sampled", help=estimate)
     credit = "online: 0 credits an episode with its own progress (the paper), 1 with all that follows"
     flag("--credit-lambda", type=float, default=0.0, help=credit)
-    flag = runs.shared_flags(parser, "GRPO", "max-tokens temperature")
+    flag = shared_flags(parser, "GRPO", "max-tokens temperature")
     flag("--problems-per-step", type=positive_int)
     flag("--group-size", type=positive_int, help="G rollouts a problem")
     flag("--no-std", action="store_true", help="advantages without the division by the group's std")
@@ -97,16 +98,16 @@ def flags(argv=None) -> argparse.Namespace:
     flag("--is-cap", type=non_negative, default=2.0, help="cap of importance weights between sampler and trainer")
     flag("--updates-per-batch", type=positive_int, default=1, help="optimiser steps a batch")
     shared = "lr warmup weight-decay max-grad-norm max-tokens-per-batch checkpoint-every"
-    flag = runs.shared_flags(parser, "optimisation", shared)
+    flag = shared_flags(parser, "optimisation", shared)
     flag("--steps", type=positive_int, help="default: one pass over the problems")
     flag("--max-sampled-tokens", type=positive_int, help="stop after so many, forced answers included")
     flag("--schedule", choices=("constant", "cosine"))
     flag("--keep", type=positive_int, default=1, help="checkpoints kept")
     flag("--report-to", choices=("wandb", "trackio", "tensorboard"), help="metrics also go there")
     flag("--dry-run", action="store_true", help="print the plan and a memory estimate, load no weights")
-    flag = runs.shared_flags(parser, "held-out problems", "eval-dataset eval-split eval-problems")
+    flag = shared_flags(parser, "held-out problems", "eval-dataset eval-split eval-problems")
     flag("--eval-every", type=whole_number, default=10, help="steps between validations; 0: none")
-    args = runs.parse_flags(parser, DEFAULTS, argv)
+    args = parse_flags(parser, DEFAULTS, argv)
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
     args.out = args.out or Path("runs") / f"rl-{runs.short_name(args.model)}-{kind}-seed{args.seed}"
     check_flags(args)
@@ -135,6 +136,8 @@ def main() -> None:
     _, world = training.start_processes()
     if args.problems_per_step < world:
         fail(f"--problems-per-step {args.problems_per_step}: fewer than the {world} processes")
+    if runs.is_served(args.engine):
+        fail("--engine: a server keeps the weights it has loaded, so it cannot sample from a model in training")
     args.engine = pick_engine(args.engine)
     if world > 1 and args.engine == "vllm" and args.bonus and args.progress == "likelihood":
         fail("--progress likelihood: several processes score with --engine transformers, which has the whole model")
@@ -150,7 +153,7 @@ def main() -> None:
         print(f"{args.model} has no {models.THINK_END}: its whole completion is the thought, and it is asked for a box")
     prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems + validation]
     room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
-    longest = check_lengths(args.model, problems + validation, prompts, room)
+    longest = check_lengths(args, problems + validation, prompts, room)
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
         return

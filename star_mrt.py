@@ -46,8 +46,9 @@ from common import (
     trace_of,
 )
 from plumbing import data, models, report, runs, training
+from plumbing.flags import add_common_flags, numbers, parse_flags, positive_int, shared_flags
 from plumbing.report import Curve, Panel, Values, interval, problem_means
-from plumbing.runs import fail, positive_int, problem_key
+from plumbing.runs import fail, problem_key
 from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
 from plumbing.training import ranks, sum_over_ranks
 
@@ -82,23 +83,23 @@ TITLES = {"outcome": "STaR", "mrt": "MRT-STaR"}
 
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    runs.add_common_flags(parser)
-    flag = runs.shared_flags(parser, "MRT", "forced-answers answer-tokens max-episodes")
+    add_common_flags(parser)
+    flag = shared_flags(parser, "MRT", "forced-answers answer-tokens max-episodes")
     flag("--filter", choices=("mrt", "outcome", "both"))
     flag("--iterations", type=positive_int, default=2)
     flag("--min-success", type=float, default=0.5, help="J that the prefix kept must have")
     flag("--per-problem", type=positive_int, default=2, help="traces kept of a problem")
     flag("--stop-phrase", choices=("none", "masked", "trained"), default="none")
-    runs.shared_flags(parser, "sampling", "num-samples max-tokens temperature top-p batch-problems")
+    shared_flags(parser, "sampling", "num-samples max-tokens temperature top-p batch-problems")
     shared = "lr warmup weight-decay max-grad-norm max-tokens-per-batch checkpoint-every"
-    flag = runs.shared_flags(parser, "fine-tuning", shared)
+    flag = shared_flags(parser, "fine-tuning", shared)
     flag("--schedule", choices=("constant", "cosine"), default="cosine")
     flag("--batch-size", type=positive_int, help="examples of an optimiser step")
     flag("--epochs", type=positive_int)
-    runs.shared_flags(parser, "held-out problems", "eval-dataset eval-split eval-problems budgets")
-    args = runs.parse_flags(parser, DEFAULTS, argv)
+    shared_flags(parser, "held-out problems", "eval-dataset eval-split eval-problems budgets")
+    args = parse_flags(parser, DEFAULTS, argv)
     args.out = args.out or Path("runs") / f"star-{runs.short_name(args.model)}-{args.filter}-seed{args.seed}"
-    args.budgets = runs.numbers("--budgets", args.budgets)
+    args.budgets = numbers("--budgets", args.budgets)
     if not 0 <= args.min_success <= 1:
         fail(f"--min-success {args.min_success}: must be between 0 and 1")
     if args.temperature == 0:
@@ -111,7 +112,8 @@ def main() -> None:
     training.start_processes()
     args.engine = pick_engine(args.engine)
     runs.check_out(args.out, runs.identity(args), args.resume, args.overwrite)
-    tokenizer = models.load_tokenizer(args.model)
+    weights = args.tokenizer or args.model  # of a served model the name says nothing
+    tokenizer = models.load_tokenizer(weights)
     if not models.thinks(tokenizer):
         fail(f"--model {args.model}: has no {models.THINK_END} in its vocabulary, so no thought to cut")
     problems, held_out = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)), []
@@ -121,11 +123,11 @@ def main() -> None:
         )
     prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems + held_out]
     room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
-    longest = check_lengths(args.model, problems + held_out, prompts, room)
-    model = models.load_model(args.model, models.pick_device())
+    longest = check_lengths(args, problems + held_out, prompts, room)
+    model = models.load_model(weights, models.pick_device())
     run = training.open_run_once(args.out, runs.identity(args), args.resume, args.overwrite)
     sampler = open_sampler(args, tokenizer, longest, trained=model)
-    recompute = not runs.is_tiny(args.model)
+    recompute = not runs.is_tiny(weights)
     training.prepare(model, models.pick_dtype(args.dtype), models.token_logprobs, recompute)
     evaluate(args, run / "base.jsonl", sampler, held_out)
     complete = [self_train(args, run, name, model, sampler, problems, held_out) for name in filters(args)]
@@ -144,7 +146,7 @@ def self_train(args, run: Path, name: str, model, sampler: Sampler, problems, he
     folder, tokenizer = run / name, sampler.tokenizer
     folder.mkdir(exist_ok=True)
     if name != filters(args)[0]:  # every filter starts from the base
-        training.load_weights(model, runs.resolve_model(args.model))
+        training.load_weights(model, runs.resolve_model(args.tokenizer or args.model))
         sampler.sync()
     for iteration in range(1, args.iterations + 1):
         final = folder / f"model_{iteration}"

@@ -26,7 +26,8 @@ from pathlib import Path
 
 from experiments import report
 from experiments.report import COMPUTED, computed_tokens, folder, in_core, slug, trains_longer
-from plumbing.runs import ROOT, config_of, duration, fail, positive_int, read_config
+from plumbing.flags import positive_int, read_config
+from plumbing.runs import ROOT, config_of, duration, fail
 
 
 def flags(argv=None) -> argparse.Namespace:

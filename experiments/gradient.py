@@ -3,10 +3,10 @@
     python -m experiments.gradient                                # the embedded model, half an hour on one core
     python -m experiments.gradient --model runs/NAME/model        # a model that is half trained
 
-On the same rollouts (--batches of 8 problems × 4) every estimator gives a gradient a batch; its mean over all batches is
-the estimator's reference. From the batches: the cosine of one batch's gradient with the mean of the others, of its own
-estimator and of the plain outcome's; the signal to noise ratio |mean|² / trace of the covariance; and the mean advantage
-of the token that opens an episode with new candidates, one without, and what follows the thought.
+On the same rollouts (--batches of 8 problems × 4) every estimator gives a gradient a batch; its mean over all batches
+is the estimator's reference. From the batches: the cosine of one batch's gradient with the mean of the others, of its
+own estimator and of the plain outcome's; the signal to noise ratio |mean|² / trace of the covariance; and the mean
+advantage of the token that opens an episode with new candidates, one without, and what follows the thought.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 
 from common import Segmentation, Trace, group_advantages, likelihood_success_rates, read_traces
 from plumbing import data, models, report, runs, training
+from plumbing.flags import positive_int, whole_number
 from plumbing.hf_engine import TransformersEngine
 from plumbing.sampler import Sampler
 from rl_mrt import add_progress
@@ -29,8 +30,8 @@ def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--dataset", default="tiny:30")
-    parser.add_argument("--batches", type=runs.positive_int, default=128, help="128: 4,096 rollouts")
-    parser.add_argument("--seed", type=runs.whole_number, default=0)
+    parser.add_argument("--batches", type=positive_int, default=128, help="128: 4,096 rollouts")
+    parser.add_argument("--seed", type=whole_number, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/gradient"))
     return parser.parse_args(argv)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 import budget_force
 from common import accuracy_at, episode_spans, regret_at
+from plumbing.flags import numbers
 from plumbing.models import THINK_END
 from plumbing.report import (
     cell,
@@ -20,7 +21,7 @@ from plumbing.report import (
     save_figure,
     tokens_to_reach,
 )
-from plumbing.runs import config_of, fail, load_records, numbers, read_jsonl, write_json, write_text
+from plumbing.runs import config_of, fail, load_records, read_jsonl, write_json, write_text
 
 DRAWS = 2000
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from plumbing.models import Completion, autocast
+from plumbing.served_engine import ServedEngine
 from plumbing.training import full_weights
 
 
@@ -236,6 +237,9 @@ def sequence_logprobs(sampler: Sampler, heads: list[list[int]], tails: list[list
     that follow the cue at once: exact, without a sampled token, "the change in the likelihood of eventual success" of
     the paper's abstract. It is μ's success rate itself only where μ answers in this form (the embedded model does).
     """
+    if isinstance(sampler.engine, ServedEngine):
+        sampler.computed_tokens += sum(map(len, [*heads, *tails]))
+        return np.array(sampler.engine.at_once(sampler.engine.score, list(zip(heads, tails))))
     model, out = sampler.model, np.zeros(len(heads))
     packs = sorted(pack_prefixes([h + t for h, t in zip(heads, tails)]), key=lambda p: len(p.token_ids))
     while packs:

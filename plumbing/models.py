@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
 from torch.utils.checkpoint import checkpoint

@@ -1,7 +1,4 @@
-"""runs.py: what a run of any script has: messages, files, flags, a folder, tables and pictures.
-
-Apart from common.py because nothing in it is about MRT.
-"""
+"""What a run of any script has: messages, files, records, a folder, progress."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
-import math
 import platform
 import shutil
 import subprocess
@@ -24,7 +20,6 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,6 +94,10 @@ def short_name(path: str) -> str:
     return path.replace(",", "+").split("/")[-1].replace(":", "")
 
 
+def is_served(engine: str) -> bool:
+    return engine.startswith("http")
+
+
 def is_tiny(model: str) -> bool:
     """The embedded model, or one trained from it: `build_model` of tiny.py marks its configuration."""
     config = Path(resolve_model(model)) / "config.json"
@@ -108,150 +107,7 @@ def is_tiny(model: str) -> bool:
         fail(f"--model {model}: its config.json is not JSON")
 
 
-# ============================================================================================ flags and the folder
-
-
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that mean the same in every script."""
-    data = parser.add_argument_group("model and data")
-    data.add_argument("--model", default="tiny", help="Hub id, folder or tiny (the embedded reasoner)")
-    data.add_argument("--dataset", help="Hub id, .jsonl file, tiny or tiny:N (N candidates); default: tiny for the "
-                      "embedded model, else the paper's")  # fmt: skip
-    data.add_argument("--split", help="split of the data set")
-    data.add_argument("--limit", type=positive_int, help="use only the first problems")
-    data.add_argument("--problem-column", help="column of the problem, or outer.inner; default: a usual name")
-    data.add_argument("--answer-column", help="column of the gold answer, likewise")
-    data.add_argument("--skip-unusable", action="store_true", help="leave out rows of a file that cannot be used")
-    data.add_argument("--markers", type=Path, metavar="FILE", help="phrases that open an episode beside "
-                      "the published ones, one a line")  # fmt: skip
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--engine",
-        choices=("auto", "vllm", "transformers"),
-        default="auto",
-        help="what samples; auto: vLLM if it is installed and finds a device",
-    )
-    run.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-                     help="arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
-    run.add_argument("--seed", type=whole_number, default=0)
-    run.add_argument("--out", type=Path, help="folder of the run; default: runs/ and a name made of the settings")
-    run.add_argument("--config", type=Path, help="YAML file of defaults; flags override it")
-    again = run.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
-    again.add_argument("--overwrite", action="store_true", help="discard the run in --out and start again")
-
-
-def shared_flags(parser: argparse.ArgumentParser, title: str, names: str):
-    """Adds a group with the named flags of `SHARED`; returns the group's `add_argument` for the script's own."""
-    add = parser.add_argument_group(title).add_argument
-    for name in names.split():
-        kind, text = SHARED[name]
-        add(f"--{name}", type=kind, help=text)
-    return add
-
-
-def whole_number(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
-    return int(text)
-
-
-def load_markers(file: Path) -> list[str]:
-    """The markers of a file with one a line; spaces around them count, blank lines do not."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--markers {file}: cannot be read: {first_line(error)}")
-    markers = list(dict.fromkeys(line for line in lines if line.strip()))
-    if not markers:
-        fail(f"--markers {file}: holds no marker")
-    return markers
-
-
-def positive_int(text: str) -> int:
-    return whole_number(text, 1)
-
-
-def numbers(flag: str, text: str) -> list[int]:
-    """The positive whole numbers of a list like 1,2,4, in order, each once."""
-    try:
-        return sorted({positive_int(part) for part in str(text).split(",")})
-    except argparse.ArgumentTypeError as error:
-        fail(f"{flag}: {error}")
-
-
-def non_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
-
-
-# Flags that mean the same in every script that has them; their defaults stand in the scripts' DEFAULTS.
-SHARED = {
-    "num-samples": (positive_int, "traces a problem"),
-    "max-tokens": (positive_int, "budget of a completion, thought and answer"),
-    "temperature": (non_negative, "of traces and forced answers"),
-    "top-p": (float, "sample from the likeliest tokens with this mass"),
-    "forced-answers": (positive_int, "sampled answers for each J(μ|prefix)"),
-    "answer-tokens": (positive_int, "limit of a forced answer"),
-    "max-episodes": (positive_int, "longer thoughts: neighbours are joined"),
-    "budgets": (str, "token budgets C0, as 512,1024"),
-    "batch-problems": (positive_int, "problems sampled and recorded together"),
-    "lr": (non_negative, "learning rate"),
-    "warmup": (non_negative, "share of the steps with rising learning rate"),
-    "weight-decay": (non_negative, "AdamW's"),
-    "max-grad-norm": (non_negative, "longer gradients are cut to it; 0: never"),
-    "max-tokens-per-batch": (positive_int, "tokens of a micro-batch, with padding"),
-    "checkpoint-every": (positive_int, "steps"),
-    "eval-dataset": (str, "held-out problems; default: tiny's own, none for other data"),
-    "eval-split": (str, "split of --eval-dataset"),
-    "eval-problems": (positive_int, "at most so many"),
-}
-
-
-def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], argv: list[str] | None = None):
-    """Parses flags over the settings of a --config file, if one is given, over the script's defaults.
-
-    defaults: flag → (default with the embedded model, default with any other, where the second comes from).
-    """
-    actions = {action.dest: action for action in parser._actions}
-    for name, (small, large, source) in defaults.items():
-        values = f"{small}" if small == large else f"{small} for tiny, else {large}"
-        actions[name].help = f"{actions[name].help or ''} (default: {values}; {source})".strip()
-    known, _ = parser.parse_known_args(argv)
-    if known.config:
-        from_file = []
-        for key, value in read_config(known.config).items():
-            name = str(key).replace("_", "-")
-            action = actions.get(name.replace("-", "_"))
-            if action is None:
-                fail(f"--config {known.config}: no such flag --{name}")
-            if action.nargs == 0 and not isinstance(value, bool):
-                fail(f"--config {known.config}: {key} is true or false, found {value!r}")
-            # As flags before the others they go through the same checks.
-            if action.nargs == 0:
-                from_file += [f"--{name}"] * value
-            elif action.nargs == "+" and isinstance(value, list):
-                from_file += [f"--{name}", *map(str, value)]
-            elif value is not None:
-                from_file.append(f"--{name}={value}")
-        argv = from_file + (sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(argv)
-    for name, (small, large, _) in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, small if is_tiny(args.model.split(",")[0]) else large)
-    args.markers = load_markers(args.markers) if args.markers else []
-    if getattr(args, "warmup", 0.0) >= 1:
-        fail(f"--warmup {args.warmup}: is a share of the run, below 1")
-    if getattr(args, "compare", None) and args.out and config_of(args.out):
-        fail(f"--out {args.out}: holds a run; name another folder for the comparison")
-    if not 0 < getattr(args, "top_p", 1.0) <= 1:
-        fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
-    return args
+# ============================================================================================ the folder
 
 
 def script_name() -> str:
@@ -278,7 +134,10 @@ def identity(args: argparse.Namespace, *may_change: str) -> dict:
 def lasting(config: dict) -> dict:
     """The settings that a run shares with what continues it, as JSON holds them."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-    return {k: v for k, v in settings.items() if k not in ("resume", "overwrite", "config", "out")}
+    if is_served(settings.get("engine", "")):
+        settings["engine"] = "served"  # wherever it is
+    passing = ("resume", "overwrite", "config", "out", "concurrency", "context")
+    return {k: v for k, v in settings.items() if k not in passing}
 
 
 def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
@@ -309,17 +168,6 @@ def check_out_of_many(out: Path) -> None:
     """Ends the program if the folder for the runs of several models is itself a run."""
     if config_of(out):
         fail(f"--out {out}: holds a run of one model; name another folder for several")
-
-
-def read_config(path: Path) -> dict:
-    """The settings of a --config file; what cannot be read or is not `name: value` ends the program."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        fail(f"--config {path}: {first_line(error)}")
-    if not isinstance(settings, dict):
-        fail(f"--config {path}: expected lines of `name: value`")
-    return settings
 
 
 def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:

@@ -7,6 +7,7 @@ from (temperature and top-p included).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from plumbing.hf_engine import TransformersEngine
 from plumbing.models import (
@@ -18,7 +19,8 @@ from plumbing.models import (
     stop_token_ids,
     text_and_offsets,
 )
-from plumbing.runs import fail, first_line, resolve_model
+from plumbing.runs import fail, first_line, is_served, resolve_model
+from plumbing.served_engine import ServedEngine
 from plumbing.training import ranks
 from plumbing.vllm_engine import VllmEngine, vllm_or_why_not
 
@@ -32,7 +34,7 @@ class Sampler:
     vLLM's rounding varies with the batch in bf16, more than that. The engines turn a seed into different draws.
     """
 
-    def __init__(self, engine: TransformersEngine | VllmEngine, tokenizer):
+    def __init__(self, engine: TransformersEngine | VllmEngine | ServedEngine, tokenizer):
         self.engine, self.tokenizer = engine, tokenizer
         self.stop_ids = stop_token_ids(tokenizer, engine.generation_config)
         self.sampled_tokens = 0  # drawn
@@ -68,7 +70,7 @@ class Sampler:
         return done
 
     @property
-    def model(self):
+    def model(self) -> Any:
         """The transformers model, for scores that are not sampled."""
         return self.engine.model
 
@@ -78,6 +80,8 @@ class Sampler:
 
     def sync(self) -> None:
         """After an update: what is sampled next is sampled from the trained model's weights."""
+        if isinstance(self.engine, ServedEngine) and self.engine.heir:
+            self.engine = self.engine.heir
         self.engine.sync()
 
     def close(self) -> None:
@@ -85,10 +89,15 @@ class Sampler:
         self.engine.close()
 
 
-def check_lengths(model: str, problems: list[dict], prompts: list[list[int]], room: int) -> int:
+def context_of(args) -> int:
+    """Tokens that the model of a run can attend to."""
+    return args.context or context_length(args.tokenizer or args.model)
+
+
+def check_lengths(args, problems: list[dict], prompts: list[list[int]], room: int) -> int:
     """Ends the run if a prompt and the `room` tokens that may follow it do not fit the model's context; returns the
     tokens of the longest."""
-    context = context_length(model)
+    context = context_of(args)
     too_long = [(len(prompt), p["id"]) for p, prompt in zip(problems, prompts) if len(prompt) + room > context]
     if too_long:
         longest, name = max(too_long)
@@ -102,7 +111,7 @@ def check_lengths(model: str, problems: list[dict], prompts: list[list[int]], ro
 
 def pick_engine(engine: str) -> str:
     """--engine auto: vLLM where it imports and has a device, else transformers; says which and why."""
-    if engine == "transformers":
+    if engine == "transformers" or is_served(engine):
         return engine
     works, why = vllm_or_why_not()
     if engine == "vllm" and not works:
@@ -116,6 +125,14 @@ def open_sampler(args, tokenizer, longest: int, trained=None) -> Sampler:
     """The sampler that --engine names, over --model or over the transformers model that is `trained`. `longest`: most
     tokens of a prompt and what is sampled after it."""
     dtype = pick_dtype(args.dtype)
+    if is_served(args.engine):
+        heir = None
+        if trained is not None:
+            copy = trained if ranks()[1] == 1 else load_model(args.tokenizer, pick_device(), dtype)
+            heir = TransformersEngine(copy, dtype, trained=None if copy is trained else trained)
+        return Sampler(
+            ServedEngine(args.engine, args.model, tokenizer, args.context, args.concurrency, heir), tokenizer
+        )
     if args.engine == "vllm":
         memory = 0.85 if trained is None else 0.5  # in training the model, its gradients and AdamW's moments need room
         try:

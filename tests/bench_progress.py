@@ -19,8 +19,8 @@ from plumbing.sampler import Sampler
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traces", type=runs.positive_int, default=64)
-    parser.add_argument("--max-tokens", type=runs.positive_int, default=256)
+    parser.add_argument("--traces", type=flags.positive_int, default=64)
+    parser.add_argument("--max-tokens", type=flags.positive_int, default=256)
     parser.add_argument("--out", type=Path, help="summary.json goes there")
     args = parser.parse_args()
     tokenizer = models.load_tokenizer("tiny")

@@ -1,0 +1,193 @@
+"""Flags that mean the same in every script, a --config file of defaults, and what a server says of its model."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+from plumbing.runs import config_of, fail, first_line, is_served, is_tiny
+from plumbing.served_engine import find_model
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that mean the same in every script."""
+    data = parser.add_argument_group("model and data")
+    data.add_argument("--model", help="Hub id, folder, tiny (the embedded reasoner; default) or a served name")
+    data.add_argument("--dataset", help="Hub id, .jsonl file, tiny or tiny:N (N candidates); default: tiny for the "
+                      "embedded model, else the paper's")  # fmt: skip
+    data.add_argument("--split", help="split of the data set")
+    data.add_argument("--limit", type=positive_int, help="use only the first problems")
+    data.add_argument("--problem-column", help="column of the problem, or outer.inner; default: a usual name")
+    data.add_argument("--answer-column", help="column of the gold answer, likewise")
+    data.add_argument("--skip-unusable", action="store_true", help="leave out rows of a file that cannot be used")
+    data.add_argument("--markers", type=Path, metavar="FILE", help="phrases that open an episode beside "
+                      "the published ones, one a line")  # fmt: skip
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--engine",
+        type=engine_name,
+        default="auto",
+        help="what samples: vllm, transformers, or the address of a server like http://127.0.0.1:8000/v1, its key in "
+        "OPENAI_API_KEY (default: vllm if it is installed and finds a device)",
+    )
+    run.add_argument("--tokenizer", help="of a served model: Hub id or folder (default: what the server has loaded)")
+    run.add_argument("--concurrency", type=positive_int, default=64, help="requests to a server at a time (64)")
+    run.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+                     help="arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
+    run.add_argument("--seed", type=whole_number, default=0)
+    run.add_argument("--out", type=Path, help="folder of the run; default: runs/ and a name made of the settings")
+    run.add_argument("--config", type=Path, help="YAML file of defaults; flags override it")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
+    again.add_argument("--overwrite", action="store_true", help="discard the run in --out and start again")
+
+
+def shared_flags(parser: argparse.ArgumentParser, title: str, names: str):
+    """Adds a group with the named flags of `SHARED`; returns the group's `add_argument` for the script's own."""
+    add = parser.add_argument_group(title).add_argument
+    for name in names.split():
+        kind, text = SHARED[name]
+        add(f"--{name}", type=kind, help=text)
+    return add
+
+
+def engine_name(text: str) -> str:
+    if text in ("auto", "vllm", "transformers"):
+        return text
+    if not re.fullmatch(r"https?://[^@?#\s]+", text):  # not repeated: it may hold a key
+        raise argparse.ArgumentTypeError("is auto, vllm, transformers or an address like http://127.0.0.1:8000/v1")
+    return text.rstrip("/")
+
+
+def whole_number(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+    return int(text)
+
+
+def load_markers(file: Path) -> list[str]:
+    """The markers of a file with one a line; spaces around them count, blank lines do not."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--markers {file}: cannot be read: {first_line(error)}")
+    markers = list(dict.fromkeys(line for line in lines if line.strip()))
+    if not markers:
+        fail(f"--markers {file}: holds no marker")
+    return markers
+
+
+def positive_int(text: str) -> int:
+    return whole_number(text, 1)
+
+
+def numbers(flag: str, text: str) -> list[int]:
+    """The positive whole numbers of a list like 1,2,4, in order, each once."""
+    try:
+        return sorted({positive_int(part) for part in str(text).split(",")})
+    except argparse.ArgumentTypeError as error:
+        fail(f"{flag}: {error}")
+
+
+def non_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+# Flags that mean the same in every script that has them; their defaults stand in the scripts' DEFAULTS.
+SHARED = {
+    "num-samples": (positive_int, "traces a problem"),
+    "max-tokens": (positive_int, "budget of a completion, thought and answer"),
+    "temperature": (non_negative, "of traces and forced answers"),
+    "top-p": (float, "sample from the likeliest tokens with this mass"),
+    "forced-answers": (positive_int, "sampled answers for each J(μ|prefix)"),
+    "answer-tokens": (positive_int, "limit of a forced answer"),
+    "max-episodes": (positive_int, "longer thoughts: neighbours are joined"),
+    "budgets": (str, "token budgets C0, as 512,1024"),
+    "batch-problems": (positive_int, "problems sampled and recorded together"),
+    "lr": (non_negative, "learning rate"),
+    "warmup": (non_negative, "share of the steps with rising learning rate"),
+    "weight-decay": (non_negative, "AdamW's"),
+    "max-grad-norm": (non_negative, "longer gradients are cut to it; 0: never"),
+    "max-tokens-per-batch": (positive_int, "tokens of a micro-batch, with padding"),
+    "checkpoint-every": (positive_int, "steps"),
+    "eval-dataset": (str, "held-out problems; default: tiny's own, none for other data"),
+    "eval-split": (str, "split of --eval-dataset"),
+    "eval-problems": (positive_int, "at most so many"),
+}
+
+
+def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], argv: list[str] | None = None):
+    """Parses flags over the settings of a --config file, if one is given, over the script's defaults.
+
+    defaults: flag → (default with the embedded model, default with any other, where the second comes from).
+    """
+    actions = {action.dest: action for action in parser._actions}
+    for name, (small, large, source) in defaults.items():
+        values = f"{small}" if small == large else f"{small} for tiny, else {large}"
+        actions[name].help = f"{actions[name].help or ''} (default: {values}; {source})".strip()
+    known, _ = parser.parse_known_args(argv)
+    if known.config:
+        from_file = []
+        for key, value in read_config(known.config).items():
+            name = str(key).replace("_", "-")
+            action = actions.get(name.replace("-", "_"))
+            if action is None:
+                fail(f"--config {known.config}: no such flag --{name}")
+            if action.nargs == 0 and not isinstance(value, bool):
+                fail(f"--config {known.config}: {key} is true or false, found {value!r}")
+            # As flags before the others they go through the same checks.
+            if action.nargs == 0:
+                from_file += [f"--{name}"] * value
+            elif action.nargs == "+" and isinstance(value, list):
+                from_file += [f"--{name}", *map(str, value)]
+            elif value is not None:
+                from_file.append(f"--{name}={value}")
+        argv = from_file + (sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(argv)
+    args.context = None
+    if is_served(args.engine) and not any(getattr(args, flag, None) for flag in ("compare", "from_run", "dry_run")):
+        ask_server(args)
+    args.model = args.model or "tiny"
+    for name, (small, large, _) in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, small if is_tiny(args.tokenizer or args.model.split(",")[0]) else large)
+    args.markers = load_markers(args.markers) if args.markers else []
+    if getattr(args, "warmup", 0.0) >= 1:
+        fail(f"--warmup {args.warmup}: is a share of the run, below 1")
+    if getattr(args, "compare", None) and args.out and config_of(args.out):
+        fail(f"--out {args.out}: holds a run; name another folder for the comparison")
+    if not 0 < getattr(args, "top_p", 1.0) <= 1:
+        fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
+    return args
+
+
+def ask_server(args) -> None:
+    """Sets --model, --tokenizer and the context of a served model to what the server at --engine says."""
+    found = [find_model(args.engine, model) for model in (args.model.split(",") if args.model else [None])]
+    args.model = ",".join(name for name, _, _ in found)
+    if not args.tokenizer and found[0][1].startswith("/") and not Path(found[0][1]).is_dir():
+        fail(f"--engine {args.engine}: has loaded {found[0][1]}, which is not here; name its --tokenizer")
+    args.tokenizer = args.tokenizer or found[0][1]
+    args.context = min((context for _, _, context in found if context), default=None)
+
+
+def read_config(path: Path) -> dict:
+    """The settings of a --config file; what cannot be read or is not `name: value` ends the program."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fail(f"--config {path}: {first_line(error)}")
+    if not isinstance(settings, dict):
+        fail(f"--config {path}: expected lines of `name: value`")
+    return settings
