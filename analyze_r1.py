@@ -100,30 +100,40 @@ def flags(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = flags()
     if args.dry_run:
-        print(plan(args, len(data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)))))
+        tell_plan(args)
         return
     if not args.from_run:
         analyse(args)
     write_report(args, args.out)
 
 
-def plan(args, problems: int, prompt_tokens: int = 150, phrase_tokens: int = 50, block: int = 16) -> str:
-    """--dry-run: requests and tokens at most. Boundaries are evenly spaced from the empty prefix, which a problem's
-    thoughts share, to the whole thought. With a cache of prefixes in blocks of `block` tokens a trace is computed once,
-    and of every request what follows the last whole block, half a block on average."""
-    thoughts, boundaries = problems * args.num_samples, math.ceil((args.max_steps + 1) / args.episodes_per_point) + 1
-    forced = args.forced_answers * (problems + thoughts * (boundaries - 1))
-    sent = thoughts * args.forced_answers * args.max_tokens * boundaries // 2  # prefixes
-    sent += (thoughts + forced) * prompt_tokens + forced * phrase_tokens
-    computed = problems * (prompt_tokens + phrase_tokens) + (thoughts + forced) * block // 2
-    computed += thoughts * (args.max_tokens + (boundaries - 1) * phrase_tokens)
-    sampled = thoughts * args.max_tokens + forced * args.answer_tokens
-    return (
+def tell_plan(args) -> None:
+    """--dry-run: what the analysis costs at most, without a model."""
+    problems = len(data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)))
+    boundaries = math.ceil((args.max_steps + 1) / args.episodes_per_point) + 1
+    cost = plan(problems, boundaries, args)
+    print(
         f"{problems} problems × {args.num_samples} thoughts of at most {args.max_tokens:,} tokens, "
         f"{args.forced_answers} answers of at most {args.answer_tokens:,} at each of at most {boundaries} boundaries: "
-        f"{thoughts + forced:,} requests, {sampled:,} tokens sampled, {sent:,} tokens of prompts, of which "
-        f"{computed:,} are computed where prefixes are cached"
+        f"{cost['requests']:,} requests, {cost['sampled']:,} tokens sampled, {cost['sent']:,} tokens of prompts, of "
+        f"which {cost['computed']:,} are computed where prefixes are cached"
     )
+
+
+def plan(problems: int, boundaries: int, args, prompt=150, phrase=50, block=16) -> dict[str, int]:
+    """Requests and tokens; boundaries are evenly spaced from the empty prefix, which a problem's thoughts share, to the
+    whole thought. `prompt` and `phrase`: tokens of a problem and of the stop phrase. `computed`: with a cache of
+    prefixes in blocks of `block` tokens a trace is computed once, and of a request what follows the last block."""
+    thoughts = problems * args.num_samples
+    forced = args.forced_answers * (problems + thoughts * (boundaries - 1))
+    prefixes = thoughts * args.forced_answers * args.max_tokens * boundaries // 2
+    traces = thoughts * (args.max_tokens + (boundaries - 1) * phrase)
+    return {
+        "requests": thoughts + forced,
+        "sampled": thoughts * args.max_tokens + forced * args.answer_tokens,
+        "sent": (thoughts + forced) * prompt + forced * phrase + prefixes,
+        "computed": problems * (prompt + phrase) + traces + (thoughts + forced) * block // 2,
+    }
 
 
 def segmentation(args) -> Segmentation:
@@ -185,8 +195,8 @@ def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -
     """Traces of given responses and the tokens of the longest prompt with an answer; tells what cannot be used.
 
     A response is `[<think>] thought </think> answer`, or has other marks (`data.split_response`). One whose thought
-    does not end was cut off and has no answer; unless no response of the file has a mark: then they are solutions without
-    a separate thought.
+    does not end was cut off and has no answer; unless no response of the file has a mark: then they are solutions
+    without a separate thought.
     """
     context, room = context_of(args), room_for_answer(tokenizer, args.answer_tokens)
     split = [data.split_response(response) for row in responses for response in row]

@@ -1,5 +1,6 @@
 """A served model: against a small real server that fails on purpose, and against `vllm serve` where it is there."""
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -22,11 +23,13 @@ import urllib3
 from test_bad_input import main_with, parser_refusal, refusal
 
 import analyze_r1
-import common
 import evaluate
 import rl_mrt
-from common import Sampler, TransformersEngine, sequence_logprobs
+from common import STOP_PHRASE
 from plumbing import served_engine
+from plumbing.hf_engine import TransformersEngine, sequence_logprobs
+from plumbing.models import encode, token_logprobs
+from plumbing.sampler import Sampler
 from plumbing.served_engine import ServedEngine, find_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
             where = torch.ones(1, len(ids), dtype=torch.bool)
             where[0, 0] = False
             with torch.no_grad():
-                before = common.token_logprobs(sampler.model, torch.tensor([ids]), where)[0].tolist()
+                before = token_logprobs(sampler.model, torch.tensor([ids]), where)[0].tolist()
             choice["logprobs"] = {"token_logprobs": [None, *before, *c.logprobs]}
         return {"choices": [choice], "usage": {"prompt_tokens": len(ids)}}
 
@@ -283,7 +286,7 @@ def test_a_server_of_text_alone_works_with_one_warning(serve, sampler, tokenizer
 
 
 def test_likelihoods_are_those_of_the_model(serve, sampler, tokenizer, prompts):
-    tails = [common.encode(tokenizer, f"{i}}}") for i in range(len(prompts))]
+    tails = [encode(tokenizer, f"{i}}}") for i in range(len(prompts))]
     served = over(serve(), tokenizer)
     theirs = sequence_logprobs(sampler, prompts, tails)
     np.testing.assert_allclose(sequence_logprobs(served, prompts, tails), theirs, atol=1e-4)
@@ -344,7 +347,7 @@ def test_a_run_goes_on_where_the_server_died_and_holds_no_key(serve, capsys, mon
     half = main_with(monkeypatch, evaluate, "--engine", first.url, *flags, "--out", tmp_path / "half")
     assert "--resume" in refusal(capsys, half)
     done = records(tmp_path / "half")
-    assert 0 < len(done) < 4
+    assert 0 < len(done) < 8
     main_with(monkeypatch, evaluate, "--engine", second.url, *flags, "--out", tmp_path / "half", "--resume")()
     assert records(tmp_path / "half") == records(tmp_path / "whole")
     asked = len(second.bodies) - 2  # the two probes
@@ -358,7 +361,8 @@ def test_the_plan_of_an_analysis_counts_what_would_be_asked(capsys, monkeypatch)
     asked = [(prompt, tokens)] * (problems * thoughts) + [(prompt + phrase, limit)] * (problems * answers)
     ends = [tokens * b // (boundaries - 1) for b in range(1, boundaries)]
     asked += [(prompt + end + phrase, limit) for end in ends] * (problems * thoughts * answers)
-    cost = analyze_r1.plan(problems, thoughts, tokens, boundaries, answers, limit)
+    args = argparse.Namespace(num_samples=thoughts, max_tokens=tokens, forced_answers=answers, answer_tokens=limit)
+    cost = analyze_r1.plan(problems, boundaries, args)
     assert cost["requests"] == len(asked)
     assert cost["sampled"] == sum(sampled for _, sampled in asked)
     assert cost["sent"] == sum(sent for sent, _ in asked)
@@ -456,9 +460,9 @@ def test_vllm_gives_the_tokens_and_log_probs_of_transformers(real, sampler, toke
                 where = torch.zeros_like(ids, dtype=torch.bool)
                 where[0, len(prompt) :] = True
                 with torch.no_grad():
-                    logprobs, _ = common.token_logprobs(sampler.model, ids, where, temperature)
+                    logprobs, _ = token_logprobs(sampler.model, ids, where, temperature)
                 np.testing.assert_allclose(c.logprobs, logprobs, atol=1e-4)
-    tails = [common.encode(tokenizer, f"{i}}}") for i in range(len(prompts))]
+    tails = [encode(tokenizer, f"{i}}}") for i in range(len(prompts))]
     heads = [prompt + row[0].token_ids[:20] for prompt, row in zip(prompts, greedy)]
     np.testing.assert_allclose(
         sequence_logprobs(real, heads, tails), sequence_logprobs(sampler, heads, tails), atol=1e-4
@@ -476,8 +480,8 @@ def test_vllm_answers_two_hundred_requests_at_a_time(real, prompts):
 def test_vllm_serves_forced_answers_from_its_prefix_cache(real, tokenizer, prompts):
     """One answer at each of 64 boundaries, the hardest case: of eight at one all but the first find everything."""
     line = "Wait, check x = 3: 3² ≡ 9, + 27 ≡ 36 vs 30: no.\n\n"
-    trace = (prompts[1] + common.encode(tokenizer, line) * 600)[:3840]
-    stop = common.encode(tokenizer, common.STOP_PHRASE)
+    trace = (prompts[1] + encode(tokenizer, line) * 600)[:3840]
+    stop = encode(tokenizer, STOP_PHRASE)
     asked = [trace[: len(trace) * b // 64] + stop for b in range(1, 65)]
     before = real.computed_tokens - real.sampled_tokens
     real.generate(asked, 1, keys(asked))
@@ -510,10 +514,10 @@ def test_vllm_killed_in_the_middle_and_started_again_gives_the_same_records(vllm
     vllm_serve.kill()
     said = cut.communicate(timeout=100)[1].splitlines()
     assert cut.returncode == 2 and len(said) == 1 and "--resume" in said[0], said
-    assert 4 <= len(records(tmp_path / "cut")) < 16
+    assert 4 <= len(records(tmp_path / "cut")) < 32
     vllm_serve.start()
     done = start("cut", "--resume")
     assert done.communicate(timeout=200)[1] == "" and done.returncode == 0
     again, whole = records(tmp_path / "cut"), records(tmp_path / "whole")
-    assert [r["id"] for r in again] == [r["id"] for r in whole] and len({r["id"] for r in again}) == 16
+    assert len(again) == 32 and len({(r["id"], r["sample"]) for r in again}) == 32
     assert again == whole
