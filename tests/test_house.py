@@ -19,6 +19,7 @@ OPTIONAL = (
     "matplotlib",
     "cycler",
     "datasets",
+    "pyarrow",
     "torch.utils.tensorboard",
     "math_verify",
     "sympy",
