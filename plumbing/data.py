@@ -314,11 +314,11 @@ def tiny_problems(dataset: str, split: str) -> list[dict]:
         rows = [json.loads(line) for line in lines]
     subset = dataset.partition(":")[2] or "mixed"
     for what, asked, there in (
-        ("--dataset tiny", subset, sorted({name for row in rows for name in row["place"]})),
-        ("--split", split, list(dict.fromkeys(row["split"] for row in rows))),
+        (f"--dataset {dataset}", subset, sorted({name for row in rows for name in row["place"]})),
+        (f"--split {split}", split, list(dict.fromkeys(row["split"] for row in rows))),
     ):
         if asked not in there:
-            fail(f"{what}: {asked} is none of {', '.join(there)}")
+            fail(f"{what}: is none of {', '.join(there)}")
     rows = [row for row in rows if row["split"] == split and subset in row["place"]]
     rows.sort(key=lambda row: row["place"][subset])
     return [{name: row[name] for name in ("problem", "answer", "id", "level")} for row in rows]
