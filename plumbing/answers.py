@@ -102,6 +102,12 @@ def _mapped(form: Any, pattern: str, new: str) -> Any:
     return re.sub(pattern, new, form) if isinstance(form, str) else form
 
 
+def _only(form: tuple) -> tuple:
+    """5 for the set {5}."""
+    single = form[:2] == ("list", r"\{\}") and len(form[2]) == 1 and form[2][0][0] in ("number", "percent", "latex")
+    return form[2][0] if single and form[2][0] != ("latex", r"\emptyset") else form
+
+
 def _in_light_of(gold: tuple, answer: tuple) -> tuple:
     """The answer's form where the gold's says how to read it; from here on only equality is asked for."""
     relations = ("named", "equation", "relation")
@@ -120,7 +126,7 @@ def _in_light_of(gold: tuple, answer: tuple) -> tuple:
             old, new = (rf"(?<![a-zA-Z\\]){found[0][1]}(?![a-zA-Z])" for found in functions)
             if _mapped(answer[2], new, "") == answer[2]:  # the new name is free
                 answer = _mapped(answer, old, functions[1][0][1])
-    answer = by_name(answer)
+    answer = _only(by_name(answer))
     if answer[0] == "named" and gold[0] not in relations:
         return _in_light_of(gold, answer[2])
     if answer[0] == "named":
@@ -133,6 +139,8 @@ def _in_light_of(gold: tuple, answer: tuple) -> tuple:
         inner = gold[2] if gold[0] == "named" else gold
         golds = inner[2] if inner[0] == "list" else (inner,)
         brackets = answer[1] or (inner[1] if inner[:2] == ("list", "()") else r"\{\}")
+        if brackets == "or" and not contains(answer, "option"):
+            brackets = r"\{\}"
         padded = [*golds, *golds[-1:] * len(answer[2])]
         return ("list", brackets, tuple(map(_in_light_of, padded, answer[2])))
     return answer
@@ -140,6 +148,7 @@ def _in_light_of(gold: tuple, answer: tuple) -> tuple:
 
 def _right(gold: tuple, answer: tuple) -> bool:
     """Whether an answer's form is right by the policy; TimeoutError if math-verify was killed."""
+    gold, answer = _only(gold), _only(answer)
     pair = {gold[0]: gold[1], answer[0]: answer[1]}
     if set(pair) == {"number", "percent"}:
         return pair["number"] == pair["percent"] / 100 or pair["number"] == pair["percent"] > 1
@@ -165,7 +174,7 @@ def _same(a: tuple, b: tuple) -> bool:
     if kinds == {"named"} and a[1] == b[1]:
         return _same(a[2], b[2])
     if kinds == {"modulo"}:
-        if a[1] != b[1] or not _same(a[3], b[3]):
+        if (a[1] and b[1] and a[1] != b[1]) or not _same(a[3], b[3]):
             return False
         numbers = [form[1] for form in (a[2], b[2], a[3]) if form[0] == "number"]
         return (numbers[0] - numbers[1]) % numbers[2] == 0 if len(numbers) == 3 else _same(a[2], b[2])
