@@ -56,7 +56,7 @@ from plumbing.forms import by_name, contains, latex_of, parse, set_of
 
 MAX_ANSWER_CHARS = 300  # longer answers are wrong unread, unless the gold itself is long
 # Limits for one question to math-verify. CPU time decides, so a busy machine does not change a verdict.
-GRADER_CPU_SECONDS, GRADER_WALL_SECONDS, GRADER_START_SECONDS = 1, 60, 120
+GRADER_CPU_SECONDS, GRADER_WALL_SECONDS, GRADER_START_SECONDS = 0.75, 60, 120
 grader_timeouts = 0  # questions that were killed, in this process
 
 # ================================================================================================== the last box
@@ -220,7 +220,7 @@ class _Worker:
         """Ends the process and its fork, and returns what it wrote on stderr."""
         self.process.stdin.close()  # an idle worker leaves by itself, and a hung fork runs out of its CPU time
         try:
-            self.process.wait(2 * GRADER_CPU_SECONDS)
+            self.process.wait(4 * GRADER_CPU_SECONDS)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
             os.killpg(self.process.pid, signal.SIGKILL)
         with self.process:
