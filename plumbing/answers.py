@@ -1,4 +1,4 @@
-"""Answer grading: the last box of a response against the gold answer, exactly.
+r"""Answer grading: the last box of a response against the gold answer, exactly.
 
     text → tidy → parse → compare
 
@@ -8,31 +8,31 @@ table) and then asks for plain equality. Numbers, words and lists are compared h
 sets are compared by math-verify's parser and sympy (algebra.py), in a child process that can be killed.
 
 Policy, decided once. The gold's form says how an answer is read.
-  gold        | answer                      | verdict and rule
-  1/2, 10     | 0.5, 2/4, 010, 10.0         | right: equal in value; no simplest form is asked for
-  1/3, \\pi    | 0.333333, 3.14159           | wrong: no tolerance; a decimal gold is its exact value too
-  1/3         | 0.\\overline{3}, 0.333...    | right: a repeating decimal; before "..." its period must be seen twice
-  7/2         | 3\\frac12, 3 1/2             | right: an integer before a proper fraction is a mixed number
-  12345       | 12,345  12{,}345  12\\,345   | right: groups of three; "12, 345" and "(12,345)" are two numbers
-  0.5, 50\\%   | 50\\%, 0.5                   | right: p% is p/100 ...
-  20, 20\\%    | 20\\%, 20                    | right: ... or p if p > 1 ("what percent?"); 5 is not 500
-  5\\text{cm}  | 5\\text{m}, 5 km/h, \\$5, 5° | right: units, currencies and degree signs are ignored ...
-  3, 1/2      | 3 million, \\sin 30          | wrong: ... but words of value and degrees of an angle's sine are not
-  (1,2)       | 1,2                         | right: brackets may be missing, order counts; not (2,1), not [1,2]
-  1,2         | 2,1  \\{2,1\\}  2 or 1  ±     | right: a bare list or a set has no order; all of it, nothing more
-  4, C        | 4 or 5, \\pm 4, C or D       | wrong: several candidates are no answer
-  [-2,7]      | x\\in[-2,7], -2\\le x\\le7    | right: inequalities in one unknown are sets; "and" and "or" count
-  5           | x=5, 2+3=5                  | right: a name is dropped, otherwise every side must equal the gold
-  x=5, f'(x)  | y=5, f(x)                   | wrong: another unknown; plain 5 is right, and f(t)=3t for f(x)=3x
-  y=2x+3      | 2x-y+3=0, 2x+3              | right: an equation may be rearranged and scaled
-  2x          | 2x \\text{ for all } x       | right: what is said about the variables is dropped; "if", "for odd n" not
-  R^2         | r^2                         | wrong: upper and lower case are different symbols
-  B           | (B), Option B, B) 12        | right: an option letter, with or without its text
-  12          | B) 12                       | right: an option's text, with its letter
-  Yes         | yes, \\text{YES.}            | right: case, a leading article and a full stop are ignored, nothing else
-  1010_2      | 1010                        | right: a missing base is the gold's; 10 or 12_8 would be wrong
-  1010        | 1010_2                      | wrong: a base other than ten for a decimal gold
-  any         | 1/0, NaN; no closed, filled box after the thought | wrong
+  gold        | answer                        | verdict and rule
+  1/2, 10     | 0.5, 2/4, 010, 10.0           | right: equal in value; no simplest form is asked for
+  1/3, \pi    | 0.333333, 3.14159             | wrong: no tolerance; a decimal gold is its exact value too
+  1/3         | 0.\overline{3}, 0.333...      | right: a repeating decimal; before "..." its period must be seen twice
+  7/2         | 3\frac12, 3 1/2               | right: an integer before a proper fraction is a mixed number
+  12345       | 12,345  12{,}345  12\,345     | right: groups of three; "12, 345" and "(12,345)" are two numbers
+  0.5, 50\%   | 50\%, 0.5                     | right: p% is p/100 ...
+  20, 20\%    | 20\%, 20                      | right: ... or p if p > 1 ("what percent?"); 5 is not 500
+  5\text{cm}  | 5\text{m}, 5 km/h, \$5, 5°    | right: units, currencies and degree signs are ignored ...
+  3, 1/2      | 3 million, \sin 30            | wrong: ... but words of value and degrees of an angle's sine are not
+  (1,2)       | 1,2                           | right: brackets may be missing, order counts; not (2,1), not [1,2]
+  1,2         | 2,1  \{2,1\}  2 or 1  ±       | right: a bare list or a set has no order; all of it, nothing more
+  4, C        | 4 or 5, \pm 4, C or D         | wrong: several candidates are no answer
+  [-2,7]      | x\in[-2,7], -2\le x\le7       | right: inequalities in one unknown are sets; "and" and "or" count
+  5           | x=5, 2+3=5                    | right: a name is dropped, otherwise every side must equal the gold
+  x=5, f'(x)  | y=5, f(x)                     | wrong: another unknown; plain 5 is right, and f(t)=3t for f(x)=3x
+  y=2x+3      | 2x-y+3=0, 2x+3                | right: an equation may be rearranged and scaled
+  2x          | 2x \text{ for all } x         | right: what is said about the variables is dropped, "for odd n" is not
+  R^2         | r^2                           | wrong: upper and lower case are different symbols
+  B           | (B), Option B, B) 12          | right: an option letter, with or without its text
+  12          | B) 12                         | right: an option's text, with its letter
+  Yes         | yes, \text{YES.}              | right: case, a leading article and a full stop are ignored, nothing else
+  1010_2      | 1010                          | right: a missing base is the gold's; 10 or 12_8 would be wrong
+  1010        | 1010_2                        | wrong: a base other than ten for a decimal gold
+  any         | 1/0, NaN; no closed, filled box after the thought| wrong
 A gold that nothing reads is compared as text; one that is empty, broken off or divides by zero is an error.
 """
 

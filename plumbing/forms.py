@@ -67,8 +67,10 @@ _REWRITES = [
         (r"\\lg\b", r"\\log_{10}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}|^([^{}]*)\\choose(?![a-zA-Z])([^{}]*)$", r"\\binom{\1\3}{\2\4}"),
         (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
-        (r"\\frac\s*\{\s*(d|\\partial)\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([a-zA-Z])\s*\}\s*\{\s*\1\s*([a-zA-Z][^{}]*?)\s*\}",
-         lambda m: f"\\Xi_{{{m[1][1:]}d{m[2] or ''}{m[3]}{re.sub('[^0-9a-zA-Z]', '', m[4])}}}"),
+        (
+            r"\\frac\s*\{\s*(d|\\partial)\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([a-zA-Z])\s*\}\s*\{\s*\1\s*([a-zA-Z][^{}]*?)\s*\}",
+            lambda m: f"\\Xi_{{{m[1][1:]}d{m[2] or ''}{m[3]}{re.sub('[^0-9a-zA-Z]', '', m[4])}}}",
+        ),
         (r"_\s*(?:\{\s*\\text\s*\{\s*(\w+)\s*\}\s*\}|\\text\s*\{\s*(\w+)\s*\})", r"_{\1\2}"),
         (r"\\text\s*\{\s*(?:\\?%|per ?cent(?:age)?|pct)\s*\}|\\%|\b(?:per ?cent(?:age)?|pct)\b", "%"),
         (r"\^\s*\{\s*\\circ\s*\}|\\degree(?:s|Celsius)?(?![a-zA-Z])|\^\s*\\circ(?![a-zA-Z])", r"^\\circ "),
@@ -82,17 +84,21 @@ _REWRITES = [
         (r"\+\s*\\infty", r"\\infty"),
         (r"^\s*([a-z])\s*(?=\([^()]*\]$|\[[^\[\]]*\)$)", r"\1\\in "),
         # French intervals: ]1,2[ is (1,2)
-        (r"([\[\]])([^][(),;]+[,;][^][(),;]+)([\[\]])",
-         lambda m: ("(" if m[1] == "]" else "[") + m[2] + (")" if m[3] == "[" else "]")),
+        (
+            r"([\[\]])([^][(),;]+[,;][^][(),;]+)([\[\]])",
+            lambda m: ("(" if m[1] == "]" else "[") + m[2] + (")" if m[3] == "[" else "]"),
+        ),
         (r"^\s*((?:\\text\s*\{\s*)?)([A-J])\)", r"\1(\2)"),
         # numbers
         (r"([0-9]+)!!", lambda m: str(math.prod(range(int(m[1][:3]), 0, -2)))),
-        (r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?",
-         lambda m: _repeating(m[1], m[2], "".join(filter(None, m.groups()[2:])))),
+        (
+            r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?",
+            lambda m: _repeating(m[1], m[2], "".join(filter(None, m.groups()[2:]))),
+        ),
         (r"(?<![0-9])([0-9]*)\.([0-9]{0,20}?)([0-9]{1,20}?)\3+\s*\\ldots", lambda m: _repeating(m[1], m[2], m[3])),
         (r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:\{,\}|\s)[0-9]{3})+(?![0-9/])", lambda m: re.sub("[^0-9]", "", m[0])),
     ]
-]  # fmt: skip
+]
 
 
 def _repeating(whole: str, start: str, period: str) -> str:
