@@ -40,8 +40,8 @@ MISREAD = [  # names that math-verify's parser takes for constants, for function
 @lru_cache(maxsize=10_000)
 def read(latex: str):
     """The value of LaTeX with exact decimals; None if it cannot be read."""
-    if re.search(r"[0-9]\s*_", latex):
-        return None  # the base of a number would be dropped
+    if re.search(r"[0-9]\s*[_']", latex):
+        return None  # the base of a number would be dropped, or its prime
     for pattern, new in MISREAD:
         latex = re.sub(pattern, new, latex)
     try:  # no stripping of "units", which takes variables for units

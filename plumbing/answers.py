@@ -1,4 +1,4 @@
-"""Answer grading: the last box of a response against the gold answer, exactly.
+r"""Answer grading: the last box of a response against the gold answer, exactly.
 
     text → tidy → parse → compare
 
@@ -8,31 +8,31 @@ table) and then asks for plain equality. Numbers, words and lists are compared h
 sets are compared by math-verify's parser and sympy (algebra.py), in a child process that can be killed.
 
 Policy, decided once. The gold's form says how an answer is read.
-  gold        | answer                      | verdict and rule
-  1/2, 10     | 0.5, 2/4, 010, 10.0         | right: equal in value; no simplest form is asked for
-  1/3, \\pi    | 0.333333, 3.14159           | wrong: no tolerance; a decimal gold is its exact value too
-  1/3         | 0.\\overline{3}, 0.333...    | right: a repeating decimal; before "..." its period must be seen twice
-  7/2         | 3\\frac12, 3 1/2             | right: an integer before a proper fraction is a mixed number
-  12345       | 12,345  12{,}345  12\\,345   | right: groups of three; "12, 345" and "(12,345)" are two numbers
-  0.5, 50\\%   | 50\\%, 0.5                   | right: p% is p/100 ...
-  20, 20\\%    | 20\\%, 20                    | right: ... or p if p > 1 ("what percent?"); 5 is not 500
-  5\\text{cm}  | 5\\text{m}, 5 km/h, \\$5, 5° | right: units, currencies and degree signs are ignored ...
-  3, 1/2      | 3 million, \\sin 30          | wrong: ... but words of value and degrees of an angle's sine are not
-  (1,2)       | 1,2                         | right: brackets may be missing, order counts; not (2,1), not [1,2]
-  1,2         | 2,1  \\{2,1\\}  2 or 1  ±     | right: a bare list or a set has no order; all of it, nothing more
-  4, C        | 4 or 5, \\pm 4, C or D       | wrong: several candidates are no answer
-  [-2,7]      | x\\in[-2,7], -2\\le x\\le7    | right: inequalities in one unknown are sets; "and" and "or" count
-  5           | x=5, 2+3=5                  | right: a name is dropped, otherwise every side must equal the gold
-  x=5, f'(x)  | y=5, f(x)                   | wrong: another unknown; plain 5 is right, and f(t)=3t for f(x)=3x
-  y=2x+3      | 2x-y+3=0, 2x+3              | right: an equation may be rearranged and scaled
-  2x          | 2x \\text{ for all } x       | right: what is said about the variables is dropped; "if", "for odd n" not
-  R^2         | r^2                         | wrong: upper and lower case are different symbols
-  B           | (B), Option B, B) 12        | right: an option letter, with or without its text
-  12          | B) 12                       | right: an option's text, with its letter
-  Yes         | yes, \\text{YES.}            | right: case, a leading article and a full stop are ignored, nothing else
-  1010_2      | 1010                        | right: a missing base is the gold's; 10 or 12_8 would be wrong
-  1010        | 1010_2                      | wrong: a base other than ten for a decimal gold
-  any         | 1/0, NaN; no closed, filled box after the thought | wrong
+  gold        | answer                        | verdict and rule
+  1/2, 10     | 0.5, 2/4, 010, 10.0           | right: equal in value; no simplest form is asked for
+  1/3, \pi    | 0.333333, 3.14159             | wrong: no tolerance; a decimal gold is its exact value too
+  1/3         | 0.\overline{3}, 0.333...      | right: a repeating decimal; before "..." its period must be seen twice
+  7/2         | 3\frac12, 3 1/2               | right: an integer before a proper fraction is a mixed number
+  12345       | 12,345  12{,}345  12\,345     | right: groups of three; "12, 345" and "(12,345)" are two numbers
+  0.5, 50\%   | 50\%, 0.5                     | right: p% is p/100 ...
+  20, 20\%    | 20\%, 20                      | right: ... or p if p > 1 ("what percent?"); 5 is not 500
+  5\text{cm}  | 5\text{m}, 5 km/h, \$5, 5°    | right: units, currencies and degree signs are ignored ...
+  3, 1/2      | 3 million, \sin 30            | wrong: ... but words of value and degrees of an angle's sine are not
+  (1,2)       | 1,2                           | right: brackets may be missing, order counts; not (2,1), not [1,2]
+  1,2         | 2,1  \{2,1\}  2 or 1  ±       | right: a bare list or a set has no order; all of it, nothing more
+  4, C        | 4 or 5, \pm 4, C or D         | wrong: several candidates are no answer
+  [-2,7]      | x\in[-2,7], -2\le x\le7       | right: inequalities in one unknown are sets; "and" and "or" count
+  5           | x=5, 2+3=5                    | right: a name is dropped, otherwise every side must equal the gold
+  x=5, f'(x)  | y=5, f(x)                     | wrong: another unknown; plain 5 is right, and f(t)=3t for f(x)=3x
+  y=2x+3      | 2x-y+3=0, 2x+3                | right: an equation may be rearranged and scaled
+  2x          | 2x \text{ for all } x         | right: what is said about the variables is dropped, "for odd n" is not
+  R^2         | r^2                           | wrong: upper and lower case are different symbols
+  B           | (B), Option B, B) 12          | right: an option letter, with or without its text
+  12          | B) 12                         | right: an option's text, with its letter
+  Yes         | yes, \text{YES.}              | right: case, a leading article and a full stop are ignored, nothing else
+  1010_2      | 1010                          | right: a missing base is the gold's; 10 or 12_8 would be wrong
+  1010        | 1010_2                        | wrong: a base other than ten for a decimal gold
+  any         | 1/0, NaN; no closed, filled box after the thought| wrong
 A gold that nothing reads is compared as text; one that is empty, broken off or divides by zero is an error.
 """
 
@@ -56,7 +56,7 @@ from plumbing.forms import by_name, contains, latex_of, parse, set_of
 
 MAX_ANSWER_CHARS = 300  # longer answers are wrong unread, unless the gold itself is long
 # Limits for one question to math-verify. CPU time decides, so a busy machine does not change a verdict.
-GRADER_CPU_SECONDS, GRADER_WALL_SECONDS, GRADER_START_SECONDS = 1, 60, 120
+GRADER_CPU_SECONDS, GRADER_WALL_SECONDS, GRADER_START_SECONDS = 0.75, 60, 120
 grader_timeouts = 0  # questions that were killed, in this process
 
 # ================================================================================================== the last box
@@ -102,6 +102,12 @@ def _mapped(form: Any, pattern: str, new: str) -> Any:
     return re.sub(pattern, new, form) if isinstance(form, str) else form
 
 
+def _only(form: tuple) -> tuple:
+    """5 for the set {5}."""
+    single = form[:2] == ("list", r"\{\}") and len(form[2]) == 1 and form[2][0][0] in ("number", "percent", "latex")
+    return form[2][0] if single and form[2][0] != ("latex", r"\emptyset") else form
+
+
 def _in_light_of(gold: tuple, answer: tuple) -> tuple:
     """The answer's form where the gold's says how to read it; from here on only equality is asked for."""
     relations = ("named", "equation", "relation")
@@ -120,7 +126,7 @@ def _in_light_of(gold: tuple, answer: tuple) -> tuple:
             old, new = (rf"(?<![a-zA-Z\\]){found[0][1]}(?![a-zA-Z])" for found in functions)
             if _mapped(answer[2], new, "") == answer[2]:  # the new name is free
                 answer = _mapped(answer, old, functions[1][0][1])
-    answer = by_name(answer)
+    answer = _only(by_name(answer))
     if answer[0] == "named" and gold[0] not in relations:
         return _in_light_of(gold, answer[2])
     if answer[0] == "named":
@@ -133,6 +139,8 @@ def _in_light_of(gold: tuple, answer: tuple) -> tuple:
         inner = gold[2] if gold[0] == "named" else gold
         golds = inner[2] if inner[0] == "list" else (inner,)
         brackets = answer[1] or (inner[1] if inner[:2] == ("list", "()") else r"\{\}")
+        if brackets == "or" and not contains(answer, "option"):
+            brackets = r"\{\}"
         padded = [*golds, *golds[-1:] * len(answer[2])]
         return ("list", brackets, tuple(map(_in_light_of, padded, answer[2])))
     return answer
@@ -140,6 +148,7 @@ def _in_light_of(gold: tuple, answer: tuple) -> tuple:
 
 def _right(gold: tuple, answer: tuple) -> bool:
     """Whether an answer's form is right by the policy; TimeoutError if math-verify was killed."""
+    gold, answer = _only(gold), _only(answer)
     pair = {gold[0]: gold[1], answer[0]: answer[1]}
     if set(pair) == {"number", "percent"}:
         return pair["number"] == pair["percent"] / 100 or pair["number"] == pair["percent"] > 1
@@ -165,7 +174,7 @@ def _same(a: tuple, b: tuple) -> bool:
     if kinds == {"named"} and a[1] == b[1]:
         return _same(a[2], b[2])
     if kinds == {"modulo"}:
-        if a[1] != b[1] or not _same(a[3], b[3]):
+        if (a[1] and b[1] and a[1] != b[1]) or not _same(a[3], b[3]):
             return False
         numbers = [form[1] for form in (a[2], b[2], a[3]) if form[0] == "number"]
         return (numbers[0] - numbers[1]) % numbers[2] == 0 if len(numbers) == 3 else _same(a[2], b[2])
@@ -211,7 +220,7 @@ class _Worker:
         """Ends the process and its fork, and returns what it wrote on stderr."""
         self.process.stdin.close()  # an idle worker leaves by itself, and a hung fork runs out of its CPU time
         try:
-            self.process.wait(2 * GRADER_CPU_SECONDS)
+            self.process.wait(4 * GRADER_CPU_SECONDS)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
             os.killpg(self.process.pid, signal.SIGKILL)
         with self.process:

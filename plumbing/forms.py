@@ -67,8 +67,10 @@ _REWRITES = [
         (r"\\lg\b", r"\\log_{10}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}|^([^{}]*)\\choose(?![a-zA-Z])([^{}]*)$", r"\\binom{\1\3}{\2\4}"),
         (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
-        (r"\\frac\s*\{\s*(d|\\partial)\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([a-zA-Z])\s*\}\s*\{\s*\1\s*([a-zA-Z][^{}]*?)\s*\}",
-         lambda m: f"\\Xi_{{{m[1][1:]}d{m[2] or ''}{m[3]}{re.sub('[^0-9a-zA-Z]', '', m[4])}}}"),
+        (
+            r"\\frac\s*\{\s*(d|\\partial)\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([a-zA-Z])\s*\}\s*\{\s*\1\s*([a-zA-Z][^{}]*?)\s*\}",
+            lambda m: f"\\Xi_{{{m[1][1:]}d{m[2] or ''}{m[3]}{re.sub('[^0-9a-zA-Z]', '', m[4])}}}",
+        ),
         (r"_\s*(?:\{\s*\\text\s*\{\s*(\w+)\s*\}\s*\}|\\text\s*\{\s*(\w+)\s*\})", r"_{\1\2}"),
         (r"\\text\s*\{\s*(?:\\?%|per ?cent(?:age)?|pct)\s*\}|\\%|\b(?:per ?cent(?:age)?|pct)\b", "%"),
         (r"\^\s*\{\s*\\circ\s*\}|\\degree(?:s|Celsius)?(?![a-zA-Z])|\^\s*\\circ(?![a-zA-Z])", r"^\\circ "),
@@ -82,17 +84,21 @@ _REWRITES = [
         (r"\+\s*\\infty", r"\\infty"),
         (r"^\s*([a-z])\s*(?=\([^()]*\]$|\[[^\[\]]*\)$)", r"\1\\in "),
         # French intervals: ]1,2[ is (1,2)
-        (r"([\[\]])([^][(),;]+[,;][^][(),;]+)([\[\]])",
-         lambda m: ("(" if m[1] == "]" else "[") + m[2] + (")" if m[3] == "[" else "]")),
+        (
+            r"([\[\]])([^][(),;]+[,;][^][(),;]+)([\[\]])",
+            lambda m: ("(" if m[1] == "]" else "[") + m[2] + (")" if m[3] == "[" else "]"),
+        ),
         (r"^\s*((?:\\text\s*\{\s*)?)([A-J])\)", r"\1(\2)"),
         # numbers
         (r"([0-9]+)!!", lambda m: str(math.prod(range(int(m[1][:3]), 0, -2)))),
-        (r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?",
-         lambda m: _repeating(m[1], m[2], "".join(filter(None, m.groups()[2:])))),
+        (
+            r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?",
+            lambda m: _repeating(m[1], m[2], "".join(filter(None, m.groups()[2:]))),
+        ),
         (r"(?<![0-9])([0-9]*)\.([0-9]{0,20}?)([0-9]{1,20}?)\3+\s*\\ldots", lambda m: _repeating(m[1], m[2], m[3])),
         (r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:\{,\}|\s)[0-9]{3})+(?![0-9/])", lambda m: re.sub("[^0-9]", "", m[0])),
     ]
-]  # fmt: skip
+]
 
 
 def _repeating(whole: str, start: str, period: str) -> str:
@@ -183,7 +189,7 @@ _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "bi
 _PARTS = ("half|halve", "third", "quarter|fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _SCALES |= {word: Fraction(1, n) for n, words in enumerate(_PARTS, 2) for word in words.split("|")}
 _SCALES |= {"hundredth": Fraction(1, 100), "thousandth": Fraction(1, 1000), "squared": 2, "cubed": 3}
-_SCALED = re.compile(rf"(.*[0-9}}]|an?|one)\s*(?:-\s*)?\b({'|'.join(sorted(_SCALES, reverse=True))})s?\b(.*)")
+_SCALED = re.compile(rf"(.*[0-9}}!)]|an?|one)\s*(?:-\s*)?\b({'|'.join(sorted(_SCALES, reverse=True))})s?\b(.*)")
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US|Rs\.?|USD|EUR|GBP|INR|JPY|CNY|RMB|CAD|AUD)\s*(?=[-0-9.])(.*)")
 _UNIT = r"(?:\\text\s*\{(?:[^{}0-9]|\^\s*\{\s*-?[0-9]\s*\})*\}|[a-zA-Z]+\.?)(?:\s*\^\s*\{\s*-?[0-9]\s*\})?"
 _WITH_UNIT = re.compile(
@@ -195,14 +201,14 @@ _UNITS = set(
 )
 _NO_UNIT = re.compile(
     r"\b(?:or|and|not|if|for|when|where|then|mod|modulo|to|is|than|more|less|below|negative|minus|plus|times|over|factorial"
-    r"|choose|base|out|least|most|either|otherwise|except|unless|but|only|infinity|root|power|with|approx\w*)\b|="
+    r"|choose|base|out|least|most|either|otherwise|except|unless|but|only|double|twice|triple|infinity|root|power|with|approx\w*)\b|="
 )
 _QUALIFIED = re.compile(
     r"(.+?)[\s,;(]*((?<![a-zA-Z\\])(?:for\s+(?:all|any|every|each|some)|where|with"
     r"|for(?=\s+\\?[a-zA-Z]+\s*(?:\\[lgn]e |\\in|[<>])))(?![a-zA-Z]).*"
     r"|\(\s*[a-z]\s*(?:\\[lgn]e |\\in(?![a-z])|[<>])[^()]*\))"
 )
-_RESTRICTS = re.compile(r"=|\b(?:if|otherwise|or|odd|even|else|except)\b")
+_RESTRICTS = re.compile(r"=|\b(?:if|otherwise|or|odd|even|else|except|remainder|(?:is|equals)\s+-?[0-9])\b")
 _ABOUT = r"(?:approximately|approx\.?|about|roughly)"
 _APPROXIMATE = re.compile(rf"^{_ABOUT}\s+|\s*\(?\b{_ABOUT}\)?$")
 _PROSE = re.compile(r"(?:(?<![\\a-zA-Z])[a-zA-Z]{2,}[ ,]+){2}[a-zA-Z]{2,}")
@@ -302,7 +308,7 @@ def set_of(form: tuple | None) -> tuple | None:
         return None
     if form[0] == "list" and "{" not in form[1] and form[1] and len(items) == 2:
         return ("interval", form[1], *values)
-    return ("finite", *values) if form[0] != "list" or form[1] in ("", r"\{\}") else None
+    return ("finite", *values) if form[0] != "list" or form[1] in ("", "or", r"\{\}") else None
 
 
 def _is_domain(form: tuple) -> bool:
@@ -326,7 +332,7 @@ def _list(brackets: str, texts: list[str], kind: str = "listed") -> tuple | None
     for item in map(_parse, texts):
         if item is None:
             return None
-        flat += item[2] if item[:2] == ("list", "") else [item]  # "1 \pm 2, 5" is three answers
+        flat += item[2] if item[:2] in (("list", ""), ("list", "or")) else [item]  # "1 \pm 2, 5" is three answers
     if len({item[1][:1] == "(" for item in flat if item[0] == "named"}) == 2:  # "x=1, y=2 and z=3"
         tuples = [item for item in flat if item[0] == "named" and item[1][:1] == "("]
         pairs = [pair for t in tuples if t[2][0] == "list" for pair in zip(t[1][1:-1].split(","), t[2][2])]
@@ -342,8 +348,8 @@ def _list(brackets: str, texts: list[str], kind: str = "listed") -> tuple | None
     if not brackets and len(names) == len(flat) == len(set(names)) > 1:
         return _named_tuple(names, [item[2] for item in flat])
     if not brackets and len(set(names)) == 1 and flat[0][0] == "named" and len(names) in (1, len(flat)):
-        return ("named", names[0], ("list", "", tuple(item[2] if item[0] == "named" else item for item in flat)))
-    return ("list", brackets, tuple(flat))
+        return ("named", names[0], ("list", "or", tuple(item[2] if item[0] == "named" else item for item in flat)))
+    return ("list", "or" if kind == "union" else brackets, tuple(flat))
 
 
 def _named_tuple(names: Sequence[str], values: Sequence[tuple]) -> tuple:
@@ -403,8 +409,10 @@ def _parse(text: str) -> tuple | None:
         return _parse(whole[1])
     if option := _OPTION.fullmatch(plain):
         content = _parse(option[3]) if option[3] else None
-        hopeless = option[3] and (content is None or contains(content, "option"))
-        return None if hopeless else ("option", (option[1] or option[2]).upper(), content)
+        if not option[3] or (content and not contains(content, "option")):
+            return ("option", (option[1] or option[2]).upper(), content)
+        if not re.search(rf"[,;]|{_AND}|{_OR}", text):
+            return None
     if clock := _CLOCK.fullmatch(plain):
         return ("words", f"{int(clock[1])}:{clock[2] or '00'} {clock[3].lower()}m")
     if re.fullmatch(r"(?:(?:the )?set of )?(?:all )?(?:the )?real(?: number)?s|\\mathbb\s*\{r\}", plain.lower()):
@@ -458,20 +466,22 @@ def _parse(text: str) -> tuple | None:
     if enclosed:
         brackets, inside = enclosed
         items = _split(inside, r"[,;](?=\s)|;") if re.search(r",\s", inside) else _split(inside, "[,;]")
-        if len(items) == 1 and brackets in ("()", r"\{\}") and "emptyset" not in inside:
+        if len(items) == 1 and brackets == "()":
             return _parse(items[0])
         value = _list(brackets, items)
         closed = brackets in ("[]", "(]", "[)") and value and len(value[2]) == 2 and set_of(value)
         return ("set", closed) if closed else value
     if text.count(r"\pm") == 1:
-        return _list("", [text.replace(r"\pm", "+"), text.replace(r"\pm", "-")])
+        return _list("", [text.replace(r"\pm", "+"), text.replace(r"\pm", "-")], "union")
     # single things
     if based := re.fullmatch(r"\(?\s*([0-9A-F]+)\s*\)?\s*_\s*\{?\s*([0-9]+)\s*\}?", text):
-        return ("base", based[1].lstrip("0"), int(based[2]))
+        return ("base", based[1].lstrip("0"), int(based[2])) if based[2] != "10" else _parse(based[1])
     if len(parts := _split(text, ":")) > 1:
         return _list(":", parts)
     wordy = re.search("[a-z]{4}|^(yes|no|odd|all)$", plain.lower()) or (plain != text and len(plain) > 1)
     if wordy and re.fullmatch(r"[a-zA-Z][^0-9\\_^*/+={}()]*", plain):
+        return _words(plain)
+    if re.search(r"(?<![\\a-zA-Z])(?:[a-zA-Z]{4,}\s+[a-zA-Z]{2,}|[a-zA-Z]{2,}\s+[a-zA-Z]{4,})", plain):
         return _words(plain)
     text = re.sub(r"\\text\s*\{\s*([a-zA-Z])\s*\}", r"\1", text)  # \mathrm{e}
     return ("latex", _squeeze(text.removeprefix("+")))
@@ -484,7 +494,7 @@ def parse(text: str) -> tuple | None:
     ("number", Fraction)  ("percent", Fraction)  ("base", digits, base)  ("words", text)  ("latex", latex)
     ("quantity", form of 5, "5m")  ("option", letter, form of its text or None)  ("equation", latex, forms of the sides)
     ("relation", latex)  ("named", name, form)  ("modulo", left side, form, form)  ("set", set of algebra.py)
-    ("list", brackets, forms), brackets: "" (bare list), "\{\}", "()", ":" (ratio), ...
+    ("list", brackets, forms), brackets: "" (bare list), "or" (x=1 or x=2, 1 \pm 2), "\{\}", "()", ":" (ratio), ...
     """
     if len(text) > MAX_PARSED_CHARS:
         return _words(text)

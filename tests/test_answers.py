@@ -237,7 +237,7 @@ def test_hostile_answers_are_wrong_soon(answer):
     answers_equal(r"2\sqrt{2}", r"\sqrt{8}")
     start = time.perf_counter()
     assert grade(rf"\boxed{{{answer}}}", "1") is False
-    assert time.perf_counter() - start < 10  # 1 s of CPU; a busy machine may take longer
+    assert time.perf_counter() - start < 10  # 0.75 s of CPU; a busy machine may take longer
     assert not Path("pwned").exists()
     assert answers_equal(r"2\sqrt{2}", r"\sqrt{8}")  # the next one is graded as ever
 

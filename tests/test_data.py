@@ -258,8 +258,13 @@ def test_files_that_were_chosen_to_be_hard(capsys):
             refused.add(file.stem)
     assert capsys.readouterr().err.count("\n") == len(refused)
     assert refused == {
-        "bad_gold_rows_2_and_4", "bad_json_line_2", "empty", "missing_answer_row_2", "null_answer_row_2", "utf16"
-    }  # fmt: skip
+        "bad_gold_rows_2_and_4",
+        "bad_json_line_2",
+        "empty",
+        "missing_answer_row_2",
+        "null_answer_row_2",
+        "utf16",
+    }
 
 
 def test_a_hub_set_leaves_out_what_cannot_be_used(monkeypatch, capsys):
