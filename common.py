@@ -256,7 +256,7 @@ def sampled_success_rates(sampler, traces, n: int, max_tokens: int, temperature,
     `answer_tokens` and `forced`."""
     asked = prompts_of_mu(sampler.tokenizer, traces)
     prompts = [list(prompt) for _, prompt in asked]
-    seeds = [(*seed, zlib.crc32(np.array(prompt).tobytes())) for prompt in prompts]
+    seeds = [(*seed, zlib.crc32(np.array(prompt, dtype="<i8").tobytes())) for prompt in prompts]
     rows = sampler.generate(prompts, max_tokens, seeds, n, temperature, top_p)
     problems = [places[0][0].problem for places in asked.values()]
     for places, answers in zip(asked.values(), read_answers(problems, rows)):

@@ -350,7 +350,7 @@ def draw_anytime(args, recorded: list[RecordedRun], stem: str) -> Path | None:
     if not all(r["J"] for run in recorded for r in run.records):
         return None
     top = max(run.settings["max_tokens"] for run in recorded)
-    accuracy, regret, grid = [], [], np.linspace(top / 32, top, 32)
+    accuracy, regret, grid = [], [], [top * (i + 1) / 32 for i in range(32)]
     for run in recorded:
         forced = [interval(problem_means(run.records, lambda r, x=x: accuracy_at(r, x))) for x in grid]
         accuracy.append(Curve(grid, forced, run.name, "-"))

@@ -411,10 +411,7 @@ def train_step(args, model, optimizer, batch: list[tuple]) -> float:
 
 def write_report(args, run: Path) -> None:
     """Table, summary.json and figure of base and filters, from the records."""
-    lines = {
-        name: [json.loads(file.read_text()) for file in sorted((run / name).glob("iteration_*.json"))]
-        for name in filters(args)
-    }
+    lines = {name: [json.loads(file.read_text()) for file in iteration_files(run / name)] for name in filters(args)}
     columns = ("traces", "tokens", "mean_tokens", "mean_episodes", "progress_per_episode", "problems")
     rows = [[name, str(of["iteration"]), *(f"{of[c]:.4g}" for c in columns)] for name in lines for of in lines[name]]
     text = "What the filters kept:\n\n"
@@ -442,6 +439,10 @@ def write_report(args, run: Path) -> None:
     runs.write_json(run / "summary.json", summary)
     runs.write_text(run / "summary.md", text)
     print(f"\n{text}\nmodels: {run}/FILTER/model_N   table: {run / 'summary.md'}   figure: {run / 'star.png'}")
+
+
+def iteration_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("iteration_*.json"), key=lambda file: int(file.stem.split("_")[1]))
 
 
 def values_of(args, file: Path) -> Values:

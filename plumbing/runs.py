@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -173,8 +174,7 @@ def check_out_of_many(out: Path) -> None:
 def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
     """Creates the folder of a run and its `config.json`, or makes the one there ready to be continued."""
     if check_out(out, config, resume, overwrite):
-        for lines in out.rglob("*.jsonl"):  # a crash may have cut the last line
-            write_text(lines, "".join(whole_lines(lines)))
+        repair(out)
         return out
     if out.exists():
         shutil.rmtree(out)  # empty, or the run to overwrite
@@ -189,9 +189,23 @@ def json_line(row: dict) -> str:
 
 
 def append_jsonl(path: Path, rows: list[dict]) -> None:
-    """Appends one line a row."""
+    """Appends one line a row, all or nothing: `NAME.begin` holds the file's size until all are there."""
+    begin = path.with_name(path.name + ".begin")
+    begin.write_text(str(path.stat().st_size if path.exists() else 0))
     with path.open("a", encoding="utf-8") as out:
         out.write("".join(map(json_line, rows)))
+    begin.unlink()
+
+
+def repair(folder: Path) -> None:
+    """Takes back what a crash left half written: the lines of an unfinished `append_jsonl`, a line without an end."""
+    for begin in folder.rglob("*.jsonl.begin"):
+        file, size = begin.with_suffix(""), begin.read_text()
+        if file.exists() and size:
+            os.truncate(file, int(size))
+        begin.unlink()
+    for file in folder.rglob("*.jsonl"):
+        write_text(file, "".join(whole_lines(file)))
 
 
 def load_records(file: Path) -> list[dict]:

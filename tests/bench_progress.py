@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Segmentation, likelihood_success_rates, read_traces, sampled_success_rates
-from plumbing import data, models, report, runs
+from plumbing import data, flags, models, report, runs
 from plumbing.hf_engine import TransformersEngine
 from plumbing.sampler import Sampler
 

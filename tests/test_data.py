@@ -9,7 +9,7 @@ from conftest import SHARED
 from plumbing import data
 from plumbing.answers import extract_answer, grade
 from plumbing.data import load_problems, load_responses, split_response
-from plumbing.runs import load_markers
+from plumbing.flags import load_markers
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "half, as a fraction?", "answer": r"\frac{1}{2}"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
