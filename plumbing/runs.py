@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -115,6 +117,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--dataset", help="Hub id, .jsonl file, tiny or tiny:N (N candidates); default: tiny for the "
                       "embedded model, else the paper's")  # fmt: skip
     data.add_argument("--split", help="split of the data set")
+    data.add_argument("--chat-template-kwargs", type=json_object, metavar="JSON",
+                      help="""arguments of the chat template, such as '{"enable_thinking": false}'""")  # fmt: skip
     data.add_argument("--limit", type=positive_int, help="use only the first problems")
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -131,6 +135,13 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     again = run.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
     again.add_argument("--overwrite", action="store_true", help="discard the run in --out and start again")
+
+
+def json_object(text: str) -> dict:
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
 
 
 def whole_number(text: str, least: int = 0) -> int:
@@ -185,7 +196,7 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
             elif action.nargs == "+" and isinstance(value, list):
                 from_file += [f"--{name}", *map(str, value)]
             elif value is not None:
-                from_file.append(f"--{name}={value}")
+                from_file.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
         argv = from_file + (sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     for name, (small, large, _) in defaults.items():
@@ -220,16 +231,34 @@ def lasting(config: dict) -> dict:
     return {k: v for k, v in settings.items() if k not in ("resume", "overwrite", "config", "out")}
 
 
+LOCK = ".lock"  # in the folder of a run; the operating system lets go of it when its owner ends, however it ends
+held: list[FileLock] = []
+
+
+def own(out: Path) -> None:
+    """This process (of several, the first) alone writes to a folder until it ends; ends the program if another does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        held.append(FileLock(out / LOCK, timeout=0, is_singleton=True))
+        held[-1].acquire()
+    except Timeout:
+        fail(f"--out {out}: another process is writing there")
+    except OSError as error:
+        fail(f"--out {out}: cannot be written: {first_line(error)}")
+
+
 def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
     """Ends the program if the run may not be written to `out`; is there one to continue? Changes nothing."""
     if out.exists() and not out.is_dir():
         fail(f"--out {out}: is not a folder")
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or not any(path.name != LOCK for path in out.iterdir()):
         return False
     there = config_of(out)
     if there is None:
         fail(f"--out {out}: holds something that is not a run of this program; name another folder")
     earlier, now = there["settings"], lasting(config)
+    own(out)
     script = there.get("script", script_name())
     if script != script_name():  # such as the training run that holds the model to evaluate
         fail(f"--out {out}: holds a run of {script}; name another folder")
@@ -253,11 +282,16 @@ def check_out_of_many(out: Path) -> None:
 def read_config(path: Path) -> dict:
     """The settings of a --config file; what cannot be read or is not `name: value` ends the program."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        settings, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         fail(f"--config {path}: {first_line(error)}")
     if not isinstance(settings, dict):
         fail(f"--config {path}: expected lines of `name: value`")
+    names = [str(name.value).replace("_", "-") for name, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    for name in names:
+        if names.count(name) > 1:
+            fail(f"--config {path}: {name} is set twice")
     return settings
 
 
@@ -275,12 +309,37 @@ def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
         for lines in out.rglob("*.jsonl"):  # a crash may have cut the last line
             write_text(lines, "".join(whole_lines(lines)))
         return out
-    if out.exists():
-        shutil.rmtree(out)  # empty, or the run to overwrite
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    own(out)
+    for path in out.iterdir():  # of the run to overwrite
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     about = {"script": script_name(), "versions": versions(), "device": device_name(), "command": sys.argv}
     write_json(out / "config.json", {"settings": lasting(config), **about})
     return out
+
+
+def same_inputs(run: Path, problems: list[dict], model: str) -> None:
+    """Ends a run that is continued with other problems under the same ids, or with other weights in --model's folder
+    than it began with (`inputs.json`); problems may be added."""
+    file, folder = run / "inputs.json", Path(resolve_model(model))
+    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"weights": {}, "problems": {}}
+    now = {p["id"]: f"{key(json.dumps([p['problem'], p['answer']])):08x}" for p in problems}
+    changed = [name for name, digest in now.items() if there["problems"].get(name, digest) != digest]
+    if changed:
+        fail(f"--out {run}: the run there has other problems ({len(changed)} of {len(now)}, such as {changed[0]})")
+    weights = {path.name: checksum(path) for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])}
+    if weights != there["weights"] and file.exists():
+        fail(f"--out {run}: the run there began with other weights in {model}")
+    write_json(file, {"weights": weights, "problems": {**there["problems"], **now}})
+
+
+def checksum(path: Path) -> str:
+    value = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            value = zlib.crc32(part, value)
+    return f"{value:08x}"
 
 
 def json_line(row: dict) -> str:

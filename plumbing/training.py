@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -86,7 +85,8 @@ def shard(model, dtype: torch.dtype, scores: Callable) -> None:
 
     low = dtype != torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
-    for layer in model.base_model.layers:
+    lists = [of for of in model.base_model.modules() if isinstance(of, torch.nn.ModuleList)]
+    for layer in max(lists, key=lambda of: sum(p.numel() for p in of.parameters()), default=[]):  # the blocks
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     model.scores = types.MethodType(scores, model)
@@ -157,16 +157,25 @@ def open_run_once(out: Path, config: dict, resume: bool, overwrite: bool) -> Pat
 # ============================================================================================ checkpoints
 
 
-def on_sigterm() -> threading.Event:
-    """Set when the process is asked to end (SIGTERM), as schedulers do before they kill."""
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+def on_stop() -> list[int]:
+    """Signals that ask the process to end (Ctrl-C; SIGTERM, as schedulers send before they kill) are noted here, to be
+    looked at between steps. After the first a second one ends the process at once."""
+    asked: list[int] = []
+
+    def note(number, _frame):
+        asked.append(number)
+        end_on_stop()
+        print(f"{signal.Signals(number).name}: finishing the step; a second one ends at once", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
     return asked
 
 
-def end_on_sigterm() -> None:
-    """SIGTERM ends the process at once again, as in work whose records are complete line by line."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def end_on_stop() -> None:
+    """They end the process at once again, as in work whose records are complete line by line."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict, keep: int) -> None:
@@ -205,12 +214,35 @@ def load_weights(model, folder: Path | str) -> None:
 
 
 def load_checkpoint(folder: Path, model, optimizer) -> dict:
-    """Restores weights and optimiser in place; returns the run's state."""
+    """Restores weights and optimiser in place; returns the run's state. Raises what the libraries raise for files that
+    are cut, missing or another model's."""
     saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
     load_weights(model, folder)
     options = StateDictOptions(full_state_dict=ranks()[1] > 1)
     set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
     return saved["state"]
+
+
+def load_newest(run: Path, model, optimizer) -> tuple[Path, dict] | None:
+    """The newest checkpoint that can be read, loaded, and the run's state there; None where there is no checkpoint.
+    Ends the program where there are some and none can be read."""
+    unread = ""
+    for folder in sorted((run / "checkpoints").glob("step_??????"), reverse=True):
+        try:
+            state = load_checkpoint(folder, model, optimizer)
+        except Exception as error:
+            unread = f"{folder} cannot be read ({first_line(error)})"
+            print(f"warning: {unread}", flush=True)
+            continue
+        if unread:
+            print(f"going on from {folder}", flush=True)
+            for newer in (run / "checkpoints").glob("step_??????"):
+                if newer > folder and ranks()[0] == 0:  # its steps are made again
+                    shutil.rmtree(newer)
+        return folder, state
+    if unread:
+        fail(f"{unread}; no other checkpoint can: --overwrite starts again")
+    return None
 
 
 def rewind(run: Path, step: int) -> None:
