@@ -93,7 +93,7 @@ def main() -> None:
         problems, given = load_traces(args.traces, args.limit)
     else:
         problems = common.load_problems(args.dataset, args.split, args.limit)
-    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    prompts = [common.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
     if given:
         context = common.context_length(args.model)
         traces, longest = read_given(args, tokenizer, problems, prompts, given, context)
@@ -245,7 +245,7 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
     one = copy.copy(args)
     one.model = args.direct_model
     tokenizer = common.load_tokenizer(one.model)
-    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    prompts = [common.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
     sampler = common.open_sampler(one, tokenizer, common.check_lengths(one, tokenizer, problems, prompts))
     seeds = [(args.seed, 2, common.key(p["id"])) for p in problems]
     rows = sampler.generate(prompts, args.max_tokens, seeds, args.direct_samples, args.temperature, args.top_p)

@@ -115,7 +115,7 @@ def main() -> None:
     runs = []
     for one in todo:
         tokenizer = common.load_tokenizer(one.model)
-        prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
+        prompts = [common.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
         strings = max(len(common.encode(tokenizer, "\n" + string)) for string in one.strings)
         more = one.extensions * (one.extension_tokens + strings) if one.style == "paper" else 0
         longest = common.check_lengths(one, tokenizer, problems, prompts, more)

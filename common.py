@@ -39,7 +39,7 @@ from plumbing.metrics import *  # noqa
 from plumbing.runs import *  # noqa
 from plumbing.runs import line, cell, key  # noqa
 from plumbing.models import *  # noqa
-from plumbing.models import THINK_END, CHUNK_LOGITS  # noqa
+from plumbing.models import THINK_END, CHUNK_LOGITS, context_length  # noqa
 from plumbing.hf_engine import *  # noqa
 from plumbing.sampler import *  # noqa
 from plumbing.vllm_engine import *  # noqa
@@ -149,10 +149,12 @@ def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completi
     """
     ids, offsets = completion.token_ids, completion.offsets
     if thinks(tokenizer):
-        marker = encode(tokenizer, THINK_END)[0]
+        marker, opened = encode(tokenizer, THINK_END)[0], thought_is_open(tokenizer, prompt)
         finished = marker in ids
         end = ids.index(marker) if finished else len(ids) - (completion.finish_reason == "stop")
         answer = completion.text[offsets[end + 1] :] if finished else None
+        if not finished and (opened is False or opened is None and completion.finish_reason == "stop"):
+            finished, end, answer = True, 0, completion.text  # it answers without a thought
     else:
         finished = completion.finish_reason == "stop"
         end, answer = len(ids) - finished, completion.text

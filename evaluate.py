@@ -104,7 +104,7 @@ def main() -> None:
     runs = []
     for name, evaluations in todo.items():
         tokenizer, longest = common.load_tokenizer(name), 0
-        prompts = {d: [common.prompt_ids(tokenizer, p["problem"]) for p in problems[d]] for d in datasets}
+        prompts = {d: [common.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems[d]] for d in datasets}
         for one in evaluations:
             longest = max(longest, common.check_lengths(one, tokenizer, problems[one.dataset], prompts[one.dataset]))
         sampler = common.open_sampler(evaluations[0], tokenizer, longest)

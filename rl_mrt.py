@@ -74,7 +74,7 @@ def flags(argv=None) -> argparse.Namespace:
     grpo.add_argument("--problems-per-step", type=common.positive_int)
     grpo.add_argument("--group-size", type=common.positive_int, help="G rollouts a problem")
     grpo.add_argument("--max-tokens", type=common.positive_int, help="budget of a completion, thought and answer")
-    grpo.add_argument("--temperature", type=float, help="of rollouts and forced answers; the loss divides by it, too")
+    grpo.add_argument("--temperature", type=common.non_negative, help="of rollouts and forced answers; the loss divides by it, too")
     grpo.add_argument("--no-std", action="store_true", help="advantages without the division by the group's std")
     grpo.add_argument("--length-penalty", type=common.non_negative, default=0.0, help="weight w in [0, 1), 0: none")
     grpo.add_argument("--clip", type=common.non_negative, default=0.2, help="ε of the ratio's clipping (PPO's)")
@@ -139,11 +139,11 @@ def main() -> None:
     validation = []
     if args.eval_every and (args.eval_dataset or common.is_tiny_dataset(args.dataset)):
         validation = common.load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems)
-    prompts = {p["id"]: common.prompt_ids(tokenizer, p["problem"]) for p in problems}
+    prompts = {p["id"]: common.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems}
     if not common.thinks(tokenizer):
         print(f"{args.model} has no {common.THINK_END}: its whole completion is the thought, and it is asked for a box")
     longest = common.check_lengths(args, tokenizer, problems, list(prompts.values()))
-    to_validate = [common.prompt_ids(tokenizer, p["problem"]) for p in validation]
+    to_validate = [common.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in validation]
     longest = max(longest, common.check_lengths(args, tokenizer, validation, to_validate))
     if args.dry_run:
         print(plan(args, len(problems), longest))
@@ -153,6 +153,8 @@ def main() -> None:
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
         return
+    if common.ranks()[0] == 0:
+        common.same_inputs(run, problems, args.model)
     sampler = common.open_sampler(args, tokenizer, longest, trained=model)
     train(args, run, model, sampler, problems, prompts, validation)
 
@@ -446,7 +448,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompt
     reference = common.load_model(args.model, sampler.model.device) if args.kl > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     state = begin_or_resume(args, run, model, optimizer, sampler)
-    tell, asked_to_stop = reporter(args, run), common.on_sigterm()
+    tell, asked_to_stop = reporter(args, run), common.on_stop()
     steps = args.steps or (math.inf if args.max_sampled_tokens else math.ceil(len(problems) / args.problems_per_step))
     rollouts = {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant] if args.bonus else rollouts_grpo
     goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
@@ -470,7 +472,6 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompt
                                                    sampler.computed_tokens - counted[1]])  # fmt: skip
         sampling_seconds = time.time() - clock
         sampler.pause()
-        model.train()
         try:
             metrics = update(args, model, reference, optimizer, groups, advantages, dtype)
         except FloatingPointError as error:
@@ -494,14 +495,14 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompt
         print(step_line(line, left), flush=True)
         if validation and state["step"] % args.eval_every == 0:
             validate(args, run, sampler, validation, state)
-        stopping = common.sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
+        stopping = common.sum_over_ranks([float(bool(asked_to_stop))])[0] > 0
         if state["step"] % args.checkpoint_every == 0 or stopping:
             common.save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
             if rank == 0:
                 draw_run(run)
         if stopping:
-            print(f"SIGTERM: stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
-            raise SystemExit(143)
+            print(f"stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
+            raise SystemExit(128 + (asked_to_stop or [15])[0])
     if validation and state["step"] > first["step"] and state["step"] % args.eval_every:
         validate(args, run, sampler, validation, state)
     common.save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
@@ -516,9 +517,9 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], prompt
 def begin_or_resume(args, run: Path, model, optimizer, sampler: Sampler) -> dict:
     """Where the run begins: at nothing, or with --resume at its last checkpoint; records beyond that are removed."""
     state = {"step": 0, "sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
-    checkpoint = common.latest_checkpoint(run) if args.resume else None
-    if checkpoint:
-        state = common.load_checkpoint(checkpoint, model, optimizer)
+    found = common.load_newest(run, model, optimizer) if args.resume else None
+    if found:
+        checkpoint, state = found
         sampler.sync()
         print(f"resumed from {checkpoint} at step {state['step']}")
     if common.ranks()[0] == 0:

@@ -70,7 +70,7 @@ def flags(argv=None) -> argparse.Namespace:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--num-samples", type=common.positive_int, help="traces a problem")
     sampling.add_argument("--max-tokens", type=common.positive_int, help="budget of a completion, thought and answer")
-    sampling.add_argument("--temperature", type=float)
+    sampling.add_argument("--temperature", type=common.non_negative)
     sampling.add_argument("--top-p", type=float, default=1.0)
     sampling.add_argument("--forced-answers", type=common.positive_int, help="sampled answers for each J")
     sampling.add_argument("--answer-tokens", type=common.positive_int, help="limit of a forced answer")
@@ -113,8 +113,8 @@ def main() -> None:
     held_out = []
     if args.eval_dataset or common.is_tiny_dataset(args.dataset):
         held_out = common.load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems)
-    prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in problems]
-    held_prompts = [common.prompt_ids(tokenizer, p["problem"]) for p in held_out]
+    prompts = [common.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
+    held_prompts = [common.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in held_out]
     longest = common.check_lengths(args, tokenizer, problems, prompts)
     longest = max(longest, common.check_lengths(args, tokenizer, held_out, held_prompts))
     model = common.load_model(args.model, common.pick_device())
@@ -321,18 +321,17 @@ def describe(traces: list[Trace], kept: list[dict]) -> dict:
 
 def fine_tune(args, folder: Path, model, tokenizer, examples: list[tuple]) -> dict:
     """--epochs of supervised fine-tuning in place; goes on from the last checkpoint in `folder`."""
-    rank, dtype, asked_to_stop = common.ranks()[0], common.pick_dtype(args.dtype), common.on_sigterm()
+    rank, dtype, asked_to_stop = common.ranks()[0], common.pick_dtype(args.dtype), common.on_stop()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     state = {"step": 0, "loss": 0.0}
-    if checkpoint := common.latest_checkpoint(folder):
-        state = common.load_checkpoint(checkpoint, model, optimizer)
+    if found := common.load_newest(folder, model, optimizer):
+        checkpoint, state = found
         print(f"resumed from {checkpoint}")
     if rank == 0:
         folder.mkdir(exist_ok=True)
         common.rewind(folder, state["step"])
     a_pass = math.ceil(len(examples) / args.batch_size)
     steps, began, first = a_pass * args.epochs, time.time(), state["step"]
-    model.train()
     while state["step"] < steps:
         step = state["step"]
         order = np.random.default_rng([args.seed, step // a_pass]).permutation(len(examples))
@@ -344,18 +343,18 @@ def fine_tune(args, folder: Path, model, tokenizer, examples: list[tuple]) -> di
             fail(f"step {step} of the fine-tuning in {folder}: the loss is {state['loss']}")
         if rank == 0:
             common.append_jsonl(folder / "metrics.jsonl", [{**state, "examples": len(batch)}])
-        stopping = common.sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
+        stopping = common.sum_over_ranks([float(bool(asked_to_stop))])[0] > 0
         if state["step"] % args.checkpoint_every == 0 or stopping:
             common.save_checkpoint(folder, model, tokenizer, optimizer, state, keep=1)
         if stopping:
-            print(f"SIGTERM: stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
-            raise SystemExit(143)
+            print(f"stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
+            raise SystemExit(128 + (asked_to_stop or [15])[0])
         if state["step"] % max(1, steps // 5) == 0:
             left = (time.time() - began) / (state["step"] - first) * (steps - state["step"])
             print(
                 f"step {state['step']} of {steps}  loss {state['loss']:.4f}  {common.duration(left)} left", flush=True
             )
-    common.end_on_sigterm()
+    common.end_on_stop()
     model.eval()
     return {"steps": steps, "loss": state["loss"]}
 
