@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 
 from plumbing.models import (
     Completion,
@@ -156,6 +158,13 @@ class TransformersEngine:
         stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
         alive = torch.arange(len(rows), device=device)
         left = torch.ones_like(stopped)
+
+        def without_padding(stock, *, mask_function, kv_length, **how):
+            seen = mask[:, :kv_length]
+            if stock is sdpa_mask and mask_function is causal_mask_function:
+                return seen[:, None, None]
+            return stock(mask_function=mask_function, kv_length=kv_length, **{**how, "attention_mask": seen})
+
         for step in range(room):
             token, logprob = draw(logits.float(), uniform[alive, step], temperature, top_p)
             writing = alive[left]
@@ -169,10 +178,9 @@ class TransformersEngine:
                     layer.keep_rows(left)
                 alive, token, mask, position = alive[left], token[left], mask[left], position[left]
                 left = left[left]
-            with autocast(self.dtype):
+            with autocast(self.dtype), own_masks(self.model, without_padding):
                 logits = self.model(
                     input_ids=token[:, None],
-                    attention_mask=mask[:, : width + step + 1],
                     position_ids=position[:, None] + step,
                     past_key_values=cache,
                     use_cache=True,
@@ -278,24 +286,35 @@ def pack_tensors(packs: list[Pack], device):
 
 
 def packed_states(model, packs: list[Pack], **more):
-    """The output of the model's body for ids [packs, places]. Each mask is the one that the model asks transformers for
-    (causal, with a window, in chunks; as its attention wants it), taken over positions and within paths."""
+    """The output of the model's body for ids [packs, places]: its own masks, taken over positions and within paths."""
     ids, paths, positions = pack_tensors(packs, model.device)
-    name = model.config.get_text_config()._attn_implementation
-    stock = ALL_MASK_ATTENTION_FUNCTIONS[name]
 
-    def along_paths(*, mask_function, **how):
+    def along_paths(stock, *, mask_function, **how):
+        if stock is sdpa_mask and mask_function is causal_mask_function:
+            return paths
+
         def inside(b, h, q, kv):
             own = paths if q.ndim == 4 else paths[b, 0, q, kv]  # flex attention asks for one pair at a time
             return mask_function(b, h, positions[b, q], positions[b, kv]) & own
 
-        return stock(mask_function=inside, **{**how, "allow_is_causal_skip": False})
+        return stock(mask_function=inside, **{**how, "attention_mask": None, "allow_is_causal_skip": False})
 
     if paths is not None:
-        ALL_MASK_ATTENTION_FUNCTIONS[name] = along_paths
-        more["attention_mask"] = torch.ones_like(ids)
-    try:
+        more["attention_mask"] = torch.ones_like(ids)  # or positions that start again would be taken for sequences
+    with own_masks(model, along_paths) if paths is not None else nullcontext():
         return body_of(model)(input_ids=ids, position_ids=positions, use_cache="past_key_values" in more, **more)
+
+
+@contextmanager
+def own_masks(model, make):
+    """Within, `make(stock, mask_function=…, …)` makes the masks that the model asks transformers for: which one each
+    layer needs (causal, with a window, in chunks: `mask_function`) is the model's business, and in which form its
+    attention wants it that of `stock`, transformers' own function."""
+    name = model.config.get_text_config()._attn_implementation
+    stock = ALL_MASK_ATTENTION_FUNCTIONS[name]
+    ALL_MASK_ATTENTION_FUNCTIONS[name] = partial(make, stock)
+    try:
+        yield
     finally:
         ALL_MASK_ATTENTION_FUNCTIONS[name] = stock
 

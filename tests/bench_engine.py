@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-from plumbing import hf_engine as sampling
+from plumbing import models, vllm_engine
 from common import Sampler, TransformersEngine, VllmEngine
 
 
@@ -27,7 +27,7 @@ def plain_generate(model, tokenizer, prompts, max_tokens) -> int:
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    stop = sampling.stop_token_ids(tokenizer, model.generation_config)
+    stop = models.stop_token_ids(tokenizer, model.generation_config)
     settings = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=stop, pad_token_id=stop[0])
     with torch.inference_mode():
         out = model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, **settings)[:, width:]
@@ -47,7 +47,7 @@ def main() -> None:
     more = common.encode(tokenizer, lines)
     prompts = [common.prompt_ids(tokenizer, p["problem"]) + more[: 7 * i % 150] for i, p in enumerate(problems)]
     samplers = {"our transformers engine": Sampler(TransformersEngine(model), tokenizer)}
-    works, why_not = sampling.vllm_or_why_not()
+    works, why_not = vllm_engine.vllm_or_why_not()
     if works:
         longest = max(len(more) + 100, max(map(len, prompts)) + args.max_tokens)
         path = common.resolve_model(args.model)

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-from plumbing import hf_engine as sampling
+from plumbing import models
 from common import ForcedAnswers, Sampler, TransformersEngine
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     shared, computed = time.perf_counter() - began, sampler.computed_tokens - sampler.sampled_tokens
     print(f"shared prefixes, one call   {computed:10,} prompt tokens computed {shared:8.1f} s")
 
-    stop = sampling.stop_token_ids(tokenizer, model.generation_config)
+    stop = models.stop_token_ids(tokenizer, model.generation_config)
     settings = dict(do_sample=True, top_k=0, num_return_sequences=4, eos_token_id=stop, pad_token_id=stop[0])
     began, computed = time.perf_counter(), 0
     for row in asked:
