@@ -150,7 +150,7 @@ def analyse(args) -> None:
         problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
     else:
         problems, responses = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)), None
-    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
     if responses:
         given, longest = read_given(args, tokenizer, problems, prompts, responses)
     else:
@@ -159,6 +159,7 @@ def analyse(args) -> None:
     if args.direct_model:
         models.load_tokenizer(direct_settings(args).tokenizer or args.direct_model)  # a wrong name is told now
     run = runs.open_run(args.out, runs.identity(args, *MAY_CHANGE), args.resume, args.overwrite)
+    runs.same_inputs(run, problems, args.model)
     sampler = open_sampler(args, tokenizer, longest)
     sample(args, run, sampler, problems, prompts, given)
     sampler.close()
@@ -260,7 +261,7 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
         return
     one = direct_settings(args)
     tokenizer = models.load_tokenizer(one.tokenizer or one.model)
-    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
     room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
     sampler = open_sampler(one, tokenizer, check_lengths(one, problems, prompts, room))
     seeds = [(args.seed, 2, problem_key(problem)) for problem in problems]

@@ -147,12 +147,13 @@ def one_of_many(args, model: str) -> argparse.Namespace:
 def force(args, problems: list[dict], thoughts: list[dict] | None) -> None:
     """One model: writes a record a trace, as each batch of problems is done; those recorded are not made again."""
     tokenizer = models.load_tokenizer(args.tokenizer or args.model)
-    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
     strings = max(len(encode(tokenizer, "\n" + string)) for string in args.strings)
     more = args.extensions * (args.extension_tokens + strings) if args.style == "paper" else 0
     room = args.max_tokens + more + room_for_answer(tokenizer, args.answer_tokens)
     longest = check_lengths(args, problems, prompts, room)
     run = runs.open_run(args.out, runs.identity(args, "compare"), args.resume, args.overwrite)
+    runs.same_inputs(run, problems, args.model)
     sampler = open_sampler(args, tokenizer, longest)
     groups = report.group_by_problem(thoughts or [])
     counts = [len(groups[p["id"]]) if thoughts else args.num_samples for p in problems]

@@ -23,7 +23,7 @@ import torch
 
 from plumbing.answers import extract_answer, grade_all
 from plumbing.hf_engine import sequence_logprobs
-from plumbing.models import THINK_END, Completion, encode, text_and_offsets, thinks
+from plumbing.models import THINK_END, Completion, encode, text_and_offsets, thinks, thought_is_open
 from plumbing.runs import problem_key
 from plumbing.sampler import Sampler
 from plumbing.votes import plain_vote, weighted_vote
@@ -176,7 +176,8 @@ def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completi
     """Splits a completion at the end-of-thinking marker, and its thought into episodes.
 
     Without a marker in the vocabulary the whole completion is thought and answer at once. With one, a thought that
-    was cut before the marker has no answer, whatever boxes it holds.
+    was cut before the marker has no answer, whatever boxes it holds; a completion that answers at once, in a prompt
+    that has closed the thought or opened none, has an empty thought.
     """
     ids, offsets = completion.token_ids, completion.offsets
     if thinks(tokenizer):
@@ -184,6 +185,9 @@ def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completi
         finished = marker in ids
         end = ids.index(marker) if finished else len(ids) - (completion.finish_reason == "stop")
         answer = completion.text[offsets[end + 1] :] if finished else None
+        opened = None if finished else thought_is_open(tokenizer, prompt)
+        if not finished and (opened is False or (opened is None and completion.finish_reason == "stop")):
+            finished, end, answer = True, 0, completion.text  # it answers without a thought
     else:
         finished = completion.finish_reason == "stop"
         end, answer = len(ids) - finished, completion.text

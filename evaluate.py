@@ -119,12 +119,14 @@ def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, li
     first = evaluations[0]
     tokenizer, prompts, longest = models.load_tokenizer(first.tokenizer or first.model), {}, 0
     for one in evaluations:
-        prompts[one.dataset] = [models.prompt_ids(tokenizer, p["problem"]) for p in problems[one.dataset]]
+        template = one.chat_template_kwargs
+        prompts[one.dataset] = [models.prompt_ids(tokenizer, p["problem"], template) for p in problems[one.dataset]]
         room = one.max_tokens + room_for_answer(tokenizer, one.answer_tokens)
         longest = max(longest, check_lengths(one, problems[one.dataset], prompts[one.dataset], room))
     sampler = open_sampler(first, tokenizer, longest)
     for one in evaluations:
         run = runs.open_run(one.out, runs.identity(one, *MAY_CHANGE), one.resume, one.overwrite)
+        runs.same_inputs(run, problems[one.dataset], one.model)
         sample(one, run, sampler, problems[one.dataset], prompts[one.dataset])
         groups = group_by_problem(runs.load_records(run / "records.jsonl"))
         records = [r for problem in problems[one.dataset] for r in groups[problem["id"]]]

@@ -151,7 +151,7 @@ def main() -> None:
         )
     if not models.thinks(tokenizer):
         print(f"{args.model} has no {models.THINK_END}: its whole completion is the thought, and it is asked for a box")
-    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems + validation]
+    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems + validation]
     room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
     longest = check_lengths(args, problems + validation, prompts, room)
     if args.dry_run:
@@ -162,6 +162,8 @@ def main() -> None:
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
         return
+    if ranks()[0] == 0:
+        runs.same_inputs(run, problems, args.model)
     train(args, run, model, open_sampler(args, tokenizer, longest, trained=model), problems, validation)
 
 
@@ -422,7 +424,7 @@ def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, pro
     """Rollouts and their update; returns (the run's new state, the line of metrics.jsonl, what is printed)."""
     (rank, world), step, began = ranks(), state["step"], time.time()
     batch = training.problems_of_step(problems, args.problems_per_step, step, args.seed)[rank::world]
-    prompts = [models.prompt_ids(sampler.tokenizer, problem["problem"]) for problem in batch]
+    prompts = [models.prompt_ids(sampler.tokenizer, problem["problem"], args.chat_template_kwargs) for problem in batch]
     rollouts = {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant] if args.bonus else rollouts_grpo
     counted = sampler.sampled_tokens, sampler.computed_tokens
     model.eval()
@@ -430,7 +432,6 @@ def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, pro
     spent = [sampler.sampled_tokens - counted[0], sampler.computed_tokens - counted[1]]
     sampled_after = time.time()
     sampler.pause()
-    model.train()
     try:
         metrics = update(args, model, reference, optimizer, groups, advantages)
     except FloatingPointError as error:
@@ -479,7 +480,9 @@ def rollout_stats(args, tokenizer, groups: Groups) -> dict[str, float]:
     if args.bonus and args.variant == "prefix":
         stats["J_prefix"] = mean(t.prefix_J for t in traces)
         stats["progress_of_going_on"] = mean(t.reward for t in traces) - stats["J_prefix"]
-        prompts = [models.prompt_ids(tokenizer, group[0].problem["problem"]) for group in groups]
+        prompts = [
+            models.prompt_ids(tokenizer, group[0].problem["problem"], args.chat_template_kwargs) for group in groups
+        ]
         stats["prefix_tokens"] = mean(len(group[0].prompt) - len(prompt) for group, prompt in zip(groups, prompts))
     elif args.bonus:
         progress = (
@@ -499,7 +502,7 @@ def validate(args, run: Path, sampler: Sampler, problems: list[dict], state: dic
     sampler.model.eval()
     share = problems[rank::world]  # none where there are fewer problems than processes
     seeds = [(args.seed, 99, problem_key(problem)) for problem in share]
-    prompts = [models.prompt_ids(tokenizer, problem["problem"]) for problem in share]
+    prompts = [models.prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs) for problem in share]
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
     traces = [trace for (trace,) in read_traces(tokenizer, share, prompts, rows)]
     sums = [sum(trace.reward for trace in traces), sum(len(trace.completion.token_ids) for trace in traces)]

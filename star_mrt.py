@@ -121,11 +121,13 @@ def main() -> None:
         held_out = data.load_problems(
             args.eval_dataset or args.dataset, args.eval_split, args.eval_problems, *data.columns_of(args)
         )
-    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems + held_out]
+    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems + held_out]
     room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
     longest = check_lengths(args, problems + held_out, prompts, room)
     model = models.load_model(weights, models.pick_device())
     run = training.open_run_once(args.out, runs.identity(args), args.resume, args.overwrite)
+    if ranks()[0] == 0:
+        runs.same_inputs(run, problems + held_out, weights)
     sampler = open_sampler(args, tokenizer, longest, trained=model)
     recompute = not runs.is_tiny(weights)
     training.prepare(model, models.pick_dtype(args.dtype), models.token_logprobs, recompute)
@@ -199,7 +201,7 @@ def traced(args, file: Path, sampler: Sampler, problems: list[dict], answers: in
     (rank, world), settings, tokenizer = ranks(), copy.copy(args), sampler.tokenizer
     settings.seed = seed
     how = Segmentation(max_episodes=args.max_episodes, markers=(*EPISODE_MARKERS, *args.markers))
-    prompts = {p["id"]: models.prompt_ids(tokenizer, p["problem"]) for p in problems}
+    prompts = {p["id"]: models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems}
     counts = [args.num_samples] * len(problems)
     todo = runs.unrecorded(file, problems, counts, args.batch_problems, sampler)
     training.wait_for_ranks()  # all have read what is there
@@ -378,7 +380,6 @@ def fine_tune(args, folder: Path, model, tokenizer, examples: list[Example]) -> 
         text = f"step {state['step']} of {steps}  loss {state['loss']:.4f}" if told else ""
         return state, {**state, "examples": len(batch)}, text
 
-    model.train()
     state = training.train_loop(
         args, folder, model, tokenizer, optimizer, state, lambda state: state["step"] / steps, step
     )

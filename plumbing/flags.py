@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
 import re
 import sys
@@ -25,6 +27,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--problem-column", help="column of the problem, or outer.inner; default: a usual name")
     data.add_argument("--answer-column", help="column of the gold answer, likewise")
     data.add_argument("--skip-unusable", action="store_true", help="leave out rows of a file that cannot be used")
+    template = """arguments of the chat template, such as '{"enable_thinking": false}'"""
+    data.add_argument("--chat-template-kwargs", type=json_object, metavar="JSON", help=template)
     data.add_argument("--markers", type=Path, metavar="FILE", help="phrases that open an episode beside "
                       "the published ones, one a line")  # fmt: skip
     run = parser.add_argument_group("run")
@@ -62,6 +66,13 @@ def engine_name(text: str) -> str:
     if not re.fullmatch(r"https?://[^@?#\s]+", text):  # not repeated: it may hold a key
         raise argparse.ArgumentTypeError("is auto, vllm, transformers or an address like http://127.0.0.1:8000/v1")
     return text.rstrip("/")
+
+
+def json_object(text: str) -> dict:
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
 
 
 def whole_number(text: str, least: int = 0) -> int:
@@ -152,7 +163,7 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
             elif action.nargs == "+" and isinstance(value, list):
                 from_file += [f"--{name}", *map(str, value)]
             elif value is not None:
-                from_file.append(f"--{name}={value}")
+                from_file.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
         argv = from_file + (sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     args.context = None
@@ -185,9 +196,14 @@ def ask_server(args) -> None:
 def read_config(path: Path) -> dict:
     """The settings of a --config file; what cannot be read or is not `name: value` ends the program."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        settings, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         fail(f"--config {path}: {first_line(error)}")
     if not isinstance(settings, dict):
         fail(f"--config {path}: expected lines of `name: value`")
+    names = [str(name.value).replace("_", "-") for name, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    for name in names:
+        if names.count(name) > 1:
+            fail(f"--config {path}: {name} is set twice")
     return settings

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 
-from plumbing.models import Completion, autocast
+from plumbing.models import (
+    Completion,
+    autocast,
+    body_of,
+    check_update,
+    first_line,
+    head,
+    name_of,
+    off,
+    probes,
+    same_positions,
+    say_once,
+    tolerance,
+    truth,
+    within,
+)
+from plumbing.runs import fail
 from plumbing.served_engine import ServedEngine
 from plumbing.training import full_weights
 
@@ -19,6 +39,9 @@ from plumbing.training import full_weights
 class TransformersEngine:
     """A transformers model as a sampler. In training it is the trained model itself, so there is nothing to hand over;
     or, where that is sharded over processes, a whole copy of it, which follows `trained`.
+
+    `model.samples`: how, the fastest way that `check_sampling` finds equal to the model's plain forward:
+    "shared" (below), "cached" (transformers' own `generate`, prompts of one length at a time) or "uncached".
 
     All prompts of a call are sampled together: prompts that share a prefix (a problem's samples, the forced answers
     along a trace) compute it once, batches are of similar length, finished rows leave them, the cache never grows by
@@ -32,10 +55,17 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
+        if not hasattr(self.model, "samples"):
+            say_once(check_sampling(self))
+        self.model.eval()
         done: list[list[Completion]] = [[] for _ in prompts]
-        # A batch has as many rows as its cache may have; fewer samples than n at a time only if n alone are too many.
         longest = max(map(len, prompts), default=1) + max(limits, default=1)
-        memory = torch.cuda.mem_get_info()[0] // 3 if self.model.device.type == "cuda" else 3 << 30
+        way = self.model.samples if longest <= same_positions(self.model) else "uncached"
+        if way != "shared":
+            self._generate_plainly(way, done, prompts, limits, seeds, stop_ids, samples, temperature, top_p)
+            return done
+        # A batch has as many rows as its cache may have; fewer samples than n at a time only if n alone are too many.
+        memory = torch.cuda.mem_get_info()[1] // 4 if self.model.device.type == "cuda" else 3 << 30
         rows = max(1, min(self.max_rows, memory // (cache_bytes_of_a_token(self.model.config) * longest)))
         for start in range(samples.start, samples.stop, rows):
             some = range(start, min(samples.stop, start + rows))
@@ -48,6 +78,44 @@ class TransformersEngine:
                 for p, completion in self._decode(batch, seeds, limits, stop_ids, some, temperature, top_p):
                     done[p].append(completion)
         return done
+
+    def _generate_plainly(self, way, done, prompts, limits, seeds, stop_ids, samples: range, temperature, top_p):
+        """Rows of one prompt length at a time, so that nothing is padded."""
+        rows = sorted(((p, s) for p in range(len(prompts)) for s in samples), key=lambda row: len(prompts[row[0]]))
+        for _, same in groupby(rows, key=lambda row: len(prompts[row[0]])):
+            some = list(same)
+            for start in range(0, len(some), 64):
+                part = some[start : start + 64]
+                ids = torch.tensor([prompts[p] for p, _ in part], device=self.model.device)
+                room = max(limits[p] for p, _ in part)
+                uniform = np.stack([np.random.default_rng([*seeds[p], s]).random(room) for p, s in part])
+                drawn = self._draw_plainly(way, ids, room, torch.from_numpy(uniform), stop_ids, temperature, top_p)
+                self.prompt_tokens += ids.numel()
+                for row, (p, _) in enumerate(part):
+                    tokens, logprobs = ([of[k][row] for of in drawn[: limits[p]]] for k in (0, 1))
+                    end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), 0)
+                    last = end or len(tokens)
+                    done[p].append(finite(Completion(tokens[:last], logprobs[:last], "stop" if end else "length")))
+
+    def _draw_plainly(self, way, ids, room: int, uniform, stop_ids, temperature, top_p) -> list[tuple[list, list]]:
+        """(tokens, log-probs) of the rows at each place, by the model's own `generate`."""
+        model, stock, drawn = self.model, self.model.generation_config, []
+        uniform = uniform.to(model.device)
+
+        def take(_ids, scores):
+            token, logprob = draw(scores.float(), uniform[:, len(drawn)], temperature, top_p)
+            drawn.append((token.tolist(), logprob.tolist()))
+            return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+
+        ends = {"eos_token_id": stop_ids or None, "pad_token_id": (stop_ids or [0])[0]}
+        how = GenerationConfig(max_new_tokens=room, do_sample=False, use_cache=way == "cached", **ends)
+        model.generation_config = GenerationConfig()  # no penalties or lengths of its own
+        try:
+            with autocast(self.dtype):
+                model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how, logits_processor=[take])
+        finally:
+            model.generation_config = stock
+        return drawn
 
     def pause(self) -> None:
         pass
@@ -67,11 +135,8 @@ class TransformersEngine:
         device = self.model.device
         cache: Any = DynamicCache()
         stop = torch.tensor(stop_ids, device=device)
-        ids, mask, positions = pack_tensors(packs, device)
         with autocast(self.dtype):
-            hidden = self.model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state
+            output = packed_states(self.model, packs, past_key_values=cache)
         # One row a sample: its prefix gathered from the packed cache, padded on the left so that all rows grow at one
         # place; from here on `alive` are the numbers of the rows still in the batch.
         rows = [(b, p, path, s) for b, pack in enumerate(packs) for p, path in pack.paths.items() for s in samples]
@@ -85,7 +150,7 @@ class TransformersEngine:
         layers = [GrowingLayer(layer, source, columns, room) for layer in cache.layers]
         cache.layers = layers
         with autocast(self.dtype):
-            logits = self.model.get_output_embeddings()(hidden[source, columns[:, -1]])
+            logits = head(self.model, output.last_hidden_state[source, columns[:, -1]], type(output))
         uniform = np.stack([np.random.default_rng([*seeds[p], s]).random(room) for _, p, _, s in rows])
         uniform = torch.from_numpy(uniform).to(device)
         tokens = torch.zeros(len(rows), room, dtype=torch.long, device=device)
@@ -94,6 +159,13 @@ class TransformersEngine:
         stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
         alive = torch.arange(len(rows), device=device)
         left = torch.ones_like(stopped)
+
+        def without_padding(stock, *, mask_function, kv_length, **how):
+            seen = mask[:, :kv_length]
+            if stock is sdpa_mask and mask_function is causal_mask_function:
+                return seen[:, None, None]
+            return stock(mask_function=mask_function, kv_length=kv_length, **{**how, "attention_mask": seen})
+
         for step in range(room):
             token, logprob = draw(logits.float(), uniform[alive, step], temperature, top_p)
             writing = alive[left]
@@ -107,10 +179,9 @@ class TransformersEngine:
                     layer.keep_rows(left)
                 alive, token, mask, position = alive[left], token[left], mask[left], position[left]
                 left = left[left]
-            with autocast(self.dtype):
+            with autocast(self.dtype), own_masks(self.model, without_padding):
                 logits = self.model(
                     input_ids=token[:, None],
-                    attention_mask=mask[:, None, None, : width + step + 1],
                     position_ids=position[:, None] + step,
                     past_key_values=cache,
                     use_cache=True,
@@ -118,13 +189,21 @@ class TransformersEngine:
         self.prompt_tokens += sum(len(pack.token_ids) for pack in packs)
         rows_out = zip(rows, tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist())
         for (_, p, _, _), ids, logps, length, ended in rows_out:
-            yield p, Completion(ids[:length], logps[:length], "stop" if ended else "length")
+            yield p, finite(Completion(ids[:length], logps[:length], "stop" if ended else "length"))
+
+
+def finite(completion: Completion) -> Completion:
+    if not np.isfinite(completion.logprobs).all():
+        fail("the model's logits are not finite (a weight is NaN or infinite, or the arithmetic overflows)")
+    return completion
 
 
 def cache_bytes_of_a_token(config) -> int:
     """Keys and values of all layers, in float32."""
+    config = config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 8 * config.num_hidden_layers * head_dim * getattr(config, "num_key_value_heads", config.num_attention_heads)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 8 * config.num_hidden_layers * head_dim * heads
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float):
@@ -134,13 +213,14 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
         token = logprobs.argmax(-1)
         return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
     if top_p < 1:
-        ordered, order = logprobs.sort(dim=-1, descending=True)
+        ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
         outside = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
         logprobs = logprobs.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf).log_softmax(-1)
     mass = logprobs.double().exp().cumsum(-1)
     total = mass[:, -1:]
     at = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     token = torch.searchsorted(mass, at, right=True)  # the first place whose mass exceeds `at`: never one without mass
+    token = token.clamp(max=logprobs.shape[-1] - 1)  # NaN has no place; `finite` tells of it
     return token.squeeze(-1), logprobs.gather(-1, token).squeeze(-1)
 
 
@@ -184,7 +264,7 @@ def pack_prefixes(sequences: list[list[int]], most: int | None = None) -> list[P
 
 
 def pack_tensors(packs: list[Pack], device):
-    """(ids [B, L], mask [B, 1, L, L] or None where plain causal attention is right, positions [B, L])."""
+    """(ids [B, L], mask [B, 1, L, L] or None where no path branches, positions [B, L])."""
     width = max(len(pack.token_ids) for pack in packs)
     ids = torch.zeros(len(packs), width, dtype=torch.long)
     positions = torch.zeros(len(packs), width, dtype=torch.long)
@@ -206,6 +286,40 @@ def pack_tensors(packs: list[Pack], device):
     return ids.to(device), mask[:, None].to(device), positions.to(device)
 
 
+def packed_states(model, packs: list[Pack], **more):
+    """The output of the model's body for ids [packs, places]: its own masks, taken over positions and within paths."""
+    ids, paths, positions = pack_tensors(packs, model.device)
+
+    def along_paths(stock, *, mask_function, **how):
+        if stock is sdpa_mask and mask_function is causal_mask_function:
+            return paths
+
+        def inside(b, h, q, kv):
+            own = paths if q.ndim == 4 else paths[b, 0, q, kv]  # flex attention asks for one pair at a time
+            return mask_function(b, h, positions[b, q], positions[b, kv]) & own
+
+        return stock(mask_function=inside, **{**how, "attention_mask": None, "allow_is_causal_skip": False})
+
+    if paths is not None:
+        more["attention_mask"] = torch.ones_like(ids)  # or positions that start again would be taken for sequences
+    with own_masks(model, along_paths) if paths is not None else nullcontext():
+        return body_of(model)(input_ids=ids, position_ids=positions, use_cache="past_key_values" in more, **more)
+
+
+@contextmanager
+def own_masks(model, make):
+    """Within, `make(stock, mask_function=…, …)` makes the masks that the model asks transformers for: which one each
+    layer needs (causal, with a window, in chunks: `mask_function`) is the model's business, and in which form its
+    attention wants it that of `stock`, transformers' own function."""
+    name = model.config.get_text_config()._attn_implementation
+    stock = ALL_MASK_ATTENTION_FUNCTIONS[name]
+    ALL_MASK_ATTENTION_FUNCTIONS[name] = partial(make, stock)
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = stock
+
+
 class GrowingLayer(DynamicLayer):
     """A transformers cache layer with free room at its end, so that a token is written in place; the stock layer
     copies the whole cache at every token. Row r starts as the places `columns[r]` of row `source[r]` of `layer`."""
@@ -217,6 +331,7 @@ class GrowingLayer(DynamicLayer):
             rows = states.transpose(1, 2)[source[:, None], columns].transpose(1, 2)
             self.buffers.append(torch.cat([rows, rows.new_empty(*rows.shape[:2], room, rows.shape[3])], dim=2))
         self.is_initialized = True
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
 
     def update(self, key_states, value_states, *args, **kwargs):
         start, self.length = self.length, self.length + key_states.shape[2]
@@ -230,36 +345,119 @@ class GrowingLayer(DynamicLayer):
 
 
 @torch.inference_mode()
-def sequence_logprobs(sampler: Sampler, heads: list[list[int]], tails: list[list[int]]) -> np.ndarray:
-    """log P(tail | head) for each pair, shared prefixes computed once.
-
-    With head = prefix + stop phrase + cue and tail = gold answer + "}" its exponential is J(μ|prefix) for answers
-    that follow the cue at once: exact, without a sampled token, "the change in the likelihood of eventual success" of
-    the paper's abstract. It is μ's success rate itself only where μ answers in this form (the embedded model does).
-    """
+def sequence_logprobs(sampler, heads: list[list[int]], tails: list[list[int]]) -> np.ndarray:
+    """log P(tail | head) for each pair, [pairs]; shared prefixes are computed once."""
     if isinstance(sampler.engine, ServedEngine):
         sampler.computed_tokens += sum(map(len, [*heads, *tails]))
         return np.array(sampler.engine.at_once(sampler.engine.score, list(zip(heads, tails))))
-    model, out = sampler.model, np.zeros(len(heads))
+    model, dtype = sampler.model, sampler.engine.dtype
+    if not hasattr(model, "packs"):
+        say_once(check_likelihood(model, dtype))
+    longest = max((len(h) + len(t) for h, t in zip(heads, tails)), default=0)
+    shared = model.packs and longest <= same_positions(model)
+    sums, computed = (packed_logprobs if shared else row_logprobs)(model, dtype, heads, tails)
+    sampler.computed_tokens += computed
+    if np.isnan(sums).any():
+        fail("the model's logits are not finite (a weight is NaN or infinite, or the arithmetic overflows)")
+    return sums
+
+
+def packed_logprobs(model, dtype: torch.dtype, heads, tails) -> tuple[np.ndarray, int]:
+    """(log P(tail | head) of each pair, tokens computed), shared prefixes once."""
+    model.eval()
+    out, computed = np.zeros(len(heads)), 0
     packs = sorted(pack_prefixes([h + t for h, t in zip(heads, tails)]), key=lambda p: len(p.token_ids))
     while packs:
         batch = [packs.pop()]
         width = len(batch[0].token_ids)
         while packs and (len(batch) + 1) * width <= 16_384:
             batch.append(packs.pop())
-        ids, mask, positions = pack_tensors(batch, model.device)
-        with autocast(sampler.engine.dtype):
-            hidden = model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
-            ).last_hidden_state
-        sampler.computed_tokens += sum(len(pack.token_ids) for pack in batch)
+        with autocast(dtype):
+            output = packed_states(model, batch)
+        computed += sum(len(pack.token_ids) for pack in batch)
         items = [(b, s, path) for b, pack in enumerate(batch) for s, path in pack.paths.items()]
         row = torch.tensor([b for b, s, _ in items for _ in tails[s]], device=model.device)
         column = torch.tensor([c for _, s, path in items for c in path[-len(tails[s]) - 1 : -1]], device=model.device)
         target = torch.tensor([t for _, s, _ in items for t in tails[s]], device=model.device)
         owner = np.array([s for _, s, _ in items for _ in tails[s]])
-        with autocast(sampler.engine.dtype):
-            logits = model.get_output_embeddings()(hidden[row, column]).float()
+        with autocast(dtype):
+            logits = head(model, output.last_hidden_state[row, column], type(output)).float()
         logprobs = logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
         np.add.at(out, owner, logprobs.double().cpu().numpy())
-    return out
+    return out, computed
+
+
+def row_logprobs(model, dtype: torch.dtype, heads, tails) -> tuple[np.ndarray, int]:
+    """As `packed_logprobs`, one plain forward a pair."""
+    model.eval()
+    out = np.zeros(len(heads))
+    for i, (first, tail) in enumerate(zip(heads, tails)):
+        with autocast(dtype):
+            logprobs = truth(model, first + tail)[-len(tail) :]
+        out[i] = float(logprobs.gather(-1, torch.tensor(tail, device=model.device)[:, None]).double().sum())
+    return out, sum(map(len, heads)) + sum(map(len, tails))
+
+
+# ============================================================================================ is it the model's own?
+
+
+def self_check(engine, model) -> None:
+    """Before anything is sampled: engine, update and likelihood against the plain forward of the same sequences; what
+    is not equal takes the plain path and says so, and where that differs, too, the run ends."""
+    with autocast(engine.dtype):
+        notes = [check_update(model)]
+    notes.append(check_likelihood(engine.model, engine.dtype))
+    if isinstance(engine, TransformersEngine):
+        notes.append(check_sampling(engine))
+    if any(notes):
+        say_once(f"{name_of(model)} takes plain paths: {'; '.join(filter(None, notes))}")
+
+
+@torch.inference_mode()
+def check_sampling(engine: TransformersEngine) -> str:
+    """Sets `model.samples` to the fastest way whose greedy tokens and log-probs are those of plain forwards; says if it
+    is a slow one."""
+    model, counted, how_far = engine.model, engine.prompt_tokens, {}
+    model.eval()
+    prompts = probes(model)
+    with autocast(engine.dtype):
+        limit = tolerance(model, prompts[0])
+    for model.samples in ("shared", "cached", "uncached"):
+        try:
+            rows = engine.generate(prompts, [5, 4, 5, 3, 5, 4], [(i,) for i in range(6)], [], range(1), 0.0, 1.0)
+            gaps = []
+            for prompt, (c,) in zip(prompts, rows):
+                with autocast(engine.dtype):
+                    expected = truth(model, prompt + c.token_ids)[len(prompt) - 1 :]
+                own = expected.gather(-1, torch.tensor(c.token_ids, device=model.device)[:, None])[:, 0]
+                gaps += [own - torch.tensor(c.logprobs, device=model.device), expected.amax(-1) - own]
+            how_far[model.samples] = float(torch.cat(gaps).abs().max())
+        except Exception as error:
+            how_far[model.samples] = first_line(error)
+        if within(how_far[model.samples], limit):
+            break
+    else:
+        told = "; ".join(f"{way}: {off(gap)}" for way, gap in how_far.items())
+        fail(f"{name_of(model)}: no way to sample from it equals its plain forward ({told}); try --engine vllm")
+    engine.prompt_tokens = counted
+    if model.samples == "shared":
+        return ""
+    cache = "" if model.samples == "cached" else " without a cache"
+    return f"transformers' generate samples{cache} (shared prefixes: {off(how_far['shared'])})"
+
+
+@torch.inference_mode()
+def check_likelihood(model, dtype: torch.dtype) -> str:
+    """Sets `model.packs`: may sequences that share prefixes be scored as one row? Says if not."""
+    model.eval()
+    heads = probes(model)
+    tails = [heads[-1][: 1 + i % 3] for i in range(len(heads))]
+    with autocast(dtype):
+        limit = tolerance(model, heads[0]) * 3  # a tail is at most three tokens
+    expected, _ = row_logprobs(model, dtype, heads, tails)
+    try:
+        gap: float | str = float(np.abs(packed_logprobs(model, dtype, heads, tails)[0] - expected).max())
+    except Exception as error:
+        gap = first_line(error)
+    model.packs = within(gap, limit)
+    return "" if model.packs else f"likelihoods take one forward a boundary (shared prefixes: {off(gap)})"

@@ -7,15 +7,19 @@ import ctypes
 import logging
 import os
 import platform
+import re
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import accumulate, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from plumbing.runs import fail, first_line, resolve_model
@@ -47,14 +51,39 @@ class Completion:
 def text_and_offsets(tokenizer, token_ids: list[int]) -> tuple[str, list[int]]:
     """The text of the tokens and where each starts in it (len + 1 offsets), special tokens silent.
 
-    Decoded as a stream, so a character of several tokens starts at the token that completes it, and the pieces join
-    to the text by construction; nothing is ever encoded again.
+    Decoded as a stream, so a character of several tokens starts at the token that completes it; nothing is ever encoded
+    again. Any ids that a model may draw are fine: the text is that of `decode` up to replacement characters.
     """
-    stream, pieces, offsets = DecodeStream(skip_special_tokens=True), [], [0]
-    for token in token_ids:
-        pieces.append(stream.step(tokenizer.backend_tokenizer, token) or "")
-        offsets.append(offsets[-1] + len(pieces[-1]))
-    return "".join(pieces), offsets
+    whole = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    with contextlib.suppress(Exception):  # byte-fallback tokenizers: characters that later tokens take back
+        stream, lost, pieces = DecodeStream(skip_special_tokens=True), lost_bytes(tokenizer, token_ids), []
+        for place, token in enumerate(token_ids):
+            pieces.append("\ufffd" if place in lost else stream.step(tokenizer.backend_tokenizer, token) or "")
+        text = "".join(pieces)
+        if text.replace("\ufffd", "") == whole.replace("\ufffd", ""):
+            return text, [0, *accumulate(map(len, pieces))]
+    starts = (
+        tokenizer.decode(token_ids[:i], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for i in range(len(token_ids))
+    )
+    shared = (sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(start, whole))) for start in starts)
+    return whole, [*accumulate(shared, max), len(whole)]
+
+
+def lost_bytes(tokenizer, token_ids: list[int]) -> set[int]:
+    """The places of single bytes, as byte-fallback tokenizers have them, that do not join to characters. The decoder
+    gives all bytes of such a run up, the complete characters among them, too."""
+    silent = set(tokenizer.all_special_ids)
+    tokens = [(i, t) for i, t in enumerate(tokenizer.convert_ids_to_tokens(token_ids)) if token_ids[i] not in silent]
+    lost: set[int] = set()
+    for is_byte, run in groupby(tokens, key=lambda pair: bool(re.fullmatch("<0x[0-9A-F]{2}>", pair[1] or ""))):
+        if is_byte:
+            places, names = zip(*run)
+            try:
+                bytes(int(name[3:5], 16) for name in names).decode()
+            except UnicodeDecodeError:
+                lost |= set(places)
+    return lost
 
 
 def stop_token_ids(tokenizer, generation_config) -> list[int]:
@@ -71,11 +100,15 @@ def load_tokenizer(model: str):
     if Path(path).is_dir():
         for name in ("config.json", "tokenizer_config.json"):
             if not (Path(path) / name).exists():
-                fail(f"--model {model}: the folder has no {name}")
+                adapter = (Path(path) / "adapter_config.json").exists()
+                hint = "; it is an adapter: merge it into its base model and save that" if adapter else ""
+                fail(f"--model {model}: the folder has no {name}{hint}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         fail(f"--model {model}: neither a model folder nor a model that the Hub gives: {first_line(error)}")
+    if not tokenizer.is_fast:
+        fail(f"--model {model}: its {type(tokenizer).__name__} is Python only; a tokenizer.json is needed")
     if tokenizer.chat_template is None:
         say_once(f"{model} has no chat template: its prompt is the bare problem")
     return tokenizer
@@ -83,7 +116,8 @@ def load_tokenizer(model: str):
 
 @lru_cache
 def say_once(text: str) -> None:
-    print(text)
+    if text:
+        print(text, flush=True)
 
 
 def load_model(model: str, device: str | torch.device, dtype: torch.dtype = torch.float32):
@@ -107,27 +141,49 @@ def pick_dtype(dtype: str) -> torch.dtype:
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """Token ids of a piece of a prompt: no special token is added, a template has them already."""
+    """Token ids of a text that goes on another one: no special token, and none of the spaces that SentencePiece
+    tokenizers put before what they take for a beginning."""
     return list(_encode(tokenizer, text))
 
 
 @lru_cache(maxsize=4096)
 def _encode(tokenizer, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+    for before in ("", "\n", "x", ".", "0", "{"):
+        anchor = tokenizer.encode(before or "x", add_special_tokens=False)
+        ids = tokenizer.encode(before + text, add_special_tokens=False)
+        if before and ids[: len(anchor)] != anchor:  # grown together
+            continue
+        ids = ids[len(anchor) :] if before else ids
+        if tokenizer.decode([*anchor, *ids]) == tokenizer.decode(anchor) + text:
+            return tuple(ids)
+    return tuple(tokenizer.encode(text, add_special_tokens=False))  # it normalises: no tokens have this very text
 
 
-def prompt_ids(tokenizer, problem: str) -> list[int]:
-    """The problem through the chat template, up to where the model starts to think. The user message is the bare
-    problem, as in the authors' code; a model that does not think is asked for a boxed answer, or it seldom gives one.
+def prompt_ids(tokenizer, problem: str, template: dict | None = None) -> list[int]:
+    """The problem through the chat template, up to where the model starts to think; `template`: arguments of its own,
+    such as {"enable_thinking": False}. The user message is the bare problem, as in the authors' code; a model that does
+    not think is asked for a boxed answer, or it seldom gives one.
     """
     if not thinks(tokenizer):
         problem += "\n\n" + BOX_INSTRUCTION
-    if tokenizer.chat_template is None:  # a base model: the bare text, with the tokenizer's own beginning
-        return tokenizer.encode(problem + "\n\n")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True
-    )
-    return encode(tokenizer, text)
+    if tokenizer.chat_template is None:  # a base model: the bare text, with the tokenizer's own beginning but no end
+        ids = tokenizer.encode(problem + "\n\n")
+        text = tokenizer.encode(problem + "\n\n", add_special_tokens=False)
+        ends = (end for end in range(len(ids), len(text) - 1, -1) if ids[end - len(text) : end] == text)
+        return ids[: next(ends, len(ids))]
+    messages = [{"role": "user", "content": problem}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(template or {}))
+    except Exception as error:
+        fail(f"--model {tokenizer.name_or_path}: its chat template fails: {first_line(error)}")
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def thought_is_open(tokenizer, prompt: list[int]) -> bool | None:
+    """Does a prompt end within a thought? None where it has no marker, so that the model may think or answer."""
+    text = tokenizer.decode(prompt)
+    opened, closed = text.rfind(THINK_END.replace("/", "")), text.rfind(THINK_END)
+    return None if opened == closed else opened > closed
 
 
 def thinks(tokenizer) -> bool:
@@ -156,27 +212,36 @@ def autocast(dtype: torch.dtype):
 CHUNK_LOGITS = 1 << 26  # 256 MiB in float32
 
 
-def token_logprobs(model, input_ids: torch.Tensor, where: torch.Tensor, temperature: float = 1.0, attention_mask=None,
-                   chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def token_logprobs(
+    model,
+    input_ids: torch.Tensor,
+    where: torch.Tensor,
+    temperature: float = 1.0,
+    attention_mask=None,
+    chunk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the tokens at `where` given all before them, under softmax(logits / temperature).
 
     input_ids [B, T]; where [B, T] bool, never the first column. Returns (log-probs [N], entropies [N], no gradient),
-    N = where.sum(), in row-major order. The logits exist for `chunk` tokens at a time (if not told, so many as have
-    CHUNK_LOGITS logits) and are computed again in the backward pass: no [tokens, vocabulary] tensor is ever kept.
+    N = where.sum(), in row-major order. The logits are the model's own, its scaling and capping included; they exist
+    for `chunk` tokens at a time (if not told, so many as have CHUNK_LOGITS logits) and are computed again in the
+    backward pass: no [tokens, vocabulary] tensor is ever kept. Dropout and other noise are off.
     Rows padded on the right need no attention mask; rows padded on the left do.
     """
+    if not hasattr(model, "scores_chunks"):
+        say_once(check_update(model))
+    without_noise(model)
+    if not model.scores_chunks or input_ids.shape[1] > same_positions(model):
+        return whole_rows_logprobs(model, input_ids, where, temperature, attention_mask)
     positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    hidden = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
+    left = {} if attention_mask is None else {"attention_mask": attention_mask, "position_ids": positions}
+    output = body_of(model)(input_ids=input_ids, use_cache=False, **left)
+    hidden = output.last_hidden_state
     before, target = hidden[:, :-1][where[:, 1:]], input_ids[:, 1:][where[:, 1:]]
-    head = model.get_output_embeddings()
-    chunk = chunk or max(1, CHUNK_LOGITS // head.weight.shape[0])
+    chunk = chunk or max(1, CHUNK_LOGITS // model.get_output_embeddings().weight.shape[0])
 
     def of_chunk(states, tokens):
-        logprobs = (head(states).float() / temperature).log_softmax(-1)
-        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-        return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
+        return of_logits(head(model, states, type(output)), tokens, temperature)
 
     parts = [
         checkpoint(of_chunk, states, tokens, use_reentrant=False)
@@ -184,3 +249,160 @@ def token_logprobs(model, input_ids: torch.Tensor, where: torch.Tensor, temperat
     ]
     logprobs, entropies = zip(*parts)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+def body_of(model):
+    """The part of a model that gives the last hidden states."""
+    return model.get_decoder() if model.base_model is model else model.base_model
+
+
+def of_logits(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
+    """(log-probs of the tokens [N] under logits [N, vocabulary], entropies [N])."""
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+    return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
+
+
+def head(model, states: torch.Tensor, kind: type) -> torch.Tensor:
+    """Logits [N, vocabulary] of last hidden states [N, width]: the model's own forward with a body that gives them as
+    its output, of this kind, so that whatever comes after (the head, scaling, capping) is done as the model does it."""
+    body = body_of(model)
+    body.forward = lambda *_, **__: kind(last_hidden_state=states[None])
+    try:
+        return model.forward(input_ids=states.new_zeros(1, len(states), dtype=torch.long)).logits[0]
+    finally:
+        del body.forward
+
+
+def whole_rows_logprobs(model, input_ids, where, temperature, attention_mask=None):
+    """As `token_logprobs`, for models that compute otherwise in a batch: one forward a row without padding."""
+    parts = []
+    for row, (ids, wanted) in enumerate(zip(input_ids, where)):
+        if wanted.any():
+            first = 0 if attention_mask is None else int(attention_mask[row].argmax())
+            ids, wanted = (of[first : int(wanted.nonzero().max()) + 1] for of in (ids, wanted))
+            logits = plain_logits(model, ids)[:-1][wanted[1:]]
+            parts.append(of_logits(logits, ids[1:][wanted[1:]], temperature))
+    logprobs, entropies = zip(*parts)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def without_noise(model) -> None:
+    """Switches off what train mode switches on (dropout, noise of routers). Gradient checkpointing, which transformers
+    does in train mode alone, stays: a layer is then in that mode as long as it takes to ask it."""
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            layer.training = torch.is_grad_enabled()
+            layer._gradient_checkpointing_func = partial(recompute_later, layer)
+
+
+def recompute_later(layer, call, *args):
+    def in_eval_mode(*args):
+        layer.training = False
+        try:
+            return call(*args)
+        finally:
+            layer.training = True
+
+    return checkpoint(in_eval_mode, *args, use_reentrant=False)
+
+
+# ============================================================================================ truth, and how far off
+
+
+def plain_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """What every other way is measured against: logits [T, vocabulary] of one unpadded sequence [T]."""
+    return model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False).logits[0]
+
+
+def probes(model) -> list[list[int]]:
+    """Token sequences to try a model with: of several lengths, sharing prefixes, longer than its window if that is
+    at most 256 tokens."""
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
+    longest = 24 + max([w for w in windows if isinstance(w, int) and w <= 256], default=0)
+    longest = int(
+        min(longest, (getattr(config, "max_position_embeddings", None) or 1 << 30) - 8, same_positions(model) - 8)
+    )
+    settings = {**model.config.to_dict(), **config.to_dict()}
+    special = {v for k, v in settings.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
+    rng = np.random.default_rng(0)
+    free = np.array([i for i in range(config.vocab_size) if i not in special])
+    trunk = rng.choice(free, longest).tolist()
+    cuts = (2, 7, longest // 2, longest - 3)
+    return [trunk, *(trunk[:k] + rng.choice(free, 3).tolist() for k in cuts), rng.choice(free, 4).tolist()]
+
+
+@torch.no_grad()
+def tolerance(model, sequence: list[int]) -> float:
+    """Most nats that two ways of computing a log-prob may differ by: 1e-3 in float32; in lower precision by a few times
+    what the plain forward differs by between one row and eight of the same. NaN logits end the run."""
+    ids = torch.tensor(sequence, device=model.device)
+    one = plain_logits(model, ids).float().log_softmax(-1)
+    if not one.isfinite().any(-1).all() or one.isnan().any():
+        fail(f"the model's logits are not finite ({model.config.name_or_path or type(model).__name__})")
+    if model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type):
+        return 1e-3
+    many = model(input_ids=ids.repeat(8, 1), attention_mask=torch.ones_like(ids).repeat(8, 1)).logits
+    noise = (many[3].float().log_softmax(-1) - one).abs().gather(-1, one.topk(8).indices).max()
+    return 0.05 + 4 * float(noise)
+
+
+@torch.no_grad()
+def truth(model, sequence: list[int]) -> torch.Tensor:
+    """Log-probs [T - 1, vocabulary] of what follows each token but the last."""
+    return plain_logits(model, torch.tensor(sequence, device=model.device))[:-1].float().log_softmax(-1)
+
+
+@torch.no_grad()
+def check_update(model) -> str:
+    """Sets `model.scores_chunks`: may log-probs be computed in padded batches, the head in chunks? Says if not."""
+    without_noise(model)
+    rows, device = probes(model), model.device
+    limit = tolerance(model, rows[0])
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *row[:1] * (width - len(row))] for row in rows], device=device)
+    where = torch.tensor([[0 < i < len(row) for i in range(width)] for row in rows], device=device)
+    expected = torch.cat([truth(model, r).gather(-1, torch.tensor(r[1:], device=device)[:, None])[:, 0] for r in rows])
+    how_far = {}
+    for model.scores_chunks in (True, False):
+        try:
+            got, _ = token_logprobs(model, ids, where)
+            how_far[model.scores_chunks] = float((got - expected).abs().max())
+        except Exception as error:
+            how_far[model.scores_chunks] = first_line(error)
+        if within(how_far[model.scores_chunks], limit):
+            break
+    else:
+        fail(f"{name_of(model)}: its log-probs depend on how often they are asked for ({off(how_far[False])})")
+    if same_positions(model) < float("inf"):
+        say_once(
+            f"warning: {name_of(model)}: beyond {same_positions(model)} tokens its positions depend on the length of "
+            "the whole sequence, so sampler and trainer differ there; keep prompt and completion below it"
+        )
+    return "" if model.scores_chunks else f"an update takes one row at a time (batches: {off(how_far[True])})"
+
+
+def same_positions(model) -> float:
+    """Up to how many tokens is a position the same for every length? Some rotary embeddings are others beyond a length,
+    for all rows of a batch that has one so long and for a sequence that grows past it: there, only plain paths hold."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [of for of in [rope, *rope.values()] if isinstance(of, dict)]
+    if not any(of.get("rope_type") in ("dynamic", "longrope") for of in kinds):
+        return float("inf")
+    lengths = [of.get("original_max_position_embeddings") for of in [*kinds, config.to_dict()]]
+    return min(length for length in [*lengths, config.max_position_embeddings] if length)
+
+
+def within(gap: float | str, limit: float) -> bool:
+    return isinstance(gap, float) and gap <= limit
+
+
+def off(gap: float | str) -> str:
+    return f"off by {gap:.3g} nats" if isinstance(gap, float) else f"fail, {gap}"
+
+
+def name_of(model) -> str:
+    return f"{model.config.model_type} ({model.config.name_or_path or type(model).__name__})"

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -141,15 +142,33 @@ def lasting(config: dict) -> dict:
     return {k: v for k, v in settings.items() if k not in passing}
 
 
+LOCK = ".lock"  # in the folder of a run; the operating system lets go of it when its owner ends, however it ends
+held: list[FileLock] = []
+
+
+def own(out: Path) -> None:
+    """This process (of several, the first) alone writes to a folder until it ends; ends the program if another does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        held.append(FileLock(out / LOCK, timeout=0, is_singleton=True))
+        held[-1].acquire()
+    except Timeout:
+        fail(f"--out {out}: another process is writing there")
+    except OSError as error:
+        fail(f"--out {out}: cannot be written: {first_line(error)}")
+
+
 def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
     """Ends the program if the run may not be written to `out`; is there one to continue? Changes nothing."""
     if out.exists() and not out.is_dir():
         fail(f"--out {out}: is not a folder")
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or not any(path.name != LOCK for path in out.iterdir()):
         return False
     there = config_of(out)
     if there is None:
         fail(f"--out {out}: holds something that is not a run of this program; name another folder")
+    own(out)
     earlier, now = there["settings"], lasting(config)
     script = there.get("script", script_name())
     if script != script_name():  # such as the training run that holds the model to evaluate
@@ -176,12 +195,37 @@ def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
     if check_out(out, config, resume, overwrite):
         repair(out)
         return out
-    if out.exists():
-        shutil.rmtree(out)  # empty, or the run to overwrite
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    own(out)
+    for path in out.iterdir():  # of the run to overwrite
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     about = {"script": script_name(), "versions": versions(), "device": device_name(), "command": sys.argv}
     write_json(out / "config.json", {"settings": lasting(config), **about})
     return out
+
+
+def same_inputs(run: Path, problems: list[dict], model: str) -> None:
+    """Ends a run that is continued with other problems under the same ids, or with other weights in --model's folder
+    than it began with (`inputs.json`); problems may be added."""
+    file, folder = run / "inputs.json", Path(resolve_model(model))
+    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"weights": {}, "problems": {}}
+    now = {p["id"]: f"{zlib.crc32(json.dumps([p['problem'], p['answer']]).encode()):08x}" for p in problems}
+    changed = [name for name, digest in now.items() if there["problems"].get(name, digest) != digest]
+    if changed:
+        fail(f"--out {run}: the run there has other problems ({len(changed)} of {len(now)}, such as {changed[0]})")
+    weights = {path.name: checksum(path) for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])}
+    if weights != there["weights"] and file.exists():
+        fail(f"--out {run}: the run there began with other weights in {model}")
+    write_json(file, {"weights": weights, "problems": {**there["problems"], **now}})
+
+
+def checksum(path: Path) -> str:
+    value = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            value = zlib.crc32(part, value)
+    return f"{value:08x}"
 
 
 def json_line(row: dict) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from plumbing.hf_engine import TransformersEngine
+from plumbing.hf_engine import TransformersEngine, self_check
 from plumbing.models import (
     Completion,
     context_length,
@@ -136,9 +136,15 @@ def open_sampler(args, tokenizer, longest: int, trained=None) -> Sampler:
     if args.engine == "vllm":
         memory = 0.85 if trained is None else 0.5  # in training the model, its gradients and AdamW's moments need room
         try:
-            return Sampler(VllmEngine(resolve_model(args.model), dtype, longest, trained, memory), tokenizer)
+            engine = VllmEngine(resolve_model(args.model), dtype, longest, trained, memory)
         except Exception as error:
             fail(f"--engine vllm: cannot start with {args.model}: {first_line(error)}")
+        if trained is not None:
+            self_check(engine, trained)
+        return Sampler(engine, tokenizer)
     if trained is not None and ranks()[1] == 1:
-        return Sampler(TransformersEngine(trained, dtype), tokenizer)
-    return Sampler(TransformersEngine(load_model(args.model, pick_device(), dtype), dtype, trained=trained), tokenizer)
+        engine = TransformersEngine(trained, dtype)
+    else:
+        engine = TransformersEngine(load_model(args.model, pick_device(), dtype), dtype, trained=trained)
+    self_check(engine, trained or engine.model)
+    return Sampler(engine, tokenizer)

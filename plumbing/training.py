@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -97,7 +96,8 @@ def shard(model, dtype: torch.dtype, scores: Callable) -> None:
     when it computes it. `scores(model, …)` becomes `model.scores(…)`, which may use weights outside of `forward`."""
     low = dtype != torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
-    for layer in model.base_model.layers:
+    lists = [of for of in model.base_model.modules() if isinstance(of, torch.nn.ModuleList)]
+    for layer in max(lists, key=lambda of: sum(p.numel() for p in of.parameters()), default=[]):  # the blocks
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     model.scores = types.MethodType(scores, model)
@@ -168,16 +168,25 @@ def open_run_once(out: Path, config: dict, resume: bool, overwrite: bool) -> Pat
 # ============================================================================================ checkpoints
 
 
-def on_sigterm() -> threading.Event:
-    """Set when the process is asked to end (SIGTERM), as schedulers do before they kill."""
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+def on_stop() -> list[int]:
+    """Signals that ask the process to end (Ctrl-C; SIGTERM, as schedulers send before they kill) are noted here, to be
+    looked at between steps. After the first a second one ends the process at once."""
+    asked: list[int] = []
+
+    def note(number, _frame):
+        asked.append(number)
+        end_on_stop()
+        print(f"{signal.Signals(number).name}: finishing the step; a second one ends at once", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
     return asked
 
 
-def end_on_sigterm() -> None:
-    """SIGTERM ends the process at once again, as in work whose records are complete line by line."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def end_on_stop() -> None:
+    """They end the process at once again, as in work whose records are complete line by line."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict, keep: int) -> None:
@@ -216,12 +225,35 @@ def load_weights(model, folder: Path | str) -> None:
 
 
 def load_checkpoint(folder: Path, model, optimizer) -> dict:
-    """Restores weights and optimiser in place; returns the run's state."""
+    """Restores weights and optimiser in place; returns the run's state. Raises what the libraries raise for files that
+    are cut, missing or another model's."""
     saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
     load_weights(model, folder)
     options = StateDictOptions(full_state_dict=ranks()[1] > 1)
     set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
     return saved["state"]
+
+
+def load_newest(run: Path, model, optimizer) -> tuple[Path, dict] | None:
+    """The newest checkpoint that can be read, loaded, and the run's state there; None where there is no checkpoint.
+    Ends the program where there are some and none can be read."""
+    unread = ""
+    for folder in sorted((run / "checkpoints").glob("step_??????"), reverse=True):
+        try:
+            state = load_checkpoint(folder, model, optimizer)
+        except Exception as error:
+            unread = f"{folder} cannot be read ({first_line(error)})"
+            print(f"warning: {unread}", flush=True)
+            continue
+        if unread:
+            print(f"going on from {folder}", flush=True)
+            for newer in (run / "checkpoints").glob("step_??????"):
+                if newer > folder and ranks()[0] == 0:  # its steps are made again
+                    shutil.rmtree(newer)
+        return folder, state
+    if unread:
+        fail(f"{unread}; no other checkpoint can: --overwrite starts again")
+    return None
 
 
 def rewind(run: Path, step: int) -> None:
@@ -278,8 +310,8 @@ def problems_of_step(problems: list[dict], count: int, step: int, seed: int) -> 
 def begin_or_resume(folder: Path, model, optimizer, fresh: dict) -> dict:
     """The state of a training: `fresh`, or that of the last checkpoint in `folder`; lines beyond it are removed."""
     state = fresh
-    if checkpoint := latest_checkpoint(folder):
-        state = load_checkpoint(checkpoint, model, optimizer)
+    if found := load_newest(folder, model, optimizer):
+        checkpoint, state = found
         print(f"resumed from {checkpoint} at step {state['step']}")
     if ranks()[0] == 0:
         rewind(folder, state["step"])
@@ -289,8 +321,8 @@ def begin_or_resume(folder: Path, model, optimizer, fresh: dict) -> dict:
 def train_loop(args, run: Path, model, tokenizer, optimizer, state: dict, share_done, step, after=None) -> dict:
     """Steps until `share_done(state)` is 1; returns the last state. `step(state)` gives (new state, line of
     metrics.jsonl, text to print or ""). Sets the learning rate, tells the time left, calls `after(state)`, writes a
-    checkpoint every --checkpoint-every steps, and one before it ends when it is asked to (SIGTERM)."""
-    tell, asked_to_stop = metrics_reporter(args, run), on_sigterm()
+    checkpoint every --checkpoint-every steps, and one before it ends when it is asked to (Ctrl-C, SIGTERM)."""
+    tell, asked_to_stop = metrics_reporter(args, run), on_stop()
     first, began = share_done(state), time.time()
     while (done := share_done(state)) < 1:
         rate = learning_rate(args, done)
@@ -306,13 +338,13 @@ def train_loop(args, run: Path, model, tokenizer, optimizer, state: dict, share_
             print(f"{text}  {left} left", flush=True)
         if after:
             after(state)
-        stopping = sum_over_ranks([float(asked_to_stop.is_set())])[0] > 0
+        stopping = sum_over_ranks([float(bool(asked_to_stop))])[0] > 0
         if state["step"] % args.checkpoint_every == 0 or stopping:
             save_checkpoint(run, model, tokenizer, optimizer, state, getattr(args, "keep", 1))
         if stopping:
-            print(f"SIGTERM: stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
-            raise SystemExit(143)
-    end_on_sigterm()
+            print(f"stopped after step {state['step']}, with a checkpoint; --resume goes on", flush=True)
+            raise SystemExit(128 + (asked_to_stop or [signal.SIGTERM])[0])
+    end_on_stop()
     return state
 
 

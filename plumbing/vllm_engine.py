@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from plumbing.models import Completion
 from plumbing.training import full_weights, ranks
@@ -64,8 +64,8 @@ class VllmEngine:
         self.prompt_tokens = 0
         try:
             self.generation_config = GenerationConfig.from_pretrained(path)
-        except OSError:
-            self.generation_config = None
+        except OSError:  # there is none: as transformers does
+            self.generation_config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
         on_cuda = current_platform.device_type == "cuda"
         self.sleeps, self.asleep = on_cuda and trained is not None, False
         if on_cuda:
