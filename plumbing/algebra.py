@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 from functools import lru_cache
+from typing import Any
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig
@@ -46,7 +47,7 @@ def read(latex: str):
         latex = re.sub(pattern, new, latex)
     try:  # no stripping of "units", which takes variables for units
         text = normalize_latex(latex, NORMALIZATION)
-        value = latex2sympy(text, is_real=True, normalization_config=None, conversion_config=CONVERSION)
+        value: Any = latex2sympy(text, is_real=True, normalization_config=None, conversion_config=CONVERSION)
         exact = {decimal: Rational(str(decimal)) for decimal in value.atoms(sympy.Float)}
         exact |= {symbol: I for symbol in value.free_symbols if symbol.name == "i"}
         return value.xreplace(exact) if exact else value

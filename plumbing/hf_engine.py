@@ -20,7 +20,6 @@ from plumbing.models import (
     autocast,
     body_of,
     check_update,
-    first_line,
     head,
     name_of,
     off,
@@ -31,7 +30,7 @@ from plumbing.models import (
     truth,
     within,
 )
-from plumbing.runs import fail
+from plumbing.runs import fail, first_line
 from plumbing.served_engine import ServedEngine
 from plumbing.training import full_weights
 
@@ -295,7 +294,8 @@ def packed_states(model, packs: list[Pack], **more):
             return paths
 
         def inside(b, h, q, kv):
-            own = paths if q.ndim == 4 else paths[b, 0, q, kv]  # flex attention asks for one pair at a time
+            own: Any = paths
+            own = own if q.ndim == 4 else own[b, 0, q, kv]  # flex attention asks for one pair at a time
             return mask_function(b, h, positions[b, q], positions[b, kv]) & own
 
         return stock(mask_function=inside, **{**how, "attention_mask": None, "allow_is_causal_skip": False})

@@ -294,7 +294,7 @@ def without_noise(model) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
             layer.training = torch.is_grad_enabled()
-            layer._gradient_checkpointing_func = partial(recompute_later, layer)
+            layer.__dict__["_gradient_checkpointing_func"] = partial(recompute_later, layer)
 
 
 def recompute_later(layer, call, *args):

@@ -63,6 +63,7 @@ def a_run(folder: Path, script: str | None = None, **settings) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script or sys.argv[0]])
         runs.open_run(folder, {"model": "tiny", **settings}, resume=False, overwrite=False)
+    runs.held.pop().release()  # that run has ended
     write(folder / "metrics.jsonl", '{"step": 1}\n')
     return folder
 
@@ -324,7 +325,7 @@ def test_a_run_is_neither_mixed_with_another_nor_lost(capsys, tmp_path):
 def test_overwrite_replaces_a_run(tmp_path):
     run = a_run(tmp_path / "run", bonus=0.0)
     runs.open_run(run, {"model": "tiny", "bonus": 1.0}, resume=False, overwrite=True)
-    assert [f.name for f in run.iterdir()] == ["config.json"]
+    assert {f.name for f in run.iterdir()} == {".lock", "config.json"}
     assert json.loads((run / "config.json").read_text())["settings"]["bonus"] == 1.0
 
 

@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from plumbing import runs, training
+from plumbing import flags, runs, training
 from plumbing.hf_engine import TransformersEngine, self_check
 from plumbing.models import encode, load_model, load_tokenizer, prompt_ids, text_and_offsets, thinks, thought_is_open
 from plumbing.sampler import Sampler
@@ -125,7 +125,7 @@ def test_weights_that_are_nan_end_a_run_before_and_while_it_samples(tokenizer, p
 def test_a_setting_given_twice_is_refused(tmp_path, capsys):
     for lines in ("steps: 1\nlr: 1e-4\nsteps: 7\n", "group-size: 2\ngroup_size: 8\n"):
         (tmp_path / "c.yaml").write_text(lines)
-        assert "is set twice" in refused(capsys, runs.read_config, tmp_path / "c.yaml")
+        assert "is set twice" in refused(capsys, flags.read_config, tmp_path / "c.yaml")
 
 
 def test_the_same_problems_and_weights_or_another_run(tmp_path, capsys):

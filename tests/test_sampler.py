@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import common
 from plumbing import hf_engine as sampling
-from common import Sampler, TransformersEngine, pack_prefixes, pack_tensors
+from plumbing.hf_engine import TransformersEngine, pack_prefixes, pack_tensors, sequence_logprobs
+from plumbing.models import encode, text_and_offsets
+from plumbing.sampler import Sampler
 
 
 def keys(prompts, seed=0):
@@ -19,7 +20,7 @@ def keys(prompts, seed=0):
 @pytest.fixture(scope="module")
 def uneven(tokenizer, prompts):
     """Prompts of different lengths."""
-    more = common.encode(tokenizer, "Okay, try x = 8: 8² ≡ 3, + 17 ≡ 20 vs 5: no.\n\n")
+    more = encode(tokenizer, "Okay, try x = 8: 8² ≡ 3, + 17 ≡ 20 vs 5: no.\n\n")
     return [p + more[: i % 7] for i, p in enumerate(prompts)]
 
 
@@ -121,7 +122,7 @@ def test_packed_rows_give_the_hidden_states_of_separate_rows(model):
 def test_sequence_log_probs_equal_a_plain_forward(model, sampler, uneven):
     heads = [p[:k] for p in uneven for k in (3, 6, len(p))]
     tails = [[5, 6, 7, 8][: 1 + i % 4] for i in range(len(heads))]
-    got = common.sequence_logprobs(sampler, heads, tails)
+    got = sequence_logprobs(sampler, heads, tails)
     for head, tail, value in zip(heads, tails, got):
         with torch.no_grad():
             logp = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
@@ -136,9 +137,9 @@ def test_refuses_empty_prompts_and_empty_budgets(sampler, prompts, limit):
 
 def test_text_and_offsets_cover_the_text_and_hold_characters_of_several_tokens(tokenizer):
     text = "Okay, try x = 8: 8² ≡ 3,é漢🙂 end\n\n"
-    ids = [*common.encode(tokenizer, text), tokenizer.eos_token_id]
-    got, offsets = common.text_and_offsets(tokenizer, ids)
+    ids = [*encode(tokenizer, text), tokenizer.eos_token_id]
+    got, offsets = text_and_offsets(tokenizer, ids)
     assert got == text and offsets[0] == 0 and offsets[-1] == len(text) and len(offsets) == len(ids) + 1
     assert offsets == sorted(offsets)
-    cut, _ = common.text_and_offsets(tokenizer, common.encode(tokenizer, "🙂")[:2])
+    cut, _ = text_and_offsets(tokenizer, encode(tokenizer, "🙂")[:2])
     assert "\ufffd" not in cut
