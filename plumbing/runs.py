@@ -117,8 +117,12 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--dataset", help="Hub id, .jsonl file, tiny or tiny:N (N candidates); default: tiny for the "
                       "embedded model, else the paper's")  # fmt: skip
     data.add_argument("--split", help="split of the data set")
-    data.add_argument("--chat-template-kwargs", type=json_object, metavar="JSON",
-                      help="""arguments of the chat template, such as '{"enable_thinking": false}'""")  # fmt: skip
+    data.add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="""arguments of the chat template, such as '{"enable_thinking": false}'""",
+    )
     data.add_argument("--limit", type=positive_int, help="use only the first problems")
     run = parser.add_argument_group("run")
     run.add_argument(
