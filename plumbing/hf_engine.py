@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -288,6 +288,8 @@ def pack_tensors(packs: list[Pack], device):
 def packed_states(model, packs: list[Pack], **more):
     """The output of the model's body for ids [packs, places]: its own masks, taken over positions and within paths."""
     ids, paths, positions = pack_tensors(packs, model.device)
+    if paths is None:
+        return body_of(model)(input_ids=ids, position_ids=positions, use_cache="past_key_values" in more, **more)
 
     def along_paths(stock, *, mask_function, **how):
         if stock is sdpa_mask and mask_function is causal_mask_function:
@@ -300,9 +302,8 @@ def packed_states(model, packs: list[Pack], **more):
 
         return stock(mask_function=inside, **{**how, "attention_mask": None, "allow_is_causal_skip": False})
 
-    if paths is not None:
-        more["attention_mask"] = torch.ones_like(ids)  # or positions that start again would be taken for sequences
-    with own_masks(model, along_paths) if paths is not None else nullcontext():
+    more["attention_mask"] = torch.ones_like(ids)  # or positions that start again would be taken for sequences
+    with own_masks(model, along_paths):
         return body_of(model)(input_ids=ids, position_ids=positions, use_cache="past_key_values" in more, **more)
 
 

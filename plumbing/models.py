@@ -209,7 +209,7 @@ def autocast(dtype: torch.dtype):
     return torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
-CHUNK_LOGITS = 1 << 26  # 256 MiB in float32
+CHUNK_LOGITS = 1 << 25  # 128 MiB in float32
 
 
 def token_logprobs(

@@ -10,16 +10,23 @@ from plumbing.models import token_logprobs, without_noise
 from plumbing.sampler import Sampler
 
 SIZES = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
     max_position_embeddings=512,
-)  # fmt: skip
+)
 GPT = dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)
 WINDOW = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
 MOE = dict(num_experts_per_tok=2, moe_intermediate_size=24)
 LINEAR = dict(
-    layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4, linear_num_key_heads=2,
-    linear_key_head_dim=8, linear_value_head_dim=8,
-)  # fmt: skip
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)
 MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8)
 FAST, LIKE_A_STATE = ("shared", True, True), ("cached", True, False)
 
@@ -35,32 +42,62 @@ MODELS = {
     "olmo3": ("olmo3", SIZES, WINDOW, FAST),
     "exaone4": ("exaone4", SIZES, WINDOW, FAST),
     "gemma": ("gemma", SIZES, dict(head_dim=8), FAST),
-    "gemma2": ("gemma2", SIZES, dict(head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=5.0,
-                                     query_pre_attn_scalar=8, **WINDOW), FAST),  # fmt: skip
+    "gemma2": (
+        "gemma2",
+        SIZES,
+        dict(head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=5.0, query_pre_attn_scalar=8, **WINDOW),
+        FAST,
+    ),
     "gemma3_text": ("gemma3_text", SIZES, dict(head_dim=8, query_pre_attn_scalar=8, **WINDOW), FAST),
     "gpt2 with dropout": ("gpt2", GPT, dict(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2), FAST),
     "gpt_neox": ("gpt_neox", {k: v for k, v in SIZES.items() if "key_value" not in k}, {}, FAST),
     "mistral": ("mistral", SIZES, dict(sliding_window=8), FAST),
     "phi3": ("phi3", SIZES, dict(sliding_window=8, resid_pdrop=0.2), FAST),
     "starcoder2": ("starcoder2", SIZES, dict(sliding_window=8, residual_dropout=0.2), FAST),
-    "granite": ("granite", SIZES, dict(logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5,
-                                       attention_multiplier=0.3), FAST),  # fmt: skip
+    "granite": (
+        "granite",
+        SIZES,
+        dict(logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.3),
+        FAST,
+    ),
     "cohere": ("cohere", SIZES, dict(logit_scale=0.25), FAST),
     "cohere2": ("cohere2", SIZES, dict(logit_scale=0.25, **WINDOW), FAST),
-    "gpt_oss": ("gpt_oss", SIZES, dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2, **WINDOW,
-                                       rope_parameters={"rope_type": "default", "rope_theta": 1e4}), FAST),  # fmt: skip
+    "gpt_oss": (
+        "gpt_oss",
+        SIZES,
+        dict(
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            **WINDOW,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        FAST,
+    ),
     "mixtral with router noise": ("mixtral", SIZES, dict(num_local_experts=4, router_jitter_noise=0.3), FAST),
     "falcon": ("falcon", SIZES, dict(alibi=False), FAST),
-    "lfm2": ("lfm2", SIZES, dict(layer_types=["conv", "full_attention"], block_ff_dim=48, block_multiple_of=16),
-             LIKE_A_STATE),  # fmt: skip
-    "qwen3_next": ("qwen3_next", SIZES, dict(head_dim=8, num_experts=4, shared_expert_intermediate_size=24, **MOE,
-                                             **LINEAR), LIKE_A_STATE),  # fmt: skip
+    "lfm2": (
+        "lfm2",
+        SIZES,
+        dict(layer_types=["conv", "full_attention"], block_ff_dim=48, block_multiple_of=16),
+        LIKE_A_STATE,
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        SIZES,
+        dict(head_dim=8, num_experts=4, shared_expert_intermediate_size=24, **MOE, **LINEAR),
+        LIKE_A_STATE,
+    ),
     "qwen3_5_text": ("qwen3_5_text", SIZES, dict(head_dim=8, **LINEAR), LIKE_A_STATE),
     "falcon_h1": ("falcon_h1", SIZES, dict(head_dim=8, mamba_d_ssm=64, **MAMBA), LIKE_A_STATE),
     "bloom": ("bloom", {}, dict(hidden_size=32, n_layer=2, n_head=4), LIKE_A_STATE),
     "mamba": ("mamba", {}, dict(hidden_size=32, num_hidden_layers=2, state_size=8), LIKE_A_STATE),
-    "rwkv": ("rwkv", {}, dict(hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
-             ("uncached", True, False)),  # fmt: skip
+    "rwkv": (
+        "rwkv",
+        {},
+        dict(hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
+        ("uncached", True, False),
+    ),
     "opt": ("opt", SIZES, dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.2), ("cached", False, False)),
 }
 
@@ -103,8 +140,10 @@ def test_engine_update_and_likelihood_equal_the_plain_forward(name, tokenizer, c
 
     rng = np.random.default_rng(7)
     trunk = rng.integers(0, 650, 20).tolist()
-    prompts = [trunk[:shared] + rng.integers(0, 650, own).tolist() for shared, own in
-               [(0, 3), (20, 4), (12, 3), (0, 34), (6, 5), (20, 9), (0, 9)]]  # fmt: skip
+    prompts = [
+        trunk[:shared] + rng.integers(0, 650, own).tolist()
+        for shared, own in [(0, 3), (20, 4), (12, 3), (0, 34), (6, 5), (20, 9), (0, 9)]
+    ]
     limits = [12, 5, 20, 7, 9, 3, 14]
     for prompt, row in zip(prompts, sampler.generate(prompts, limits, [(i,) for i in range(7)], n=2, temperature=0)):
         for c in row:
