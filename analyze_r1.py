@@ -102,6 +102,7 @@ def main() -> None:
     if args.direct_model:
         common.load_tokenizer(args.direct_model)  # a wrong name is told now, not after the thoughts
     run = common.open_run(args.out, lasting_settings(args), args.resume, args.overwrite)
+    common.same_inputs(run, problems, args.model)
     sampler = common.open_sampler(args, tokenizer, longest)
     analyse(args, run, sampler, problems, prompts, traces)
     sampler.close()

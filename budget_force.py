@@ -120,6 +120,7 @@ def main() -> None:
         more = one.extensions * (one.extension_tokens + strings) if one.style == "paper" else 0
         longest = common.check_lengths(one, tokenizer, problems, prompts, more)
         run = common.open_run(one.out, lasting_settings(one), one.resume, one.overwrite)
+        common.same_inputs(run, problems, one.model)
         sampler = common.open_sampler(one, tokenizer, longest)
         force(one, run, sampler, problems, prompts, given)
         sampler.close()

@@ -123,6 +123,7 @@ def lasting_settings(args) -> dict:
 def evaluate(args, sampler: Sampler, problems: list[dict], prompts: list[list[int]]) -> Path:
     """One model on one data set; returns the folder of the run."""
     run = common.open_run(args.out, lasting_settings(args), args.resume, args.overwrite)
+    common.same_inputs(run, problems, args.model)
     sample(args, run, sampler, problems, prompts)
     by_id = {r["id"]: r for r in common.load_records(run)}
     records = [by_id[p["id"]] for p in problems]

@@ -119,6 +119,8 @@ def main() -> None:
     longest = max(longest, common.check_lengths(args, tokenizer, held_out, held_prompts))
     model = common.load_model(args.model, common.pick_device())
     run = common.open_run_once(args.out, settings, args.resume, args.overwrite)
+    if common.ranks()[0] == 0:
+        common.same_inputs(run, problems, args.model)
     sampler = common.open_sampler(args, tokenizer, longest, trained=model)
     dtype, recompute = common.pick_dtype(args.dtype), not common.is_tiny(args.model)
     common.prepare(model, dtype, common.token_logprobs, recompute)
