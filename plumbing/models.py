@@ -336,17 +336,19 @@ def probes(model) -> list[list[int]]:
 
 @torch.no_grad()
 def tolerance(model, sequence: list[int]) -> float:
-    """Most nats that two ways of computing a log-prob may differ by: 1e-3 in float32; in lower precision by a few times
-    what the plain forward differs by between one row and eight of the same. NaN logits end the run."""
+    """Most nats that two ways of computing a log-prob may differ by: 1e-3 in float32; in lower precision two units in
+    the last place of the largest logit and a few times what the plain forward differs by between one row and eight of
+    the same. NaN logits end the run."""
     ids = torch.tensor(sequence, device=model.device)
-    one = plain_logits(model, ids).float().log_softmax(-1)
+    logits = plain_logits(model, ids)
+    one = logits.float().log_softmax(-1)
     if not one.isfinite().any(-1).all() or one.isnan().any():
         fail(f"the model's logits are not finite ({model.config.name_or_path or type(model).__name__})")
     if model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type):
         return 1e-3
     many = model(input_ids=ids.repeat(8, 1), attention_mask=torch.ones_like(ids).repeat(8, 1)).logits
     noise = (many[3].float().log_softmax(-1) - one).abs().gather(-1, one.topk(8).indices).max()
-    return 0.05 + 4 * float(noise)
+    return 2 * torch.finfo(logits.dtype).eps * float(logits.abs().max()) + 4 * float(noise)
 
 
 @torch.no_grad()
