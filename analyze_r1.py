@@ -326,6 +326,7 @@ def summarise(args, records: list[dict]) -> dict:
         "traces": len(records),
         "truncated": float(np.mean([r["finish"] == "length" for r in records])),
         "no_answer": float(np.mean([r["verdict"] == "none" for r in records])),
+        "no_thought": float(np.mean([r["finished"] and r["boundaries"][-1] == 0 for r in records])),
         "one_episode": float(np.mean([r["episodes"] == 1 for r in records])),
         "episodes": mean(lambda r: r["episodes"]),
         "tokens": mean(lambda r: r["tokens"]),
@@ -451,7 +452,7 @@ def table(summary: dict) -> str:
         ("right", cell(summary["right"])),
         ("tokens a trace", cell(summary["tokens"], 0)),
         ("episodes a trace", cell(summary["episodes"], 1)),
-        ("thoughts of a single episode", f"{summary['one_episode']:.3f}"),
+        ("without a thought, of a single episode", f"{summary['no_thought']:.3f}, {summary['one_episode']:.3f}"),
         ("truncated, without an answer", f"{summary['truncated']:.3f}, {summary['no_answer']:.3f}"),
     ]
     if moved:

@@ -36,6 +36,7 @@ def sample(rows, tokens, episodes=None, right=1.0):
     return {
         "text": "x" * tokens[-1],
         "finish": "stop",
+        "finished": True,
         "boxed": GOLD,
         "reward": right,
         "verdict": "right" if right else "wrong",

@@ -27,6 +27,7 @@ def record(i, answers, gold="7", tokens=100, logprobs=None):
             "reward": float(a == gold),
             "verdict": "none" if a is None else "right" if a == gold else "wrong",
             "finish": "stop" if a is not None else "length",
+            "finished": a is not None,
             "tokens": tokens,
             "mean_logprob": logprobs[s] if logprobs else -0.5,
             "boundaries": [0, tokens - 5],

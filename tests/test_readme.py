@@ -23,6 +23,7 @@ COMMAND = re.compile(
     r"^ {4}(?:python|torchrun --nproc-per-node \d+) (-m [\w.]+|\S+\.py)(.*?)(?: {2,}#.*| +#.*)?$", re.M
 )
 COMMANDS = list(dict.fromkeys((script, flags.strip()) for script, flags in COMMAND.findall(TEXT)))
+COMMANDS = [(script, flags) for script, flags in COMMANDS if not script.startswith("tests/")]
 MAIN = ("analyze_r1.py", "star_mrt.py", "rl_mrt.py", "evaluate.py", "budget_force.py")
 # What makes a command small, after its own flags; models and data that are not here become the embedded ones.
 SMALL = {
