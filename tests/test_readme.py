@@ -171,9 +171,9 @@ def test_every_number_with_an_interval_is_one_of_the_comparison():
 def test_the_gradients_of_the_findings_are_those_that_were_measured():
     estimators = json.loads((ROOT / "experiments" / "gradient.json").read_text())["estimators"]
     lines = TEXTS["experiments/findings.md"].splitlines()
-    header = next(line for line in lines if "cosine with its own mean" in line)
-    columns = [cell.strip() for cell in header.strip("| ").split(" | ")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    start = next(i for i, line in enumerate(lines) if "cosine with its own mean" in line)
+    columns = [cell.strip() for cell in lines[start].strip("| ").split(" | ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : lines.index("", start)]]
     rows = [row for row in rows if row[0] in estimators]
     assert len(rows) > 5
     for name, *cells in rows:
