@@ -312,8 +312,8 @@ def vote(boxes: list[str | None], gold, k: int, weights=None) -> float:
 def summarise(args, records: list[dict]) -> dict:
     """Every number that is printed or drawn, with its interval over problems, which weigh the same."""
 
-    def mean(value, of=records) -> dict:
-        return interval(problem_means(of, value))
+    def mean(value, traces=records) -> dict:
+        return interval(problem_means(traces, value))
 
     grid = [max(args.budgets) * (i + 1) / 40 for i in range(40)]
     for record in records:
@@ -334,8 +334,8 @@ def summarise(args, records: list[dict]) -> dict:
         "forced_answers_without_box": float(np.mean([a["boxed"] is None for a in forced])) if forced else None,
         "panels": panels(args, records),
         "regret": {
-            budget: {"normalised": of, "cumulative": {end: budget * value for end, value in of.items()}}
-            for budget, of in regret.items()
+            budget: {"normalised": mean, "cumulative": {end: budget * value for end, value in mean.items()}}
+            for budget, mean in regret.items()
         },
         "accuracy_at": {"budget": grid, "forced": [mean(lambda r, x=x: accuracy_at(r, x)) for x in grid]},
         "regret_over_episodes": regret_over_episodes(records),
@@ -350,7 +350,7 @@ def panels(args, records: list[dict]) -> list[dict]:
     width, by_panel = args.panel_episodes, {}
     for record in records:
         by_panel.setdefault((record["episodes"] - 1) // width, []).append(record)
-    made = []
+    shown = []
     for number, of_panel in sorted(by_panel.items()):
         points = range(max(len(r["J"]) for r in of_panel))
         panel = {
@@ -364,8 +364,8 @@ def panels(args, records: list[dict]) -> list[dict]:
         }
         for kind in ("weighted", "plain"):
             panel[kind] = {p: [panel_mean(of_panel, kind, j, v) for j in points] for v, p in enumerate(VOTES)}
-        made.append(panel)
-    return made
+        shown.append(panel)
+    return shown
 
 
 def panel_mean(records: list[dict], kind: str, j: int, v: int) -> dict:
@@ -463,7 +463,7 @@ def table(summary: dict) -> str:
             ("episodes without", cell(moved["none"])),
             ("episodes that lose", cell(moved["negative"])),
         ]
-    rows += [(f"normalised regret at {b}", cell(of["normalised"])) for b, of in summary["regret"].items()]
+    rows += [(f"normalised regret at {b}", cell(regret["normalised"])) for b, regret in summary["regret"].items()]
     rows.append(("regret against voting early (Appendix E)", cell(summary["additional_regret"])))
     by_panel = []
     for panel in summary["panels"]:
@@ -516,7 +516,7 @@ def draw_budgets(summary: dict, run: Path) -> Path:
     """Accuracy of the answer forced by a budget, the area above it (the regret), and the regret over episodes."""
     curve, budgets, regret = summary["accuracy_at"], list(summary["regret"]), summary["regret_over_episodes"]
     accuracy = Curve(curve["budget"], curve["forced"], style="-")
-    normalised = Curve(budgets, [of["normalised"] for of in summary["regret"].values()])
+    normalised = Curve(budgets, [at_budget["normalised"] for at_budget in summary["regret"].values()])
     points = range(1, len(regret) + 1)
     labels = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then", "ylim": (0, 1)}
     of_budget = {"xlabel": "token budget C0", "ylabel": "normalised regret", "xticks": budgets, "ylim": (0, 1)}
@@ -546,7 +546,7 @@ def draw_progress(summary: dict, run: Path) -> Path:
         by_number.set(xlabel="number of the episode", ylabel="mean progress")
         fifths, below = moved["by_fifth_of_the_trace"], 0.0
         for name, color in (("positive", "C0"), ("none", "0.75"), ("negative", "C1")):
-            shares = np.array([of[name]["mean"] for of in fifths])
+            shares = np.array([fifth[name]["mean"] for fifth in fifths])
             by_fifth.bar(range(1, len(fifths) + 1), shares, bottom=below, color=color, label=name)
             below = below + shares
         by_fifth.set(xlabel="fifth of the trace", ylabel="share of episodes", ylim=(0, 1))

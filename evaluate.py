@@ -372,8 +372,8 @@ def draw_efficiency(args, recorded: list[RecordedRun], stem: str) -> Path:
     panels = []
     for metric in SCORES:
         curves = [
-            Curve(of["tokens"].mean(0), [interval(column) for column in of[metric].T], name, ".-")
-            for name, of in efficiencies.items()
+            Curve(curve["tokens"].mean(0), [interval(column) for column in curve[metric].T], name, ".-")
+            for name, curve in efficiencies.items()
         ]
         panels.append(Panel({"xlabel": "tokens of k samples", "ylabel": metric}, curves, tokens=True))
     return report.draw_panels(args.out / f"{stem}efficiency.png", *panels, width=4.2, sharey=True)

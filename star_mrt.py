@@ -414,18 +414,20 @@ def write_report(args, run: Path) -> None:
     """Table, summary.json and figure of base and filters, from the records."""
     lines = {name: [json.loads(file.read_text()) for file in iteration_files(run / name)] for name in filters(args)}
     columns = ("traces", "tokens", "mean_tokens", "mean_episodes", "progress_per_episode", "problems")
-    rows = [[name, str(of["iteration"]), *(f"{of[c]:.4g}" for c in columns)] for name in lines for of in lines[name]]
+    rows = [
+        [name, str(kept["iteration"]), *(f"{kept[c]:.4g}" for c in columns)] for name in lines for kept in lines[name]
+    ]
     text = "What the filters kept:\n\n"
     text += report.markdown(["filter", "iteration", *(c.replace("_", " ") for c in columns)], rows)
     summary: dict = {"kept": lines}
     if (run / "base.jsonl").exists():
         values = {"base": values_of(args, run / "base.jsonl")}
         for name, of_filter in lines.items():
-            for of in of_filter:
-                file = run / name / f"evaluation_{of['iteration']}.jsonl"
+            for kept in of_filter:
+                file = run / name / f"evaluation_{kept['iteration']}.jsonl"
                 if file.exists():
-                    values[f"{TITLES[name]} {of['iteration']}"] = values_of(args, file)
-        summary["models"] = {name: {m: interval(v) for m, v in of.items()} for name, of in values.items()}
+                    values[f"{TITLES[name]} {kept['iteration']}"] = values_of(args, file)
+        summary["models"] = {name: {m: interval(v) for m, v in metrics.items()} for name, metrics in values.items()}
         summary["difference_to_base"] = report.differences_to_first(values)
         problems = len(values["base"]["right"])
         text += f"\nOn {problems} held-out problems × {args.num_samples}:\n\n" + report.metric_table(summary["models"])

@@ -20,8 +20,10 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that mean the same in every script."""
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", help="Hub id, folder, tiny (the embedded reasoner; default) or a served name")
-    data.add_argument("--dataset", help="Hub id, .jsonl file, tiny or tiny:N (N candidates); default: tiny for the "
-                      "embedded model, else the paper's")  # fmt: skip
+    dataset = (
+        "Hub id, file, tiny or tiny:30 (10, 20 or 30 candidates); default: tiny, or the paper's with another model"
+    )
+    data.add_argument("--dataset", help=dataset)
     data.add_argument("--split", help="split of the data set")
     data.add_argument("--limit", type=positive_int, help="use only the first problems")
     data.add_argument("--problem-column", help="column of the problem, or outer.inner; default: a usual name")
@@ -29,8 +31,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--skip-unusable", action="store_true", help="leave out rows of a file that cannot be used")
     template = """arguments of the chat template, such as '{"enable_thinking": false}'"""
     data.add_argument("--chat-template-kwargs", type=json_object, metavar="JSON", help=template)
-    data.add_argument("--markers", type=Path, metavar="FILE", help="phrases that open an episode beside "
-                      "the published ones, one a line")  # fmt: skip
+    markers = "phrases that open an episode beside the published ones, one a line"
+    data.add_argument("--markers", type=Path, metavar="FILE", help=markers)
     run = parser.add_argument_group("run")
     run.add_argument(
         "--engine",
@@ -41,8 +43,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--tokenizer", help="of a served model: Hub id or folder (default: what the server has loaded)")
     run.add_argument("--concurrency", type=positive_int, default=64, help="requests to a server at a time (64)")
-    run.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-                     help="arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
+    dtype = "arithmetic; auto: bfloat16 on a GPU, float32 on a CPU"
+    run.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help=dtype)
     run.add_argument("--seed", type=whole_number, default=0)
     run.add_argument("--out", type=Path, help="folder of the run; default: runs/ and a name made of the settings")
     run.add_argument("--config", type=Path, help="YAML file of defaults; flags override it")

@@ -391,10 +391,10 @@ def same_positions(model) -> float:
     for all rows of a batch that has one so long and for a sequence that grows past it: there, only plain paths hold."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [of for of in [rope, *rope.values()] if isinstance(of, dict)]
-    if not any(of.get("rope_type") in ("dynamic", "longrope") for of in kinds):
+    kinds = [kind for kind in [rope, *rope.values()] if isinstance(kind, dict)]
+    if not any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds):
         return float("inf")
-    lengths = [of.get("original_max_position_embeddings") for of in [*kinds, config.to_dict()]]
+    lengths = [kind.get("original_max_position_embeddings") for kind in [*kinds, config.to_dict()]]
     return min(length for length in [*lengths, config.max_position_embeddings] if length)
 
 

@@ -84,7 +84,7 @@ def differences_to_first(runs: dict[str, Values]) -> dict[str, dict[str, dict]]:
     """{run: {metric: interval of the paired difference to the first run}}, problems in one order."""
     first, *others = runs
     return {
-        name: {metric: interval(of - runs[first][metric]) for metric, of in runs[name].items() if metric in runs[first]}
+        name: {m: interval(values - runs[first][m]) for m, values in runs[name].items() if m in runs[first]}
         for name in others
     }
 
@@ -96,9 +96,9 @@ def difference_table(differences: dict[str, dict[str, dict]], first: str) -> str
 
 def metric_table(runs: dict[str, dict[str, dict]], sign: str = "") -> str:
     """A row a metric, a column a run."""
-    metrics = dict.fromkeys(metric for of in runs.values() for metric in of)
+    metrics = dict.fromkeys(metric for means in runs.values() for metric in means)
     rows = [
-        [metric, *(cell(of.get(metric), 1 if "tokens" in metric else 3, sign) for of in runs.values())]
+        [metric, *(cell(means.get(metric), 1 if "tokens" in metric else 3, sign) for means in runs.values())]
         for metric in metrics
     ]
     return markdown(["", *runs], rows)
