@@ -5,6 +5,7 @@ Apart from common.py because nothing in it is about MRT.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -80,9 +81,16 @@ def start_processes() -> tuple[int, int]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(end_processes)
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return ranks()
+
+
+def end_processes() -> None:
+    """Before the interpreter goes: threads of the group that still run then end the process with an abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def ranks() -> tuple[int, int]:
