@@ -1,4 +1,4 @@
-"""common.py: what MRT is made of, top to bottom in the order data flows. The five scripts share nothing else.
+"""common.py: what MRT is made of, top to bottom in the order data flows. The five scripts share this and plumbing/.
 
     problem → prompt → completion → thought | answer → episodes → forced answers (μ) → J → progress → advantage → loss
 
@@ -60,11 +60,11 @@ class Segmentation:
 def episode_spans(thought: str, how: Segmentation = Segmentation()) -> list[tuple[int, int]]:
     """Episodes of a thought as [start, end) character spans: the authors' published rule (Section 5).
 
-    Paragraphs end at a blank line ("\\n\\n"). One that starts with a marker (prefix and case count: "Waiting" does,
-    " Wait" does not) opens an episode if it stands more than 2 paragraphs after the last opening. After `max_steps`
-    openings the rest is the last episode; then every `group_size` neighbours become one. Spans start at 0, end at
-    len(thought) and leave no gap: a separator belongs to the episode before it. An empty thought is one empty episode.
-    Pass the thought only: markers in an answer would count. ValueError for max_steps < 0 or group_size < 1.
+    Paragraphs end at a blank line ("\\n\\n"). One that starts with a marker (a plain, case-sensitive `startswith`:
+    "Waiting" does, " Wait" does not) opens an episode if it stands more than 2 paragraphs after the last opening. After
+    `max_steps` openings the rest is the last episode; then every `group_size` neighbours become one. Spans start at 0,
+    end at len(thought) and leave no gap: a separator belongs to the episode before it. An empty thought is one empty
+    episode. Pass the thought only: markers in an answer would count. ValueError for max_steps < 0 or group_size < 1.
     """
     if how.max_steps < 0 or how.group_size < 1:
         raise ValueError(f"need max_steps >= 0 and group_size >= 1, got {how.max_steps} and {how.group_size}")

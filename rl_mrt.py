@@ -4,7 +4,7 @@
 
 One update: sample traces → split the thoughts into episodes → J(μ) at their boundaries → an advantage for each token
 → clipped policy-gradient loss → AdamW. MRT differs from GRPO in the advantages, and in the prefix variant in where
-rollouts start. l_FT is the outcome reward's loss, c_{j-1} the prefix before episode z_j, α the bonus.
+rollouts start. l_FT is the outcome reward's objective, c_{j-1} the prefix before episode z_j, α the bonus.
 
     --bonus 0                      outcome-reward GRPO: G traces a problem, 0/1 reward, group-normalised
     --bonus α --variant prefix     the paper's: a partial rollout is cut after a random number of episodes; from there m
@@ -197,7 +197,7 @@ def rollouts_online(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
 def add_progress(advantages: list[np.ndarray], group: list[Trace], bonus: float, credit_lambda: float) -> None:
     """Adds α · (credit of a token's episode - mean credit of the group's episodes) to the advantages, in place.
 
-    Credited to whole traces the bonus would vanish: Σ_j r_prg telescopes to J(end) - J(empty), so it says nothing about
+    Credited to whole traces the path would vanish: Σ_j r_prg telescopes to J(end) - J(empty), so it says nothing about
     the path. Credited to its own episode, progress is an advantage with J(μ | prefix) as baseline. The mean is a second
     baseline, and to be one it must be taken from every token: what follows the thought makes no progress and gets
     0 - mean. (Taken from the thought alone it would be a fee for each episode, so a length penalty in disguise, since
@@ -216,11 +216,12 @@ def rollouts_prefix(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
     """MRT as in Figure 6: cut a partial rollout, m rollouts stop there, G go on.
 
     If all G rollouts share the prefix and are normalised among themselves, J(μ|c) is a constant that the mean takes
-    away again: r = f + α(f - c) is affine in f, and the update exactly GRPO's. So the bonus is added after the
-    normalisation and keeps the termination baseline: A = A_GRPO(f) + α (f - J(μ|c)). Where going on does better than
-    stopping, going on is reinforced as a whole; where the prefix has the answer and thinking on loses it, it is pushed
-    down. In expectation J(μ|c) is only a baseline (it does not depend on what follows c): what the bonus adds to GRPO
-    is weight on the outcome, from prefixes that end at random episodes, free of the group's std.
+    away again: r = f + α (f - J(μ|c)) is affine in f, and the update exactly GRPO's. So the bonus is added after the
+    normalisation and keeps the termination baseline: A = A_GRPO(f) + α (f - J(μ|c)). Here z is all that follows the
+    cut, and the outcome f stands for J(μ | z, c): the model has answered. Where going on does better than stopping,
+    going on is reinforced as a whole; where the prefix has the answer and thinking on loses it, it is pushed down. In
+    expectation J(μ|c) is only a baseline (it does not depend on what follows c): what the bonus adds to GRPO is weight
+    on the outcome, from prefixes that end at random episodes, free of the group's std.
     """
     seeds = [(*seed, 2, problem["place"], problem_key(problem)) for problem in problems]
     cut = cut_rollouts(args, sampler, problems, prompts, seeds)
@@ -299,6 +300,7 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
         for trace, of_tokens in zip(traces, (a for of_group in advantages for a in of_group))
     ]
     drawn = [torch.tensor(trace.completion.logprobs, device=device) for trace in traces]
+    # Rollouts are numbered over all processes; with several steps a batch, each takes every so-manieth of them.
     number = np.concatenate([np.arange(len(g)) + g[0].problem["place"] * args.group_size for g in groups])
     steps = min(args.updates_per_batch, args.problems_per_step * args.group_size)
     old = old_logprobs(args, score, examples, device) if steps > 1 else None

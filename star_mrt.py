@@ -132,10 +132,10 @@ def main() -> None:
     recompute = not runs.is_tiny(weights)
     training.prepare(model, models.pick_dtype(args.dtype), models.token_logprobs, recompute)
     evaluate(args, run / "base.jsonl", sampler, held_out)
-    complete = [self_train(args, run, name, model, sampler, problems, held_out) for name in filters(args)]
+    ran_out = [not self_train(args, run, name, model, sampler, problems, held_out) for name in filters(args)]
     if ranks()[0] == 0:
         write_report(args, run)
-    if not all(complete):
+    if any(ran_out):
         raise SystemExit(3)
 
 
@@ -267,7 +267,7 @@ def select(args, name: str, sampler: Sampler, traces: list[Trace], iteration: in
     examples = []
     if ranks()[0] == 0:
         cuts = keep_right(traces) if name == "outcome" else keep_progress(traces, args.min_success)
-        examples = first_of_problem(complete(args, sampler, traces, cuts, iteration), args.per_problem)
+        examples = first_of_problem(add_answers(args, sampler, traces, cuts, iteration), args.per_problem)
     return training.gather_over_ranks(examples)
 
 
@@ -286,7 +286,7 @@ def keep_progress(traces: list[Trace], min_success: float) -> dict[int, int]:
     return dict(sorted(cuts.items(), key=lambda c: (-max(traces[c[0]].values), c[1], c[0])))
 
 
-def complete(args, sampler: Sampler, traces: list[Trace], cuts: dict[int, int], iteration: int) -> list[Example]:
+def add_answers(args, sampler: Sampler, traces: list[Trace], cuts: dict[int, int], iteration: int) -> list[Example]:
     """Each cut trace with an ending and a right answer; without those for which none is found.
 
     A complete thought with a right answer stays as it was sampled. For a cut one --forced-answers are sampled after the

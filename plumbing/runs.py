@@ -86,7 +86,7 @@ def first_line(error: Exception) -> str:
 
 
 def resolve_model(model: str) -> str:
-    """`tiny` is the folder beside this file; anything else is left as it is."""
+    """`tiny` is the folder of the embedded reasoner; anything else is left as it is."""
     return str(ROOT / "tiny") if model == "tiny" else model
 
 
@@ -101,7 +101,7 @@ def is_served(engine: str) -> bool:
 
 
 def is_tiny(model: str) -> bool:
-    """The embedded model, or one trained from it: `build_model` of tiny.py marks its configuration."""
+    """The embedded model, or one trained from it: `build_model` of tiny/build.py marks its configuration."""
     config = Path(resolve_model(model)) / "config.json"
     try:
         return config.is_file() and "embedded_reasoner" in json.loads(config.read_text(encoding="utf-8"))

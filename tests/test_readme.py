@@ -58,7 +58,7 @@ def workplace(tmp_path_factory):
     """A folder with what the commands name: files of problems and of traces, another model, earlier runs."""
     folder = tmp_path_factory.mktemp("readme")
     problems = load_problems("tiny", "validation", 4)
-    for name in ("aime2024.jsonl", "amc2023.jsonl"):
+    for name in ("aime2024.jsonl", "amc2023.jsonl", "HELD_OUT.jsonl"):
         (folder / name).write_text("".join(json_line(p) for p in problems))
     response = "Okay, I try.\n\nAnd again.\n\nAnd more.\n\nWait, no.\n\n</think>\n\n**Final Answer:** \\boxed{3}"
     traces = [{**p, "response": response} for p in problems]
