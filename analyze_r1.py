@@ -20,24 +20,23 @@ from pathlib import Path
 import numpy as np
 
 from common import (
-    EPISODE_MARKERS,
     Segmentation,
     Trace,
     accuracy_at,
     additional_regret,
     episode_spans,
     grade_traces,
-    maj_at_k,
     pass_at_k,
     read_traces,
     regret_at,
     room_for_answer,
     sample_traces,
     sampled_success_rates,
+    segmentation,
     token_boundaries,
+    vote_at_k,
 )
 from plumbing import data, models, report, runs
-from plumbing.answers import group_answers
 from plumbing.flags import add_common_flags, ask_server, numbers, parse_flags, positive_int, shared_flags, whole_number
 from plumbing.models import THINK_END, Completion, encode, text_and_offsets
 from plumbing.report import Curve, Panel, cell, group_by_problem, interval, problem_means
@@ -136,11 +135,6 @@ def plan(problems: int, boundaries: int, args, prompt=150, phrase=50, block=16) 
     }
 
 
-def segmentation(args) -> Segmentation:
-    markers = (*EPISODE_MARKERS, *args.markers)
-    return Segmentation(args.max_steps, args.episodes_per_point, markers=markers)
-
-
 def analyse(args) -> None:
     """Thoughts, sampled or given, with J(μ) at their boundaries, in records.jsonl; the direct baseline's answers."""
     args.engine = pick_engine(args.engine)
@@ -170,7 +164,7 @@ def analyse(args) -> None:
 def sample(args, run: Path, sampler: Sampler, problems, prompts, given: list[list[Trace]] | None) -> None:
     """Writes a record a trace, as each batch of problems is done; those recorded already are not made again. A batch
     is two calls of the sampler: all its thoughts, then all forced answers at all their boundaries."""
-    how, file = segmentation(args), run / "records.jsonl"
+    how, file = segmentation(args, max_steps=args.max_steps, group_size=args.episodes_per_point), run / "records.jsonl"
     counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
     for batch, first in runs.unrecorded(file, problems, counts, args.batch_problems, sampler):
         if given is None:
@@ -238,7 +232,9 @@ def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str
     completion = Completion(written, [], "length" if marked and answer is None else "stop")
     completion.text, completion.offsets = text_and_offsets(tokenizer, written)
     finished = answer is not None and models.thinks(tokenizer)
-    boundaries = token_boundaries(completion, len(ids), segmentation(args))
+    boundaries = token_boundaries(
+        completion, len(ids), segmentation(args, max_steps=args.max_steps, group_size=args.episodes_per_point)
+    )
     return Trace(problem, prompt, completion, boundaries, finished, answer if marked else response)
 
 
@@ -299,14 +295,8 @@ def votes(record: dict, kind: str) -> list[list[float]]:
     for J, answers in zip(record["J"], record["forced"]):
         weights = [2 ** answer["mean_logprob"] for answer in answers] if kind == "weighted" else None
         boxes = [answer["boxed"] for answer in answers]
-        rows.append([vote(boxes, record["gold"], min(p, len(boxes)), weights) if boxes else J for p in VOTES])
+        rows.append([vote_at_k(boxes, record["gold"], min(p, len(boxes)), weights) if boxes else J for p in VOTES])
     return rows
-
-
-def vote(boxes: list[str | None], gold, k: int, weights=None) -> float:
-    """maj@k of answers that vote together if they are equal mathematically."""
-    classes = group_answers(boxes, gold)
-    return maj_at_k([None if c is None else str(c) for c in classes], "0", k, weights)
 
 
 def summarise(args, records: list[dict]) -> dict:
@@ -394,7 +384,9 @@ def direct_summary(records: list[dict]) -> dict:
         "k": ks,
         "tokens": [k * tokens for k in ks],
         "pass@k": [interval([pass_at_k(n, c, k) for c in right]) for k in ks],
-        "maj@k": [interval([vote([r["boxed"] for r in group], group[0]["gold"], k) for group in groups]) for k in ks],
+        "maj@k": [
+            interval([vote_at_k([r["boxed"] for r in group], group[0]["gold"], k) for group in groups]) for k in ks
+        ],
     }
 
 

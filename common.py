@@ -17,11 +17,12 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-from plumbing.answers import extract_answer, grade_all
+from plumbing.answers import extract_answer, grade_all, group_answers
 from plumbing.hf_engine import sequence_logprobs
 from plumbing.models import THINK_END, Completion, encode, text_and_offsets, thinks, thought_is_open
 from plumbing.runs import problem_key
@@ -55,6 +56,11 @@ class Segmentation:
     group_size: int = 1
     max_episodes: int = 1 << 30
     markers: tuple[str, ...] = EPISODE_MARKERS
+
+
+def segmentation(args, **how) -> Segmentation:
+    """With the published markers and those of --markers; `how`: the other fields."""
+    return Segmentation(markers=(*EPISODE_MARKERS, *args.markers), **how)
 
 
 def episode_spans(thought: str, how: Segmentation = Segmentation()) -> list[tuple[int, int]]:
@@ -473,6 +479,17 @@ def maj_at_k(answers: Sequence[str | None], gold: str, k: int, weights: Sequence
     classes = [gold, *(answer for answer in rivals if answer is not None)]
     votes = np.array([[w * (answer == c) for c in classes] for answer, w in zip(answers, weights)])
     return weighted_vote(votes, k)
+
+
+def vote_at_k(answers: Sequence[str | None], gold: str | list[str], k: int, weights=None) -> float:
+    """`maj_at_k` of what boxes hold: answers vote together if they are equal mathematically."""
+    return maj_at_k(classes_of(tuple(answers), gold if isinstance(gold, str) else tuple(gold)), "0", k, weights)
+
+
+@lru_cache(maxsize=100_000)
+def classes_of(answers: tuple[str | None, ...], gold: str | tuple[str, ...]) -> list[str | None]:
+    """`group_answers` as strings, "0" for right ones; asked for every k, so remembered."""
+    return [None if number is None else str(number) for number in group_answers(answers, gold)]
 
 
 # ============================================================================================ 5 the GRPO loss

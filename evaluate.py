@@ -19,18 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from common import (
-    EPISODE_MARKERS,
-    Segmentation,
     accuracy_at,
-    maj_at_k,
     pass_at_k,
     regret_at,
     room_for_answer,
     sample_traces,
     sampled_success_rates,
+    segmentation,
+    vote_at_k,
 )
 from plumbing import data, models, report, runs
-from plumbing.answers import group_answers
 from plumbing.flags import add_common_flags, numbers, parse_flags, shared_flags
 from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, problem_means
 from plumbing.runs import fail, short_name
@@ -147,7 +145,7 @@ def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: lis
     file, forced = run / "records.jsonl", args.metric in ("regret", "all")
     if forced and file.exists() and not all(r["J"] for r in runs.load_records(file)):
         fail(f"--metric {args.metric}: the records in {run} were made without forced answers; use another --out")
-    how = Segmentation(max_episodes=args.max_episodes, markers=(*EPISODE_MARKERS, *args.markers))
+    how = segmentation(args, max_episodes=args.max_episodes)
     counts = [args.num_samples] * len(problems)
     for batch, first in runs.unrecorded(file, problems, counts, args.batch_problems, sampler):
         asked = [problems[i] for i in batch], [prompts[i] for i in batch]
@@ -191,10 +189,9 @@ def pass_at(group: list[dict], k: int) -> float:
 
 
 def vote_at(group: list[dict], k: int, vote: str) -> float:
-    """maj@k of one problem's records; answers vote together if they are equal mathematically."""
-    classes = group_answers([r["boxed"] for r in group], group[0]["gold"])
+    """maj@k of one problem's records."""
     weights = [2 ** r["mean_logprob"] for r in group] if vote == "likelihood" else None
-    return maj_at_k([None if c is None else str(c) for c in classes], "0", k, weights)
+    return vote_at_k([r["boxed"] for r in group], group[0]["gold"], k, weights)
 
 
 def summarise(args, records: list[dict], values: Values) -> dict:

@@ -31,8 +31,6 @@ import numpy as np
 import torch
 
 from common import (
-    EPISODE_MARKERS,
-    Segmentation,
     Trace,
     cut_at_budget,
     episode_credits,
@@ -45,6 +43,7 @@ from common import (
     read_traces,
     room_for_answer,
     sampled_success_rates,
+    segmentation,
     success_rate,
 )
 from plumbing import data, models, report, runs, training
@@ -245,7 +244,9 @@ def cut_rollouts(args, sampler: Sampler, problems, prompts, seeds) -> list[tuple
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
     cut = []
     for problem, prompt, (completion,), seed in zip(problems, prompts, rows, seeds):
-        trace = read_trace(sampler.tokenizer, problem, prompt, completion, segmentation(args))
+        trace = read_trace(
+            sampler.tokenizer, problem, prompt, completion, segmentation(args, max_episodes=args.max_episodes)
+        )
         # Not where an episode was cut off, nor after an answer, nor where no room is left to answer.
         complete = trace.finished and models.thinks(sampler.tokenizer)
         ends = trace.boundaries if complete else trace.boundaries[:-1] or [0]
@@ -254,16 +255,19 @@ def cut_rollouts(args, sampler: Sampler, problems, prompts, seeds) -> list[tuple
     return cut
 
 
-def segmentation(args) -> Segmentation:
-    return Segmentation(max_episodes=args.max_episodes, markers=(*EPISODE_MARKERS, *args.markers))
-
-
 def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple, prefixes=None) -> Groups:
     """G graded traces for each (problem, prompt). A prompt may end with a prefix of the thought; a model without an
     end-of-thinking marker answers in its thought, so there the prefix's text is graded with what follows."""
     seeds = [(*seed, problem["place"], problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
-    return read_traces(sampler.tokenizer, problems, prompts, rows, segmentation(args), prefixes=prefixes)
+    return read_traces(
+        sampler.tokenizer,
+        problems,
+        prompts,
+        rows,
+        segmentation(args, max_episodes=args.max_episodes),
+        prefixes=prefixes,
+    )
 
 
 def outcome_advantages(args, groups: Groups) -> Advantages:

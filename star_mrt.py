@@ -33,8 +33,6 @@ import numpy as np
 import torch
 
 from common import (
-    EPISODE_MARKERS,
-    Segmentation,
     Trace,
     end_of_thought,
     forced_prompt,
@@ -43,6 +41,7 @@ from common import (
     room_for_answer,
     sample_traces,
     sampled_success_rates,
+    segmentation,
     trace_of,
 )
 from plumbing import data, models, report, runs, training
@@ -200,7 +199,7 @@ def traced(args, file: Path, sampler: Sampler, problems: list[dict], answers: in
     back where they are. Each process does its share."""
     (rank, world), settings, tokenizer = ranks(), copy.copy(args), sampler.tokenizer
     settings.seed = seed
-    how = Segmentation(max_episodes=args.max_episodes, markers=(*EPISODE_MARKERS, *args.markers))
+    how = segmentation(args, max_episodes=args.max_episodes)
     prompts = {p["id"]: models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems}
     counts = [args.num_samples] * len(problems)
     todo = runs.unrecorded(file, problems, counts, args.batch_problems, sampler)

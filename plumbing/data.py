@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plumbing.answers import check_gold, extract_answer
-from plumbing.runs import ROOT, fail, first_line
+from plumbing.runs import ROOT, fail, first_line, parse_lines
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages")
 ANSWER_COLUMNS = ("final_answer", "expected_answer", "ground_truth", "reward_model.ground_truth", "answer", "solution")
@@ -97,9 +97,11 @@ def read_rows(path: Path) -> list[dict]:
             csv.field_size_limit(sys.maxsize)
             rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
         else:
+            if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+                fail(f"{path}: is UTF-16, expected UTF-8")
             rows = json_document(data) if kind == ".json" else None
-            rows = json_lines(path, data) if rows is None else rows
-    except Exception as error:  # each library has its own; json_lines ends the program
+            rows = parse_lines(path, data) if rows is None else rows
+    except Exception as error:  # each library has its own; parse_lines ends the program
         fail(f"{path}: cannot be read: {first_line(error)}")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or None in row or (kind == ".csv" and None in row.values()):
@@ -119,25 +121,6 @@ def json_document(data: bytes) -> list | None:
         lists = [part for part in value.values() if isinstance(part, list)]
         return lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else [value]
     return value if isinstance(value, list) else None
-
-
-def json_lines(path: Path, data: bytes) -> list[dict]:
-    rows = []
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        fail(f"{path}: is UTF-16, expected UTF-8")
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):  # text may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except json.JSONDecodeError as error:
-            fail(f"{path}, line {number}: not JSON ({error.msg})")
-        except UnicodeDecodeError as error:
-            fail(f"{path}, line {number}: not UTF-8 ({error.reason})")
-        if not isinstance(row, dict):
-            fail(f"{path}, line {number}: expected an object, found {type(row).__name__}")
-        rows.append(row)
-    return rows
 
 
 # ================================================================================================== cells of a row

@@ -38,22 +38,27 @@ def read_jsonl(path: Path) -> list[dict]:
     """The records of a JSON-lines file; a malformed line ends the run with its number."""
     if not path.is_file():
         fail(f"{path}: no such file")
-    rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                fail(f"{path}, line {number}: not JSON ({error.msg})")
-            except UnicodeDecodeError as error:
-                fail(f"{path}, line {number}: not UTF-8 ({error.reason})")
-            if not isinstance(row, dict):
-                fail(f"{path}, line {number}: expected an object, found {type(row).__name__}")
-            rows.append(row)
+    rows = parse_lines(path, path.read_bytes())
     if not rows:
         fail(f"{path}: empty, expected one JSON object a line")
+    return rows
+
+
+def parse_lines(path: Path, data: bytes) -> list[dict]:
+    """The objects of JSON lines, which end at newlines alone: text may hold U+2028. `path` is what a refusal names."""
+    rows = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except json.JSONDecodeError as error:
+            fail(f"{path}, line {number}: not JSON ({error.msg})")
+        except UnicodeDecodeError as error:
+            fail(f"{path}, line {number}: not UTF-8 ({error.reason})")
+        if not isinstance(row, dict):
+            fail(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+        rows.append(row)
     return rows
 
 
