@@ -141,6 +141,7 @@ class VllmEngine:
 
     def sync(self) -> None:
         if self.asleep:
+            torch.cuda.empty_cache()  # vLLM asks the driver for memory, which PyTorch would not give back by itself
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(self.trained)})
         if not self.llm.reset_prefix_cache():
