@@ -356,33 +356,55 @@ def train_loop(args, run: Path, model, tokenizer, optimizer, state: dict, share_
     return state
 
 
-def memory_plan(args, problems: int, longest: int) -> str:
-    """--dry-run: what the run will do, and an estimate of the memory that a process needs. Counted: float32 weights,
-    gradients and AdamW's two moments, shared among the processes; a copy for sampling and one for the KL penalty; a
-    micro-batch's layer inputs, kept for the backward pass, and one layer's inside; a chunk of logits."""
-    config, world = load_config(args.model), ranks()[1]
+def update_memory(config, tokens: int, dtype: torch.dtype, reference: bool, world: int) -> tuple[int, dict[str, float]]:
+    """(number of parameters, estimated bytes of an update in each process, part by part). Weights, gradients and
+    AdamW's moments are float32 and shared among the processes; the reference is whole in each.
+
+    A micro-batch keeps each layer's input for the backward pass: float32 under autocast, `dtype` under FSDP2. On top
+    comes the largest of: a layer's inside in its backward pass (7 numbers a token for each of its MLP's units and 18
+    for its width, as counted on a CPU); the copy of all weights that autocast keeps through a forward pass, whose
+    inside is a third of that; the head's gradient and a chunk of logits. AdamW's step makes one more number a weight
+    when all these are gone. FSDP2 keeps the embeddings and the head gathered, and their gradients."""
     with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    tokens, size = max(args.max_tokens_per_batch, longest), 4 if pick_dtype(args.dtype) == torch.float32 else 2
-    inside = 4 * config.intermediate_size + 8 * config.hidden_size
-    parts = {
+        model = AutoModelForCausalLM.from_config(config)
+    count = sum(p.numel() for p in model.parameters())
+    vocabulary = config.vocab_size * config.hidden_size
+    outer = vocabulary * (1 if getattr(config, "tie_word_embeddings", True) else 2)
+    size, many, low = dtype.itemsize, world > 1, dtype != torch.float32
+    inputs = (size if many else 4) * tokens * config.num_hidden_layers * config.hidden_size
+    inside = size * tokens * (7 * config.intermediate_size + 18 * config.hidden_size)
+    cast = size * count if low and not many else 0
+    head = (2 * size + 4) * vocabulary + 5 * 4 * min(tokens * config.vocab_size, CHUNK_LOGITS)
+    return count, {
         "weights, gradients, moments": 16 * count / world,
-        "copy that samples": 0 if world == 1 and args.engine == "transformers" else size * count,
-        "reference of the KL penalty": 4 * count if args.kl else 0,
-        "activations of a micro-batch": size * tokens * (config.num_hidden_layers * config.hidden_size + inside),
-        "logits": 3 * 4 * min(tokens * config.vocab_size, CHUNK_LOGITS),
+        "reference of the KL penalty": 4 * count if reference else 0,
+        "gathered by FSDP2": 2 * size * outer if many else 0,
+        "a micro-batch, or AdamW's step": max(inputs + max(inside, cast + inside / 3, head), 4 * count / world),
     }
+
+
+def memory_plan(args, problems: int, longest: int) -> str:
+    """--dry-run: what the run will do, and an estimate of the memory that a process needs (`update_memory`). vLLM's
+    weights and cache are in the share of the card that it is given, and gone while it sleeps through an update."""
+    world, dtype = ranks()[1], pick_dtype(args.dtype)
+    tokens = max(args.max_tokens_per_batch, longest)
+    count, parts = update_memory(load_config(args.model), tokens, dtype, args.kl > 0, world)
+    if args.engine == "transformers" and world > 1:
+        parts["copy that samples"] = dtype.itemsize * count
     steps = args.steps or math.ceil(problems / args.problems_per_step)
     rollouts = args.problems_per_step * args.group_size
     until = f"at most {args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
-    total = sum(parts.values()) / 2**30
+    update = sum(parts.values()) / 2**30
+    resting = (16 * count / world + parts["reference of the KL penalty"] + parts.get("copy that samples", 0)) / 2**30
+    beside = "vLLM's half of the card" if args.engine == "vllm" else "the sampler's cache"
     return "\n".join(
         [
             f"{count / 1e6:,.1f}M parameters, {world} process{'es' * (world > 1)}, engine {args.engine}",
             f"{problems} problems; {until} of {args.problems_per_step} × {args.group_size} = {rollouts} rollouts",
             f"at most {args.max_tokens:,} tokens a rollout, {rollouts * args.max_tokens:,} a step; "
             f"longest sequence {longest:,}",
-            f"memory of a process (estimate, without the sampler's cache): {total:.1f} GiB",
+            f"memory of a process while it samples (estimate): {resting:.1f} GiB beside {beside}",
+            f"memory of a process in an update (estimate): {update:.1f} GiB",
             *(f"  {name:30s} {value / 2**30:8.2f} GiB" for name, value in parts.items()),
         ]
     )
