@@ -5,7 +5,7 @@ DEMO = runs/demo
 BUDGET = --max-sampled-tokens 400000
 EVAL = $(PY) evaluate.py --num-samples 4 --overwrite
 
-.PHONY: demo results lint test vllm test-vllm
+.PHONY: demo results lint test vllm test-vllm gpu-check
 
 .venv/ready: requirements-cpu.txt
 	@echo "setting up .venv: torch, transformers and the rest, a minute or two"
@@ -49,4 +49,8 @@ test: .venv/ready
 vllm: .venv-vllm/ready
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py tests/test_served.py
+	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py tests/test_served.py tests/test_gpu_check.py
+
+# No .venv: with the Python that requirements.txt was installed into.
+gpu-check:
+	$(PYTHON) -m experiments.gpu_check

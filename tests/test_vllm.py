@@ -17,6 +17,7 @@ import pytest
 import torch
 from test_bad_input import copy_of_tiny
 
+from experiments.gpu_check import LIMIT, gap, train_a_little
 from plumbing import models
 from plumbing.hf_engine import TransformersEngine
 from plumbing.sampler import Sampler, pick_engine
@@ -54,33 +55,6 @@ def keys(prompts):
     return [(5, i) for i in range(len(prompts))]
 
 
-def gap(samplers, prompts, temperature=1.0, max_tokens=60) -> float:
-    """Largest |vLLM - transformers| over the log-probs of tokens that vLLM draws. The prompts share a long prefix, so a
-    stale prefix cache would be used."""
-    drawn, scored = samplers
-    rows = drawn.generate(prompts, max_tokens, keys(prompts), n=2, temperature=temperature)
-    model, worst = scored.model, 0.0
-    for prompt, row in zip(prompts, rows):
-        for c in row:
-            ids = torch.tensor([prompt + c.token_ids])
-            where = torch.zeros_like(ids, dtype=torch.bool)
-            where[0, len(prompt) :] = True
-            with torch.no_grad(), models.autocast(scored.engine.dtype):
-                logprobs, _ = models.token_logprobs(model, ids, where, temperature)
-            worst = max(worst, float((logprobs - torch.tensor(c.logprobs)).abs().max()))
-    return worst
-
-
-def train_a_little(model, prompts, steps=3, lr=1e-3):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    for _ in range(steps):
-        ids = torch.tensor([p[:8] for p in prompts])
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
 @pytest.fixture(scope="module")
 def long_prompts(tokenizer, prompts):
     """One prefix of over 100 tokens, several ends."""
@@ -105,27 +79,27 @@ def test_greedy_tokens_are_those_of_transformers(pair, prompts):
 @needs_vllm
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_are_those_of_the_distribution_sampled_from(pair, prompts, temperature):
-    assert gap(pair, prompts, temperature) < (1e-4 if pair[1].engine.dtype == FP32 else 0.3)
+    assert gap(pair[0], prompts, temperature) < LIMIT[pair[1].engine.dtype]
 
 
 @needs_vllm
 def test_after_training_steps_it_samples_from_the_trained_weights(pair, long_prompts):
     """Each update is handed over; without handing over, or with the old prefix cache, the log-probs are wrong."""
     drawn, scored = pair
-    limit = 1e-4 if scored.engine.dtype == FP32 else 0.3
-    assert gap(pair, long_prompts) < limit
+    limit = LIMIT[scored.engine.dtype]
+    assert gap(pair[0], long_prompts) < limit
     for _ in range(3):
         drawn.pause()
         train_a_little(scored.model, long_prompts, steps=1)
         drawn.sync()
-        assert gap(pair, long_prompts) < limit
+        assert gap(pair[0], long_prompts) < limit
     train_a_little(scored.model, long_prompts, lr=3e-3)
-    assert gap(pair, long_prompts) > limit  # weights not handed over
+    assert gap(pair[0], long_prompts) > limit  # weights not handed over
     weights = scored.model.state_dict().items()
     drawn.engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-    assert gap(pair, long_prompts, max_tokens=1) > limit  # handed over, but the cache holds the old prefix
+    assert gap(pair[0], long_prompts, max_tokens=1) > limit  # handed over, but the cache holds the old prefix
     drawn.sync()
-    assert gap(pair, long_prompts) < limit
+    assert gap(pair[0], long_prompts) < limit
     assert all(p.requires_grad for p in scored.model.parameters())
 
 
@@ -198,10 +172,10 @@ def test_a_real_model_gives_the_same_greedy_tokens_and_log_probs():
     prompts = [models.prompt_ids(tokenizer, q) for q in ("What is 7 · 8?", "Name three prime numbers above 10.")]
     ours, theirs = (s.generate(prompts, 40, keys(prompts), temperature=0) for s in samplers)
     assert [c.token_ids for (c,) in ours] == [c.token_ids for (c,) in theirs]
-    assert gap(samplers, prompts, max_tokens=30) < 1e-4
+    assert gap(samplers[0], prompts, max_tokens=30) < 1e-4
     train_a_little(model, prompts, steps=1, lr=1e-4)
     samplers[0].sync()
-    assert gap(samplers, prompts, max_tokens=30) < 1e-4
+    assert gap(samplers[0], prompts, max_tokens=30) < 1e-4
     engine.close()
 
 
