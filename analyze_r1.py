@@ -39,7 +39,7 @@ from common import (
 from plumbing import data, models, report, runs
 from plumbing.flags import add_common_flags, ask_server, numbers, parse_flags, positive_int, shared_flags, whole_number
 from plumbing.models import THINK_END, Completion, encode, text_and_offsets
-from plumbing.report import Curve, Panel, cell, group_by_problem, interval, problem_means
+from plumbing.report import Curve, Panel, cell, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, problem_key, short_name
 from plumbing.sampler import Sampler, check_lengths, context_of, open_sampler, pick_engine
 
@@ -302,14 +302,11 @@ def votes(record: dict, kind: str) -> list[list[float]]:
 def summarise(args, records: list[dict]) -> dict:
     """Every number that is printed or drawn, with its interval over problems, which weigh the same."""
 
-    def mean(value, traces=records) -> dict:
-        return interval(problem_means(traces, value))
-
     grid = [max(args.budgets) * (i + 1) / 40 for i in range(40)]
     for record in records:
         record["additional_regret"] = additional_regret(record["maj"]["weighted"])
     comparable = [r for r in records if not math.isnan(r["additional_regret"])]
-    regret = {b: mean(lambda r, b=b: regret_at(r, b)) for b in args.budgets}
+    regret = {budget: mean_interval(records, regret_at, budget) for budget in args.budgets}
     forced = [answer for r in records for answers in r["forced"] for answer in answers]
     return {
         "problems": len(group_by_problem(records)),
@@ -318,18 +315,18 @@ def summarise(args, records: list[dict]) -> dict:
         "no_answer": float(np.mean([r["verdict"] == "none" for r in records])),
         "no_thought": float(np.mean([r["finished"] and r["boundaries"][-1] == 0 for r in records])),
         "one_episode": float(np.mean([r["episodes"] == 1 for r in records])),
-        "episodes": mean(lambda r: r["episodes"]),
-        "tokens": mean(lambda r: r["tokens"]),
-        "right": mean(lambda r: r["reward"]),
+        "episodes": mean_interval(records, lambda r: r["episodes"]),
+        "tokens": mean_interval(records, lambda r: r["tokens"]),
+        "right": mean_interval(records, lambda r: r["reward"]),
         "forced_answers_without_box": float(np.mean([a["boxed"] is None for a in forced])) if forced else None,
         "panels": panels(args, records),
         "regret": {
             budget: {"normalised": mean, "cumulative": {end: budget * value for end, value in mean.items()}}
             for budget, mean in regret.items()
         },
-        "accuracy_at": {"budget": grid, "forced": [mean(lambda r, x=x: accuracy_at(r, x)) for x in grid]},
+        "accuracy_at": {"budget": grid, "forced": [mean_interval(records, accuracy_at, budget) for budget in grid]},
         "regret_over_episodes": regret_over_episodes(records),
-        "additional_regret": mean(lambda r: r["additional_regret"], comparable) if comparable else None,
+        "additional_regret": mean_interval(comparable, lambda r: r["additional_regret"]) if comparable else None,
         "progress": progress(records),
     }
 
@@ -348,19 +345,19 @@ def panels(args, records: list[dict]) -> list[dict]:
             "traces": len(of_panel),
             "problems": len(group_by_problem(of_panel)),
             "after_episodes": [j * args.episodes_per_point for j in points],
-            "tokens": {
-                p: [problem_means(of_panel, lambda r, j=j, p=p: spent(r, j, p)).mean() for j in points] for p in VOTES
-            },
+            "tokens": {p: [problem_means(of_panel, spent, j, p).mean() for j in points] for p in VOTES},
         }
         for kind in ("weighted", "plain"):
-            panel[kind] = {p: [panel_mean(of_panel, kind, j, v) for j in points] for v, p in enumerate(VOTES)}
+            panel[kind] = {
+                p: [mean_interval(of_panel, vote_after, kind, j, v) for j in points] for v, p in enumerate(VOTES)
+            }
         shown.append(panel)
     return shown
 
 
-def panel_mean(records: list[dict], kind: str, j: int, v: int) -> dict:
-    """[maj@p]_j, p = VOTES[v], over the traces of a panel."""
-    return interval(problem_means(records, lambda r: held(r["maj"][kind], j)[v]))
+def vote_after(record: dict, kind: str, j: int, v: int) -> float:
+    """[maj@p]_j of a trace, p = VOTES[v]."""
+    return held(record["maj"][kind], j)[v]
 
 
 def held(values: list, j: int):
@@ -396,8 +393,7 @@ def regret_over_episodes(records: list[dict]) -> list[dict]:
     lengths = sorted(len(r["J"]) for r in records)
     most = lengths[95 * (len(lengths) - 1) // 100]  # all but the longest twentieth
     return [
-        interval(problem_means(records, lambda r, k=k: sum(1 - held(r["J"], j) for j in range(k))))
-        for k in range(1, most + 1)
+        mean_interval(records, lambda r, k: sum(1 - held(r["J"], j) for j in range(k)), k) for k in range(1, most + 1)
     ]
 
 
@@ -420,8 +416,8 @@ def progress(records: list[dict]) -> dict | None:
     kinds = {"positive": lambda g: g > 1e-9, "none": lambda g: abs(g) <= 1e-9, "negative": lambda g: g < -1e-9}
 
     def describe(chosen: list[dict]) -> dict:
-        shares = {name: interval(problem_means(chosen, lambda s, f=f: f(s["gain"]))) for name, f in kinds.items()}
-        return {"episodes": len(chosen), "mean": interval(problem_means(chosen, lambda s: s["gain"])), **shares}
+        shares = {name: mean_interval(chosen, lambda s, f: f(s["gain"]), f) for name, f in kinds.items()}
+        return {"episodes": len(chosen), "mean": mean_interval(chosen, lambda s: s["gain"]), **shares}
 
     numbers = [[s for s in steps if s["number"] == j] for j in range(max(s["number"] for s in steps) + 1)]
     fifths = [[s for s in steps if s["fifth"] == f] for f in range(5)]

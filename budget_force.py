@@ -14,6 +14,7 @@ the end-of-thinking marker, --extensions times, and answers are sampled after 0,
 import argparse
 import copy
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -300,18 +301,15 @@ def spent(point: dict) -> float:
 
 def problem_values(settings: dict, records: list[dict]) -> Values:
     """Each metric's value for each problem; `settings`: those of the run."""
-
-    def mean(value) -> np.ndarray:
-        return problem_means(records, value)
-
+    mean = partial(problem_means, records)
     values = {"right": mean(lambda r: r["reward"]), "thought tokens": mean(lambda r: r["boundaries"][-1])}
     for budget in map(str, settings["budgets"]):
-        values[f"within {budget}"] = mean(lambda r, b=budget: r["exploit"][b]["J"])
+        values[f"within {budget}"] = mean(lambda r, budget: r["exploit"][budget]["J"], budget)
     for w in records[0]["extrapolate"]:
-        values[f"{w} extensions"] = mean(lambda r, w=w: r["extrapolate"][w]["J"])
-        values[f"tokens, {w} extensions"] = mean(lambda r, w=w: spent(r["extrapolate"][w]))
+        values[f"{w} extensions"] = mean(lambda r, w: r["extrapolate"][w]["J"], w)
+        values[f"tokens, {w} extensions"] = mean(lambda r, w: spent(r["extrapolate"][w]), w)
     for budget in regret_budgets(settings):
-        values[f"regret@{budget}"] = mean(lambda r, b=budget: normalized_regret(*curve(r), b))
+        values[f"regret@{budget}"] = mean(lambda r, budget: normalized_regret(*curve(r), budget), budget)
     return values
 
 

@@ -30,7 +30,7 @@ from common import (
 )
 from plumbing import data, models, report, runs
 from plumbing.flags import add_common_flags, numbers, parse_flags, shared_flags
-from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, problem_means
+from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, short_name
 from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
 from plumbing.votes import EXACT_SUBSETS, SUBSET_DRAWS
@@ -178,8 +178,8 @@ def problem_values(args, records: list[dict]) -> Values:
         values |= {f"maj@{k}": np.array([vote_at(group, k, args.vote) for group in groups]) for k in ks}
     values["tokens"] = problem_means(records, lambda r: r["tokens"])
     if args.metric in ("regret", "all") and all(r["J"] for r in records):
-        values |= {f"regret@{b}": problem_means(records, lambda r, b=b: regret_at(r, b)) for b in args.budgets}
-        values |= {f"forced@{b}": problem_means(records, lambda r, b=b: accuracy_at(r, b)) for b in args.budgets}
+        values |= {f"regret@{b}": problem_means(records, regret_at, b) for b in args.budgets}
+        values |= {f"forced@{b}": problem_means(records, accuracy_at, b) for b in args.budgets}
     return values
 
 
@@ -353,10 +353,9 @@ def draw_anytime(args, recorded: list[RecordedRun], stem: str) -> Path | None:
     top = max(run.settings["max_tokens"] for run in recorded)
     accuracy, regret, grid = [], [], [top * (i + 1) / 32 for i in range(32)]
     for run in recorded:
-        forced = [interval(problem_means(run.records, lambda r, x=x: accuracy_at(r, x))) for x in grid]
+        forced = [mean_interval(run.records, accuracy_at, budget) for budget in grid]
         accuracy.append(Curve(grid, forced, run.name, "-"))
-        regrets = [interval(problem_means(run.records, lambda r, b=b: regret_at(r, b))) for b in args.budgets]
-        regret.append(Curve(args.budgets, regrets))
+        regret.append(Curve(args.budgets, [mean_interval(run.records, regret_at, budget) for budget in args.budgets]))
     labels = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then"}
     left = Panel({**labels, "ylim": (0, 1), "xlim": (0, top)}, accuracy)
     right = Panel({"xlabel": "token budget C0", "ylabel": "normalised regret", "xticks": args.budgets}, regret)

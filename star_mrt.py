@@ -452,7 +452,7 @@ def values_of(args, file: Path) -> Values:
     records = runs.load_records(file)
     values = {"right": problem_means(records, lambda r: r["reward"])}
     values["tokens"] = problem_means(records, lambda r: r["tokens"])
-    return values | {f"regret@{b}": problem_means(records, lambda r, b=b: regret_at(r, b)) for b in args.budgets}
+    return values | {f"regret@{b}": problem_means(records, regret_at, b) for b in args.budgets}
 
 
 def draw(args, summary: dict, run: Path) -> Path:

@@ -23,9 +23,9 @@ def group_by_problem(records: Iterable[dict]) -> dict[str, list[dict]]:
     return groups
 
 
-def problem_means(records: Iterable[dict], value: Callable[[dict], float]) -> np.ndarray:
-    """The mean of a trace's value over each problem's traces, [problems]."""
-    return np.array([np.mean([value(r) for r in group]) for group in group_by_problem(records).values()])
+def problem_means(records: Iterable[dict], value: Callable[..., float], *more) -> np.ndarray:
+    """The mean of `value(record, *more)` over each problem's traces, [problems]."""
+    return np.array([np.mean([value(r, *more) for r in group]) for group in group_by_problem(records).values()])
 
 
 def bootstrap_picks(count: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
@@ -61,6 +61,11 @@ def interval(values) -> dict[str, float]:
     """A mean over problems with its 95 % bootstrap interval."""
     mean, low, high = bootstrap_interval(values)
     return {"mean": mean, "low": low, "high": high}
+
+
+def mean_interval(records: Iterable[dict], value: Callable[..., float], *more) -> dict[str, float]:
+    """The mean of `problem_means` with its interval."""
+    return interval(problem_means(records, value, *more))
 
 
 def tokens_to_reach(target: float, tokens, scores) -> float:
