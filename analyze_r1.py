@@ -11,7 +11,6 @@ progress of each episode, and trace.html, a page to read traces in. Intervals ar
 """
 
 import argparse
-import copy
 import math
 import sys
 from collections import Counter
@@ -26,18 +25,17 @@ from common import (
     additional_regret,
     episode_spans,
     grade_traces,
+    new_traces,
     pass_at_k,
     read_traces,
     regret_at,
     room_for_answer,
-    sample_traces,
-    sampled_success_rates,
     segmentation,
     token_boundaries,
     vote_at_k,
 )
 from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, ask_server, numbers, parse_flags, positive_int, shared_flags, whole_number
+from plumbing.flags import add_common_flags, numbers, parse_flags, positive_int, shared_flags, whole_number, with_model
 from plumbing.models import THINK_END, Completion, encode, text_and_offsets
 from plumbing.report import Curve, Panel, cell, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, problem_key, short_name
@@ -150,31 +148,22 @@ def analyse(args) -> None:
     else:
         given, room = None, args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
         longest = check_lengths(args, problems, prompts, room)
-    if args.direct_model:
-        models.load_tokenizer(direct_settings(args).tokenizer or args.direct_model)  # a wrong name is told now
+    direct = with_model(args, args.direct_model) if args.direct_model else None
+    if direct:
+        models.load_tokenizer(direct.tokenizer or direct.model)  # a wrong name is told now
     run = runs.open_run(args.out, runs.identity(args, *MAY_CHANGE), args.resume, args.overwrite)
     runs.same_inputs(run, problems, args.model)
     sampler = open_sampler(args, tokenizer, longest)
     sample(args, run, sampler, problems, prompts, given)
     sampler.close()
-    if args.direct_model:
-        answer_directly(args, run, problems)
+    if direct:
+        answer_directly(direct, run, problems)
 
 
 def sample(args, run: Path, sampler: Sampler, problems, prompts, given: list[list[Trace]] | None) -> None:
-    """Writes a record a trace, as each batch of problems is done; those recorded already are not made again. A batch
-    is two calls of the sampler: all its thoughts, then all forced answers at all their boundaries."""
+    """Writes a record a trace, as each batch of problems is done; those recorded already are not made again."""
     how, file = segmentation(args, max_steps=args.max_steps, group_size=args.episodes_per_point), run / "records.jsonl"
-    counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
-    for batch, first in runs.unrecorded(file, problems, counts, args.batch_problems, sampler):
-        if given is None:
-            asked = [problems[i] for i in batch], [prompts[i] for i in batch]
-            groups = sample_traces(args, sampler, *asked, how, args.num_samples - first, first)
-        else:
-            groups = [given[i][first:] for i in batch]
-        traces = [trace for group in groups for trace in group]
-        answers = args.forced_answers, args.answer_tokens, args.temperature, args.top_p
-        sampled_success_rates(sampler, traces, *answers, (args.seed, 1))
+    for traces in new_traces(args, file, sampler, problems, prompts, how, given):
         runs.append_jsonl(file, [{**trace.record(), "episodes": ungrouped_episodes(how, trace)} for trace in traces])
 
 
@@ -238,15 +227,6 @@ def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str
     return Trace(problem, prompt, completion, boundaries, finished, answer if marked else response)
 
 
-def direct_settings(args) -> argparse.Namespace:
-    """The settings for --direct-model, which the server at --engine has to serve, too."""
-    one = copy.copy(args)
-    one.model, one.tokenizer = args.direct_model, None
-    if runs.is_served(args.engine):
-        ask_server(one)
-    return one
-
-
 def answer_directly(args, run: Path, problems: list[dict]) -> None:
     """The baseline of Figure 3: many whole answers of a model, in `direct.jsonl`."""
     file = run / "direct.jsonl"
@@ -255,15 +235,14 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
         if model != args.direct_model:
             fail(f"--direct-model {args.direct_model}: {file} is of {model}; remove it or name another --out")
         return
-    one = direct_settings(args)
-    tokenizer = models.load_tokenizer(one.tokenizer or one.model)
+    tokenizer = models.load_tokenizer(args.tokenizer or args.model)
     prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
     room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
-    sampler = open_sampler(one, tokenizer, check_lengths(one, problems, prompts, room))
+    sampler = open_sampler(args, tokenizer, check_lengths(args, problems, prompts, room))
     seeds = [(args.seed, 2, problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, args.max_tokens, seeds, args.direct_samples, args.temperature, args.top_p)
     traces = [trace for group in read_traces(tokenizer, problems, prompts, rows) for trace in group]
-    lines = [runs.json_line({**trace.record(), "model": one.model}) for trace in traces]
+    lines = [runs.json_line({**trace.record(), "model": args.model}) for trace in traces]
     runs.write_text(file, "".join(lines))
     sampler.close()
 

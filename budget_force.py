@@ -25,10 +25,10 @@ from common import (
     cut_at_budget,
     end_of_thought,
     forced_prompt,
+    new_traces,
     normalized_regret,
     read_answers,
     room_for_answer,
-    sample_traces,
     success_rate,
     trace_curve,
     trace_of,
@@ -156,19 +156,16 @@ def force(args, problems: list[dict], thoughts: list[dict] | None) -> None:
     run = runs.open_run(args.out, runs.identity(args, "compare"), args.resume, args.overwrite)
     runs.same_inputs(run, problems, args.model)
     sampler = open_sampler(args, tokenizer, longest)
-    groups = report.group_by_problem(thoughts or [])
-    counts = [len(groups[p["id"]]) if thoughts else args.num_samples for p in problems]
-    for batch, first in runs.unrecorded(run / "records.jsonl", problems, counts, args.batch_problems, sampler):
-        if thoughts is None:
-            asked = [problems[i] for i in batch], [prompts[i] for i in batch]
-            rows = sample_traces(args, sampler, *asked, count=args.num_samples - first, first=first)
-            traces = [trace for row in rows for trace in row]
-        else:
-            again = [(i, record) for i in batch for record in groups[problems[i]["id"]][first:]]
-            traces = [trace_of(record, tokenizer, problems[i], prompts[i]) for i, record in again]
+    given = None
+    if thoughts:
+        groups = report.group_by_problem(thoughts)
+        asked = zip(problems, prompts)
+        given = [[trace_of(r, tokenizer, problem, prompt) for r in groups[problem["id"]]] for problem, prompt in asked]
+    records = run / "records.jsonl"
+    for traces in new_traces(args, records, sampler, problems, prompts, given=given, forced=False):
         points = zip(traces, exploit(args, sampler, traces), extrapolate(args, sampler, traces))
         lines = [{**trace.record(), "exploit": cut, "extrapolate": extended} for trace, cut, extended in points]
-        runs.append_jsonl(run / "records.jsonl", lines)
+        runs.append_jsonl(records, lines)
     sampler.close()
 
 

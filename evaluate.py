@@ -20,11 +20,10 @@ import numpy as np
 
 from common import (
     accuracy_at,
+    new_traces,
     pass_at_k,
     regret_at,
     room_for_answer,
-    sample_traces,
-    sampled_success_rates,
     segmentation,
     vote_at_k,
 )
@@ -146,21 +145,7 @@ def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: lis
     if forced and file.exists() and not all(r["J"] for r in runs.load_records(file)):
         fail(f"--metric {args.metric}: the records in {run} were made without forced answers; use another --out")
     how = segmentation(args, max_episodes=args.max_episodes)
-    counts = [args.num_samples] * len(problems)
-    for batch, first in runs.unrecorded(file, problems, counts, args.batch_problems, sampler):
-        asked = [problems[i] for i in batch], [prompts[i] for i in batch]
-        groups = sample_traces(args, sampler, *asked, how, args.num_samples - first, first)
-        traces = [trace for group in groups for trace in group]
-        if forced:
-            sampled_success_rates(
-                sampler,
-                traces,
-                args.forced_answers,
-                args.answer_tokens,
-                args.temperature,
-                args.top_p,
-                (args.seed, 1),
-            )
+    for traces in new_traces(args, file, sampler, problems, prompts, how, forced=forced):
         runs.append_jsonl(file, [trace.record() for trace in traces])
 
 

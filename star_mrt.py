@@ -22,7 +22,6 @@ that stopping there is what is learnt. --stop-phrase masked or trained keeps μ'
 """
 
 import argparse
-import copy
 import json
 import math
 from collections import Counter
@@ -36,16 +35,15 @@ from common import (
     Trace,
     end_of_thought,
     forced_prompt,
+    new_traces,
     read_answers,
     regret_at,
     room_for_answer,
-    sample_traces,
-    sampled_success_rates,
     segmentation,
     trace_of,
 )
 from plumbing import data, models, report, runs, training
-from plumbing.flags import add_common_flags, numbers, parse_flags, positive_int, shared_flags
+from plumbing.flags import add_common_flags, changed, numbers, parse_flags, positive_int, shared_flags
 from plumbing.report import Curve, Panel, Values, interval, problem_means
 from plumbing.runs import fail, problem_key
 from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
@@ -168,7 +166,8 @@ def iterate(args, run: Path, name: str, iteration: int, model, sampler: Sampler,
     print(f"== {name}, iteration {iteration} of {args.iterations}")
     # The first iteration samples from the base: the same traces for every filter.
     file = run / "samples_1.jsonl" if iteration == 1 else folder / f"samples_{iteration}.jsonl"
-    traces = traced(args, file, sampler, problems, args.forced_answers, (args.seed + 1) * 1000 + iteration)
+    seed = (args.seed + 1) * 1000 + iteration
+    traces = recorded_traces(changed(args, seed=seed), file, sampler, problems)
     examples = select(args, name, sampler, traces, iteration)
     line = {"iteration": iteration, **describe(traces, examples)}
     if ranks()[0] == 0:
@@ -191,36 +190,21 @@ def iterate(args, run: Path, name: str, iteration: int, model, sampler: Sampler,
 def evaluate(args, file: Path, sampler: Sampler, problems: list[dict]) -> None:
     """Traces on held-out problems, once a model: the same seeds for every model."""
     sampler.model.eval()
-    traced(args, file, sampler, problems, answers=4, seed=77)
+    recorded_traces(changed(args, seed=77, forced_answers=4), file, sampler, problems)
 
 
-def traced(args, file: Path, sampler: Sampler, problems: list[dict], answers: int, seed: int) -> list[Trace]:
-    """--num-samples traces a problem with J at every boundary; recorded as each batch of problems is done, and read
-    back where they are. Each process does its share."""
-    (rank, world), settings, tokenizer = ranks(), copy.copy(args), sampler.tokenizer
-    settings.seed = seed
-    how = segmentation(args, max_episodes=args.max_episodes)
-    prompts = {p["id"]: models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems}
-    counts = [args.num_samples] * len(problems)
-    todo = runs.unrecorded(file, problems, counts, args.batch_problems, sampler)
-    training.wait_for_ranks()  # all have read what is there
-    for batch, first in todo:
-        share = [problems[i] for i in batch][rank::world]
-        asked = share, [prompts[p["id"]] for p in share]
-        groups = sample_traces(settings, sampler, *asked, how, args.num_samples - first, first)
-        traces = [trace for group in groups for trace in group]
-        sampled_success_rates(sampler, traces, answers, args.answer_tokens, args.temperature, args.top_p, (seed, 1))
-        lines = training.gather_over_ranks([trace.record() for trace in traces])
-        if rank == 0:
-            order = {problems[i]["id"]: place for place, i in enumerate(batch)}  # that of one process
-            runs.append_jsonl(file, sorted(lines, key=lambda line: order[line["id"]]))
+def recorded_traces(args, file: Path, sampler: Sampler, problems: list[dict]) -> list[Trace]:
+    """--num-samples traces a problem with J at every boundary: sampled, each process its share, and read back."""
+    tokenizer, how = sampler.tokenizer, segmentation(args, max_episodes=args.max_episodes)
+    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
+    place = {problem["id"]: number for number, problem in enumerate(problems)}
+    for traces in new_traces(args, file, sampler, problems, prompts, how, process=ranks()):
+        records = training.gather_over_ranks([trace.record() for trace in traces])
+        if ranks()[0] == 0:
+            runs.append_jsonl(file, sorted(records, key=lambda r: place[r["id"]]))  # the order of a single process
     training.wait_for_ranks()
-    records = {(r["id"], r["sample"]): r for r in runs.load_records(file)} if problems else {}
-    return [
-        trace_of(records[problem["id"], number], tokenizer, problem, prompts[problem["id"]])
-        for problem in problems
-        for number in range(args.num_samples)
-    ]
+    records = sorted(runs.load_records(file), key=lambda r: (place[r["id"]], r["sample"])) if problems else []
+    return [trace_of(r, tokenizer, problems[place[r["id"]]], prompts[place[r["id"]]]) for r in records]
 
 
 # ---------------------------------------------------------------------------------------------- the filter

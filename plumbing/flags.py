@@ -185,6 +185,19 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     return args
 
 
+def changed(args: argparse.Namespace, **settings) -> argparse.Namespace:
+    """A copy with other values of some settings."""
+    return argparse.Namespace(**{**vars(args), **settings})
+
+
+def with_model(args: argparse.Namespace, model: str) -> argparse.Namespace:
+    """The settings for another model, which a server at --engine has to serve, too."""
+    other = changed(args, model=model, tokenizer=None)
+    if is_served(args.engine):
+        ask_server(other)
+    return other
+
+
 def ask_server(args) -> None:
     """Sets --model, --tokenizer and the context of a served model to what the server at --engine says."""
     found = [find_model(args.engine, model) for model in (args.model.split(",") if args.model else [None])]
