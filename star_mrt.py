@@ -23,13 +23,11 @@ that stopping there is what is learnt. --stop-phrase masked or trained keeps μ'
 
 import argparse
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from common import (
     Trace,
@@ -43,11 +41,12 @@ from common import (
     trace_of,
 )
 from plumbing import data, models, report, runs, training
+from plumbing.fine_tuning import fine_tune
 from plumbing.flags import add_common_flags, changed, numbers, parse_flags, positive_int, shared_flags
 from plumbing.report import Curve, Panel, Values, interval, problem_means
 from plumbing.runs import fail, problem_key
 from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
-from plumbing.training import ranks, sum_over_ranks
+from plumbing.training import ranks
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
@@ -178,7 +177,8 @@ def iterate(args, run: Path, name: str, iteration: int, model, sampler: Sampler,
         print(f"the filter {name} kept no trace in iteration {iteration}: nothing to train on; see {file}")
         return False
     sampler.pause()
-    line |= fine_tune(args, folder / f"tuning_{iteration}", model, tokenizer, examples)
+    rows = [example.fine_tuned() for example in examples]
+    line |= fine_tune(args, folder / f"tuning_{iteration}", model, tokenizer, rows)
     if ranks()[0] == 0:
         runs.write_json(folder / f"iteration_{iteration}.json", line)
     return True
@@ -222,7 +222,7 @@ class Example:
     ending_weight: float = 1.0
 
     def fine_tuned(self) -> tuple[list[int], int, list[float]]:
-        """(token ids, first trained place, weight of each trained token): what `training.micro_batches` takes."""
+        """As `plumbing.fine_tuning` takes it. The prompt is not trained, and a masked stop phrase has weight 0."""
         thought = self.trace.completion.token_ids[: self.cut]
         weights = [1.0] * self.cut + [self.ending_weight] * len(self.ending) + [1.0] * len(self.answer)
         return self.trace.prompt + thought + self.ending + self.answer, len(self.trace.prompt), weights
@@ -337,57 +337,6 @@ def describe(traces: list[Trace], examples: list[Example]) -> dict:
         f"{line['mean_tokens']:.0f} tokens on average, progress per episode {line['progress_per_episode']:.3f}"
     )
     return line
-
-
-# ---------------------------------------------------------------------------------------------- fine-tuning
-
-
-def fine_tune(args, folder: Path, model, tokenizer, examples: list[Example]) -> dict:
-    """--epochs of supervised fine-tuning in place; goes on from the last checkpoint in `folder`."""
-    if ranks()[0] == 0:
-        folder.mkdir(exist_ok=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    state = training.begin_or_resume(folder, model, optimizer, {"step": 0, "loss": 0.0})
-    rows = [example.fine_tuned() for example in examples]
-    a_pass = math.ceil(len(rows) / args.batch_size)
-    steps = a_pass * args.epochs
-
-    def step(state: dict) -> tuple[dict, dict, str]:
-        done = state["step"]
-        order = np.random.default_rng([args.seed, done // a_pass]).permutation(len(rows))
-        batch = [rows[i] for i in order[done % a_pass :: a_pass]]  # all batches of a pass are of like size
-        state = {"step": done + 1, "loss": train_step(args, model, optimizer, batch)}
-        if not math.isfinite(state["loss"]):
-            fail(f"step {done} of the fine-tuning in {folder}: the loss is {state['loss']}")
-        told = state["step"] % max(1, steps // 5) == 0
-        text = f"step {state['step']} of {steps}  loss {state['loss']:.4f}" if told else ""
-        return state, {**state, "examples": len(batch)}, text
-
-    state = training.train_loop(
-        args, folder, model, tokenizer, optimizer, state, lambda state: state["step"] / steps, step
-    )
-    model.eval()
-    return {"steps": steps, "loss": state["loss"]}
-
-
-def train_step(args, model, optimizer, batch: list[tuple]) -> float:
-    """One optimiser step on -Σ w log p / Σ w over the trained tokens of the whole batch: however it is split into
-    micro-batches and over processes, a token counts the same. Prompts are not trained, a masked stop phrase has
-    weight 0."""
-    rank, world = ranks()
-    score = training.scorer(model, models.token_logprobs)
-    denominator = sum(sum(weights) for _, _, weights in batch)
-    batches = list(training.micro_batches(batch[rank::world], args.max_tokens_per_batch, model.device))
-    optimizer.zero_grad()
-    total = 0.0
-    for _, ids, where, weights in training.same_number(batches, batch[0], model.device):
-        with models.autocast(models.pick_dtype(args.dtype)):
-            logprobs, _ = score(ids, where)
-        loss = -(weights * logprobs).sum() / denominator
-        (loss * world).backward()  # FSDP takes the mean of the processes' gradients
-        total += loss.item()
-    training.optimizer_step(model, optimizer, args.max_grad_norm)
-    return sum_over_ranks([total])[0]
 
 
 # ---------------------------------------------------------------------------------------------- the report
