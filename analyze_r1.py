@@ -27,6 +27,7 @@ from common import (
     grade_traces,
     new_traces,
     pass_at_k,
+    prompts_of,
     read_traces,
     regret_at,
     room_for_answer,
@@ -39,7 +40,7 @@ from plumbing.flags import add_common_flags, numbers, parse_flags, positive_int,
 from plumbing.models import THINK_END, Completion, encode, text_and_offsets
 from plumbing.report import Curve, Panel, cell, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, problem_key, short_name
-from plumbing.sampler import Sampler, check_lengths, context_of, open_sampler, pick_engine
+from plumbing.sampler import Sampler, context_of, open_sampler, pick_engine
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
@@ -106,7 +107,7 @@ def main() -> None:
 
 def tell_plan(args) -> None:
     """--dry-run: what the analysis costs at most, without a model."""
-    problems = len(data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)))
+    problems = len(data.problems_of(args))
     boundaries = math.ceil((args.max_steps + 1) / args.episodes_per_point) + 1
     cost = plan(problems, boundaries, args)
     print(
@@ -140,14 +141,11 @@ def analyse(args) -> None:
     tokenizer = models.load_tokenizer(args.tokenizer or args.model)
     if args.traces:
         problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
-    else:
-        problems, responses = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)), None
-    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
-    if responses:
+        prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
         given, longest = read_given(args, tokenizer, problems, prompts, responses)
     else:
-        given, room = None, args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
-        longest = check_lengths(args, problems, prompts, room)
+        problems, given = data.problems_of(args), None
+        prompts, longest = prompts_of(args, tokenizer, problems)
     direct = with_model(args, args.direct_model) if args.direct_model else None
     if direct:
         models.load_tokenizer(direct.tokenizer or direct.model)  # a wrong name is told now
@@ -236,9 +234,8 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
             fail(f"--direct-model {args.direct_model}: {file} is of {model}; remove it or name another --out")
         return
     tokenizer = models.load_tokenizer(args.tokenizer or args.model)
-    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
-    room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
-    sampler = open_sampler(args, tokenizer, check_lengths(args, problems, prompts, room))
+    prompts, longest = prompts_of(args, tokenizer, problems)
+    sampler = open_sampler(args, tokenizer, longest)
     seeds = [(args.seed, 2, problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, args.max_tokens, seeds, args.direct_samples, args.temperature, args.top_p)
     traces = [trace for group in read_traces(tokenizer, problems, prompts, rows) for trace in group]

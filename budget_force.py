@@ -27,8 +27,8 @@ from common import (
     forced_prompt,
     new_traces,
     normalized_regret,
+    prompts_of,
     read_answers,
-    room_for_answer,
     success_rate,
     trace_curve,
     trace_of,
@@ -38,7 +38,7 @@ from plumbing.flags import add_common_flags, numbers, parse_flags, positive_int,
 from plumbing.models import THINK_END, encode, text_and_offsets
 from plumbing.report import Curve, Panel, Values, interval, problem_means
 from plumbing.runs import fail, problem_key, short_name
-from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
+from plumbing.sampler import Sampler, open_sampler, pick_engine
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
@@ -124,7 +124,7 @@ def main() -> None:
         )
         problems = problems[: args.limit]
     else:
-        problems = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args))
+        problems = data.problems_of(args)
     for one in one_of_each:
         force(one, problems, thoughts)
     compare(args, [one.out for one in one_of_each])
@@ -148,11 +148,9 @@ def one_of_many(args, model: str) -> argparse.Namespace:
 def force(args, problems: list[dict], thoughts: list[dict] | None) -> None:
     """One model: writes a record a trace, as each batch of problems is done; those recorded are not made again."""
     tokenizer = models.load_tokenizer(args.tokenizer or args.model)
-    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
     strings = max(len(encode(tokenizer, "\n" + string)) for string in args.strings)
     more = args.extensions * (args.extension_tokens + strings) if args.style == "paper" else 0
-    room = args.max_tokens + more + room_for_answer(tokenizer, args.answer_tokens)
-    longest = check_lengths(args, problems, prompts, room)
+    prompts, longest = prompts_of(args, tokenizer, problems, more)
     run = runs.open_run(args.out, runs.identity(args, "compare"), args.resume, args.overwrite)
     runs.same_inputs(run, problems, args.model)
     sampler = open_sampler(args, tokenizer, longest)

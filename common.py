@@ -25,9 +25,9 @@ import torch
 
 from plumbing.answers import extract_answer, grade_all, group_answers
 from plumbing.hf_engine import sequence_logprobs
-from plumbing.models import THINK_END, Completion, encode, text_and_offsets, thinks, thought_is_open
+from plumbing.models import THINK_END, Completion, encode, prompt_ids, text_and_offsets, thinks, thought_is_open
 from plumbing.runs import problem_key, unrecorded
-from plumbing.sampler import Sampler
+from plumbing.sampler import Sampler, check_lengths
 from plumbing.votes import plain_vote, weighted_vote
 
 # The forced-termination phrase of the authors' public code: what turns the model into the meta-prover μ.
@@ -345,6 +345,14 @@ def new_traces(
             answers = args.forced_answers, args.answer_tokens, args.temperature, args.top_p
             sampled_success_rates(sampler, traces, *answers, (args.seed, 1))
         yield traces
+
+
+def prompts_of(args, tokenizer, problems: list[dict], more: int = 0) -> tuple[list[list[int]], int]:
+    """The prompts of the problems, and the tokens of the longest with a thought (and `more`) and a forced answer after
+    it; ends the run if they exceed the model's context."""
+    prompts = [prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
+    room = args.max_tokens + more + room_for_answer(tokenizer, args.answer_tokens)
+    return prompts, check_lengths(args, problems, prompts, room)
 
 
 def cut_at_budget(trace: Trace, budget: int, exact: bool = False) -> int:

@@ -22,16 +22,16 @@ from common import (
     accuracy_at,
     new_traces,
     pass_at_k,
+    prompts_of,
     regret_at,
-    room_for_answer,
     segmentation,
     vote_at_k,
 )
 from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, numbers, parse_flags, shared_flags
+from plumbing.flags import add_common_flags, changed, numbers, parse_flags, shared_flags
 from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, short_name
-from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
+from plumbing.sampler import Sampler, open_sampler, pick_engine
 from plumbing.votes import EXACT_SUBSETS, SUBSET_DRAWS
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
@@ -88,10 +88,8 @@ def main() -> None:
     for one in evaluations:  # what can be refused at once is, before anything large is fetched
         runs.check_out(one.out, runs.identity(one, *MAY_CHANGE), one.resume, one.overwrite)
         models.load_tokenizer(one.tokenizer or one.model)
-    problems = {
-        one.dataset: data.load_problems(one.dataset, args.split, args.limit, *data.columns_of(args))
-        for one in evaluations
-    }
+    datasets = dict.fromkeys(one.dataset for one in evaluations)
+    problems = {dataset: data.problems_of(changed(args, dataset=dataset)) for dataset in datasets}
     for model in dict.fromkeys(one.model for one in evaluations):
         evaluate_model([one for one in evaluations if one.model == model], problems)
     if len(evaluations) > 1:
@@ -114,17 +112,13 @@ def one_of_many(args, model: str, dataset: str) -> argparse.Namespace:
 def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, list[dict]]) -> None:
     """One model, loaded once, on every data set: samples, then summary.json and summary.md."""
     first = evaluations[0]
-    tokenizer, prompts, longest = models.load_tokenizer(first.tokenizer or first.model), {}, 0
-    for one in evaluations:
-        template = one.chat_template_kwargs
-        prompts[one.dataset] = [models.prompt_ids(tokenizer, p["problem"], template) for p in problems[one.dataset]]
-        room = one.max_tokens + room_for_answer(tokenizer, one.answer_tokens)
-        longest = max(longest, check_lengths(one, problems[one.dataset], prompts[one.dataset], room))
-    sampler = open_sampler(first, tokenizer, longest)
+    tokenizer = models.load_tokenizer(first.tokenizer or first.model)
+    prompts = {one.dataset: prompts_of(one, tokenizer, problems[one.dataset]) for one in evaluations}
+    sampler = open_sampler(first, tokenizer, max(longest for _, longest in prompts.values()))
     for one in evaluations:
         run = runs.open_run(one.out, runs.identity(one, *MAY_CHANGE), one.resume, one.overwrite)
         runs.same_inputs(run, problems[one.dataset], one.model)
-        sample(one, run, sampler, problems[one.dataset], prompts[one.dataset])
+        sample(one, run, sampler, problems[one.dataset], prompts[one.dataset][0])
         groups = group_by_problem(runs.load_records(run / "records.jsonl"))
         records = [r for problem in problems[one.dataset] for r in groups[problem["id"]]]
         summary = summarise(one, records, problem_values(one, records))

@@ -34,9 +34,9 @@ from common import (
     end_of_thought,
     forced_prompt,
     new_traces,
+    prompts_of,
     read_answers,
     regret_at,
-    room_for_answer,
     segmentation,
     trace_of,
 )
@@ -45,7 +45,7 @@ from plumbing.fine_tuning import fine_tune
 from plumbing.flags import add_common_flags, changed, numbers, parse_flags, positive_int, shared_flags
 from plumbing.report import Curve, Panel, Values, interval, problem_means
 from plumbing.runs import fail, problem_key
-from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
+from plumbing.sampler import Sampler, open_sampler, pick_engine
 from plumbing.training import ranks
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
@@ -112,14 +112,8 @@ def main() -> None:
     tokenizer = models.load_tokenizer(weights)
     if not models.thinks(tokenizer):
         fail(f"--model {args.model}: has no {models.THINK_END} in its vocabulary, so no thought to cut")
-    problems, held_out = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)), []
-    if args.eval_dataset or data.is_tiny_dataset(args.dataset):
-        held_out = data.load_problems(
-            args.eval_dataset or args.dataset, args.eval_split, args.eval_problems, *data.columns_of(args)
-        )
-    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems + held_out]
-    room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
-    longest = check_lengths(args, problems + held_out, prompts, room)
+    problems, held_out = data.problems_of(args), data.held_out_of(args)
+    _, longest = prompts_of(args, tokenizer, problems + held_out)
     model = models.load_model(weights, models.pick_device())
     run = training.open_run_once(args.out, runs.identity(args), args.resume, args.overwrite)
     if ranks()[0] == 0:
@@ -196,7 +190,7 @@ def evaluate(args, file: Path, sampler: Sampler, problems: list[dict]) -> None:
 def recorded_traces(args, file: Path, sampler: Sampler, problems: list[dict]) -> list[Trace]:
     """--num-samples traces a problem with J at every boundary: sampled, each process its share, and read back."""
     tokenizer, how = sampler.tokenizer, segmentation(args, max_episodes=args.max_episodes)
-    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
+    prompts, _ = prompts_of(args, tokenizer, problems)
     place = {problem["id"]: number for number, problem in enumerate(problems)}
     for traces in new_traces(args, file, sampler, problems, prompts, how, process=ranks()):
         records = training.gather_over_ranks([trace.record() for trace in traces])
