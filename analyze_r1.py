@@ -36,7 +36,7 @@ from common import (
     vote_at_k,
 )
 from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, numbers, parse_flags, positive_int, shared_flags, whole_number, with_model
+from plumbing.flags import add_common_flags, parse_flags, positive_int, shared_flags, whole_number, with_model
 from plumbing.models import THINK_END, Completion, encode, text_and_offsets
 from plumbing.report import Curve, Panel, cell, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, problem_key, short_name
@@ -83,15 +83,12 @@ def flags(argv=None) -> argparse.Namespace:
     flag("--from", dest="from_run", type=Path, metavar="RUN", help="redraw an earlier run, without a model")
     args = parse_flags(parser, DEFAULTS, argv)
     if args.from_run:  # the settings that its records were made with
-        settings = (runs.config_of(args.from_run) or {}).get("settings", {})
-        if "episodes_per_point" not in settings:
-            fail(f"--from {args.from_run}: no config.json of an analysis there")
+        settings = runs.settings_of(args.from_run, "--from", "analyze_r1.py", "episodes_per_point")
         names = ("model", "max-steps", "episodes-per-point")
         argv = sys.argv[1:] if argv is None else argv
         args = parse_flags(parser, DEFAULTS, argv + [f"--{n}={settings[n.replace('-', '_')]}" for n in names])
     name = short_name(str(args.traces or args.dataset))
     args.out = args.from_run or args.out or Path("runs") / f"analyze-{short_name(args.model)}-{name}"
-    args.budgets = numbers("--budgets", args.budgets)
     return args
 
 
@@ -249,7 +246,7 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
 
 def write_report(args, run: Path) -> None:
     """summary.json, summary.md, the figures and the page, from the records alone."""
-    records = runs.load_records(run / "records.jsonl") if (run / "records.jsonl").exists() else []
+    records = runs.load_records(run / "records.jsonl")
     if not records:
         fail(f"{run}: the records hold no trace")
     for record in records:
@@ -257,12 +254,9 @@ def write_report(args, run: Path) -> None:
     summary = summarise(args, records)
     if (run / "direct.jsonl").exists():
         summary["direct"] = direct_summary(runs.load_records(run / "direct.jsonl"))
-    text = table(summary)
-    runs.write_text(run / "summary.md", text)
     figures = [draw_scaling(summary, run), draw_budgets(summary, run), draw_progress(summary, run)]
     page = report.write_page(records, run / "trace.html")
-    runs.write_json(run / "summary.json", summary)
-    print(f"\n{text}\nfigures: {', '.join(map(str, figures))}   page: {page}")
+    report.write_summary(run, summary, table(summary), f"figures: {', '.join(map(str, figures))}   page: {page}")
 
 
 def votes(record: dict, kind: str) -> list[list[float]]:

@@ -12,7 +12,6 @@ the end-of-thinking marker, --extensions times, and answers are sampled after 0,
 """
 
 import argparse
-import copy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from common import (
     trace_of,
 )
 from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, numbers, parse_flags, positive_int, shared_flags, whole_number
+from plumbing.flags import add_common_flags, each_in_its_folder, parse_flags, positive_int, shared_flags, whole_number
 from plumbing.models import THINK_END, encode, text_and_offsets
 from plumbing.report import Curve, Panel, Values, interval, problem_means
 from plumbing.runs import fail, problem_key, short_name
@@ -87,7 +86,6 @@ def flags(argv=None) -> argparse.Namespace:
     names = args.model.split(",")
     name = short_name(names[0]) if len(names) == 1 else "models"
     args.out = args.out or Path("runs") / ("budget-compare" if args.compare else f"budget-{name}")
-    args.budgets = numbers("--budgets", args.budgets)
     args.strings = ["Wait"] if args.style == "s1" else args.strings.split(",")
     if not all(args.strings):
         fail("--strings: one of them is empty")
@@ -100,9 +98,7 @@ def flags(argv=None) -> argparse.Namespace:
 
 
 def take_settings_of_thoughts(args) -> None:
-    analysis = (runs.config_of(args.thoughts) or {}).get("settings", {})
-    if "episodes_per_point" not in analysis:
-        fail(f"--thoughts {args.thoughts}: no config.json of an analyze_r1.py run there")
+    analysis = runs.settings_of(args.thoughts, "--thoughts", "analyze_r1.py", "episodes_per_point")
     if analysis["model"] != args.model:
         fail(f"--thoughts {args.thoughts}: holds thoughts of --model {analysis['model']}, not of {args.model}")
     if not analysis.get("traces") and args.max_tokens != analysis["max_tokens"]:
@@ -116,7 +112,12 @@ def main() -> None:
         compare(args, args.compare)
         return
     args.engine = pick_engine(args.engine)
-    one_of_each = [one_of_many(args, model) for model in args.model.split(",")]
+    names = args.model.split(",")
+    forcings = each_in_its_folder(args, [short_name(name) for name in names], [{"model": name} for name in names])
+    for one in forcings:  # what can be refused at once is
+        runs.check_out(one.out, runs.identity(one, "compare"), one.resume, one.overwrite)
+        if not models.thinks(models.load_tokenizer(one.tokenizer or one.model)):
+            fail(f"--model {one.model}: has no {THINK_END} in its vocabulary, so no thought to cut or to extend")
     thoughts = runs.load_records(args.thoughts / "records.jsonl") if args.thoughts else None
     if thoughts:
         problems = list(
@@ -125,21 +126,9 @@ def main() -> None:
         problems = problems[: args.limit]
     else:
         problems = data.problems_of(args)
-    for one in one_of_each:
+    for one in forcings:
         force(one, problems, thoughts)
-    compare(args, [one.out for one in one_of_each])
-
-
-def one_of_many(args, model: str) -> argparse.Namespace:
-    """The settings of one model; what can be refused at once is refused."""
-    one = copy.copy(args)
-    if model != args.model:
-        runs.check_out_of_many(args.out)
-        one.model, one.out = model, args.out / short_name(model)
-    runs.check_out(one.out, runs.identity(one, "compare"), one.resume, one.overwrite)
-    if not models.thinks(models.load_tokenizer(args.tokenizer or model)):
-        fail(f"--model {model}: has no {THINK_END} in its vocabulary, so no thought to cut or to extend")
-    return one
+    compare(args, [one.out for one in forcings])
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -324,9 +313,8 @@ SAME += "temperature top_p"  # settings in which runs that are compared may not 
 def compare(args, folders: list[Path]) -> None:
     """Table and figures of runs on the problems they share, from their records; differences are to the first."""
     recorded = report.read_runs(folders, "budget_force.py", "extension_tokens")
-    for setting in SAME.split():
-        if len({str(run.settings[setting]) for run in recorded}) > 1:
-            fail(f"--compare: the runs differ in --{setting.replace('_', '-')}")
+    if differing := report.differing_flags(recorded, SAME.split()):
+        fail(f"--compare: the runs differ in {', '.join(differing)}")
     problems, settings = report.keep_shared_problems(recorded), recorded[0].settings
     values = {run.name: problem_values(settings, run.records) for run in recorded}
     summary = {
@@ -348,10 +336,8 @@ def compare(args, folders: list[Path]) -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     text = table(summary, settings)
-    runs.write_text(args.out / "summary.md", text)
     figures = [draw_regret(summary, args.out), draw_accuracy(summary, args.out)]
-    runs.write_json(args.out / "summary.json", summary)
-    print(f"\n{text}\ntable: {args.out / 'summary.md'}   figures: {', '.join(map(str, figures))}")
+    report.write_summary(args.out, summary, text, f"figures: {', '.join(map(str, figures))}")
 
 
 def table(summary: dict, settings: dict) -> str:

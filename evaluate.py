@@ -12,7 +12,6 @@ are paired on the same problems.
 """
 
 import argparse
-import copy
 import math
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from common import (
     vote_at_k,
 )
 from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, changed, numbers, parse_flags, shared_flags
+from plumbing.flags import add_common_flags, changed, each_in_its_folder, numbers, parse_flags, shared_flags
 from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, short_name
 from plumbing.sampler import Sampler, open_sampler, pick_engine
@@ -48,6 +47,7 @@ DEFAULTS = {
     "max_episodes": (32, 16, "ours; the authors' regret study joins episodes by tens"),
     "batch_problems": (64, 4, "ours"),
 }
+SAME = ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes")  # of runs to be compared
 MAY_CHANGE = ("metric", "k", "budgets", "num_samples", "compare", "limit", "vote")  # between a run and its --resume
 
 
@@ -65,7 +65,7 @@ def flags(argv=None) -> argparse.Namespace:
     args = parse_flags(parser, DEFAULTS, argv)
     args.out = args.out or Path("runs") / ("compare" if args.compare else f"eval-{label(args.model, args.dataset)}")
     args.k = args.k or ",".join(str(2**i) for i in range(args.num_samples.bit_length()))
-    args.k, args.budgets = numbers("--k", args.k), numbers("--budgets", args.budgets)
+    args.k = numbers("--k", args.k)
     if not args.compare and max(args.k) > args.num_samples:
         fail(f"--k {max(args.k)}: more than the {args.num_samples} samples of a problem")
     return args
@@ -82,9 +82,9 @@ def main() -> None:
         compare(args, args.compare)
         return
     args.engine = pick_engine(args.engine)
-    evaluations = [
-        one_of_many(args, model, dataset) for model in args.model.split(",") for dataset in args.dataset.split(",")
-    ]
+    pairs = [(model, dataset) for model in args.model.split(",") for dataset in args.dataset.split(",")]
+    settings = [{"model": model, "dataset": dataset} for model, dataset in pairs]
+    evaluations = each_in_its_folder(args, [label(*pair) for pair in pairs], settings)
     for one in evaluations:  # what can be refused at once is, before anything large is fetched
         runs.check_out(one.out, runs.identity(one, *MAY_CHANGE), one.resume, one.overwrite)
         models.load_tokenizer(one.tokenizer or one.model)
@@ -94,19 +94,6 @@ def main() -> None:
         evaluate_model([one for one in evaluations if one.model == model], problems)
     if len(evaluations) > 1:
         compare(args, [one.out for one in evaluations])
-
-
-def one_of_many(args, model: str, dataset: str) -> argparse.Namespace:
-    """The settings of one model on one data set."""
-    one = copy.copy(args)
-    one.model, one.dataset = model, dataset
-    if (model, dataset) != (args.model, args.dataset):
-        runs.check_out_of_many(args.out)
-        one.out = args.out / label(model, dataset)
-        same = [m for m in args.model.split(",") if label(m, dataset) == label(model, dataset)]
-        if len(same) > 1:
-            fail(f"--model {args.model}: two of them would have the same folder {one.out}")
-    return one
 
 
 def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, list[dict]]) -> None:
@@ -122,10 +109,8 @@ def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, li
         groups = group_by_problem(runs.load_records(run / "records.jsonl"))
         records = [r for problem in problems[one.dataset] for r in groups[problem["id"]]]
         summary = summarise(one, records, problem_values(one, records))
-        runs.write_json(run / "summary.json", summary)
-        table = table_of({one.out.name: summary}, {})
-        runs.write_text(run / "summary.md", table)
-        print(f"{table}\nrecords: {run / 'records.jsonl'}   summary: {run / 'summary.json'}")
+        table = table_of({run.name: summary}, {})
+        report.write_summary(run, summary, table, f"records: {run / 'records.jsonl'}")
     sampler.close()
 
 
@@ -234,9 +219,8 @@ def table_of(summaries: dict[str, dict], differences: dict[str, dict]) -> str:
 def compare(args, folders: list[Path]) -> None:
     """Tables, paired differences and figures from records alone; one section a data set, and a table of all."""
     recorded = report.read_runs(folders, "evaluate.py", "top_p")
-    for setting in ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes"):
-        if len({str(run.settings[setting]) for run in recorded}) > 1:
-            print(f"warning: the runs differ in --{setting.replace('_', '-')}")
+    for flag in report.differing_flags(recorded, SAME):
+        print(f"warning: the runs differ in {flag}")
     datasets = list(dict.fromkeys(run.settings["dataset"] for run in recorded))
     text, summary, figures = (table_of_datasets(recorded, datasets) + "\n" if len(datasets) > 1 else ""), {}, []
     args.out.mkdir(parents=True, exist_ok=True)
@@ -247,9 +231,7 @@ def compare(args, folders: list[Path]) -> None:
         part, summary[dataset] = compare_on_one(args, of_dataset)
         text += ("" if len(datasets) == 1 else f"## {dataset}\n\n") + part + "\n"
         figures += [draw_anytime(args, of_dataset, stem), draw_efficiency(args, of_dataset, stem)]
-    runs.write_json(args.out / "summary.json", summary)
-    runs.write_text(args.out / "summary.md", text)
-    print(f"{text}\ntable: {args.out / 'summary.md'}   figures: {', '.join(str(path) for path in figures if path)}")
+    report.write_summary(args.out, summary, text, f"figures: {', '.join(str(path) for path in figures if path)}")
 
 
 def compare_on_one(args, recorded: list[RecordedRun]) -> tuple[str, dict]:

@@ -42,7 +42,7 @@ from common import (
 )
 from plumbing import data, models, report, runs, training
 from plumbing.fine_tuning import fine_tune
-from plumbing.flags import add_common_flags, changed, numbers, parse_flags, positive_int, shared_flags
+from plumbing.flags import add_common_flags, changed, parse_flags, positive_int, shared_flags
 from plumbing.report import Curve, Panel, Values, interval, problem_means
 from plumbing.runs import fail, problem_key
 from plumbing.sampler import Sampler, open_sampler, pick_engine
@@ -95,7 +95,6 @@ def flags(argv=None) -> argparse.Namespace:
     shared_flags(parser, "held-out problems", "eval-dataset eval-split eval-problems budgets")
     args = parse_flags(parser, DEFAULTS, argv)
     args.out = args.out or Path("runs") / f"star-{runs.short_name(args.model)}-{args.filter}-seed{args.seed}"
-    args.budgets = numbers("--budgets", args.budgets)
     if not 0 <= args.min_success <= 1:
         fail(f"--min-success {args.min_success}: must be between 0 and 1")
     if args.temperature == 0:
@@ -365,9 +364,7 @@ def write_report(args, run: Path) -> None:
             text += f"\nAfter {args.iterations} iterations:\n\n"
             text += report.metric_table({"MRT-STaR - STaR": minus}, "+")
         draw(args, summary, run)
-    runs.write_json(run / "summary.json", summary)
-    runs.write_text(run / "summary.md", text)
-    print(f"\n{text}\nmodels: {run}/FILTER/model_N   table: {run / 'summary.md'}   figure: {run / 'star.png'}")
+    report.write_summary(run, summary, text, f"models: {run}/FILTER/model_N   figure: {run / 'star.png'}")
 
 
 def iteration_files(folder: Path) -> list[Path]:

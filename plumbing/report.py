@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.runs import config_of, fail, load_records, read_jsonl, write_text
+from plumbing.runs import fail, load_records, read_jsonl, settings_of, write_json, write_text
 
 # ============================================================================================ numbers
 
@@ -134,14 +134,16 @@ class RecordedRun:
 
 
 def read_runs(folders: list[Path], script: str, setting: str) -> list[RecordedRun]:
-    """Runs of a script, with short names. `setting`: one that only this script has."""
-    runs = []
-    for folder, name in zip(folders, run_names(folders)):
-        settings = (config_of(folder) or {}).get("settings", {})
-        if setting not in settings or not (folder / "records.jsonl").exists():
-            fail(f"--compare {folder}: no config.json and records.jsonl of a run of {script} there")
-        runs.append(RecordedRun(name, settings, load_records(folder / "records.jsonl")))
-    return runs
+    """Runs of a script to compare, with short names. `setting`: one that only this script has."""
+    settings = [settings_of(folder, "--compare", script, setting) for folder in folders]
+    records = [load_records(folder / "records.jsonl") for folder in folders]
+    return [RecordedRun(*run) for run in zip(run_names(folders), settings, records)]
+
+
+def differing_flags(runs: list[RecordedRun], settings: Iterable[str]) -> list[str]:
+    """The flags, of those of the given settings, in which runs differ."""
+    differing = [name for name in settings if len({str(run.settings[name]) for run in runs}) > 1]
+    return [f"--{name.replace('_', '-')}" for name in differing]
 
 
 def run_names(folders: list[Path]) -> list[str]:
@@ -162,6 +164,13 @@ def keep_shared_problems(runs: list[RecordedRun]) -> int:
         run.records = [r for r in run.records if (r["id"], r["problem"]) in shared]
         run.records.sort(key=lambda r: (r["id"], r["sample"]))
     return len(shared)
+
+
+def write_summary(folder: Path, summary: dict, table: str, others: str) -> None:
+    """summary.json and summary.md; prints the table and where it and the `others` are."""
+    write_json(folder / "summary.json", summary)
+    write_text(folder / "summary.md", table)
+    print(f"\n{table}\ntable: {folder / 'summary.md'}   {others}")
 
 
 # ============================================================================================ figures

@@ -131,6 +131,15 @@ def config_of(run: Path) -> dict | None:
         return None
 
 
+def settings_of(run: Path, flag: str, script: str, setting: str) -> dict:
+    """The settings of an earlier run that a flag names; ends the program if `script` has recorded nothing there.
+    `setting`: one that only this script has."""
+    settings = (config_of(run) or {}).get("settings", {})
+    if setting not in settings or not (run / "records.jsonl").exists():
+        fail(f"{flag} {run}: no config.json and records.jsonl of a run of {script} there")
+    return settings
+
+
 def identity(args: argparse.Namespace, *may_change: str) -> dict:
     """The settings that make a run what it is: --resume needs the same. `may_change`: those of the script that only
     say how much is made or what is shown of it."""
@@ -187,12 +196,6 @@ def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
         was = ", ".join(f"--{k.replace('_', '-')} {earlier.get(k)} (now {now[k]})" for k in changed)
         fail(f"--out {out}: the run there has other settings: {was}")
     return True
-
-
-def check_out_of_many(out: Path) -> None:
-    """Ends the program if the folder for the runs of several models is itself a run."""
-    if config_of(out):
-        fail(f"--out {out}: holds a run of one model; name another folder for several")
 
 
 def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
