@@ -347,7 +347,7 @@ def table(summary: dict, settings: dict) -> str:
     text += f"at most {settings['extension_tokens']} tokens each.\n\n"
     text += report.metric_table({name: run["metrics"] for name, run in of_runs.items()})
     for count in ("truncated", "samples", "problems"):
-        text += f"| {count} | {' | '.join(f'{run[count]:.3g}' for run in of_runs.values())} |\n"
+        text += report.table_row(count, *(f"{run[count]:.3g}" for run in of_runs.values()))
     first = next(iter(of_runs))
     problems = of_runs[first]["problems"]
     return text + report.difference_table(summary["difference_to_first"], f"{first} on the same {problems} problems")

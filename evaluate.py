@@ -13,6 +13,7 @@ are paired on the same problems.
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ DEFAULTS = {
     "batch_problems": (64, 4, "ours"),
 }
 SAME = ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes")  # of runs to be compared
+SCORES = ("pass@k", "maj@k")
 MAY_CHANGE = ("metric", "k", "budgets", "num_samples", "compare", "limit", "vote")  # between a run and its --resume
 
 
@@ -105,27 +107,23 @@ def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, li
     for one in evaluations:
         run = runs.open_run(one.out, runs.identity(one, *MAY_CHANGE), one.resume, one.overwrite)
         runs.same_inputs(run, problems[one.dataset], one.model)
-        sample(one, run, sampler, problems[one.dataset], prompts[one.dataset][0])
-        groups = group_by_problem(runs.load_records(run / "records.jsonl"))
-        records = [r for problem in problems[one.dataset] for r in groups[problem["id"]]]
+        records = sample(one, run / "records.jsonl", sampler, problems[one.dataset], prompts[one.dataset][0])
         summary = summarise(one, records, problem_values(one, records))
-        table = table_of({run.name: summary}, {})
-        report.write_summary(run, summary, table, f"records: {run / 'records.jsonl'}")
+        report.write_summary(run, summary, table_of({run.name: summary}, {}), f"records: {run / 'records.jsonl'}")
     sampler.close()
 
 
-# ---------------------------------------------------------------------------------------------- sampling
-
-
-def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: list[list[int]]) -> None:
-    """Writes a record a trace, as each batch of problems is done. Traces that are recorded already are not made again:
-    a run goes on where it stopped, and more samples are added to those there."""
-    file, forced = run / "records.jsonl", args.metric in ("regret", "all")
+def sample(args, file: Path, sampler: Sampler, problems: list[dict], prompts: list[list[int]]) -> list[dict]:
+    """The records, one a trace, in the order of the problems. What is recorded already is not made again: a run goes on
+    where it stopped, and more samples are added to those there."""
+    forced = args.metric in ("regret", "all")
     if forced and file.exists() and not all(r["J"] for r in runs.load_records(file)):
-        fail(f"--metric {args.metric}: the records in {run} were made without forced answers; use another --out")
+        fail(f"--metric {args.metric}: the records in {file} were made without forced answers; use another --out")
     how = segmentation(args, max_episodes=args.max_episodes)
     for traces in new_traces(args, file, sampler, problems, prompts, how, forced=forced):
         runs.append_jsonl(file, [trace.record() for trace in traces])
+    groups = group_by_problem(runs.load_records(file))
+    return [record for problem in problems for record in groups[problem["id"]]]
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -158,6 +156,17 @@ def vote_at(group: list[dict], k: int, vote: str) -> float:
     return vote_at_k([r["boxed"] for r in group], group[0]["gold"], k, weights)
 
 
+COUNTS: dict[str, Callable[[dict], float]] = {  # means over the traces
+    "truncated": lambda r: r["finish"] == "length",
+    "no_answer": lambda r: r["verdict"] == "none",
+    "timed_out": lambda r: r["verdict"] == "timeout",
+    "no_thought": lambda r: r["finished"] and r["boundaries"][-1] == 0,
+    "one_episode": lambda r: len(r["boundaries"]) <= 2,
+    "thought_tokens": lambda r: r["boundaries"][-1],
+    "answer_tokens": lambda r: r["tokens"] - r["boundaries"][-1],
+}
+
+
 def summarise(args, records: list[dict], values: Values) -> dict:
     """Every metric with its 95 % interval, from `problem_values`; counts; what went wrong."""
     metrics = {name: interval(of_problems) for name, of_problems in values.items()}
@@ -165,52 +174,27 @@ def summarise(args, records: list[dict], values: Values) -> dict:
     for name, metric in metrics.items():
         if name.startswith("maj@") and args.vote == "likelihood" and math.comb(n, int(name[4:])) > EXACT_SUBSETS:
             metric["draw_error"] = 0.5 / math.sqrt(SUBSET_DRAWS * problems)  # of drawing subsets, at most
-    progress = [step for r in records for step in np.diff(r["J"])]
-
-    def mean(value) -> float:
-        return float(np.mean([value(r) for r in records]))
-
+    progress = [change for r in records for change in np.diff(r["J"])]
     return {
         "problems": problems,
         "samples": len(records),
-        "truncated": mean(lambda r: r["finish"] == "length"),
-        "no_answer": mean(lambda r: r["verdict"] == "none"),
-        "timed_out": mean(lambda r: r["verdict"] == "timeout"),
-        "no_thought": mean(lambda r: r["finished"] and r["boundaries"][-1] == 0),
-        "one_episode": mean(lambda r: len(r["boundaries"]) <= 2),
-        "thought_tokens": mean(lambda r: r["boundaries"][-1]),
-        "answer_tokens": mean(lambda r: r["tokens"] - r["boundaries"][-1]),
+        **{name: float(np.mean([count(r) for r in records])) for name, count in COUNTS.items()},
         "progress_per_episode": float(np.mean(progress)) if progress else None,
         "vote": args.vote,
         "metrics": metrics,
     }
 
 
-COUNTS = (
-    "truncated",
-    "no_answer",
-    "timed_out",
-    "no_thought",
-    "one_episode",
-    "thought_tokens",
-    "answer_tokens",
-    "problems",
-    "samples",
-)
-
-
 def table_of(summaries: dict[str, dict], differences: dict[str, dict]) -> str:
     """One column a run: each metric with its interval, the counts; then the differences to the first run."""
-    metrics = report.metric_table({name: summary["metrics"] for name, summary in summaries.items()})
+    text = report.metric_table({name: summary["metrics"] for name, summary in summaries.items()})
     for name in COUNTS:
         digits = 1 if name.endswith("tokens") else 3
-        counts = [summary[name] for summary in summaries.values()]
-        cells = [str(count) if isinstance(count, int) else f"{count:.{digits}f}" for count in counts]
-        metrics += f"| {name.replace('_', ' ')} | {' | '.join(cells)} |\n"
+        text += report.table_row(name.replace("_", " "), *(f"{s[name]:.{digits}f}" for s in summaries.values()))
+    for name in ("problems", "samples"):
+        text += report.table_row(name, *(str(summary[name]) for summary in summaries.values()))
     first = next(iter(summaries))
-    return metrics + report.difference_table(
-        differences, f"{first} on the same {summaries[first]['problems']} problems"
-    )
+    return text + report.difference_table(differences, f"{first} on the same {summaries[first]['problems']} problems")
 
 
 # ---------------------------------------------------------------------------------------------- comparison
@@ -243,16 +227,11 @@ def compare_on_one(args, recorded: list[RecordedRun]) -> tuple[str, dict]:
     curves = {run.name: efficiency(args, run.records) for run in recorded}
     base, *others = curves
     ratios = {name: {metric: token_ratio(curves[base], curves[name], metric) for metric in SCORES} for name in others}
-    for name, of_metrics in ratios.items():
-        for metric, r in of_metrics.items():
-            text += (
-                f"\nFor {metric} = {r['at']:.3f} {base} needs {r['ratio']:.2f} times the tokens of {name} "
-                f"[{r['low']:.2f}, {r['high']:.2f}].\n"
-            )
+    for name, ratios_of_run in ratios.items():
+        for metric, r in ratios_of_run.items():
+            text += f"\nFor {metric} = {r['at']:.3f} {base} needs {r['ratio']:.2f} times the tokens of {name} "
+            text += f"[{r['low']:.2f}, {r['high']:.2f}].\n"
     return text, {"runs": summaries, "difference_to_first": differences, "token_ratio_to_first": ratios}
-
-
-SCORES = ("pass@k", "maj@k")
 
 
 def efficiency(args, records: list[dict]) -> dict[str, np.ndarray]:
@@ -272,7 +251,7 @@ def token_ratio(base: dict[str, np.ndarray], other: dict[str, np.ndarray], metri
     efficiency"), with a bootstrap over the problems they share; above 1 the other is more efficient."""
 
     def ratio(chosen) -> tuple[float, float]:
-        curves = [(of["tokens"][chosen].mean(0), of[metric][chosen].mean(0)) for of in (base, other)]
+        curves = [(curve["tokens"][chosen].mean(0), curve[metric][chosen].mean(0)) for curve in (base, other)]
         target = min(scores.max() for _, scores in curves)
         return report.tokens_to_reach(target, *curves[0]) / report.tokens_to_reach(target, *curves[1]), target
 
@@ -285,21 +264,21 @@ def token_ratio(base: dict[str, np.ndarray], other: dict[str, np.ndarray], metri
 def table_of_datasets(recorded: list[RecordedRun], datasets: list[str]) -> str:
     """pass@1 of every model on every data set and the average over data sets, as in Table 1. The average's interval
     comes from independent bootstraps of the data sets."""
-    means: dict[str, dict[str, np.ndarray]] = {}
+    right: dict[str, dict[str, np.ndarray]] = {}
     for run in recorded:
-        of_model = means.setdefault(run.settings["model"], {})
-        of_model[run.settings["dataset"]] = problem_means(run.records, lambda r: r["reward"])
-    short = {model: short_name(model) for model in means}
+        means = problem_means(run.records, lambda r: r["reward"])
+        right.setdefault(run.settings["model"], {})[run.settings["dataset"]] = means
+    names = {model: short_name(model) for model in right}
     rows = []
-    for model, values in means.items():
-        cells = [report.cell(interval(values[d]) if d in values else None) for d in datasets]
+    for model, values in right.items():
         average = None
         if len(values) == len(datasets):
             draws = [v[report.bootstrap_picks(len(v), seed=i)].mean(1) for i, v in enumerate(values.values())]
             low, high = np.quantile(np.mean(draws, 0), [0.025, 0.975])
             average = {"mean": np.mean([v.mean() for v in values.values()]), "low": low, "high": high}
-        name = short[model] if len(set(short.values())) == len(short) else model
-        rows.append([name, *cells, report.cell(average)])
+        means = [interval(values[dataset]) if dataset in values else None for dataset in datasets]
+        name = names[model] if len(set(names.values())) == len(names) else model
+        rows.append([name, *map(report.cell, [*means, average])])
     return report.markdown(["pass@1", *datasets, "average"], rows)
 
 

@@ -121,7 +121,11 @@ def cell(metric: dict | None, digits: int = 3, sign: str = "") -> str:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])
+    return "".join(table_row(*row) for row in [header, ["---"] * len(header), *rows])
+
+
+def table_row(*row: str) -> str:
+    return f"| {' | '.join(row)} |\n"
 
 
 @dataclass
