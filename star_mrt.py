@@ -105,6 +105,17 @@ def flags(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = flags()
     training.start_processes()
+    run, model, sampler, problems, held_out = prepare(args)
+    evaluate(args, run / "base.jsonl", sampler, held_out)
+    ran_out = [not self_train(args, run, name, model, sampler, problems, held_out) for name in filters(args)]
+    if ranks()[0] == 0:
+        write_report(args, run)
+    if any(ran_out):
+        raise SystemExit(3)
+
+
+def prepare(args):
+    """(folder of the run, model, its sampler, problems, held-out problems), what is cheap to refuse first."""
     args.engine = pick_engine(args.engine)
     runs.check_out(args.out, runs.identity(args), args.resume, args.overwrite)
     weights = args.tokenizer or args.model  # of a served model the name says nothing
@@ -120,12 +131,7 @@ def main() -> None:
     sampler = open_sampler(args, tokenizer, longest, trained=model)
     recompute = not runs.is_tiny(weights)
     training.prepare(model, models.pick_dtype(args.dtype), models.token_logprobs, recompute)
-    evaluate(args, run / "base.jsonl", sampler, held_out)
-    ran_out = [not self_train(args, run, name, model, sampler, problems, held_out) for name in filters(args)]
-    if ranks()[0] == 0:
-        write_report(args, run)
-    if any(ran_out):
-        raise SystemExit(3)
+    return run, model, sampler, problems, held_out
 
 
 def filters(args) -> list[str]:
@@ -161,20 +167,19 @@ def iterate(args, run: Path, name: str, iteration: int, model, sampler: Sampler,
     seed = (args.seed + 1) * 1000 + iteration
     traces = recorded_traces(changed(args, seed=seed), file, sampler, problems)
     examples = select(args, name, sampler, traces, iteration)
-    line = {"iteration": iteration, **describe(traces, examples)}
+    about = {"iteration": iteration, **describe(traces, examples)}
     if ranks()[0] == 0:
-        kept = [runs.json_line(example.record(tokenizer)) for example in examples]
-        runs.write_text(folder / f"selected_{iteration}.jsonl", "".join(kept))
-        runs.write_json(folder / f"iteration_{iteration}.json", line)
-    if not examples:
+        selected = [runs.json_line(example.record(tokenizer)) for example in examples]
+        runs.write_text(folder / f"selected_{iteration}.jsonl", "".join(selected))
+    if examples:
+        sampler.pause()
+        rows = [example.fine_tuned() for example in examples]
+        about |= fine_tune(args, folder / f"tuning_{iteration}", model, tokenizer, rows)
+    else:
         print(f"the filter {name} kept no trace in iteration {iteration}: nothing to train on; see {file}")
-        return False
-    sampler.pause()
-    rows = [example.fine_tuned() for example in examples]
-    line |= fine_tune(args, folder / f"tuning_{iteration}", model, tokenizer, rows)
     if ranks()[0] == 0:
-        runs.write_json(folder / f"iteration_{iteration}.json", line)
-    return True
+        runs.write_json(folder / f"iteration_{iteration}.json", about)
+    return bool(examples)
 
 
 # ---------------------------------------------------------------------------------------------- samples
@@ -263,43 +268,30 @@ def keep_progress(traces: list[Trace], min_success: float) -> dict[int, int]:
 
 
 def add_answers(args, sampler: Sampler, traces: list[Trace], cuts: dict[int, int], iteration: int) -> list[Example]:
-    """Each cut trace with an ending and a right answer; without those for which none is found.
-
-    A complete thought with a right answer stays as it was sampled. For a cut one --forced-answers are sampled after the
-    ending, and the first right one is taken.
-    """
-    examples, asked = {}, []
-    for t, cut in cuts.items():
-        trace = traces[t]
-        ids = trace.completion.token_ids
-        if trace.finished and cut == trace.boundaries[-1] and trace.reward == 1:
-            examples[t] = Example(t, trace, cut, [], ids[cut:])
-        else:
-            asked.append(example_without_answer(args, sampler.tokenizer, t, trace, cut))
-    rows = sampler.generate(
-        [example.fine_tuned()[0] for example in asked],
-        args.answer_tokens,
-        [(args.seed, 4, iteration, problem_key(e.trace.problem), e.number) for e in asked],
-        args.forced_answers,
-        args.temperature,
-        args.top_p,
-    )
-    answers = read_answers([example.trace.problem for example in asked], rows)
-    for example, row, graded in zip(asked, rows, answers):
-        right = [c for c, a in zip(row, graded) if a.verdict == "right" and c.finish_reason == "stop"]
-        if right:
-            example.answer = right[0].token_ids
-            examples[example.number] = example
-    return [examples[t] for t in cuts if t in examples]
+    """Each cut trace with an ending and a right answer, the first of --forced-answers sampled after the ending; without
+    those for which none is right."""
+    examples = [begin_example(args, sampler.tokenizer, number, traces[number], cut) for number, cut in cuts.items()]
+    asked = [example for example in examples if not example.answer]
+    problems = [example.trace.problem for example in asked]
+    prompts = [example.fine_tuned()[0] for example in asked]
+    seeds = [(args.seed, 4, iteration, problem_key(example.trace.problem), example.number) for example in asked]
+    rows = sampler.generate(prompts, args.answer_tokens, seeds, args.forced_answers, args.temperature, args.top_p)
+    for example, completions, answers in zip(asked, rows, read_answers(problems, rows)):
+        ended = [(c, answer) for c, answer in zip(completions, answers) if c.finish_reason == "stop"]
+        example.answer = next((c.token_ids for c, answer in ended if answer.verdict == "right"), [])
+    return [example for example in examples if example.answer]
 
 
-def example_without_answer(args, tokenizer, number: int, trace: Trace, cut: int) -> Example:
-    """Between a cut thought and its answer stands the end-of-thinking marker, or μ's stop phrase."""
+def begin_example(args, tokenizer, number: int, trace: Trace, cut: int) -> Example:
+    """Between a cut thought and its answer, still to be sampled, stands the end-of-thinking marker or μ's stop phrase.
+    A complete thought with a right answer stays as it is."""
+    complete = trace.finished and cut == trace.boundaries[-1]
+    if complete and trace.reward == 1:
+        return Example(number, trace, cut, [], trace.completion.token_ids[cut:])
     if args.stop_phrase == "none":
         return Example(number, trace, cut, end_of_thought(tokenizer, trace.prefix(cut)), [])
-    ending = forced_prompt(tokenizer, trace, cut)[len(trace.prompt) + cut :]
-    whole = trace.finished and cut == trace.boundaries[-1]  # ended by the marker alone, not by the phrase
-    return Example(number, trace, cut, ending, [], 0.0 if args.stop_phrase == "masked" and not whole else 1.0)
+    ending = forced_prompt(tokenizer, trace, cut)[len(trace.prompt) + cut :]  # the marker alone if complete
+    return Example(number, trace, cut, ending, [], 0.0 if args.stop_phrase == "masked" and not complete else 1.0)
 
 
 def first_of_problem(examples: list[Example], count: int) -> list[Example]:
@@ -314,22 +306,22 @@ def first_of_problem(examples: list[Example], count: int) -> list[Example]:
 
 def describe(traces: list[Trace], examples: list[Example]) -> dict:
     """What a filter keeps, for the table."""
-    gained = [e.trace.values[e.episodes] - e.trace.values[0] for e in examples if e.episodes]
     tokens, episodes = [len(e.fine_tuned()[2]) for e in examples], [e.episodes for e in examples]
-    line = {
+    progress = sum(e.trace.values[e.episodes] - e.trace.values[0] for e in examples) / max(1, sum(episodes))
+    problems, mean = len({e.trace.problem["id"] for e in examples}), float(np.mean(tokens or [0]))
+    print(
+        f"kept {len(examples)} of {len(traces)} traces, {problems} problems, {mean:.0f} tokens on average, "
+        f"progress per episode {progress:.3f}"
+    )
+    return {
         "sampled_traces": len(traces),
         "traces": len(examples),
         "tokens": sum(tokens),
-        "mean_tokens": float(np.mean(tokens or [0])),
+        "mean_tokens": mean,
         "mean_episodes": float(np.mean(episodes or [0])),
-        "progress_per_episode": float(sum(gained) / max(1, sum(episodes))),
-        "problems": len({e.trace.problem["id"] for e in examples}),
+        "progress_per_episode": float(progress),
+        "problems": problems,
     }
-    print(
-        f"kept {line['traces']} of {len(traces)} traces, {line['problems']} problems, "
-        f"{line['mean_tokens']:.0f} tokens on average, progress per episode {line['progress_per_episode']:.3f}"
-    )
-    return line
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -337,38 +329,35 @@ def describe(traces: list[Trace], examples: list[Example]) -> dict:
 
 def write_report(args, run: Path) -> None:
     """Table, summary.json and figure of base and filters, from the records."""
-    lines = {name: [json.loads(file.read_text()) for file in iteration_files(run / name)] for name in filters(args)}
+    names, iterations = filters(args), range(1, args.iterations + 1)
+    files = {name: [run / name / f"iteration_{i}.json" for i in iterations] for name in names}
+    kept = {name: [json.loads(file.read_text()) for file in files[name] if file.exists()] for name in names}
     columns = ("traces", "tokens", "mean_tokens", "mean_episodes", "progress_per_episode", "problems")
     rows = [
-        [name, str(kept["iteration"]), *(f"{kept[c]:.4g}" for c in columns)] for name in lines for kept in lines[name]
+        [name, str(about["iteration"]), *(f"{about[column]:.4g}" for column in columns)]
+        for name in names
+        for about in kept[name]
     ]
     text = "What the filters kept:\n\n"
-    text += report.markdown(["filter", "iteration", *(c.replace("_", " ") for c in columns)], rows)
-    summary: dict = {"kept": lines}
-    if (run / "base.jsonl").exists():
-        values = {"base": values_of(args, run / "base.jsonl")}
-        for name, of_filter in lines.items():
-            for kept in of_filter:
-                file = run / name / f"evaluation_{kept['iteration']}.jsonl"
-                if file.exists():
-                    values[f"{TITLES[name]} {kept['iteration']}"] = values_of(args, file)
-        summary["models"] = {name: {m: interval(v) for m, v in metrics.items()} for name, metrics in values.items()}
+    text += report.markdown(["filter", "iteration", *(column.replace("_", " ") for column in columns)], rows)
+    evaluations = {"base": run / "base.jsonl"}
+    evaluations |= {f"{TITLES[name]} {i}": run / name / f"evaluation_{i}.jsonl" for name in names for i in iterations}
+    values = {model: values_of(args, file) for model, file in evaluations.items() if file.exists()}
+    summary: dict = {"kept": kept}
+    if values:
+        summary["models"] = {model: {m: interval(v) for m, v in metrics.items()} for model, metrics in values.items()}
         summary["difference_to_base"] = report.differences_to_first(values)
         problems = len(values["base"]["right"])
         text += f"\nOn {problems} held-out problems × {args.num_samples}:\n\n" + report.metric_table(summary["models"])
         text += report.difference_table(summary["difference_to_base"], "the base on the same problems")
-        last = {name: values[key] for name in TITLES.values() if (key := f"{name} {args.iterations}") in values}
-        if len(last) == 2:
-            (minus,) = report.differences_to_first(last).values()
-            summary["mrt_minus_star"] = minus
+        last = [f"{title} {args.iterations}" for title in TITLES.values()]
+        if all(model in values for model in last):
+            (difference,) = report.differences_to_first({model: values[model] for model in last}).values()
+            summary["mrt_minus_star"] = difference
             text += f"\nAfter {args.iterations} iterations:\n\n"
-            text += report.metric_table({"MRT-STaR - STaR": minus}, "+")
+            text += report.metric_table({"MRT-STaR - STaR": difference}, "+")
         draw(args, summary, run)
     report.write_summary(run, summary, text, f"models: {run}/FILTER/model_N   figure: {run / 'star.png'}")
-
-
-def iteration_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("iteration_*.json"), key=lambda file: int(file.stem.split("_")[1]))
 
 
 def values_of(args, file: Path) -> Values:
@@ -384,11 +373,11 @@ def draw(args, summary: dict, run: Path) -> Path:
     labels = {"right": "share right", "tokens": "tokens", f"regret@{args.budgets[-1]}": "normalised regret"}
     panels = []
     for metric, label in labels.items():
-        curves = []
+        panel = Panel({"xlabel": "iteration", "ylabel": label, "xticks": range(args.iterations + 1)}, [])
         for title in (TITLES[name] for name in filters(args)):
-            names = ["base", *(name for name in summary["models"] if name.rsplit(" ", 1)[0] == title)]
-            curves.append(Curve(range(len(names)), [summary["models"][name][metric] for name in names], title))
-        panels.append(Panel({"xlabel": "iteration", "ylabel": label, "xticks": range(args.iterations + 1)}, curves))
+            means = [m[metric] for model, m in summary["models"].items() if model.rsplit(" ", 1)[0] in ("base", title)]
+            panel.curves.append(Curve(range(len(means)), means, title))
+        panels.append(panel)
     return report.draw_panels(run / "star.png", *panels)
 
 
