@@ -76,9 +76,7 @@ def flags(argv=None) -> argparse.Namespace:
     flag("--answer-every", type=positive_int, default=2, help="extensions between answers")
     flag("--strings", default=STRINGS, help="continue strings, in turn")
     flag("--extension-tokens", type=positive_int, help="limit of one extension")
-    style = (
-        "paper: a new line and a string, each extension has its own limit, an unfinished last paragraph is dropped; "
-    )
+    style = "paper: a new line and a string, a limit for each extension, an unfinished last paragraph is dropped; "
     style += "s1: 'Wait' at the very end, all within --max-tokens"
     flag("--style", choices=("paper", "s1"), default="paper", help=style)
     flag("--compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
@@ -118,11 +116,10 @@ def main() -> None:
         runs.check_out(one.out, runs.identity(one, "compare"), one.resume, one.overwrite)
         if not models.thinks(models.load_tokenizer(one.tokenizer or one.model)):
             fail(f"--model {one.model}: has no {THINK_END} in its vocabulary, so no thought to cut or to extend")
-    thoughts = runs.load_records(args.thoughts / "records.jsonl") if args.thoughts else None
-    if thoughts:
-        problems = list(
-            {r["id"]: {"problem": r["problem"], "answer": r["gold"], "id": r["id"]} for r in thoughts}.values()
-        )
+    thoughts = None
+    if args.thoughts:
+        thoughts = report.group_by_problem(runs.load_records(args.thoughts / "records.jsonl"))
+        problems = [{"problem": r["problem"], "answer": r["gold"], "id": r["id"]} for r, *_ in thoughts.values()]
         problems = problems[: args.limit]
     else:
         problems = data.problems_of(args)
@@ -134,25 +131,22 @@ def main() -> None:
 # ---------------------------------------------------------------------------------------------- sampling
 
 
-def force(args, problems: list[dict], thoughts: list[dict] | None) -> None:
+def force(args, problems: list[dict], thoughts: dict[str, list[dict]] | None) -> None:
     """One model: writes a record a trace, as each batch of problems is done; those recorded are not made again."""
     tokenizer = models.load_tokenizer(args.tokenizer or args.model)
     strings = max(len(encode(tokenizer, "\n" + string)) for string in args.strings)
     more = args.extensions * (args.extension_tokens + strings) if args.style == "paper" else 0
     prompts, longest = prompts_of(args, tokenizer, problems, more)
+    given = thoughts and [
+        [trace_of(record, tokenizer, problem, prompt) for record in thoughts[problem["id"]]]
+        for problem, prompt in zip(problems, prompts)
+    ]
     run = runs.open_run(args.out, runs.identity(args, "compare"), args.resume, args.overwrite)
     runs.same_inputs(run, problems, args.model)
-    sampler = open_sampler(args, tokenizer, longest)
-    given = None
-    if thoughts:
-        groups = report.group_by_problem(thoughts)
-        asked = zip(problems, prompts)
-        given = [[trace_of(r, tokenizer, problem, prompt) for r in groups[problem["id"]]] for problem, prompt in asked]
-    records = run / "records.jsonl"
-    for traces in new_traces(args, records, sampler, problems, prompts, given=given, forced=False):
+    file, sampler = run / "records.jsonl", open_sampler(args, tokenizer, longest)
+    for traces in new_traces(args, file, sampler, problems, prompts, given=given, forced=False):
         points = zip(traces, exploit(args, sampler, traces), extrapolate(args, sampler, traces))
-        lines = [{**trace.record(), "exploit": cut, "extrapolate": extended} for trace, cut, extended in points]
-        runs.append_jsonl(records, lines)
+        runs.append_jsonl(file, [{**trace.record(), "exploit": e, "extrapolate": x} for trace, e, x in points])
     sampler.close()
 
 
@@ -164,14 +158,8 @@ def seed_of(args, trace: Trace) -> tuple[int, ...]:
 def point(thought_tokens: int, answers: list[ForcedAnswer], **more) -> dict:
     """A point of a trace's curve: its thought has so many tokens, and these are the answers given then."""
     tokens = float(np.mean([answer.tokens for answer in answers]))
-    forced = [asdict(answer) for answer in answers]
-    return {
-        "thought_tokens": thought_tokens,
-        "J": success_rate(answers),
-        "answer_tokens": tokens,
-        "forced": forced,
-        **more,
-    }
+    curve_point = {"thought_tokens": thought_tokens, "J": success_rate(answers), "answer_tokens": tokens}
+    return {**curve_point, "forced": [asdict(answer) for answer in answers], **more}
 
 
 def answers_to(args, sampler: Sampler, traces: list[Trace], prompts, seeds) -> list[list[ForcedAnswer]]:
@@ -182,25 +170,25 @@ def answers_to(args, sampler: Sampler, traces: list[Trace], prompts, seeds) -> l
 
 def exploit(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, dict]]:
     """For each trace {budget: point}: what it is worth if it may use no more than the budget."""
-    points: list[dict[int, dict]] = [{} for _ in traces]
-    cuts = []  # (number of the trace, budget, tokens of the thought that stay)
-    for t, trace in enumerate(traces):
-        end, total = trace.boundaries[-1], len(trace.completion.token_ids)
-        for budget in args.budgets:
-            if trace.finished and (end if args.count == "thought" else total) <= budget:
-                own = {"thought_tokens": end, "J": trace.reward, "answer_tokens": float(total - end), "forced": []}
-                points[t][budget] = {**own, "cut": False}
-            else:
-                room = budget if args.count == "thought" else max(0, budget - args.answer_tokens)
-                points[t][budget] = {}  # keeps the order of the budgets
-                cuts.append((t, budget, cut_at_budget(trace, room, args.cut == "exact")))
-    prompts = [forced_prompt(sampler.tokenizer, traces[t], cut) for t, _, cut in cuts]
-    seeds = [(*seed_of(args, traces[t]), 0, budget) for t, budget, _ in cuts]
-    for (t, budget, cut), answers in zip(
-        cuts, answers_to(args, sampler, [traces[t] for t, *_ in cuts], prompts, seeds)
-    ):
-        points[t][budget] = point(cut, answers, cut=True)
+    points = [{budget: uncut(args, trace, budget) for budget in args.budgets} for trace in traces]
+    too_long = [(t, budget) for t, by_budget in enumerate(points) for budget, point in by_budget.items() if not point]
+    reserved = 0 if args.count == "thought" else args.answer_tokens
+    cuts = [cut_at_budget(traces[t], max(0, budget - reserved), args.cut == "exact") for t, budget in too_long]
+    prompts = [forced_prompt(sampler.tokenizer, traces[t], cut) for (t, _), cut in zip(too_long, cuts)]
+    seeds = [(*seed_of(args, traces[t]), 0, budget) for t, budget in too_long]
+    answers = answers_to(args, sampler, [traces[t] for t, _ in too_long], prompts, seeds)
+    for (t, budget), cut, forced in zip(too_long, cuts, answers):
+        points[t][budget] = point(cut, forced, cut=True)
     return points
+
+
+def uncut(args, trace: Trace, budget: int) -> dict:
+    """The point of a trace that ended by itself within the budget; empty if it did not."""
+    end, total = trace.boundaries[-1], len(trace.completion.token_ids)
+    if not trace.finished or (end if args.count == "thought" else total) > budget:
+        return {}
+    answered = {"thought_tokens": end, "J": trace.reward, "answer_tokens": float(total - end)}
+    return {**answered, "forced": [], "cut": False}
 
 
 def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, dict]]:
@@ -304,16 +292,16 @@ def regret_budgets(settings: dict) -> list[int]:
     return sorted({*settings["budgets"], *(settings["max_tokens"] + more * w for w in extensions)})
 
 
-SAME = (
+SAME = (  # settings in which runs that are compared may not differ
     "budgets max_tokens extension_tokens extensions answer_every style strings count cut forced_answers answer_tokens "
-)
-SAME += "temperature top_p"  # settings in which runs that are compared may not differ
+    "temperature top_p"
+).split()
 
 
 def compare(args, folders: list[Path]) -> None:
     """Table and figures of runs on the problems they share, from their records; differences are to the first."""
     recorded = report.read_runs(folders, "budget_force.py", "extension_tokens")
-    if differing := report.differing_flags(recorded, SAME.split()):
+    if differing := report.differing_flags(recorded, SAME):
         fail(f"--compare: the runs differ in {', '.join(differing)}")
     problems, settings = report.keep_shared_problems(recorded), recorded[0].settings
     values = {run.name: problem_values(settings, run.records) for run in recorded}
@@ -323,15 +311,7 @@ def compare(args, folders: list[Path]) -> None:
         "budgets": settings["budgets"],
         "regret_budgets": regret_budgets(settings),
         "extensions": [int(w) for w in recorded[0].records[0]["extrapolate"]],
-        "runs": {
-            run.name: {
-                "problems": problems,
-                "samples": len(run.records),
-                "truncated": float(np.mean([r["finish"] == "length" for r in run.records])),
-                "metrics": {metric: interval(of_problems) for metric, of_problems in values[run.name].items()},
-            }
-            for run in recorded
-        },
+        "runs": {run.name: {"problems": problems, **summarise(run.records, values[run.name])} for run in recorded},
         "difference_to_first": report.differences_to_first(values),
     }
     args.out.mkdir(parents=True, exist_ok=True)
@@ -340,16 +320,24 @@ def compare(args, folders: list[Path]) -> None:
     report.write_summary(args.out, summary, text, f"figures: {', '.join(map(str, figures))}")
 
 
+def summarise(records: list[dict], values: Values) -> dict:
+    """What is told of one run."""
+    truncated = float(np.mean([r["finish"] == "length" for r in records]))
+    metrics = {metric: interval(of_problems) for metric, of_problems in values.items()}
+    return {"samples": len(records), "truncated": truncated, "metrics": metrics}
+
+
 def table(summary: dict, settings: dict) -> str:
-    of_runs = summary["runs"]
+    """The metrics of every run, and the differences to the first, as Markdown."""
+    forced_runs = summary["runs"]
     text = f"A budget counts {summary['counts']}; regret@{summary['training_budget']} and less is inside the training "
     text += f"budget, more is beyond. Extensions in the style of {settings['style']}, "
     text += f"at most {settings['extension_tokens']} tokens each.\n\n"
-    text += report.metric_table({name: run["metrics"] for name, run in of_runs.items()})
+    text += report.metric_table({name: run["metrics"] for name, run in forced_runs.items()})
     for count in ("truncated", "samples", "problems"):
-        text += report.table_row(count, *(f"{run[count]:.3g}" for run in of_runs.values()))
-    first = next(iter(of_runs))
-    problems = of_runs[first]["problems"]
+        text += report.table_row(count, *(f"{run[count]:.3g}" for run in forced_runs.values()))
+    first = next(iter(forced_runs))
+    problems = forced_runs[first]["problems"]
     return text + report.difference_table(summary["difference_to_first"], f"{first} on the same {problems} problems")
 
 
@@ -363,7 +351,7 @@ def draw_regret(summary: dict, out: Path) -> Path:
     beyond = inside[-1:] + [b for b in summary["regret_budgets"] if b > top]
     for number, (name, run) in enumerate(summary["runs"].items()):
         for budgets, style, label in ((inside, "o-", name), (beyond, "o--", None)):
-            means = [run["metrics"][f"regret@{b}"] for b in budgets]
+            means = [run["metrics"][f"regret@{budget}"] for budget in budgets]
             curves.append(Curve(budgets, means, label, style, f"C{number}"))
     labels = {"xlabel": f"token budget C0 (trained with {top})", "ylabel": "normalised regret"}
     return report.draw_panels(out / "regret.png", Panel(labels, curves), width=4.6, height=3.2)
