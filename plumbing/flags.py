@@ -152,13 +152,13 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     known, _ = parser.parse_known_args(argv)
     if known.config:
         from_file = []
-        for key, value in read_config(known.config).items():
-            name = str(key).replace("_", "-")
+        for setting, value in read_config(known.config).items():
+            name = str(setting).replace("_", "-")
             action = actions.get(name.replace("-", "_"))
             if action is None:
                 fail(f"--config {known.config}: no such flag --{name}")
             if action.nargs == 0 and not isinstance(value, bool):
-                fail(f"--config {known.config}: {key} is true or false, found {value!r}")
+                fail(f"--config {known.config}: {setting} is true or false, found {value!r}")
             # As flags before the others they go through the same checks.
             if action.nargs == 0:
                 from_file += [f"--{name}"] * value

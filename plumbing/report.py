@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +16,16 @@ from plumbing.runs import fail, load_records, read_jsonl, settings_of, write_jso
 # ============================================================================================ numbers
 
 
-def group_by_problem(records: Iterable[dict]) -> dict[str, list[dict]]:
-    """{problem id: its records}, in order of first appearance."""
-    groups: dict[str, list[dict]] = {}
+def group_by(records: Iterable[dict], field: str) -> dict[Any, list[dict]]:
+    """{value of a field: the records that have it}, in order of first appearance."""
+    groups: dict[Any, list[dict]] = {}
     for record in records:
-        groups.setdefault(record["id"], []).append(record)
+        groups.setdefault(record[field], []).append(record)
     return groups
+
+
+def group_by_problem(records: Iterable[dict]) -> dict[str, list[dict]]:
+    return group_by(records, "id")
 
 
 def problem_means(records: Iterable[dict], value: Callable[..., float], *more) -> np.ndarray:
@@ -194,6 +199,7 @@ def pyplot():
     plt.rcParams.update(
         {
             "font.size": 9,
+            "axes.titlesize": 8,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
@@ -227,18 +233,22 @@ class Panel:
     tokens: bool = False
 
 
-def draw_panels(file: Path, *panels: Panel, width: float = 3.3, height: float = 2.9, **more) -> Path:
-    """Panels side by side, the legend in the first one that has labels; `more`: of `plt.subplots`."""
-    figure, axes = subplots(len(panels), width, height, **more)
-    for axis, panel in zip(axes, panels):
+def draw_panels(file: Path, *panels: Panel, rows=1, width: float = 3.3, height: float = 2.9, **more) -> Path:
+    """Panels side by side, in one row or several, the legend in the first of a row that has labels; `more`: of
+    `plt.subplots`."""
+    columns = len(panels) // rows
+    size = (width * columns, height * rows)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False, **more)
+    for axis, panel in zip(axes.flat, panels):
         for curve in panel.curves:
             draw_curve(axis, curve.x, curve.means, curve.color, curve.label, curve.style, curve.band)
         if panel.tokens:
             token_axis(axis)
         axis.set(**panel.settings)
-    labelled = [axis for axis in axes if axis.get_legend_handles_labels()[1]]
-    if labelled:
-        labelled[0].legend()
+    for row in axes:
+        labelled = [axis for axis in row if axis.get_legend_handles_labels()[1]]
+        if labelled:
+            labelled[0].legend(fontsize=8 if rows == 1 else 6)
     return save_figure(figure, file)
 
 
@@ -275,10 +285,10 @@ def save_figure(figure, path: Path) -> Path:
 
 def draw_training(run: Path) -> Path:
     """`progress.png`: a training so far, from its metrics.jsonl and validation.jsonl."""
-    lines = read_jsonl(run / "metrics.jsonl")
-    thousands = [line["sampled_tokens"] / 1e3 for line in lines]
+    steps = read_jsonl(run / "metrics.jsonl")
+    thousands = [step["sampled_tokens"] / 1e3 for step in steps]
     figure, (accuracy, length, rest) = subplots(3)
-    accuracy.plot(thousands, [line["reward"] for line in lines], alpha=0.5, label="rollouts")
+    accuracy.plot(thousands, [step["reward"] for step in steps], alpha=0.5, label="rollouts")
     if (run / "validation.jsonl").exists():
         checks = read_jsonl(run / "validation.jsonl")
         x = [check["sampled_tokens"] / 1e3 for check in checks]
@@ -287,10 +297,10 @@ def draw_training(run: Path) -> Path:
             forced = [check["forced"][budget] for check in checks]
             accuracy.plot(x, forced, ".--", label=f"validation, stopped at {budget} tokens")
     accuracy.set(ylabel="share of right answers", ylim=(0, 1))
-    length.plot(thousands, [line["tokens"] for line in lines])
+    length.plot(thousands, [step["tokens"] for step in steps])
     length.set(ylabel="tokens of a rollout", ylim=(0, None))
     for name, label in (("entropy", "entropy (nats)"), ("truncated", "truncated"), ("flat_groups", "flat groups")):
-        rest.plot(thousands, [line[name] for line in lines], label=label)
+        rest.plot(thousands, [step[name] for step in steps], label=label)
     for axis in (accuracy, length, rest):
         axis.set_xlabel("sampled tokens (thousands)")
     accuracy.legend(fontsize=7)

@@ -276,14 +276,9 @@ def unrecorded(file: Path, problems: list[dict], counts: list[int], size: int, s
     todo = [i for i, first in enumerate(firsts) if first < counts[i]]
     batches = []
     for first in sorted({firsts[i] for i in todo}):
-        of_first = [i for i in todo if firsts[i] == first]
-        batches += [(of_first[start : start + size], first) for start in range(0, len(of_first), size)]
-    return with_progress(batches, Clock(len(todo), "problems", sampler))
-
-
-def with_progress(batches: list[tuple], clock: Clock) -> Iterator[tuple]:
-    """The batches, and after each a line about the time left."""
-    done = 0
+        alike = [i for i in todo if firsts[i] == first]
+        batches += [(alike[start : start + size], first) for start in range(0, len(alike), size)]
+    clock, done = Clock(len(todo), "problems", sampler), 0
     for batch, first in batches:
         yield batch, first
         done += len(batch)
@@ -330,12 +325,12 @@ def duration(seconds: float) -> str:
 def metrics_reporter(args: argparse.Namespace, run: Path) -> Callable[[dict], object]:
     """What sends a step's metrics to --report-to; `metrics.jsonl` and a picture are written in any case."""
     if getattr(args, "report_to", None) is None:
-        return lambda line: None
+        return lambda metrics: None
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(run / "tensorboard")
-        return lambda line: [writer.add_scalar(name, value, line["step"]) for name, value in line.items()]
+        return lambda metrics: [writer.add_scalar(name, value, metrics["step"]) for name, value in metrics.items()]
     service = importlib.import_module(args.report_to)  # wandb and trackio have the same two calls
     service.init(project="mrt", name=run.name, config={k: str(v) for k, v in vars(args).items()})
-    return lambda line: service.log(line, step=line["step"])
+    return lambda metrics: service.log(metrics, step=metrics["step"])
