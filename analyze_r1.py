@@ -463,17 +463,14 @@ def draw_scaling(summary: dict, run: Path) -> Path:
 
 def draw_budgets(summary: dict, run: Path) -> Path:
     """Accuracy of the answer forced by a budget, the area above it (the regret), and the regret over episodes."""
-    curve, budgets, regret = summary["accuracy_at"], list(summary["regret"]), summary["regret_over_episodes"]
-    accuracy = Curve(curve["budget"], curve["forced"], style="-")
-    normalised = Curve(budgets, [at_budget["normalised"] for at_budget in summary["regret"].values()])
-    points = range(1, len(regret) + 1)
-    labels = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then", "ylim": (0, 1)}
-    of_budget = {"xlabel": "token budget C0", "ylabel": "normalised regret", "xticks": budgets, "ylim": (0, 1)}
-    of_points = {"xlabel": "points k where it is forced to answer", "ylabel": "cumulative regret, Σ (1 - J)"}
+    within, regret, over_episodes = summary["accuracy_at"], summary["regret"], summary["regret_over_episodes"]
+    accuracy = Curve(within["budget"], within["forced"], style="-")
+    normalised = Curve(list(regret), [at_budget["normalised"] for at_budget in regret.values()])
+    points = range(1, len(over_episodes) + 1)
     never = Curve(points, [{"mean": k} for k in points], "never right", ":", "grey", band=False)
-    panels = [Panel(labels, [accuracy]), Panel(of_budget, [normalised])]
-    panels.append(Panel(of_points, [Curve(points, regret, "the model"), never]))
-    return report.draw_panels(run / "budgets.png", *panels)
+    labels = {"xlabel": "points k where it is forced to answer", "ylabel": "cumulative regret, Σ (1 - J)"}
+    cumulative = Panel(labels, [Curve(points, over_episodes, "the model"), never])
+    return report.draw_panels(run / "budgets.png", *report.anytime_panels([accuracy], [normalised]), cumulative)
 
 
 def draw_progress(summary: dict, run: Path) -> Path:

@@ -296,10 +296,8 @@ def draw_anytime(args, recorded: list[RecordedRun], stem: str) -> Path | None:
         forced = [mean_interval(run.records, accuracy_at, budget) for budget in grid]
         accuracy.append(Curve(grid, forced, run.name, "-"))
         regret.append(Curve(args.budgets, [mean_interval(run.records, regret_at, budget) for budget in args.budgets]))
-    labels = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then"}
-    left = Panel({**labels, "ylim": (0, 1), "xlim": (0, top)}, accuracy)
-    right = Panel({"xlabel": "token budget C0", "ylabel": "normalised regret", "xticks": args.budgets}, regret)
-    return report.draw_panels(args.out / f"{stem}anytime.png", left, right, width=4.2)
+    panels = report.anytime_panels(accuracy, regret)
+    return report.draw_panels(args.out / f"{stem}anytime.png", *panels, width=4.2)
 
 
 def draw_efficiency(args, recorded: list[RecordedRun], stem: str) -> Path:

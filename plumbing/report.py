@@ -252,6 +252,13 @@ def draw_panels(file: Path, *panels: Panel, rows=1, width: float = 3.3, height: 
     return save_figure(figure, file)
 
 
+def anytime_panels(accuracy: list[Curve], regret: list[Curve]) -> tuple[Panel, Panel]:
+    """Accuracy of the answer forced within each token budget, and the normalised regret, the area above it."""
+    left = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then", "ylim": (0, 1)}
+    right = {"xlabel": "token budget C0", "ylabel": "normalised regret", "xticks": regret[0].x}
+    return Panel({**left, "xlim": (0, max(accuracy[0].x))}, accuracy), Panel(right, regret)
+
+
 def subplots(count: int, width: float = 3.3, height: float = 2.9, **more):
     """(figure, axes [count]) side by side."""
     size = (width * count, height)
