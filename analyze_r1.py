@@ -11,7 +11,6 @@ progress of each episode, and trace.html, a page to read traces in. Intervals ar
 """
 
 import argparse
-import copy
 import math
 import sys
 from collections import Counter
@@ -26,22 +25,22 @@ from common import (
     additional_regret,
     episode_spans,
     grade_traces,
+    new_traces,
     pass_at_k,
+    prompts_of,
     read_traces,
     regret_at,
     room_for_answer,
-    sample_traces,
-    sampled_success_rates,
     segmentation,
     token_boundaries,
     vote_at_k,
 )
 from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, ask_server, numbers, parse_flags, positive_int, shared_flags, whole_number
+from plumbing.flags import add_common_flags, parse_flags, positive_int, shared_flags, whole_number, with_model
 from plumbing.models import THINK_END, Completion, encode, text_and_offsets
-from plumbing.report import Curve, Panel, cell, group_by_problem, interval, problem_means
+from plumbing.report import Curve, Panel, cell, group_by, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, problem_key, short_name
-from plumbing.sampler import Sampler, check_lengths, context_of, open_sampler, pick_engine
+from plumbing.sampler import context_of, open_sampler, pick_engine
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
@@ -84,15 +83,12 @@ def flags(argv=None) -> argparse.Namespace:
     flag("--from", dest="from_run", type=Path, metavar="RUN", help="redraw an earlier run, without a model")
     args = parse_flags(parser, DEFAULTS, argv)
     if args.from_run:  # the settings that its records were made with
-        settings = (runs.config_of(args.from_run) or {}).get("settings", {})
-        if "episodes_per_point" not in settings:
-            fail(f"--from {args.from_run}: no config.json of an analysis there")
+        settings = runs.settings_of(args.from_run, "--from", "analyze_r1.py", "episodes_per_point")
         names = ("model", "max-steps", "episodes-per-point")
         argv = sys.argv[1:] if argv is None else argv
         args = parse_flags(parser, DEFAULTS, argv + [f"--{n}={settings[n.replace('-', '_')]}" for n in names])
     name = short_name(str(args.traces or args.dataset))
     args.out = args.from_run or args.out or Path("runs") / f"analyze-{short_name(args.model)}-{name}"
-    args.budgets = numbers("--budgets", args.budgets)
     return args
 
 
@@ -108,7 +104,7 @@ def main() -> None:
 
 def tell_plan(args) -> None:
     """--dry-run: what the analysis costs at most, without a model."""
-    problems = len(data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)))
+    problems = len(data.problems_of(args))
     boundaries = math.ceil((args.max_steps + 1) / args.episodes_per_point) + 1
     cost = plan(problems, boundaries, args)
     print(
@@ -142,45 +138,31 @@ def analyse(args) -> None:
     tokenizer = models.load_tokenizer(args.tokenizer or args.model)
     if args.traces:
         problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
-    else:
-        problems, responses = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)), None
-    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
-    if responses:
+        prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
         given, longest = read_given(args, tokenizer, problems, prompts, responses)
     else:
-        given, room = None, args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
-        longest = check_lengths(args, problems, prompts, room)
-    if args.direct_model:
-        models.load_tokenizer(direct_settings(args).tokenizer or args.direct_model)  # a wrong name is told now
+        problems, given = data.problems_of(args), None
+        prompts, longest = prompts_of(args, tokenizer, problems)
+    direct = with_model(args, args.direct_model) if args.direct_model else None
+    if direct:
+        models.load_tokenizer(direct.tokenizer or direct.model)  # a wrong name is told now
     run = runs.open_run(args.out, runs.identity(args, *MAY_CHANGE), args.resume, args.overwrite)
     runs.same_inputs(run, problems, args.model)
-    sampler = open_sampler(args, tokenizer, longest)
-    sample(args, run, sampler, problems, prompts, given)
+    file, sampler = run / "records.jsonl", open_sampler(args, tokenizer, longest)
+    for traces in new_traces(args, file, sampler, problems, prompts, published_segmentation(args), given):
+        runs.append_jsonl(file, [{**trace.record(), "episodes": episodes_of(args, trace)} for trace in traces])
     sampler.close()
-    if args.direct_model:
-        answer_directly(args, run, problems)
+    if direct:
+        answer_directly(direct, run, problems)
 
 
-def sample(args, run: Path, sampler: Sampler, problems, prompts, given: list[list[Trace]] | None) -> None:
-    """Writes a record a trace, as each batch of problems is done; those recorded already are not made again. A batch
-    is two calls of the sampler: all its thoughts, then all forced answers at all their boundaries."""
-    how, file = segmentation(args, max_steps=args.max_steps, group_size=args.episodes_per_point), run / "records.jsonl"
-    counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
-    for batch, first in runs.unrecorded(file, problems, counts, args.batch_problems, sampler):
-        if given is None:
-            asked = [problems[i] for i in batch], [prompts[i] for i in batch]
-            groups = sample_traces(args, sampler, *asked, how, args.num_samples - first, first)
-        else:
-            groups = [given[i][first:] for i in batch]
-        traces = [trace for group in groups for trace in group]
-        answers = args.forced_answers, args.answer_tokens, args.temperature, args.top_p
-        sampled_success_rates(sampler, traces, *answers, (args.seed, 1))
-        runs.append_jsonl(file, [{**trace.record(), "episodes": ungrouped_episodes(how, trace)} for trace in traces])
+def published_segmentation(args) -> Segmentation:
+    return segmentation(args, max_steps=args.max_steps, group_size=args.episodes_per_point)
 
 
-def ungrouped_episodes(how: Segmentation, trace: Trace) -> int:
+def episodes_of(args, trace: Trace) -> int:
     """Episodes of a thought before neighbours are joined."""
-    return len(episode_spans(trace.prefix(trace.boundaries[-1]), Segmentation(how.max_steps, markers=how.markers)))
+    return len(episode_spans(trace.prefix(trace.boundaries[-1]), segmentation(args, max_steps=args.max_steps)))
 
 
 # ---------------------------------------------------------------------------------------------- given responses
@@ -198,28 +180,25 @@ def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -
     marked = any(opened or answer is not None for opened, _, answer in split)
     if not marked:
         print(f"{args.traces}: no response has {THINK_END}; each is read as a thought that holds its answer")
-    groups, longest, unused = [], 0, Counter()
+    groups, unused = [], Counter()
     for problem, prompt, row in zip(problems, prompts, responses):
-        groups.append([])
-        for response in row:
-            trace = given_trace(args, tokenizer, problem, prompt, response, marked)
-            need = len(prompt) + trace.boundaries[-1] + room
-            if not response.strip():
-                unused["are empty"] += 1
-            elif need > context:
-                unused[f"exceed μ's context of {context} tokens"] += 1
-            else:
-                trace.sample = len(groups[-1])
-                groups[-1].append(trace)
-                longest = max(longest, need)
-        if not groups[-1]:
+        filled = [response for response in row if response.strip()]
+        traces = [given_trace(args, tokenizer, problem, prompt, response, marked) for response in filled]
+        usable = [trace for trace in traces if len(prompt) + trace.boundaries[-1] + room <= context]
+        unused["are empty"] += len(row) - len(filled)
+        unused[f"exceed μ's context of {context} tokens"] += len(traces) - len(usable)
+        if not usable:
             print(f"problem {problem['id']}: no usable response")
-    for why, count in unused.items():
+        for number, trace in enumerate(usable):
+            trace.sample = number
+        groups.append(usable)
+    for why, count in (+unused).items():
         print(f"{args.traces}: {count} responses {why}; left out")
-    if not longest:
+    traces = [trace for group in groups for trace in group]
+    if not traces:
         fail(f"--traces {args.traces}: no usable response")
-    grade_traces([trace for group in groups for trace in group])
-    return groups, longest
+    grade_traces(traces)
+    return groups, max(len(trace.prompt) + trace.boundaries[-1] for trace in traces) + room
 
 
 def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str, marked: bool) -> Trace:
@@ -232,19 +211,8 @@ def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str
     completion = Completion(written, [], "length" if marked and answer is None else "stop")
     completion.text, completion.offsets = text_and_offsets(tokenizer, written)
     finished = answer is not None and models.thinks(tokenizer)
-    boundaries = token_boundaries(
-        completion, len(ids), segmentation(args, max_steps=args.max_steps, group_size=args.episodes_per_point)
-    )
+    boundaries = token_boundaries(completion, len(ids), published_segmentation(args))
     return Trace(problem, prompt, completion, boundaries, finished, answer if marked else response)
-
-
-def direct_settings(args) -> argparse.Namespace:
-    """The settings for --direct-model, which the server at --engine has to serve, too."""
-    one = copy.copy(args)
-    one.model, one.tokenizer = args.direct_model, None
-    if runs.is_served(args.engine):
-        ask_server(one)
-    return one
 
 
 def answer_directly(args, run: Path, problems: list[dict]) -> None:
@@ -255,15 +223,13 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
         if model != args.direct_model:
             fail(f"--direct-model {args.direct_model}: {file} is of {model}; remove it or name another --out")
         return
-    one = direct_settings(args)
-    tokenizer = models.load_tokenizer(one.tokenizer or one.model)
-    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
-    room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
-    sampler = open_sampler(one, tokenizer, check_lengths(one, problems, prompts, room))
+    tokenizer = models.load_tokenizer(args.tokenizer or args.model)
+    prompts, longest = prompts_of(args, tokenizer, problems)
+    sampler = open_sampler(args, tokenizer, longest)
     seeds = [(args.seed, 2, problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, args.max_tokens, seeds, args.direct_samples, args.temperature, args.top_p)
     traces = [trace for group in read_traces(tokenizer, problems, prompts, rows) for trace in group]
-    lines = [runs.json_line({**trace.record(), "model": one.model}) for trace in traces]
+    lines = [runs.json_line({**trace.record(), "model": args.model}) for trace in traces]
     runs.write_text(file, "".join(lines))
     sampler.close()
 
@@ -273,7 +239,7 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
 
 def write_report(args, run: Path) -> None:
     """summary.json, summary.md, the figures and the page, from the records alone."""
-    records = runs.load_records(run / "records.jsonl") if (run / "records.jsonl").exists() else []
+    records = runs.load_records(run / "records.jsonl")
     if not records:
         fail(f"{run}: the records hold no trace")
     for record in records:
@@ -281,12 +247,9 @@ def write_report(args, run: Path) -> None:
     summary = summarise(args, records)
     if (run / "direct.jsonl").exists():
         summary["direct"] = direct_summary(runs.load_records(run / "direct.jsonl"))
-    text = table(summary)
-    runs.write_text(run / "summary.md", text)
     figures = [draw_scaling(summary, run), draw_budgets(summary, run), draw_progress(summary, run)]
     page = report.write_page(records, run / "trace.html")
-    runs.write_json(run / "summary.json", summary)
-    print(f"\n{text}\nfigures: {', '.join(map(str, figures))}   page: {page}")
+    report.write_summary(run, summary, table(summary), f"figures: {', '.join(map(str, figures))}   page: {page}")
 
 
 def votes(record: dict, kind: str) -> list[list[float]]:
@@ -301,15 +264,11 @@ def votes(record: dict, kind: str) -> list[list[float]]:
 
 def summarise(args, records: list[dict]) -> dict:
     """Every number that is printed or drawn, with its interval over problems, which weigh the same."""
-
-    def mean(value, traces=records) -> dict:
-        return interval(problem_means(traces, value))
-
     grid = [max(args.budgets) * (i + 1) / 40 for i in range(40)]
     for record in records:
         record["additional_regret"] = additional_regret(record["maj"]["weighted"])
     comparable = [r for r in records if not math.isnan(r["additional_regret"])]
-    regret = {b: mean(lambda r, b=b: regret_at(r, b)) for b in args.budgets}
+    regrets = {budget: mean_interval(records, regret_at, budget) for budget in args.budgets}
     forced = [answer for r in records for answers in r["forced"] for answer in answers]
     return {
         "problems": len(group_by_problem(records)),
@@ -318,18 +277,18 @@ def summarise(args, records: list[dict]) -> dict:
         "no_answer": float(np.mean([r["verdict"] == "none" for r in records])),
         "no_thought": float(np.mean([r["finished"] and r["boundaries"][-1] == 0 for r in records])),
         "one_episode": float(np.mean([r["episodes"] == 1 for r in records])),
-        "episodes": mean(lambda r: r["episodes"]),
-        "tokens": mean(lambda r: r["tokens"]),
-        "right": mean(lambda r: r["reward"]),
+        "episodes": mean_interval(records, lambda r: r["episodes"]),
+        "tokens": mean_interval(records, lambda r: r["tokens"]),
+        "right": mean_interval(records, lambda r: r["reward"]),
         "forced_answers_without_box": float(np.mean([a["boxed"] is None for a in forced])) if forced else None,
         "panels": panels(args, records),
         "regret": {
-            budget: {"normalised": mean, "cumulative": {end: budget * value for end, value in mean.items()}}
-            for budget, mean in regret.items()
+            budget: {"normalised": regret, "cumulative": {end: budget * value for end, value in regret.items()}}
+            for budget, regret in regrets.items()
         },
-        "accuracy_at": {"budget": grid, "forced": [mean(lambda r, x=x: accuracy_at(r, x)) for x in grid]},
+        "accuracy_at": {"budget": grid, "forced": [mean_interval(records, accuracy_at, budget) for budget in grid]},
         "regret_over_episodes": regret_over_episodes(records),
-        "additional_regret": mean(lambda r: r["additional_regret"], comparable) if comparable else None,
+        "additional_regret": mean_interval(comparable, lambda r: r["additional_regret"]) if comparable else None,
         "progress": progress(records),
     }
 
@@ -340,27 +299,29 @@ def panels(args, records: list[dict]) -> list[dict]:
     width, by_panel = args.panel_episodes, {}
     for record in records:
         by_panel.setdefault((record["episodes"] - 1) // width, []).append(record)
-    shown = []
-    for number, of_panel in sorted(by_panel.items()):
-        points = range(max(len(r["J"]) for r in of_panel))
-        panel = {
-            "episodes": [number * width + 1, (number + 1) * width],
-            "traces": len(of_panel),
-            "problems": len(group_by_problem(of_panel)),
-            "after_episodes": [j * args.episodes_per_point for j in points],
-            "tokens": {
-                p: [problem_means(of_panel, lambda r, j=j, p=p: spent(r, j, p)).mean() for j in points] for p in VOTES
-            },
-        }
-        for kind in ("weighted", "plain"):
-            panel[kind] = {p: [panel_mean(of_panel, kind, j, v) for j in points] for v, p in enumerate(VOTES)}
-        shown.append(panel)
-    return shown
+    return [panel(args, number, traces) for number, traces in sorted(by_panel.items())]
 
 
-def panel_mean(records: list[dict], kind: str, j: int, v: int) -> dict:
-    """[maj@p]_j, p = VOTES[v], over the traces of a panel."""
-    return interval(problem_means(records, lambda r: held(r["maj"][kind], j)[v]))
+def panel(args, number: int, traces: list[dict]) -> dict:
+    points, width = range(max(len(r["J"]) for r in traces)), args.panel_episodes
+
+    def votes_after_each(kind: str) -> dict[int, list[dict]]:
+        return {p: [mean_interval(traces, vote_after, kind, j, v) for j in points] for v, p in enumerate(VOTES)}
+
+    return {
+        "episodes": [number * width + 1, (number + 1) * width],
+        "traces": len(traces),
+        "problems": len(group_by_problem(traces)),
+        "after_episodes": [j * args.episodes_per_point for j in points],
+        "tokens": {p: [problem_means(traces, spent, j, p).mean() for j in points] for p in VOTES},
+        "weighted": votes_after_each("weighted"),
+        "plain": votes_after_each("plain"),
+    }
+
+
+def vote_after(record: dict, kind: str, j: int, v: int) -> float:
+    """[maj@p]_j of a trace, p = VOTES[v]."""
+    return held(record["maj"][kind], j)[v]
 
 
 def held(values: list, j: int):
@@ -380,13 +341,13 @@ def direct_summary(records: list[dict]) -> dict:
     ks = [2**i for i in range(n.bit_length())]
     tokens = float(problem_means(records, lambda r: r["tokens"]).mean())
     right = [sum(r["verdict"] == "right" for r in group) for group in groups]
+    boxes = [[r["boxed"] for r in group] for group in groups]
+    golds = [group[0]["gold"] for group in groups]
     return {
         "k": ks,
         "tokens": [k * tokens for k in ks],
-        "pass@k": [interval([pass_at_k(n, c, k) for c in right]) for k in ks],
-        "maj@k": [
-            interval([vote_at_k([r["boxed"] for r in group], group[0]["gold"], k) for group in groups]) for k in ks
-        ],
+        "pass@k": [interval([pass_at_k(n, count, k) for count in right]) for k in ks],
+        "maj@k": [interval([vote_at_k(*answers, k) for answers in zip(boxes, golds)]) for k in ks],
     }
 
 
@@ -396,8 +357,7 @@ def regret_over_episodes(records: list[dict]) -> list[dict]:
     lengths = sorted(len(r["J"]) for r in records)
     most = lengths[95 * (len(lengths) - 1) // 100]  # all but the longest twentieth
     return [
-        interval(problem_means(records, lambda r, k=k: sum(1 - held(r["J"], j) for j in range(k))))
-        for k in range(1, most + 1)
+        mean_interval(records, lambda r, k: sum(1 - held(r["J"], j) for j in range(k)), k) for k in range(1, most + 1)
     ]
 
 
@@ -406,33 +366,37 @@ def progress(records: list[dict]) -> dict | None:
 
     With n forced answers a J is off by √(J(1-J)/n), so part of the spread is noise; `noise` is that part's standard
     deviation, to be compared with `deviation`."""
-    steps = [
-        {"id": r["id"], "number": j, "fifth": min(4, 5 * j // (len(r["J"]) - 1)), "before": r["J"][j], "gain": b - a}
+    episodes = [
+        {"id": r["id"], "number": j + 1, "fifth": min(4, 5 * j // (len(r["J"]) - 1)), "before": before, "gain": gain}
         for r in records
-        for j, (a, b) in enumerate(zip(r["J"], r["J"][1:]))
+        for j, (before, gain) in enumerate(zip(r["J"], np.diff(r["J"])))
     ]
-    if not steps:
+    if not episodes:
         return None
     n = max((len(answers) for r in records for answers in r["forced"]), default=1)
-    gains, before = np.array([s["gain"] for s in steps]), np.array([s["before"] for s in steps])
+    gains, before = (np.array([episode[name] for episode in episodes]) for name in ("gain", "before"))
     after = before + gains
     noise = np.mean((before * (1 - before) + after * (1 - after)) / max(1, n - 1))
-    kinds = {"positive": lambda g: g > 1e-9, "none": lambda g: abs(g) <= 1e-9, "negative": lambda g: g < -1e-9}
-
-    def describe(chosen: list[dict]) -> dict:
-        shares = {name: interval(problem_means(chosen, lambda s, f=f: f(s["gain"]))) for name, f in kinds.items()}
-        return {"episodes": len(chosen), "mean": interval(problem_means(chosen, lambda s: s["gain"])), **shares}
-
-    numbers = [[s for s in steps if s["number"] == j] for j in range(max(s["number"] for s in steps) + 1)]
-    fifths = [[s for s in steps if s["fifth"] == f] for f in range(5)]
     edges = np.linspace(-1, 1, 2 * n + 2)
+    by_number, by_fifth = (sorted(group_by(episodes, field).items()) for field in ("number", "fifth"))
     return {
-        **describe(steps),
+        **describe(episodes),
         "deviation": float(gains.std()),
         "noise": float(math.sqrt(noise)),
         "histogram": {"edges": edges.tolist(), "episodes": np.histogram(gains, edges)[0].tolist()},
-        "by_fifth_of_the_trace": [describe(chosen) for chosen in fifths if chosen],
-        "by_number": [{"number": j + 1, **describe(of)} for j, of in enumerate(numbers) if len(of) >= 10],
+        "by_fifth_of_the_trace": [describe(group) for _, group in by_fifth],
+        "by_number": [{"number": number, **describe(group)} for number, group in by_number if len(group) >= 10],
+    }
+
+
+def describe(episodes: list[dict]) -> dict:
+    """Their mean progress, and the shares of those that gain, change nothing, lose."""
+    return {
+        "episodes": len(episodes),
+        "mean": mean_interval(episodes, lambda e: e["gain"]),
+        "positive": mean_interval(episodes, lambda e: e["gain"] > 1e-9),
+        "none": mean_interval(episodes, lambda e: abs(e["gain"]) <= 1e-9),
+        "negative": mean_interval(episodes, lambda e: e["gain"] < -1e-9),
     }
 
 
@@ -458,11 +422,10 @@ def table(summary: dict) -> str:
     rows += [(f"normalised regret at {b}", cell(regret["normalised"])) for b, regret in summary["regret"].items()]
     rows.append(("regret against voting early (Appendix E)", cell(summary["additional_regret"])))
     by_panel = []
-    for panel in summary["panels"]:
-        few, many = panel["weighted"][VOTES[0]], panel["weighted"][VOTES[-1]]
-        first, last = panel["episodes"]
-        counts = f"{panel['traces']} ({panel['problems']})"
-        by_panel.append([f"{first} to {last}", counts, cell(few[0]), cell(few[-1]), cell(many[-1])])
+    for shown in summary["panels"]:
+        few, many = shown["weighted"][VOTES[0]], shown["weighted"][VOTES[-1]]
+        counts = f"{shown['traces']} ({shown['problems']})"
+        by_panel.append(["{} to {}".format(*shown["episodes"]), counts, *map(cell, (few[0], few[-1], many[-1]))])
     header = ["episodes", "traces (problems)", "maj@1 at the start", "maj@1 at the end", "maj@8 at the end"]
     return report.markdown(["", ""], rows) + "\n" + report.markdown(header, by_panel)
 
@@ -472,51 +435,42 @@ def table(summary: dict) -> str:
 
 def draw_scaling(summary: dict, run: Path) -> Path:
     """Figure 3: a column a panel; above over episodes, below over tokens with the votes branching off."""
-    plt = report.pyplot()
     shown = [p for p in summary["panels"] if p["traces"] >= 3][:8] or summary["panels"][:8]
-    size = (max(5, 2.1 * len(shown)), 5)
-    figure, axes = plt.subplots(2, len(shown), figsize=size, squeeze=False, sharey=True, constrained_layout=True)
-    colors = plt.get_cmap("viridis")(np.linspace(0.75, 0.1, len(VOTES)))
-    for (above, below), panel in zip(axes.T, shown):
-        first, last = panel["episodes"]
+    colors = report.pyplot().get_cmap("viridis")(np.linspace(0.75, 0.1, len(VOTES)))
+    direct, above, below = [], [], []
+    if "direct" in summary:
+        for metric, label, color in (("pass@k", "direct, pass@k (oracle)", "C1"), ("maj@k", "direct, maj@k", "C3")):
+            direct.append(Curve(summary["direct"]["tokens"], summary["direct"][metric], label, ".-", color, band=False))
+    for column in shown:
+        episodes, tokens, votes = column["after_episodes"], column["tokens"], column["weighted"]
+        first, last = column["episodes"]
         title = f"{first}–{last} episodes" if last > first else f"{first} episode{'s' * (first > 1)}"
-        above.set_title(f"{title}\n{panel['traces']} traces, {panel['problems']} problems", fontsize=8)
-        for p, color in zip(VOTES, colors):
-            means = panel["weighted"][p]
-            report.draw_curve(above, panel["after_episodes"], means, color, f"maj@{p}", ".-", band=p == VOTES[0])
-        above.set(xlabel="episodes", ylim=(0, 1))
-        above.locator_params(axis="x", nbins=5, integer=True)
-        report.draw_curve(below, panel["tokens"][1], panel["weighted"][1], "C0", "after each episode, maj@1", ".-")
-        for j in range(len(panel["after_episodes"])):
-            x = [panel["tokens"][p][j] for p in VOTES]
-            y = [panel["weighted"][p][j]["mean"] for p in VOTES]
-            below.plot(x, y, ".--", color="C2", linewidth=0.8, markersize=3, label=None if j else "votes of 1, 2, 4, 8")
-        if "direct" in summary:
-            direct = summary["direct"]
-            for metric, color in (("pass@k", "C1"), ("maj@k", "C3")):
-                label = f"direct, {metric}{' (oracle)' * (metric == 'pass@k')}"
-                report.draw_curve(below, direct["tokens"], direct[metric], color, label, ".-", band=False)
-        below.set(xlabel="tokens", ylim=(0, 1))
-        report.token_axis(below)
-    for row in axes:
-        row[0].set_ylabel("accuracy")
-        row[0].legend(fontsize=6, loc="upper left")
-    return report.save_figure(figure, run / "scaling.png")
+        title += f"\n{column['traces']} traces, {column['problems']} problems"
+        labels = {"title": title, "xlabel": "episodes", "ylim": (0, 1), "xticks": episodes[:: len(episodes) // 5 + 1]}
+        curves = zip(VOTES, colors)
+        above.append(Panel(labels, [Curve(episodes, votes[p], f"maj@{p}", ".-", c, band=p == 1) for p, c in curves]))
+        thinking = Curve(tokens[1], votes[1], "after each episode, maj@1", ".-", "C0")
+        branches = []
+        for j in range(len(episodes)):
+            x, means = [tokens[p][j] for p in VOTES], [votes[p][j] for p in VOTES]
+            branches.append(Curve(x, means, None if j else "votes of 1, 2, 4, 8", ".--", "C2", band=False))
+        below.append(Panel({"xlabel": "tokens", "ylim": (0, 1)}, [thinking, *branches, *direct], tokens=True))
+    for row in (above, below):
+        row[0].settings["ylabel"] = "accuracy"
+    width = max(5 / len(shown), 2.1)
+    return report.draw_panels(run / "scaling.png", *above, *below, rows=2, width=width, height=2.5, sharey=True)
 
 
 def draw_budgets(summary: dict, run: Path) -> Path:
     """Accuracy of the answer forced by a budget, the area above it (the regret), and the regret over episodes."""
-    curve, budgets, regret = summary["accuracy_at"], list(summary["regret"]), summary["regret_over_episodes"]
-    accuracy = Curve(curve["budget"], curve["forced"], style="-")
-    normalised = Curve(budgets, [at_budget["normalised"] for at_budget in summary["regret"].values()])
-    points = range(1, len(regret) + 1)
-    labels = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then", "ylim": (0, 1)}
-    of_budget = {"xlabel": "token budget C0", "ylabel": "normalised regret", "xticks": budgets, "ylim": (0, 1)}
-    of_points = {"xlabel": "points k where it is forced to answer", "ylabel": "cumulative regret, Σ (1 - J)"}
+    within, regret, over_episodes = summary["accuracy_at"], summary["regret"], summary["regret_over_episodes"]
+    accuracy = Curve(within["budget"], within["forced"], style="-")
+    normalised = Curve(list(regret), [at_budget["normalised"] for at_budget in regret.values()])
+    points = range(1, len(over_episodes) + 1)
     never = Curve(points, [{"mean": k} for k in points], "never right", ":", "grey", band=False)
-    panels = [Panel(labels, [accuracy]), Panel(of_budget, [normalised])]
-    panels.append(Panel(of_points, [Curve(points, regret, "the model"), never]))
-    return report.draw_panels(run / "budgets.png", *panels)
+    labels = {"xlabel": "points k where it is forced to answer", "ylabel": "cumulative regret, Σ (1 - J)"}
+    cumulative = Panel(labels, [Curve(points, over_episodes, "the model"), never])
+    return report.draw_panels(run / "budgets.png", *report.anytime_panels([accuracy], [normalised]), cumulative)
 
 
 def draw_progress(summary: dict, run: Path) -> Path:
@@ -528,9 +482,9 @@ def draw_progress(summary: dict, run: Path) -> Path:
         middle = (edges[:-1] + edges[1:]) / 2
         colors = np.where(middle > 1e-9, "C0", np.where(middle < -1e-9, "C1", "0.6"))
         spread.bar(middle, moved["histogram"]["episodes"], width=np.diff(edges) * 0.9, color=colors)
-        spread.set(xlabel="progress of an episode, J after - J before", ylabel="episodes", yscale="log")
-        noise = f"deviation {moved['deviation']:.2f}, noise of the estimate {moved['noise']:.2f}"
-        spread.set_title(f"{moved['episodes']} episodes; {noise}", fontsize=8)
+        title = f"{moved['episodes']} episodes; deviation {moved['deviation']:.2f}, "
+        title += f"noise of the estimate {moved['noise']:.2f}"
+        spread.set(xlabel="progress of an episode, J after - J before", ylabel="episodes", yscale="log", title=title)
         means = [row["mean"] for row in moved["by_number"]]
         if means:
             report.draw_curve(by_number, [row["number"] for row in moved["by_number"]], means, "C0", style="o-")

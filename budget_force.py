@@ -12,8 +12,8 @@ the end-of-thinking marker, --extensions times, and answers are sampled after 0,
 """
 
 import argparse
-import copy
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +24,20 @@ from common import (
     cut_at_budget,
     end_of_thought,
     forced_prompt,
+    new_traces,
     normalized_regret,
+    prompts_of,
     read_answers,
-    room_for_answer,
-    sample_traces,
     success_rate,
     trace_curve,
     trace_of,
 )
 from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, numbers, parse_flags, positive_int, shared_flags, whole_number
+from plumbing.flags import add_common_flags, each_in_its_folder, parse_flags, positive_int, shared_flags, whole_number
 from plumbing.models import THINK_END, encode, text_and_offsets
 from plumbing.report import Curve, Panel, Values, interval, problem_means
 from plumbing.runs import fail, problem_key, short_name
-from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
+from plumbing.sampler import Sampler, open_sampler, pick_engine
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
@@ -76,9 +76,7 @@ def flags(argv=None) -> argparse.Namespace:
     flag("--answer-every", type=positive_int, default=2, help="extensions between answers")
     flag("--strings", default=STRINGS, help="continue strings, in turn")
     flag("--extension-tokens", type=positive_int, help="limit of one extension")
-    style = (
-        "paper: a new line and a string, each extension has its own limit, an unfinished last paragraph is dropped; "
-    )
+    style = "paper: a new line and a string, a limit for each extension, an unfinished last paragraph is dropped; "
     style += "s1: 'Wait' at the very end, all within --max-tokens"
     flag("--style", choices=("paper", "s1"), default="paper", help=style)
     flag("--compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
@@ -86,7 +84,6 @@ def flags(argv=None) -> argparse.Namespace:
     names = args.model.split(",")
     name = short_name(names[0]) if len(names) == 1 else "models"
     args.out = args.out or Path("runs") / ("budget-compare" if args.compare else f"budget-{name}")
-    args.budgets = numbers("--budgets", args.budgets)
     args.strings = ["Wait"] if args.style == "s1" else args.strings.split(",")
     if not all(args.strings):
         fail("--strings: one of them is empty")
@@ -99,9 +96,7 @@ def flags(argv=None) -> argparse.Namespace:
 
 
 def take_settings_of_thoughts(args) -> None:
-    analysis = (runs.config_of(args.thoughts) or {}).get("settings", {})
-    if "episodes_per_point" not in analysis:
-        fail(f"--thoughts {args.thoughts}: no config.json of an analyze_r1.py run there")
+    analysis = runs.settings_of(args.thoughts, "--thoughts", "analyze_r1.py", "episodes_per_point")
     if analysis["model"] != args.model:
         fail(f"--thoughts {args.thoughts}: holds thoughts of --model {analysis['model']}, not of {args.model}")
     if not analysis.get("traces") and args.max_tokens != analysis["max_tokens"]:
@@ -115,59 +110,43 @@ def main() -> None:
         compare(args, args.compare)
         return
     args.engine = pick_engine(args.engine)
-    one_of_each = [one_of_many(args, model) for model in args.model.split(",")]
-    thoughts = runs.load_records(args.thoughts / "records.jsonl") if args.thoughts else None
-    if thoughts:
-        problems = list(
-            {r["id"]: {"problem": r["problem"], "answer": r["gold"], "id": r["id"]} for r in thoughts}.values()
-        )
+    names = args.model.split(",")
+    forcings = each_in_its_folder(args, [short_name(name) for name in names], [{"model": name} for name in names])
+    for one in forcings:  # what can be refused at once is
+        runs.check_out(one.out, runs.identity(one, "compare"), one.resume, one.overwrite)
+        if not models.thinks(models.load_tokenizer(one.tokenizer or one.model)):
+            fail(f"--model {one.model}: has no {THINK_END} in its vocabulary, so no thought to cut or to extend")
+    thoughts = None
+    if args.thoughts:
+        thoughts = report.group_by_problem(runs.load_records(args.thoughts / "records.jsonl"))
+        problems = [{"problem": r["problem"], "answer": r["gold"], "id": r["id"]} for r, *_ in thoughts.values()]
         problems = problems[: args.limit]
     else:
-        problems = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args))
-    for one in one_of_each:
+        problems = data.problems_of(args)
+    for one in forcings:
         force(one, problems, thoughts)
-    compare(args, [one.out for one in one_of_each])
-
-
-def one_of_many(args, model: str) -> argparse.Namespace:
-    """The settings of one model; what can be refused at once is refused."""
-    one = copy.copy(args)
-    if model != args.model:
-        runs.check_out_of_many(args.out)
-        one.model, one.out = model, args.out / short_name(model)
-    runs.check_out(one.out, runs.identity(one, "compare"), one.resume, one.overwrite)
-    if not models.thinks(models.load_tokenizer(args.tokenizer or model)):
-        fail(f"--model {model}: has no {THINK_END} in its vocabulary, so no thought to cut or to extend")
-    return one
+    compare(args, [one.out for one in forcings])
 
 
 # ---------------------------------------------------------------------------------------------- sampling
 
 
-def force(args, problems: list[dict], thoughts: list[dict] | None) -> None:
+def force(args, problems: list[dict], thoughts: dict[str, list[dict]] | None) -> None:
     """One model: writes a record a trace, as each batch of problems is done; those recorded are not made again."""
     tokenizer = models.load_tokenizer(args.tokenizer or args.model)
-    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
     strings = max(len(encode(tokenizer, "\n" + string)) for string in args.strings)
     more = args.extensions * (args.extension_tokens + strings) if args.style == "paper" else 0
-    room = args.max_tokens + more + room_for_answer(tokenizer, args.answer_tokens)
-    longest = check_lengths(args, problems, prompts, room)
+    prompts, longest = prompts_of(args, tokenizer, problems, more)
+    given = thoughts and [
+        [trace_of(record, tokenizer, problem, prompt) for record in thoughts[problem["id"]]]
+        for problem, prompt in zip(problems, prompts)
+    ]
     run = runs.open_run(args.out, runs.identity(args, "compare"), args.resume, args.overwrite)
     runs.same_inputs(run, problems, args.model)
-    sampler = open_sampler(args, tokenizer, longest)
-    groups = report.group_by_problem(thoughts or [])
-    counts = [len(groups[p["id"]]) if thoughts else args.num_samples for p in problems]
-    for batch, first in runs.unrecorded(run / "records.jsonl", problems, counts, args.batch_problems, sampler):
-        if thoughts is None:
-            asked = [problems[i] for i in batch], [prompts[i] for i in batch]
-            rows = sample_traces(args, sampler, *asked, count=args.num_samples - first, first=first)
-            traces = [trace for row in rows for trace in row]
-        else:
-            again = [(i, record) for i in batch for record in groups[problems[i]["id"]][first:]]
-            traces = [trace_of(record, tokenizer, problems[i], prompts[i]) for i, record in again]
+    file, sampler = run / "records.jsonl", open_sampler(args, tokenizer, longest)
+    for traces in new_traces(args, file, sampler, problems, prompts, given=given, forced=False):
         points = zip(traces, exploit(args, sampler, traces), extrapolate(args, sampler, traces))
-        lines = [{**trace.record(), "exploit": cut, "extrapolate": extended} for trace, cut, extended in points]
-        runs.append_jsonl(run / "records.jsonl", lines)
+        runs.append_jsonl(file, [{**trace.record(), "exploit": e, "extrapolate": x} for trace, e, x in points])
     sampler.close()
 
 
@@ -179,14 +158,8 @@ def seed_of(args, trace: Trace) -> tuple[int, ...]:
 def point(thought_tokens: int, answers: list[ForcedAnswer], **more) -> dict:
     """A point of a trace's curve: its thought has so many tokens, and these are the answers given then."""
     tokens = float(np.mean([answer.tokens for answer in answers]))
-    forced = [asdict(answer) for answer in answers]
-    return {
-        "thought_tokens": thought_tokens,
-        "J": success_rate(answers),
-        "answer_tokens": tokens,
-        "forced": forced,
-        **more,
-    }
+    curve_point = {"thought_tokens": thought_tokens, "J": success_rate(answers), "answer_tokens": tokens}
+    return {**curve_point, "forced": [asdict(answer) for answer in answers], **more}
 
 
 def answers_to(args, sampler: Sampler, traces: list[Trace], prompts, seeds) -> list[list[ForcedAnswer]]:
@@ -197,25 +170,25 @@ def answers_to(args, sampler: Sampler, traces: list[Trace], prompts, seeds) -> l
 
 def exploit(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, dict]]:
     """For each trace {budget: point}: what it is worth if it may use no more than the budget."""
-    points: list[dict[int, dict]] = [{} for _ in traces]
-    cuts = []  # (number of the trace, budget, tokens of the thought that stay)
-    for t, trace in enumerate(traces):
-        end, total = trace.boundaries[-1], len(trace.completion.token_ids)
-        for budget in args.budgets:
-            if trace.finished and (end if args.count == "thought" else total) <= budget:
-                own = {"thought_tokens": end, "J": trace.reward, "answer_tokens": float(total - end), "forced": []}
-                points[t][budget] = {**own, "cut": False}
-            else:
-                room = budget if args.count == "thought" else max(0, budget - args.answer_tokens)
-                points[t][budget] = {}  # keeps the order of the budgets
-                cuts.append((t, budget, cut_at_budget(trace, room, args.cut == "exact")))
-    prompts = [forced_prompt(sampler.tokenizer, traces[t], cut) for t, _, cut in cuts]
-    seeds = [(*seed_of(args, traces[t]), 0, budget) for t, budget, _ in cuts]
-    for (t, budget, cut), answers in zip(
-        cuts, answers_to(args, sampler, [traces[t] for t, *_ in cuts], prompts, seeds)
-    ):
-        points[t][budget] = point(cut, answers, cut=True)
+    points = [{budget: uncut(args, trace, budget) for budget in args.budgets} for trace in traces]
+    too_long = [(t, budget) for t, by_budget in enumerate(points) for budget, point in by_budget.items() if not point]
+    reserved = 0 if args.count == "thought" else args.answer_tokens
+    cuts = [cut_at_budget(traces[t], max(0, budget - reserved), args.cut == "exact") for t, budget in too_long]
+    prompts = [forced_prompt(sampler.tokenizer, traces[t], cut) for (t, _), cut in zip(too_long, cuts)]
+    seeds = [(*seed_of(args, traces[t]), 0, budget) for t, budget in too_long]
+    answers = answers_to(args, sampler, [traces[t] for t, _ in too_long], prompts, seeds)
+    for (t, budget), cut, forced in zip(too_long, cuts, answers):
+        points[t][budget] = point(cut, forced, cut=True)
     return points
+
+
+def uncut(args, trace: Trace, budget: int) -> dict:
+    """The point of a trace that ended by itself within the budget; empty if it did not."""
+    end, total = trace.boundaries[-1], len(trace.completion.token_ids)
+    if not trace.finished or (end if args.count == "thought" else total) > budget:
+        return {}
+    answered = {"thought_tokens": end, "J": trace.reward, "answer_tokens": float(total - end)}
+    return {**answered, "forced": [], "cut": False}
 
 
 def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, dict]]:
@@ -300,18 +273,15 @@ def spent(point: dict) -> float:
 
 def problem_values(settings: dict, records: list[dict]) -> Values:
     """Each metric's value for each problem; `settings`: those of the run."""
-
-    def mean(value) -> np.ndarray:
-        return problem_means(records, value)
-
+    mean = partial(problem_means, records)
     values = {"right": mean(lambda r: r["reward"]), "thought tokens": mean(lambda r: r["boundaries"][-1])}
     for budget in map(str, settings["budgets"]):
-        values[f"within {budget}"] = mean(lambda r, b=budget: r["exploit"][b]["J"])
+        values[f"within {budget}"] = mean(lambda r, budget: r["exploit"][budget]["J"], budget)
     for w in records[0]["extrapolate"]:
-        values[f"{w} extensions"] = mean(lambda r, w=w: r["extrapolate"][w]["J"])
-        values[f"tokens, {w} extensions"] = mean(lambda r, w=w: spent(r["extrapolate"][w]))
+        values[f"{w} extensions"] = mean(lambda r, w: r["extrapolate"][w]["J"], w)
+        values[f"tokens, {w} extensions"] = mean(lambda r, w: spent(r["extrapolate"][w]), w)
     for budget in regret_budgets(settings):
-        values[f"regret@{budget}"] = mean(lambda r, b=budget: normalized_regret(*curve(r), b))
+        values[f"regret@{budget}"] = mean(lambda r, budget: normalized_regret(*curve(r), budget), budget)
     return values
 
 
@@ -322,18 +292,17 @@ def regret_budgets(settings: dict) -> list[int]:
     return sorted({*settings["budgets"], *(settings["max_tokens"] + more * w for w in extensions)})
 
 
-SAME = (
+SAME = (  # settings in which runs that are compared may not differ
     "budgets max_tokens extension_tokens extensions answer_every style strings count cut forced_answers answer_tokens "
-)
-SAME += "temperature top_p"  # settings in which runs that are compared may not differ
+    "temperature top_p"
+).split()
 
 
 def compare(args, folders: list[Path]) -> None:
     """Table and figures of runs on the problems they share, from their records; differences are to the first."""
     recorded = report.read_runs(folders, "budget_force.py", "extension_tokens")
-    for setting in SAME.split():
-        if len({str(run.settings[setting]) for run in recorded}) > 1:
-            fail(f"--compare: the runs differ in --{setting.replace('_', '-')}")
+    if differing := report.differing_flags(recorded, SAME):
+        fail(f"--compare: the runs differ in {', '.join(differing)}")
     problems, settings = report.keep_shared_problems(recorded), recorded[0].settings
     values = {run.name: problem_values(settings, run.records) for run in recorded}
     summary = {
@@ -342,35 +311,33 @@ def compare(args, folders: list[Path]) -> None:
         "budgets": settings["budgets"],
         "regret_budgets": regret_budgets(settings),
         "extensions": [int(w) for w in recorded[0].records[0]["extrapolate"]],
-        "runs": {
-            run.name: {
-                "problems": problems,
-                "samples": len(run.records),
-                "truncated": float(np.mean([r["finish"] == "length" for r in run.records])),
-                "metrics": {metric: interval(of_problems) for metric, of_problems in values[run.name].items()},
-            }
-            for run in recorded
-        },
+        "runs": {run.name: {"problems": problems, **summarise(run.records, values[run.name])} for run in recorded},
         "difference_to_first": report.differences_to_first(values),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     text = table(summary, settings)
-    runs.write_text(args.out / "summary.md", text)
     figures = [draw_regret(summary, args.out), draw_accuracy(summary, args.out)]
-    runs.write_json(args.out / "summary.json", summary)
-    print(f"\n{text}\ntable: {args.out / 'summary.md'}   figures: {', '.join(map(str, figures))}")
+    report.write_summary(args.out, summary, text, f"figures: {', '.join(map(str, figures))}")
+
+
+def summarise(records: list[dict], values: Values) -> dict:
+    """What is told of one run."""
+    truncated = float(np.mean([r["finish"] == "length" for r in records]))
+    metrics = {metric: interval(of_problems) for metric, of_problems in values.items()}
+    return {"samples": len(records), "truncated": truncated, "metrics": metrics}
 
 
 def table(summary: dict, settings: dict) -> str:
-    of_runs = summary["runs"]
+    """The metrics of every run, and the differences to the first, as Markdown."""
+    forced_runs = summary["runs"]
     text = f"A budget counts {summary['counts']}; regret@{summary['training_budget']} and less is inside the training "
     text += f"budget, more is beyond. Extensions in the style of {settings['style']}, "
     text += f"at most {settings['extension_tokens']} tokens each.\n\n"
-    text += report.metric_table({name: run["metrics"] for name, run in of_runs.items()})
+    text += report.metric_table({name: run["metrics"] for name, run in forced_runs.items()})
     for count in ("truncated", "samples", "problems"):
-        text += f"| {count} | {' | '.join(f'{run[count]:.3g}' for run in of_runs.values())} |\n"
-    first = next(iter(of_runs))
-    problems = of_runs[first]["problems"]
+        text += report.table_row(count, *(f"{run[count]:.3g}" for run in forced_runs.values()))
+    first = next(iter(forced_runs))
+    problems = forced_runs[first]["problems"]
     return text + report.difference_table(summary["difference_to_first"], f"{first} on the same {problems} problems")
 
 
@@ -384,7 +351,7 @@ def draw_regret(summary: dict, out: Path) -> Path:
     beyond = inside[-1:] + [b for b in summary["regret_budgets"] if b > top]
     for number, (name, run) in enumerate(summary["runs"].items()):
         for budgets, style, label in ((inside, "o-", name), (beyond, "o--", None)):
-            means = [run["metrics"][f"regret@{b}"] for b in budgets]
+            means = [run["metrics"][f"regret@{budget}"] for budget in budgets]
             curves.append(Curve(budgets, means, label, style, f"C{number}"))
     labels = {"xlabel": f"token budget C0 (trained with {top})", "ylabel": "normalised regret"}
     return report.draw_panels(out / "regret.png", Panel(labels, curves), width=4.6, height=3.2)

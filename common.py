@@ -15,18 +15,19 @@ import math
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from plumbing.answers import extract_answer, grade_all, group_answers
 from plumbing.hf_engine import sequence_logprobs
-from plumbing.models import THINK_END, Completion, encode, text_and_offsets, thinks, thought_is_open
-from plumbing.runs import problem_key
-from plumbing.sampler import Sampler
+from plumbing.models import THINK_END, Completion, encode, prompt_ids, text_and_offsets, thinks, thought_is_open
+from plumbing.runs import problem_key, unrecorded
+from plumbing.sampler import Sampler, check_lengths
 from plumbing.votes import plain_vote, weighted_vote
 
 # The forced-termination phrase of the authors' public code: what turns the model into the meta-prover μ.
@@ -323,6 +324,35 @@ def prompts_of_mu(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trac
 def room_for_answer(tokenizer, answer_tokens: int) -> int:
     """Tokens that a forced answer may add to a thought: the stop phrase and the answer."""
     return len(encode(tokenizer, "\n\n" + STOP_PHRASE + ANSWER_CUE)) + answer_tokens
+
+
+def new_traces(
+    args, file: Path, sampler: Sampler, problems, prompts, how=Segmentation(), given=None, forced=True, process=(0, 1)
+) -> Iterator[list[Trace]]:
+    """The traces that a records.jsonl lacks, a batch of problems at a time: --num-samples a problem or those `given`,
+    with J(μ) at every boundary if `forced`. `process`: its number and how many share the work."""
+    counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
+    rank, world = process
+    for batch, first in unrecorded(file, problems, counts, args.batch_problems, sampler):
+        share = batch[rank::world]
+        if given is None:
+            asked = [problems[i] for i in share], [prompts[i] for i in share]
+            groups = sample_traces(args, sampler, *asked, how, args.num_samples - first, first)
+        else:
+            groups = [given[i][first:] for i in share]
+        traces = [trace for group in groups for trace in group]
+        if forced:
+            answers = args.forced_answers, args.answer_tokens, args.temperature, args.top_p
+            sampled_success_rates(sampler, traces, *answers, (args.seed, 1))
+        yield traces
+
+
+def prompts_of(args, tokenizer, problems: list[dict], more: int = 0) -> tuple[list[list[int]], int]:
+    """The prompts of the problems, and the tokens of the longest with a thought (and `more`) and a forced answer after
+    it; ends the run if they exceed the model's context."""
+    prompts = [prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
+    room = args.max_tokens + more + room_for_answer(tokenizer, args.answer_tokens)
+    return prompts, check_lengths(args, problems, prompts, room)
 
 
 def cut_at_budget(trace: Trace, budget: int, exact: bool = False) -> int:

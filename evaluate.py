@@ -12,27 +12,26 @@ are paired on the same problems.
 """
 
 import argparse
-import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from common import (
     accuracy_at,
+    new_traces,
     pass_at_k,
+    prompts_of,
     regret_at,
-    room_for_answer,
-    sample_traces,
-    sampled_success_rates,
     segmentation,
     vote_at_k,
 )
 from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, numbers, parse_flags, shared_flags
-from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, problem_means
+from plumbing.flags import add_common_flags, changed, each_in_its_folder, numbers, parse_flags, shared_flags
+from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, short_name
-from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
+from plumbing.sampler import Sampler, open_sampler, pick_engine
 from plumbing.votes import EXACT_SUBSETS, SUBSET_DRAWS
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
@@ -49,6 +48,8 @@ DEFAULTS = {
     "max_episodes": (32, 16, "ours; the authors' regret study joins episodes by tens"),
     "batch_problems": (64, 4, "ours"),
 }
+SAME = ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes")  # of runs to be compared
+SCORES = ("pass@k", "maj@k")
 MAY_CHANGE = ("metric", "k", "budgets", "num_samples", "compare", "limit", "vote")  # between a run and its --resume
 
 
@@ -66,7 +67,7 @@ def flags(argv=None) -> argparse.Namespace:
     args = parse_flags(parser, DEFAULTS, argv)
     args.out = args.out or Path("runs") / ("compare" if args.compare else f"eval-{label(args.model, args.dataset)}")
     args.k = args.k or ",".join(str(2**i) for i in range(args.num_samples.bit_length()))
-    args.k, args.budgets = numbers("--k", args.k), numbers("--budgets", args.budgets)
+    args.k = numbers("--k", args.k)
     if not args.compare and max(args.k) > args.num_samples:
         fail(f"--k {max(args.k)}: more than the {args.num_samples} samples of a problem")
     return args
@@ -83,85 +84,46 @@ def main() -> None:
         compare(args, args.compare)
         return
     args.engine = pick_engine(args.engine)
-    evaluations = [
-        one_of_many(args, model, dataset) for model in args.model.split(",") for dataset in args.dataset.split(",")
-    ]
+    pairs = [(model, dataset) for model in args.model.split(",") for dataset in args.dataset.split(",")]
+    settings = [{"model": model, "dataset": dataset} for model, dataset in pairs]
+    evaluations = each_in_its_folder(args, [label(*pair) for pair in pairs], settings)
     for one in evaluations:  # what can be refused at once is, before anything large is fetched
         runs.check_out(one.out, runs.identity(one, *MAY_CHANGE), one.resume, one.overwrite)
         models.load_tokenizer(one.tokenizer or one.model)
-    problems = {
-        one.dataset: data.load_problems(one.dataset, args.split, args.limit, *data.columns_of(args))
-        for one in evaluations
-    }
+    datasets = dict.fromkeys(one.dataset for one in evaluations)
+    problems = {dataset: data.problems_of(changed(args, dataset=dataset)) for dataset in datasets}
     for model in dict.fromkeys(one.model for one in evaluations):
         evaluate_model([one for one in evaluations if one.model == model], problems)
     if len(evaluations) > 1:
         compare(args, [one.out for one in evaluations])
 
 
-def one_of_many(args, model: str, dataset: str) -> argparse.Namespace:
-    """The settings of one model on one data set."""
-    one = copy.copy(args)
-    one.model, one.dataset = model, dataset
-    if (model, dataset) != (args.model, args.dataset):
-        runs.check_out_of_many(args.out)
-        one.out = args.out / label(model, dataset)
-        same = [m for m in args.model.split(",") if label(m, dataset) == label(model, dataset)]
-        if len(same) > 1:
-            fail(f"--model {args.model}: two of them would have the same folder {one.out}")
-    return one
-
-
 def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, list[dict]]) -> None:
     """One model, loaded once, on every data set: samples, then summary.json and summary.md."""
     first = evaluations[0]
-    tokenizer, prompts, longest = models.load_tokenizer(first.tokenizer or first.model), {}, 0
-    for one in evaluations:
-        template = one.chat_template_kwargs
-        prompts[one.dataset] = [models.prompt_ids(tokenizer, p["problem"], template) for p in problems[one.dataset]]
-        room = one.max_tokens + room_for_answer(tokenizer, one.answer_tokens)
-        longest = max(longest, check_lengths(one, problems[one.dataset], prompts[one.dataset], room))
-    sampler = open_sampler(first, tokenizer, longest)
+    tokenizer = models.load_tokenizer(first.tokenizer or first.model)
+    prompts = {one.dataset: prompts_of(one, tokenizer, problems[one.dataset]) for one in evaluations}
+    sampler = open_sampler(first, tokenizer, max(longest for _, longest in prompts.values()))
     for one in evaluations:
         run = runs.open_run(one.out, runs.identity(one, *MAY_CHANGE), one.resume, one.overwrite)
         runs.same_inputs(run, problems[one.dataset], one.model)
-        sample(one, run, sampler, problems[one.dataset], prompts[one.dataset])
-        groups = group_by_problem(runs.load_records(run / "records.jsonl"))
-        records = [r for problem in problems[one.dataset] for r in groups[problem["id"]]]
+        records = sample(one, run / "records.jsonl", sampler, problems[one.dataset], prompts[one.dataset][0])
         summary = summarise(one, records, problem_values(one, records))
-        runs.write_json(run / "summary.json", summary)
-        table = table_of({one.out.name: summary}, {})
-        runs.write_text(run / "summary.md", table)
-        print(f"{table}\nrecords: {run / 'records.jsonl'}   summary: {run / 'summary.json'}")
+        report.write_summary(run, summary, table_of({run.name: summary}, {}), f"records: {run / 'records.jsonl'}")
     sampler.close()
 
 
-# ---------------------------------------------------------------------------------------------- sampling
-
-
-def sample(args, run: Path, sampler: Sampler, problems: list[dict], prompts: list[list[int]]) -> None:
-    """Writes a record a trace, as each batch of problems is done. Traces that are recorded already are not made again:
-    a run goes on where it stopped, and more samples are added to those there."""
-    file, forced = run / "records.jsonl", args.metric in ("regret", "all")
+def sample(args, file: Path, sampler: Sampler, problems: list[dict], prompts: list[list[int]]) -> list[dict]:
+    """The records, one a trace, in the order of the problems. What is recorded already is not made again: a run goes on
+    where it stopped, and more samples are added to those there."""
+    forced = args.metric in ("regret", "all")
     if forced and file.exists() and not all(r["J"] for r in runs.load_records(file)):
-        fail(f"--metric {args.metric}: the records in {run} were made without forced answers; use another --out")
+        fail(f"--metric {args.metric}: the records in {file} were made without forced answers; use another --out")
     how = segmentation(args, max_episodes=args.max_episodes)
-    counts = [args.num_samples] * len(problems)
-    for batch, first in runs.unrecorded(file, problems, counts, args.batch_problems, sampler):
-        asked = [problems[i] for i in batch], [prompts[i] for i in batch]
-        groups = sample_traces(args, sampler, *asked, how, args.num_samples - first, first)
-        traces = [trace for group in groups for trace in group]
-        if forced:
-            sampled_success_rates(
-                sampler,
-                traces,
-                args.forced_answers,
-                args.answer_tokens,
-                args.temperature,
-                args.top_p,
-                (args.seed, 1),
-            )
+    for traces in new_traces(args, file, sampler, problems, prompts, how, forced=forced):
         runs.append_jsonl(file, [trace.record() for trace in traces])
+    groups = group_by_problem(runs.load_records(file))
+    return [record for problem in problems for record in groups[problem["id"]]]
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -178,8 +140,8 @@ def problem_values(args, records: list[dict]) -> Values:
         values |= {f"maj@{k}": np.array([vote_at(group, k, args.vote) for group in groups]) for k in ks}
     values["tokens"] = problem_means(records, lambda r: r["tokens"])
     if args.metric in ("regret", "all") and all(r["J"] for r in records):
-        values |= {f"regret@{b}": problem_means(records, lambda r, b=b: regret_at(r, b)) for b in args.budgets}
-        values |= {f"forced@{b}": problem_means(records, lambda r, b=b: accuracy_at(r, b)) for b in args.budgets}
+        values |= {f"regret@{b}": problem_means(records, regret_at, b) for b in args.budgets}
+        values |= {f"forced@{b}": problem_means(records, accuracy_at, b) for b in args.budgets}
     return values
 
 
@@ -194,6 +156,17 @@ def vote_at(group: list[dict], k: int, vote: str) -> float:
     return vote_at_k([r["boxed"] for r in group], group[0]["gold"], k, weights)
 
 
+COUNTS: dict[str, Callable[[dict], float]] = {  # means over the traces
+    "truncated": lambda r: r["finish"] == "length",
+    "no_answer": lambda r: r["verdict"] == "none",
+    "timed_out": lambda r: r["verdict"] == "timeout",
+    "no_thought": lambda r: r["finished"] and r["boundaries"][-1] == 0,
+    "one_episode": lambda r: len(r["boundaries"]) <= 2,
+    "thought_tokens": lambda r: r["boundaries"][-1],
+    "answer_tokens": lambda r: r["tokens"] - r["boundaries"][-1],
+}
+
+
 def summarise(args, records: list[dict], values: Values) -> dict:
     """Every metric with its 95 % interval, from `problem_values`; counts; what went wrong."""
     metrics = {name: interval(of_problems) for name, of_problems in values.items()}
@@ -201,52 +174,27 @@ def summarise(args, records: list[dict], values: Values) -> dict:
     for name, metric in metrics.items():
         if name.startswith("maj@") and args.vote == "likelihood" and math.comb(n, int(name[4:])) > EXACT_SUBSETS:
             metric["draw_error"] = 0.5 / math.sqrt(SUBSET_DRAWS * problems)  # of drawing subsets, at most
-    progress = [step for r in records for step in np.diff(r["J"])]
-
-    def mean(value) -> float:
-        return float(np.mean([value(r) for r in records]))
-
+    progress = [change for r in records for change in np.diff(r["J"])]
     return {
         "problems": problems,
         "samples": len(records),
-        "truncated": mean(lambda r: r["finish"] == "length"),
-        "no_answer": mean(lambda r: r["verdict"] == "none"),
-        "timed_out": mean(lambda r: r["verdict"] == "timeout"),
-        "no_thought": mean(lambda r: r["finished"] and r["boundaries"][-1] == 0),
-        "one_episode": mean(lambda r: len(r["boundaries"]) <= 2),
-        "thought_tokens": mean(lambda r: r["boundaries"][-1]),
-        "answer_tokens": mean(lambda r: r["tokens"] - r["boundaries"][-1]),
+        **{name: float(np.mean([count(r) for r in records])) for name, count in COUNTS.items()},
         "progress_per_episode": float(np.mean(progress)) if progress else None,
         "vote": args.vote,
         "metrics": metrics,
     }
 
 
-COUNTS = (
-    "truncated",
-    "no_answer",
-    "timed_out",
-    "no_thought",
-    "one_episode",
-    "thought_tokens",
-    "answer_tokens",
-    "problems",
-    "samples",
-)
-
-
 def table_of(summaries: dict[str, dict], differences: dict[str, dict]) -> str:
     """One column a run: each metric with its interval, the counts; then the differences to the first run."""
-    metrics = report.metric_table({name: summary["metrics"] for name, summary in summaries.items()})
+    text = report.metric_table({name: summary["metrics"] for name, summary in summaries.items()})
     for name in COUNTS:
         digits = 1 if name.endswith("tokens") else 3
-        counts = [summary[name] for summary in summaries.values()]
-        cells = [str(count) if isinstance(count, int) else f"{count:.{digits}f}" for count in counts]
-        metrics += f"| {name.replace('_', ' ')} | {' | '.join(cells)} |\n"
+        text += report.table_row(name.replace("_", " "), *(f"{s[name]:.{digits}f}" for s in summaries.values()))
+    for name in ("problems", "samples"):
+        text += report.table_row(name, *(str(summary[name]) for summary in summaries.values()))
     first = next(iter(summaries))
-    return metrics + report.difference_table(
-        differences, f"{first} on the same {summaries[first]['problems']} problems"
-    )
+    return text + report.difference_table(differences, f"{first} on the same {summaries[first]['problems']} problems")
 
 
 # ---------------------------------------------------------------------------------------------- comparison
@@ -255,9 +203,8 @@ def table_of(summaries: dict[str, dict], differences: dict[str, dict]) -> str:
 def compare(args, folders: list[Path]) -> None:
     """Tables, paired differences and figures from records alone; one section a data set, and a table of all."""
     recorded = report.read_runs(folders, "evaluate.py", "top_p")
-    for setting in ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes"):
-        if len({str(run.settings[setting]) for run in recorded}) > 1:
-            print(f"warning: the runs differ in --{setting.replace('_', '-')}")
+    for flag in report.differing_flags(recorded, SAME):
+        print(f"warning: the runs differ in {flag}")
     datasets = list(dict.fromkeys(run.settings["dataset"] for run in recorded))
     text, summary, figures = (table_of_datasets(recorded, datasets) + "\n" if len(datasets) > 1 else ""), {}, []
     args.out.mkdir(parents=True, exist_ok=True)
@@ -268,9 +215,7 @@ def compare(args, folders: list[Path]) -> None:
         part, summary[dataset] = compare_on_one(args, of_dataset)
         text += ("" if len(datasets) == 1 else f"## {dataset}\n\n") + part + "\n"
         figures += [draw_anytime(args, of_dataset, stem), draw_efficiency(args, of_dataset, stem)]
-    runs.write_json(args.out / "summary.json", summary)
-    runs.write_text(args.out / "summary.md", text)
-    print(f"{text}\ntable: {args.out / 'summary.md'}   figures: {', '.join(str(path) for path in figures if path)}")
+    report.write_summary(args.out, summary, text, f"figures: {', '.join(str(path) for path in figures if path)}")
 
 
 def compare_on_one(args, recorded: list[RecordedRun]) -> tuple[str, dict]:
@@ -282,16 +227,11 @@ def compare_on_one(args, recorded: list[RecordedRun]) -> tuple[str, dict]:
     curves = {run.name: efficiency(args, run.records) for run in recorded}
     base, *others = curves
     ratios = {name: {metric: token_ratio(curves[base], curves[name], metric) for metric in SCORES} for name in others}
-    for name, of_metrics in ratios.items():
-        for metric, r in of_metrics.items():
-            text += (
-                f"\nFor {metric} = {r['at']:.3f} {base} needs {r['ratio']:.2f} times the tokens of {name} "
-                f"[{r['low']:.2f}, {r['high']:.2f}].\n"
-            )
+    for name, ratios_of_run in ratios.items():
+        for metric, r in ratios_of_run.items():
+            text += f"\nFor {metric} = {r['at']:.3f} {base} needs {r['ratio']:.2f} times the tokens of {name} "
+            text += f"[{r['low']:.2f}, {r['high']:.2f}].\n"
     return text, {"runs": summaries, "difference_to_first": differences, "token_ratio_to_first": ratios}
-
-
-SCORES = ("pass@k", "maj@k")
 
 
 def efficiency(args, records: list[dict]) -> dict[str, np.ndarray]:
@@ -311,7 +251,7 @@ def token_ratio(base: dict[str, np.ndarray], other: dict[str, np.ndarray], metri
     efficiency"), with a bootstrap over the problems they share; above 1 the other is more efficient."""
 
     def ratio(chosen) -> tuple[float, float]:
-        curves = [(of["tokens"][chosen].mean(0), of[metric][chosen].mean(0)) for of in (base, other)]
+        curves = [(curve["tokens"][chosen].mean(0), curve[metric][chosen].mean(0)) for curve in (base, other)]
         target = min(scores.max() for _, scores in curves)
         return report.tokens_to_reach(target, *curves[0]) / report.tokens_to_reach(target, *curves[1]), target
 
@@ -324,21 +264,21 @@ def token_ratio(base: dict[str, np.ndarray], other: dict[str, np.ndarray], metri
 def table_of_datasets(recorded: list[RecordedRun], datasets: list[str]) -> str:
     """pass@1 of every model on every data set and the average over data sets, as in Table 1. The average's interval
     comes from independent bootstraps of the data sets."""
-    means: dict[str, dict[str, np.ndarray]] = {}
+    right: dict[str, dict[str, np.ndarray]] = {}
     for run in recorded:
-        of_model = means.setdefault(run.settings["model"], {})
-        of_model[run.settings["dataset"]] = problem_means(run.records, lambda r: r["reward"])
-    short = {model: short_name(model) for model in means}
+        means = problem_means(run.records, lambda r: r["reward"])
+        right.setdefault(run.settings["model"], {})[run.settings["dataset"]] = means
+    names = {model: short_name(model) for model in right}
     rows = []
-    for model, values in means.items():
-        cells = [report.cell(interval(values[d]) if d in values else None) for d in datasets]
+    for model, values in right.items():
         average = None
         if len(values) == len(datasets):
             draws = [v[report.bootstrap_picks(len(v), seed=i)].mean(1) for i, v in enumerate(values.values())]
             low, high = np.quantile(np.mean(draws, 0), [0.025, 0.975])
             average = {"mean": np.mean([v.mean() for v in values.values()]), "low": low, "high": high}
-        name = short[model] if len(set(short.values())) == len(short) else model
-        rows.append([name, *cells, report.cell(average)])
+        means = [interval(values[dataset]) if dataset in values else None for dataset in datasets]
+        name = names[model] if len(set(names.values())) == len(names) else model
+        rows.append([name, *map(report.cell, [*means, average])])
     return report.markdown(["pass@1", *datasets, "average"], rows)
 
 
@@ -353,14 +293,11 @@ def draw_anytime(args, recorded: list[RecordedRun], stem: str) -> Path | None:
     top = max(run.settings["max_tokens"] for run in recorded)
     accuracy, regret, grid = [], [], [top * (i + 1) / 32 for i in range(32)]
     for run in recorded:
-        forced = [interval(problem_means(run.records, lambda r, x=x: accuracy_at(r, x))) for x in grid]
+        forced = [mean_interval(run.records, accuracy_at, budget) for budget in grid]
         accuracy.append(Curve(grid, forced, run.name, "-"))
-        regrets = [interval(problem_means(run.records, lambda r, b=b: regret_at(r, b))) for b in args.budgets]
-        regret.append(Curve(args.budgets, regrets))
-    labels = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then"}
-    left = Panel({**labels, "ylim": (0, 1), "xlim": (0, top)}, accuracy)
-    right = Panel({"xlabel": "token budget C0", "ylabel": "normalised regret", "xticks": args.budgets}, regret)
-    return report.draw_panels(args.out / f"{stem}anytime.png", left, right, width=4.2)
+        regret.append(Curve(args.budgets, [mean_interval(run.records, regret_at, budget) for budget in args.budgets]))
+    panels = report.anytime_panels(accuracy, regret)
+    return report.draw_panels(args.out / f"{stem}anytime.png", *panels, width=4.2)
 
 
 def draw_efficiency(args, recorded: list[RecordedRun], stem: str) -> Path:

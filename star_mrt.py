@@ -22,34 +22,31 @@ that stopping there is what is learnt. --stop-phrase masked or trained keeps μ'
 """
 
 import argparse
-import copy
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from common import (
     Trace,
     end_of_thought,
     forced_prompt,
+    new_traces,
+    prompts_of,
     read_answers,
     regret_at,
-    room_for_answer,
-    sample_traces,
-    sampled_success_rates,
     segmentation,
     trace_of,
 )
 from plumbing import data, models, report, runs, training
-from plumbing.flags import add_common_flags, numbers, parse_flags, positive_int, shared_flags
+from plumbing.fine_tuning import fine_tune
+from plumbing.flags import add_common_flags, changed, parse_flags, positive_int, shared_flags
 from plumbing.report import Curve, Panel, Values, interval, problem_means
 from plumbing.runs import fail, problem_key
-from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
-from plumbing.training import ranks, sum_over_ranks
+from plumbing.sampler import Sampler, open_sampler, pick_engine
+from plumbing.training import ranks
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
@@ -98,7 +95,6 @@ def flags(argv=None) -> argparse.Namespace:
     shared_flags(parser, "held-out problems", "eval-dataset eval-split eval-problems budgets")
     args = parse_flags(parser, DEFAULTS, argv)
     args.out = args.out or Path("runs") / f"star-{runs.short_name(args.model)}-{args.filter}-seed{args.seed}"
-    args.budgets = numbers("--budgets", args.budgets)
     if not 0 <= args.min_success <= 1:
         fail(f"--min-success {args.min_success}: must be between 0 and 1")
     if args.temperature == 0:
@@ -109,20 +105,25 @@ def flags(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = flags()
     training.start_processes()
+    run, model, sampler, problems, held_out = prepare(args)
+    evaluate(args, run / "base.jsonl", sampler, held_out)
+    ran_out = [not self_train(args, run, name, model, sampler, problems, held_out) for name in filters(args)]
+    if ranks()[0] == 0:
+        write_report(args, run)
+    if any(ran_out):
+        raise SystemExit(3)
+
+
+def prepare(args):
+    """(folder of the run, model, its sampler, problems, held-out problems), what is cheap to refuse first."""
     args.engine = pick_engine(args.engine)
     runs.check_out(args.out, runs.identity(args), args.resume, args.overwrite)
     weights = args.tokenizer or args.model  # of a served model the name says nothing
     tokenizer = models.load_tokenizer(weights)
     if not models.thinks(tokenizer):
         fail(f"--model {args.model}: has no {models.THINK_END} in its vocabulary, so no thought to cut")
-    problems, held_out = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args)), []
-    if args.eval_dataset or data.is_tiny_dataset(args.dataset):
-        held_out = data.load_problems(
-            args.eval_dataset or args.dataset, args.eval_split, args.eval_problems, *data.columns_of(args)
-        )
-    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems + held_out]
-    room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
-    longest = check_lengths(args, problems + held_out, prompts, room)
+    problems, held_out = data.problems_of(args), data.held_out_of(args)
+    _, longest = prompts_of(args, tokenizer, problems + held_out)
     model = models.load_model(weights, models.pick_device())
     run = training.open_run_once(args.out, runs.identity(args), args.resume, args.overwrite)
     if ranks()[0] == 0:
@@ -130,12 +131,7 @@ def main() -> None:
     sampler = open_sampler(args, tokenizer, longest, trained=model)
     recompute = not runs.is_tiny(weights)
     training.prepare(model, models.pick_dtype(args.dtype), models.token_logprobs, recompute)
-    evaluate(args, run / "base.jsonl", sampler, held_out)
-    ran_out = [not self_train(args, run, name, model, sampler, problems, held_out) for name in filters(args)]
-    if ranks()[0] == 0:
-        write_report(args, run)
-    if any(ran_out):
-        raise SystemExit(3)
+    return run, model, sampler, problems, held_out
 
 
 def filters(args) -> list[str]:
@@ -168,21 +164,22 @@ def iterate(args, run: Path, name: str, iteration: int, model, sampler: Sampler,
     print(f"== {name}, iteration {iteration} of {args.iterations}")
     # The first iteration samples from the base: the same traces for every filter.
     file = run / "samples_1.jsonl" if iteration == 1 else folder / f"samples_{iteration}.jsonl"
-    traces = traced(args, file, sampler, problems, args.forced_answers, (args.seed + 1) * 1000 + iteration)
+    seed = (args.seed + 1) * 1000 + iteration
+    traces = recorded_traces(changed(args, seed=seed), file, sampler, problems)
     examples = select(args, name, sampler, traces, iteration)
-    line = {"iteration": iteration, **describe(traces, examples)}
+    about = {"iteration": iteration, **describe(traces, examples)}
     if ranks()[0] == 0:
-        kept = [runs.json_line(example.record(tokenizer)) for example in examples]
-        runs.write_text(folder / f"selected_{iteration}.jsonl", "".join(kept))
-        runs.write_json(folder / f"iteration_{iteration}.json", line)
-    if not examples:
+        selected = [runs.json_line(example.record(tokenizer)) for example in examples]
+        runs.write_text(folder / f"selected_{iteration}.jsonl", "".join(selected))
+    if examples:
+        sampler.pause()
+        rows = [example.fine_tuned() for example in examples]
+        about |= fine_tune(args, folder / f"tuning_{iteration}", model, tokenizer, rows)
+    else:
         print(f"the filter {name} kept no trace in iteration {iteration}: nothing to train on; see {file}")
-        return False
-    sampler.pause()
-    line |= fine_tune(args, folder / f"tuning_{iteration}", model, tokenizer, examples)
     if ranks()[0] == 0:
-        runs.write_json(folder / f"iteration_{iteration}.json", line)
-    return True
+        runs.write_json(folder / f"iteration_{iteration}.json", about)
+    return bool(examples)
 
 
 # ---------------------------------------------------------------------------------------------- samples
@@ -191,36 +188,21 @@ def iterate(args, run: Path, name: str, iteration: int, model, sampler: Sampler,
 def evaluate(args, file: Path, sampler: Sampler, problems: list[dict]) -> None:
     """Traces on held-out problems, once a model: the same seeds for every model."""
     sampler.model.eval()
-    traced(args, file, sampler, problems, answers=4, seed=77)
+    recorded_traces(changed(args, seed=77, forced_answers=4), file, sampler, problems)
 
 
-def traced(args, file: Path, sampler: Sampler, problems: list[dict], answers: int, seed: int) -> list[Trace]:
-    """--num-samples traces a problem with J at every boundary; recorded as each batch of problems is done, and read
-    back where they are. Each process does its share."""
-    (rank, world), settings, tokenizer = ranks(), copy.copy(args), sampler.tokenizer
-    settings.seed = seed
-    how = segmentation(args, max_episodes=args.max_episodes)
-    prompts = {p["id"]: models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems}
-    counts = [args.num_samples] * len(problems)
-    todo = runs.unrecorded(file, problems, counts, args.batch_problems, sampler)
-    training.wait_for_ranks()  # all have read what is there
-    for batch, first in todo:
-        share = [problems[i] for i in batch][rank::world]
-        asked = share, [prompts[p["id"]] for p in share]
-        groups = sample_traces(settings, sampler, *asked, how, args.num_samples - first, first)
-        traces = [trace for group in groups for trace in group]
-        sampled_success_rates(sampler, traces, answers, args.answer_tokens, args.temperature, args.top_p, (seed, 1))
-        lines = training.gather_over_ranks([trace.record() for trace in traces])
-        if rank == 0:
-            order = {problems[i]["id"]: place for place, i in enumerate(batch)}  # that of one process
-            runs.append_jsonl(file, sorted(lines, key=lambda line: order[line["id"]]))
+def recorded_traces(args, file: Path, sampler: Sampler, problems: list[dict]) -> list[Trace]:
+    """--num-samples traces a problem with J at every boundary: sampled, each process its share, and read back."""
+    tokenizer, how = sampler.tokenizer, segmentation(args, max_episodes=args.max_episodes)
+    prompts, _ = prompts_of(args, tokenizer, problems)
+    place = {problem["id"]: number for number, problem in enumerate(problems)}
+    for traces in new_traces(args, file, sampler, problems, prompts, how, process=ranks()):
+        records = training.gather_over_ranks([trace.record() for trace in traces])
+        if ranks()[0] == 0:
+            runs.append_jsonl(file, sorted(records, key=lambda r: place[r["id"]]))  # the order of a single process
     training.wait_for_ranks()
-    records = {(r["id"], r["sample"]): r for r in runs.load_records(file)} if problems else {}
-    return [
-        trace_of(records[problem["id"], number], tokenizer, problem, prompts[problem["id"]])
-        for problem in problems
-        for number in range(args.num_samples)
-    ]
+    records = sorted(runs.load_records(file), key=lambda r: (place[r["id"]], r["sample"])) if problems else []
+    return [trace_of(r, tokenizer, problems[place[r["id"]]], prompts[place[r["id"]]]) for r in records]
 
 
 # ---------------------------------------------------------------------------------------------- the filter
@@ -238,7 +220,7 @@ class Example:
     ending_weight: float = 1.0
 
     def fine_tuned(self) -> tuple[list[int], int, list[float]]:
-        """(token ids, first trained place, weight of each trained token): what `training.micro_batches` takes."""
+        """As `plumbing.fine_tuning` takes it. The prompt is not trained, and a masked stop phrase has weight 0."""
         thought = self.trace.completion.token_ids[: self.cut]
         weights = [1.0] * self.cut + [self.ending_weight] * len(self.ending) + [1.0] * len(self.answer)
         return self.trace.prompt + thought + self.ending + self.answer, len(self.trace.prompt), weights
@@ -286,43 +268,30 @@ def keep_progress(traces: list[Trace], min_success: float) -> dict[int, int]:
 
 
 def add_answers(args, sampler: Sampler, traces: list[Trace], cuts: dict[int, int], iteration: int) -> list[Example]:
-    """Each cut trace with an ending and a right answer; without those for which none is found.
-
-    A complete thought with a right answer stays as it was sampled. For a cut one --forced-answers are sampled after the
-    ending, and the first right one is taken.
-    """
-    examples, asked = {}, []
-    for t, cut in cuts.items():
-        trace = traces[t]
-        ids = trace.completion.token_ids
-        if trace.finished and cut == trace.boundaries[-1] and trace.reward == 1:
-            examples[t] = Example(t, trace, cut, [], ids[cut:])
-        else:
-            asked.append(example_without_answer(args, sampler.tokenizer, t, trace, cut))
-    rows = sampler.generate(
-        [example.fine_tuned()[0] for example in asked],
-        args.answer_tokens,
-        [(args.seed, 4, iteration, problem_key(e.trace.problem), e.number) for e in asked],
-        args.forced_answers,
-        args.temperature,
-        args.top_p,
-    )
-    answers = read_answers([example.trace.problem for example in asked], rows)
-    for example, row, graded in zip(asked, rows, answers):
-        right = [c for c, a in zip(row, graded) if a.verdict == "right" and c.finish_reason == "stop"]
-        if right:
-            example.answer = right[0].token_ids
-            examples[example.number] = example
-    return [examples[t] for t in cuts if t in examples]
+    """Each cut trace with an ending and a right answer, the first of --forced-answers sampled after the ending; without
+    those for which none is right."""
+    examples = [begin_example(args, sampler.tokenizer, number, traces[number], cut) for number, cut in cuts.items()]
+    asked = [example for example in examples if not example.answer]
+    problems = [example.trace.problem for example in asked]
+    prompts = [example.fine_tuned()[0] for example in asked]
+    seeds = [(args.seed, 4, iteration, problem_key(example.trace.problem), example.number) for example in asked]
+    rows = sampler.generate(prompts, args.answer_tokens, seeds, args.forced_answers, args.temperature, args.top_p)
+    for example, completions, answers in zip(asked, rows, read_answers(problems, rows)):
+        ended = [(c, answer) for c, answer in zip(completions, answers) if c.finish_reason == "stop"]
+        example.answer = next((c.token_ids for c, answer in ended if answer.verdict == "right"), [])
+    return [example for example in examples if example.answer]
 
 
-def example_without_answer(args, tokenizer, number: int, trace: Trace, cut: int) -> Example:
-    """Between a cut thought and its answer stands the end-of-thinking marker, or μ's stop phrase."""
+def begin_example(args, tokenizer, number: int, trace: Trace, cut: int) -> Example:
+    """Between a cut thought and its answer, still to be sampled, stands the end-of-thinking marker or μ's stop phrase.
+    A complete thought with a right answer stays as it is."""
+    complete = trace.finished and cut == trace.boundaries[-1]
+    if complete and trace.reward == 1:
+        return Example(number, trace, cut, [], trace.completion.token_ids[cut:])
     if args.stop_phrase == "none":
         return Example(number, trace, cut, end_of_thought(tokenizer, trace.prefix(cut)), [])
-    ending = forced_prompt(tokenizer, trace, cut)[len(trace.prompt) + cut :]
-    whole = trace.finished and cut == trace.boundaries[-1]  # ended by the marker alone, not by the phrase
-    return Example(number, trace, cut, ending, [], 0.0 if args.stop_phrase == "masked" and not whole else 1.0)
+    ending = forced_prompt(tokenizer, trace, cut)[len(trace.prompt) + cut :]  # the marker alone if complete
+    return Example(number, trace, cut, ending, [], 0.0 if args.stop_phrase == "masked" and not complete else 1.0)
 
 
 def first_of_problem(examples: list[Example], count: int) -> list[Example]:
@@ -337,73 +306,22 @@ def first_of_problem(examples: list[Example], count: int) -> list[Example]:
 
 def describe(traces: list[Trace], examples: list[Example]) -> dict:
     """What a filter keeps, for the table."""
-    gained = [e.trace.values[e.episodes] - e.trace.values[0] for e in examples if e.episodes]
     tokens, episodes = [len(e.fine_tuned()[2]) for e in examples], [e.episodes for e in examples]
-    line = {
+    progress = sum(e.trace.values[e.episodes] - e.trace.values[0] for e in examples) / max(1, sum(episodes))
+    problems, mean = len({e.trace.problem["id"] for e in examples}), float(np.mean(tokens or [0]))
+    print(
+        f"kept {len(examples)} of {len(traces)} traces, {problems} problems, {mean:.0f} tokens on average, "
+        f"progress per episode {progress:.3f}"
+    )
+    return {
         "sampled_traces": len(traces),
         "traces": len(examples),
         "tokens": sum(tokens),
-        "mean_tokens": float(np.mean(tokens or [0])),
+        "mean_tokens": mean,
         "mean_episodes": float(np.mean(episodes or [0])),
-        "progress_per_episode": float(sum(gained) / max(1, sum(episodes))),
-        "problems": len({e.trace.problem["id"] for e in examples}),
+        "progress_per_episode": float(progress),
+        "problems": problems,
     }
-    print(
-        f"kept {line['traces']} of {len(traces)} traces, {line['problems']} problems, "
-        f"{line['mean_tokens']:.0f} tokens on average, progress per episode {line['progress_per_episode']:.3f}"
-    )
-    return line
-
-
-# ---------------------------------------------------------------------------------------------- fine-tuning
-
-
-def fine_tune(args, folder: Path, model, tokenizer, examples: list[Example]) -> dict:
-    """--epochs of supervised fine-tuning in place; goes on from the last checkpoint in `folder`."""
-    if ranks()[0] == 0:
-        folder.mkdir(exist_ok=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    state = training.begin_or_resume(folder, model, optimizer, {"step": 0, "loss": 0.0})
-    rows = [example.fine_tuned() for example in examples]
-    a_pass = math.ceil(len(rows) / args.batch_size)
-    steps = a_pass * args.epochs
-
-    def step(state: dict) -> tuple[dict, dict, str]:
-        done = state["step"]
-        order = np.random.default_rng([args.seed, done // a_pass]).permutation(len(rows))
-        batch = [rows[i] for i in order[done % a_pass :: a_pass]]  # all batches of a pass are of like size
-        state = {"step": done + 1, "loss": train_step(args, model, optimizer, batch)}
-        if not math.isfinite(state["loss"]):
-            fail(f"step {done} of the fine-tuning in {folder}: the loss is {state['loss']}")
-        told = state["step"] % max(1, steps // 5) == 0
-        text = f"step {state['step']} of {steps}  loss {state['loss']:.4f}" if told else ""
-        return state, {**state, "examples": len(batch)}, text
-
-    state = training.train_loop(
-        args, folder, model, tokenizer, optimizer, state, lambda state: state["step"] / steps, step
-    )
-    model.eval()
-    return {"steps": steps, "loss": state["loss"]}
-
-
-def train_step(args, model, optimizer, batch: list[tuple]) -> float:
-    """One optimiser step on -Σ w log p / Σ w over the trained tokens of the whole batch: however it is split into
-    micro-batches and over processes, a token counts the same. Prompts are not trained, a masked stop phrase has
-    weight 0."""
-    rank, world = ranks()
-    score = training.scorer(model, models.token_logprobs)
-    denominator = sum(sum(weights) for _, _, weights in batch)
-    batches = list(training.micro_batches(batch[rank::world], args.max_tokens_per_batch, model.device))
-    optimizer.zero_grad()
-    total = 0.0
-    for _, ids, where, weights in training.same_number(batches, batch[0], model.device):
-        with models.autocast(models.pick_dtype(args.dtype)):
-            logprobs, _ = score(ids, where)
-        loss = -(weights * logprobs).sum() / denominator
-        (loss * world).backward()  # FSDP takes the mean of the processes' gradients
-        total += loss.item()
-    training.optimizer_step(model, optimizer, args.max_grad_norm)
-    return sum_over_ranks([total])[0]
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -411,40 +329,35 @@ def train_step(args, model, optimizer, batch: list[tuple]) -> float:
 
 def write_report(args, run: Path) -> None:
     """Table, summary.json and figure of base and filters, from the records."""
-    lines = {name: [json.loads(file.read_text()) for file in iteration_files(run / name)] for name in filters(args)}
+    names, iterations = filters(args), range(1, args.iterations + 1)
+    files = {name: [run / name / f"iteration_{i}.json" for i in iterations] for name in names}
+    kept = {name: [json.loads(file.read_text()) for file in files[name] if file.exists()] for name in names}
     columns = ("traces", "tokens", "mean_tokens", "mean_episodes", "progress_per_episode", "problems")
     rows = [
-        [name, str(kept["iteration"]), *(f"{kept[c]:.4g}" for c in columns)] for name in lines for kept in lines[name]
+        [name, str(about["iteration"]), *(f"{about[column]:.4g}" for column in columns)]
+        for name in names
+        for about in kept[name]
     ]
     text = "What the filters kept:\n\n"
-    text += report.markdown(["filter", "iteration", *(c.replace("_", " ") for c in columns)], rows)
-    summary: dict = {"kept": lines}
-    if (run / "base.jsonl").exists():
-        values = {"base": values_of(args, run / "base.jsonl")}
-        for name, of_filter in lines.items():
-            for kept in of_filter:
-                file = run / name / f"evaluation_{kept['iteration']}.jsonl"
-                if file.exists():
-                    values[f"{TITLES[name]} {kept['iteration']}"] = values_of(args, file)
-        summary["models"] = {name: {m: interval(v) for m, v in metrics.items()} for name, metrics in values.items()}
+    text += report.markdown(["filter", "iteration", *(column.replace("_", " ") for column in columns)], rows)
+    evaluations = {"base": run / "base.jsonl"}
+    evaluations |= {f"{TITLES[name]} {i}": run / name / f"evaluation_{i}.jsonl" for name in names for i in iterations}
+    values = {model: values_of(args, file) for model, file in evaluations.items() if file.exists()}
+    summary: dict = {"kept": kept}
+    if values:
+        summary["models"] = {model: {m: interval(v) for m, v in metrics.items()} for model, metrics in values.items()}
         summary["difference_to_base"] = report.differences_to_first(values)
         problems = len(values["base"]["right"])
         text += f"\nOn {problems} held-out problems × {args.num_samples}:\n\n" + report.metric_table(summary["models"])
         text += report.difference_table(summary["difference_to_base"], "the base on the same problems")
-        last = {name: values[key] for name in TITLES.values() if (key := f"{name} {args.iterations}") in values}
-        if len(last) == 2:
-            (minus,) = report.differences_to_first(last).values()
-            summary["mrt_minus_star"] = minus
+        last = [f"{title} {args.iterations}" for title in TITLES.values()]
+        if all(model in values for model in last):
+            (difference,) = report.differences_to_first({model: values[model] for model in last}).values()
+            summary["mrt_minus_star"] = difference
             text += f"\nAfter {args.iterations} iterations:\n\n"
-            text += report.metric_table({"MRT-STaR - STaR": minus}, "+")
+            text += report.metric_table({"MRT-STaR - STaR": difference}, "+")
         draw(args, summary, run)
-    runs.write_json(run / "summary.json", summary)
-    runs.write_text(run / "summary.md", text)
-    print(f"\n{text}\nmodels: {run}/FILTER/model_N   table: {run / 'summary.md'}   figure: {run / 'star.png'}")
-
-
-def iteration_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("iteration_*.json"), key=lambda file: int(file.stem.split("_")[1]))
+    report.write_summary(run, summary, text, f"models: {run}/FILTER/model_N   figure: {run / 'star.png'}")
 
 
 def values_of(args, file: Path) -> Values:
@@ -452,7 +365,7 @@ def values_of(args, file: Path) -> Values:
     records = runs.load_records(file)
     values = {"right": problem_means(records, lambda r: r["reward"])}
     values["tokens"] = problem_means(records, lambda r: r["tokens"])
-    return values | {f"regret@{b}": problem_means(records, lambda r, b=b: regret_at(r, b)) for b in args.budgets}
+    return values | {f"regret@{b}": problem_means(records, regret_at, b) for b in args.budgets}
 
 
 def draw(args, summary: dict, run: Path) -> Path:
@@ -460,11 +373,11 @@ def draw(args, summary: dict, run: Path) -> Path:
     labels = {"right": "share right", "tokens": "tokens", f"regret@{args.budgets[-1]}": "normalised regret"}
     panels = []
     for metric, label in labels.items():
-        curves = []
+        panel = Panel({"xlabel": "iteration", "ylabel": label, "xticks": range(args.iterations + 1)}, [])
         for title in (TITLES[name] for name in filters(args)):
-            names = ["base", *(name for name in summary["models"] if name.rsplit(" ", 1)[0] == title)]
-            curves.append(Curve(range(len(names)), [summary["models"][name][metric] for name in names], title))
-        panels.append(Panel({"xlabel": "iteration", "ylabel": label, "xticks": range(args.iterations + 1)}, curves))
+            means = [m[metric] for model, m in summary["models"].items() if model.rsplit(" ", 1)[0] in ("base", title)]
+            panel.curves.append(Curve(range(len(means)), means, title))
+        panels.append(panel)
     return report.draw_panels(run / "star.png", *panels)
 
 

@@ -182,7 +182,7 @@ def _same(a: tuple, b: tuple) -> bool:
         return _ask(set_of(a), set_of(b))
     if kinds == {"list"} and a[1] == b[1]:
         if a[1] == r"\{\}":
-            return all(any(_same(x, y) for y in some) for some, all_ in ((b[2], a[2]), (a[2], b[2])) for x in all_)
+            return all(any(_same(x, y) for y in there) for here, there in ((a[2], b[2]), (b[2], a[2])) for x in here)
         return len(a[2]) == len(b[2]) and all(map(_same, a[2], b[2]))
     relations = {"named", "equation", "relation"}
     plain = {"number", "latex"}
@@ -287,8 +287,8 @@ def _golds(gold: Gold) -> list[str]:
 
 def check_gold(gold: Gold) -> None:
     """ValueError, naming the gold, if nothing can be compared with it: that is an error in the data."""
-    for one in _golds(gold):
-        _gold_form(one)
+    for text in _golds(gold):
+        _gold_form(text)
 
 
 @lru_cache(maxsize=100_000)
@@ -306,7 +306,7 @@ def _verdict(answer: str | None, gold: str) -> str:
 
 
 def _verdict_on_any(answer: str | None, gold: Gold) -> str:
-    verdicts = [_verdict(answer, one) for one in _golds(gold)]
+    verdicts = [_verdict(answer, text) for text in _golds(gold)]
     return next((verdict for verdict in ("right", "timeout") if verdict in verdicts), verdicts[0])
 
 
@@ -315,15 +315,15 @@ def grade_all(pairs: Sequence[tuple[str | None, Gold]]) -> list[str]:
 
     A gold is a text, or several of which any is right; ValueError where one cannot be parsed.
     """
-    keys = [(answer, gold if isinstance(gold, str) else tuple(gold)) for answer, gold in pairs]
-    different = list(dict.fromkeys(keys))
+    questions = [(answer, gold if isinstance(gold, str) else tuple(gold)) for answer, gold in pairs]
+    different = list(dict.fromkeys(questions))
     threads = min(os.cpu_count() or 1, len(different) // 50)  # a worker starts in 2 s, so few answers need but one
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:  # what takes long is in the workers' processes
             verdicts = dict(zip(different, pool.map(lambda pair: _verdict_on_any(*pair), different)))
     else:
         verdicts = {pair: _verdict_on_any(*pair) for pair in different}
-    return [verdicts[key] for key in keys]
+    return [verdicts[question] for question in questions]
 
 
 def answers_equal(answer: str | None, gold: Gold) -> bool:

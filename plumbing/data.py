@@ -54,6 +54,18 @@ def columns_of(args) -> tuple[str | None, str | None, bool]:
     return args.problem_column, args.answer_column, args.skip_unusable
 
 
+def problems_of(args) -> list[dict]:
+    """The problems that the flags name."""
+    return load_problems(args.dataset, args.split, args.limit, *columns_of(args))
+
+
+def held_out_of(args) -> list[dict]:
+    """The problems to evaluate a training on; none without --eval-dataset, unless it trains on tiny's."""
+    if not args.eval_dataset and not is_tiny_dataset(args.dataset):
+        return []
+    return load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems, *columns_of(args))
+
+
 def load_responses(
     file: Path,
     limit: int | None = None,

@@ -152,13 +152,13 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     known, _ = parser.parse_known_args(argv)
     if known.config:
         from_file = []
-        for key, value in read_config(known.config).items():
-            name = str(key).replace("_", "-")
+        for setting, value in read_config(known.config).items():
+            name = str(setting).replace("_", "-")
             action = actions.get(name.replace("-", "_"))
             if action is None:
                 fail(f"--config {known.config}: no such flag --{name}")
             if action.nargs == 0 and not isinstance(value, bool):
-                fail(f"--config {known.config}: {key} is true or false, found {value!r}")
+                fail(f"--config {known.config}: {setting} is true or false, found {value!r}")
             # As flags before the others they go through the same checks.
             if action.nargs == 0:
                 from_file += [f"--{name}"] * value
@@ -176,6 +176,8 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
         if getattr(args, name) is None:
             setattr(args, name, small if is_tiny(args.tokenizer or args.model.split(",")[0]) else large)
     args.markers = load_markers(args.markers) if args.markers else []
+    if "budgets" in args:
+        args.budgets = numbers("--budgets", args.budgets)
     if getattr(args, "warmup", 0.0) >= 1:
         fail(f"--warmup {args.warmup}: is a share of the run, below 1")
     if getattr(args, "compare", None) and args.out and config_of(args.out):
@@ -183,6 +185,31 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     if not 0 < getattr(args, "top_p", 1.0) <= 1:
         fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
     return args
+
+
+def changed(args: argparse.Namespace, **settings) -> argparse.Namespace:
+    """A copy with other values of some settings."""
+    return argparse.Namespace(**{**vars(args), **settings})
+
+
+def with_model(args: argparse.Namespace, model: str) -> argparse.Namespace:
+    """The settings for another model, which a server at --engine has to serve, too."""
+    other = changed(args, model=model, tokenizer=None)
+    if is_served(args.engine):
+        ask_server(other)
+    return other
+
+
+def each_in_its_folder(args: argparse.Namespace, names: list[str], settings: list[dict]) -> list[argparse.Namespace]:
+    """The settings of several runs, each in a folder of its name in --out; of a single one, in --out itself."""
+    if len(names) == 1:
+        return [changed(args, **settings[0])]
+    if config_of(args.out):
+        fail(f"--out {args.out}: holds a run of one model; name another folder for several")
+    for name in names:
+        if names.count(name) > 1:
+            fail(f"--model {args.model}: two of the runs would have the same folder {args.out / name}")
+    return [changed(args, out=args.out / name, **values) for name, values in zip(names, settings)]
 
 
 def ask_server(args) -> None:

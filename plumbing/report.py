@@ -7,25 +7,30 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from plumbing.runs import config_of, fail, load_records, read_jsonl, write_text
+from plumbing.runs import fail, load_records, read_jsonl, settings_of, write_json, write_text
 
 # ============================================================================================ numbers
 
 
-def group_by_problem(records: Iterable[dict]) -> dict[str, list[dict]]:
-    """{problem id: its records}, in order of first appearance."""
-    groups: dict[str, list[dict]] = {}
+def group_by(records: Iterable[dict], field: str) -> dict[Any, list[dict]]:
+    """{value of a field: the records that have it}, in order of first appearance."""
+    groups: dict[Any, list[dict]] = {}
     for record in records:
-        groups.setdefault(record["id"], []).append(record)
+        groups.setdefault(record[field], []).append(record)
     return groups
 
 
-def problem_means(records: Iterable[dict], value: Callable[[dict], float]) -> np.ndarray:
-    """The mean of a trace's value over each problem's traces, [problems]."""
-    return np.array([np.mean([value(r) for r in group]) for group in group_by_problem(records).values()])
+def group_by_problem(records: Iterable[dict]) -> dict[str, list[dict]]:
+    return group_by(records, "id")
+
+
+def problem_means(records: Iterable[dict], value: Callable[..., float], *more) -> np.ndarray:
+    """The mean of `value(record, *more)` over each problem's traces, [problems]."""
+    return np.array([np.mean([value(r, *more) for r in group]) for group in group_by_problem(records).values()])
 
 
 def bootstrap_picks(count: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
@@ -61,6 +66,11 @@ def interval(values) -> dict[str, float]:
     """A mean over problems with its 95 % bootstrap interval."""
     mean, low, high = bootstrap_interval(values)
     return {"mean": mean, "low": low, "high": high}
+
+
+def mean_interval(records: Iterable[dict], value: Callable[..., float], *more) -> dict[str, float]:
+    """The mean of `problem_means` with its interval."""
+    return interval(problem_means(records, value, *more))
 
 
 def tokens_to_reach(target: float, tokens, scores) -> float:
@@ -116,7 +126,11 @@ def cell(metric: dict | None, digits: int = 3, sign: str = "") -> str:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])
+    return "".join(table_row(*row) for row in [header, ["---"] * len(header), *rows])
+
+
+def table_row(*row: str) -> str:
+    return f"| {' | '.join(row)} |\n"
 
 
 @dataclass
@@ -129,14 +143,16 @@ class RecordedRun:
 
 
 def read_runs(folders: list[Path], script: str, setting: str) -> list[RecordedRun]:
-    """Runs of a script, with short names. `setting`: one that only this script has."""
-    runs = []
-    for folder, name in zip(folders, run_names(folders)):
-        settings = (config_of(folder) or {}).get("settings", {})
-        if setting not in settings or not (folder / "records.jsonl").exists():
-            fail(f"--compare {folder}: no config.json and records.jsonl of a run of {script} there")
-        runs.append(RecordedRun(name, settings, load_records(folder / "records.jsonl")))
-    return runs
+    """Runs of a script to compare, with short names. `setting`: one that only this script has."""
+    settings = [settings_of(folder, "--compare", script, setting) for folder in folders]
+    records = [load_records(folder / "records.jsonl") for folder in folders]
+    return [RecordedRun(*run) for run in zip(run_names(folders), settings, records)]
+
+
+def differing_flags(runs: list[RecordedRun], settings: Iterable[str]) -> list[str]:
+    """The flags, of those of the given settings, in which runs differ."""
+    differing = [name for name in settings if len({str(run.settings[name]) for run in runs}) > 1]
+    return [f"--{name.replace('_', '-')}" for name in differing]
 
 
 def run_names(folders: list[Path]) -> list[str]:
@@ -159,6 +175,13 @@ def keep_shared_problems(runs: list[RecordedRun]) -> int:
     return len(shared)
 
 
+def write_summary(folder: Path, summary: dict, table: str, others: str) -> None:
+    """summary.json and summary.md; prints the table and where it and the `others` are."""
+    write_json(folder / "summary.json", summary)
+    write_text(folder / "summary.md", table)
+    print(f"\n{table}\ntable: {folder / 'summary.md'}   {others}")
+
+
 # ============================================================================================ figures
 
 # Okabe and Ito: told apart by colour-blind readers, and in grey.
@@ -176,6 +199,7 @@ def pyplot():
     plt.rcParams.update(
         {
             "font.size": 9,
+            "axes.titlesize": 8,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
@@ -209,19 +233,30 @@ class Panel:
     tokens: bool = False
 
 
-def draw_panels(file: Path, *panels: Panel, width: float = 3.3, height: float = 2.9, **more) -> Path:
-    """Panels side by side, the legend in the first one that has labels; `more`: of `plt.subplots`."""
-    figure, axes = subplots(len(panels), width, height, **more)
-    for axis, panel in zip(axes, panels):
+def draw_panels(file: Path, *panels: Panel, rows=1, width: float = 3.3, height: float = 2.9, **more) -> Path:
+    """Panels side by side, in one row or several, the legend in the first of a row that has labels; `more`: of
+    `plt.subplots`."""
+    columns = len(panels) // rows
+    size = (width * columns, height * rows)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False, **more)
+    for axis, panel in zip(axes.flat, panels):
         for curve in panel.curves:
             draw_curve(axis, curve.x, curve.means, curve.color, curve.label, curve.style, curve.band)
         if panel.tokens:
             token_axis(axis)
         axis.set(**panel.settings)
-    labelled = [axis for axis in axes if axis.get_legend_handles_labels()[1]]
-    if labelled:
-        labelled[0].legend()
+    for row in axes:
+        labelled = [axis for axis in row if axis.get_legend_handles_labels()[1]]
+        if labelled:
+            labelled[0].legend(fontsize=8 if rows == 1 else 6)
     return save_figure(figure, file)
+
+
+def anytime_panels(accuracy: list[Curve], regret: list[Curve]) -> tuple[Panel, Panel]:
+    """Accuracy of the answer forced within each token budget, and the normalised regret, the area above it."""
+    left = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then", "ylim": (0, 1)}
+    right = {"xlabel": "token budget C0", "ylabel": "normalised regret", "xticks": regret[0].x}
+    return Panel({**left, "xlim": (0, max(accuracy[0].x))}, accuracy), Panel(right, regret)
 
 
 def subplots(count: int, width: float = 3.3, height: float = 2.9, **more):
@@ -257,10 +292,10 @@ def save_figure(figure, path: Path) -> Path:
 
 def draw_training(run: Path) -> Path:
     """`progress.png`: a training so far, from its metrics.jsonl and validation.jsonl."""
-    lines = read_jsonl(run / "metrics.jsonl")
-    thousands = [line["sampled_tokens"] / 1e3 for line in lines]
+    steps = read_jsonl(run / "metrics.jsonl")
+    thousands = [step["sampled_tokens"] / 1e3 for step in steps]
     figure, (accuracy, length, rest) = subplots(3)
-    accuracy.plot(thousands, [line["reward"] for line in lines], alpha=0.5, label="rollouts")
+    accuracy.plot(thousands, [step["reward"] for step in steps], alpha=0.5, label="rollouts")
     if (run / "validation.jsonl").exists():
         checks = read_jsonl(run / "validation.jsonl")
         x = [check["sampled_tokens"] / 1e3 for check in checks]
@@ -269,10 +304,10 @@ def draw_training(run: Path) -> Path:
             forced = [check["forced"][budget] for check in checks]
             accuracy.plot(x, forced, ".--", label=f"validation, stopped at {budget} tokens")
     accuracy.set(ylabel="share of right answers", ylim=(0, 1))
-    length.plot(thousands, [line["tokens"] for line in lines])
+    length.plot(thousands, [step["tokens"] for step in steps])
     length.set(ylabel="tokens of a rollout", ylim=(0, None))
     for name, label in (("entropy", "entropy (nats)"), ("truncated", "truncated"), ("flat_groups", "flat groups")):
-        rest.plot(thousands, [line[name] for line in lines], label=label)
+        rest.plot(thousands, [step[name] for step in steps], label=label)
     for axis in (accuracy, length, rest):
         axis.set_xlabel("sampled tokens (thousands)")
     accuracy.legend(fontsize=7)

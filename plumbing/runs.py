@@ -131,6 +131,15 @@ def config_of(run: Path) -> dict | None:
         return None
 
 
+def settings_of(run: Path, flag: str, script: str, setting: str) -> dict:
+    """The settings of an earlier run that a flag names; ends the program if `script` has recorded nothing there.
+    `setting`: one that only this script has."""
+    settings = (config_of(run) or {}).get("settings", {})
+    if setting not in settings or not (run / "records.jsonl").exists():
+        fail(f"{flag} {run}: no config.json and records.jsonl of a run of {script} there")
+    return settings
+
+
 def identity(args: argparse.Namespace, *may_change: str) -> dict:
     """The settings that make a run what it is: --resume needs the same. `may_change`: those of the script that only
     say how much is made or what is shown of it."""
@@ -187,12 +196,6 @@ def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
         was = ", ".join(f"--{k.replace('_', '-')} {earlier.get(k)} (now {now[k]})" for k in changed)
         fail(f"--out {out}: the run there has other settings: {was}")
     return True
-
-
-def check_out_of_many(out: Path) -> None:
-    """Ends the program if the folder for the runs of several models is itself a run."""
-    if config_of(out):
-        fail(f"--out {out}: holds a run of one model; name another folder for several")
 
 
 def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
@@ -273,14 +276,9 @@ def unrecorded(file: Path, problems: list[dict], counts: list[int], size: int, s
     todo = [i for i, first in enumerate(firsts) if first < counts[i]]
     batches = []
     for first in sorted({firsts[i] for i in todo}):
-        of_first = [i for i in todo if firsts[i] == first]
-        batches += [(of_first[start : start + size], first) for start in range(0, len(of_first), size)]
-    return with_progress(batches, Clock(len(todo), "problems", sampler))
-
-
-def with_progress(batches: list[tuple], clock: Clock) -> Iterator[tuple]:
-    """The batches, and after each a line about the time left."""
-    done = 0
+        alike = [i for i in todo if firsts[i] == first]
+        batches += [(alike[start : start + size], first) for start in range(0, len(alike), size)]
+    clock, done = Clock(len(todo), "problems", sampler), 0
     for batch, first in batches:
         yield batch, first
         done += len(batch)
@@ -327,12 +325,12 @@ def duration(seconds: float) -> str:
 def metrics_reporter(args: argparse.Namespace, run: Path) -> Callable[[dict], object]:
     """What sends a step's metrics to --report-to; `metrics.jsonl` and a picture are written in any case."""
     if getattr(args, "report_to", None) is None:
-        return lambda line: None
+        return lambda metrics: None
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(run / "tensorboard")
-        return lambda line: [writer.add_scalar(name, value, line["step"]) for name, value in line.items()]
+        return lambda metrics: [writer.add_scalar(name, value, metrics["step"]) for name, value in metrics.items()]
     service = importlib.import_module(args.report_to)  # wandb and trackio have the same two calls
     service.init(project="mrt", name=run.name, config={k: str(v) for k, v in vars(args).items()})
-    return lambda line: service.log(line, step=line["step"])
+    return lambda metrics: service.log(metrics, step=metrics["step"])

@@ -50,8 +50,8 @@ def k_subsets(n: int, k: int, block: int = 10_000) -> Iterator[np.ndarray]:
     """k-subsets of range(n) as [<= block, k] index arrays: each once if there are few, else random ones."""
     if math.comb(n, k) <= EXACT_SUBSETS:
         every = itertools.combinations(range(n), k)
-        while some := list(itertools.islice(every, block)):
-            yield np.array(some)
+        while subsets := list(itertools.islice(every, block)):
+            yield np.array(subsets)
     else:
         rng = np.random.default_rng(0)
         for done in range(0, SUBSET_DRAWS, block):

@@ -11,7 +11,7 @@ from conftest import assert_same_bits, jsonl, kill_at_line, succeeded
 import common
 import star_mrt
 from common import Trace, sampled_success_rates
-from plumbing import models
+from plumbing import fine_tuning, models
 from plumbing.hf_engine import TransformersEngine
 from plumbing.models import Completion
 from plumbing.sampler import Sampler
@@ -124,7 +124,7 @@ def test_one_step_has_the_gradient_of_a_plain_transformers_forward(model, sample
         total, count = total + loss * tokens, count + tokens
     (total / count).backward()
     args = options("--max-tokens-per-batch", 300, "--max-grad-norm", 0)
-    value = star_mrt.train_step(args, ours, torch.optim.SGD(ours.parameters(), lr=0.0), examples)
+    value = fine_tuning.train_step(args, ours, torch.optim.SGD(ours.parameters(), lr=0.0), examples)
     assert value == pytest.approx((total / count).item(), abs=1e-5)
     for a, b in zip(ours.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
