@@ -258,9 +258,11 @@ def body_of(model):
 
 def of_logits(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
     """(log-probs of the tokens [N] under logits [N, vocabulary], entropies [N])."""
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-    return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+    logprobs = logprobs.detach()  # the entropy comes last: the backward pass computes again what it needs, no more
+    return chosen, -logprobs.exp().mul_(logprobs).sum(-1)
 
 
 def head(model, states: torch.Tensor, kind: type) -> torch.Tensor:
