@@ -260,12 +260,15 @@ def body_of(model):
 
 
 def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
-    """(log-probs of the tokens [N] under logits [N, vocabulary], entropies [N])."""
+    """(log-probs of the tokens [N] under logits [N, vocabulary], entropies [N]). Eight rows at a time, since memory of
+    that size is used again: the fresh pages of larger tensors cost more than their arithmetic. The entropies come last,
+    where the backward pass, which computes again what it needs, has stopped."""
     logits = logits.float() if temperature == 1 else logits.float() / temperature
-    logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-    logprobs = logprobs.detach()  # the entropy comes last: the backward pass computes again what it needs, no more
-    return chosen, -logprobs.exp().mul_(logprobs).sum(-1)
+    logprobs = [rows.log_softmax(-1) for rows in logits.split(8)]
+    chosen = [rows.gather(-1, ids[:, None]).squeeze(-1) for rows, ids in zip(logprobs, tokens.split(8))]
+    with torch.no_grad():
+        entropies = [-(rows.exp() * rows).sum(-1) for rows in logprobs]
+    return torch.cat(chosen), torch.cat(entropies)
 
 
 def head(model, states: torch.Tensor, kind: type) -> torch.Tensor:
