@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import math
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,14 @@ from plumbing.models import (
     name_of,
     off,
     probes,
+    rms,
     same_positions,
     say_once,
     tolerance,
     truth,
-    within,
+    with_short_windows,
 )
-from plumbing.runs import fail, first_line
+from plumbing.runs import fail
 from plumbing.served_engine import ServedEngine
 from plumbing.training import full_weights
 
@@ -55,7 +57,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
         if not hasattr(self.model, "samples"):
-            say_once(check_sampling(self))
+            say_once(check_sampling(self.model, self))
         self.model.eval()
         done: list[list[Completion]] = [[] for _ in prompts]
         longest = max(map(len, prompts), default=1) + max(limits, default=1)
@@ -67,31 +69,29 @@ class TransformersEngine:
         memory = torch.cuda.mem_get_info()[1] // 4 if self.model.device.type == "cuda" else 3 << 30
         rows = max(1, min(self.max_rows, memory // (cache_bytes_of_a_token(self.model.config) * longest)))
         for start in range(samples.start, samples.stop, rows):
-            some = range(start, min(samples.stop, start + rows))
-            room = max(1, rows // len(some))
+            numbers = range(start, min(samples.stop, start + rows))
+            room = max(1, rows // len(numbers))
             packs = sorted(pack_prefixes(prompts, room), key=lambda pack: pack.longest)
             while packs:
                 batch = [packs.pop()]
                 while packs and sum(len(pack.paths) for pack in [*batch, packs[-1]]) <= room:
                     batch.append(packs.pop())
-                for p, completion in self._decode(batch, seeds, limits, stop_ids, some, temperature, top_p):
+                for p, completion in self._decode(batch, seeds, limits, stop_ids, numbers, temperature, top_p):
                     done[p].append(completion)
         return done
 
     def _generate_plainly(self, way, done, prompts, limits, seeds, stop_ids, samples: range, temperature, top_p):
         """Rows of one prompt length at a time, so that nothing is padded."""
         rows = sorted(((p, s) for p in range(len(prompts)) for s in samples), key=lambda row: len(prompts[row[0]]))
-        for _, same in groupby(rows, key=lambda row: len(prompts[row[0]])):
-            some = list(same)
-            for start in range(0, len(some), 64):
-                part = some[start : start + 64]
+        for _, of_one_length in groupby(rows, key=lambda row: len(prompts[row[0]])):
+            while part := list(islice(of_one_length, 64)):
                 ids = torch.tensor([prompts[p] for p, _ in part], device=self.model.device)
                 room = max(limits[p] for p, _ in part)
                 uniform = np.stack([np.random.default_rng([*seeds[p], s]).random(room) for p, s in part])
                 drawn = self._draw_plainly(way, ids, room, torch.from_numpy(uniform), stop_ids, temperature, top_p)
                 self.prompt_tokens += ids.numel()
                 for row, (p, _) in enumerate(part):
-                    tokens, logprobs = ([of[k][row] for of in drawn[: limits[p]]] for k in (0, 1))
+                    tokens, logprobs = ([step[k][row] for step in drawn[: limits[p]]] for k in (0, 1))
                     end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), 0)
                     last = end or len(tokens)
                     done[p].append(finite(Completion(tokens[:last], logprobs[:last], "stop" if end else "length")))
@@ -101,17 +101,17 @@ class TransformersEngine:
         model, stock, drawn = self.model, self.model.generation_config, []
         uniform = uniform.to(model.device)
 
-        def take(_ids, scores):
+        def choose(_ids, scores):
             token, logprob = draw(scores.float(), uniform[:, len(drawn)], temperature, top_p)
             drawn.append((token.tolist(), logprob.tolist()))
             return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
 
         ends = {"eos_token_id": stop_ids or None, "pad_token_id": (stop_ids or [0])[0]}
-        how = GenerationConfig(max_new_tokens=room, do_sample=False, use_cache=way == "cached", **ends)
+        settings = GenerationConfig(max_new_tokens=room, do_sample=False, use_cache=way == "cached", **ends)
         model.generation_config = GenerationConfig()  # no penalties or lengths of its own
         try:
             with autocast(self.dtype):
-                model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how, logits_processor=[take])
+                model.generate(ids, settings, [choose], attention_mask=torch.ones_like(ids))
         finally:
             model.generation_config = stock
         return drawn
@@ -122,9 +122,9 @@ class TransformersEngine:
     @torch.no_grad()
     def sync(self) -> None:
         if self.trained is not None:
-            mine = self.model.state_dict()
+            copies = self.model.state_dict()
             for name, weights in full_weights(self.trained):
-                mine[name].copy_(weights)
+                copies[name].copy_(weights)
 
     def close(self) -> None:
         pass
@@ -135,7 +135,7 @@ class TransformersEngine:
         cache: Any = DynamicCache()
         stop = torch.tensor(stop_ids, device=device)
         with autocast(self.dtype):
-            output = packed_states(self.model, packs, past_key_values=cache)
+            output = packed_states(self.model, packs, cache)
         # One row a sample: its prefix gathered from the packed cache, padded on the left so that all rows grow at one
         # place; from here on `alive` are the numbers of the rows still in the batch.
         rows = [(b, p, path, s) for b, pack in enumerate(packs) for p, path in pack.paths.items() for s in samples]
@@ -159,11 +159,11 @@ class TransformersEngine:
         alive = torch.arange(len(rows), device=device)
         left = torch.ones_like(stopped)
 
-        def without_padding(stock, *, mask_function, kv_length, **how):
+        def without_padding(stock, *, mask_function, kv_length, **options):
             seen = mask[:, :kv_length]
             if stock is sdpa_mask and mask_function is causal_mask_function:
                 return seen[:, None, None]
-            return stock(mask_function=mask_function, kv_length=kv_length, **{**how, "attention_mask": seen})
+            return stock(mask_function=mask_function, kv_length=kv_length, **{**options, "attention_mask": seen})
 
         for step in range(room):
             token, logprob = draw(logits.float(), uniform[alive, step], temperature, top_p)
@@ -285,26 +285,26 @@ def pack_tensors(packs: list[Pack], device):
     return ids.to(device), mask[:, None].to(device), positions.to(device)
 
 
-def packed_states(model, packs: list[Pack], **more):
+def packed_states(model, packs: list[Pack], cache=None):
     """The output of the model's body for ids [packs, places]: its own masks, taken over positions and within paths."""
     ids, paths, positions = pack_tensors(packs, model.device)
+    body = partial(body_of(model), ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
     if paths is None:
-        return body_of(model)(input_ids=ids, position_ids=positions, use_cache="past_key_values" in more, **more)
+        return body()
 
-    def along_paths(stock, *, mask_function, **how):
+    def along_paths(stock, *, mask_function, **options):
         if stock is sdpa_mask and mask_function is causal_mask_function:
             return paths
 
         def inside(b, h, q, kv):
-            own: Any = paths
-            own = own if q.ndim == 4 else own[b, 0, q, kv]  # flex attention asks for one pair at a time
-            return mask_function(b, h, positions[b, q], positions[b, kv]) & own
+            path: Any = paths
+            path = path if q.ndim == 4 else path[b, 0, q, kv]  # flex attention asks for one pair at a time
+            return mask_function(b, h, positions[b, q], positions[b, kv]) & path
 
-        return stock(mask_function=inside, **{**how, "attention_mask": None, "allow_is_causal_skip": False})
+        return stock(mask_function=inside, **{**options, "attention_mask": None, "allow_is_causal_skip": False})
 
-    more["attention_mask"] = torch.ones_like(ids)  # or positions that start again would be taken for sequences
-    with own_masks(model, along_paths):
-        return body_of(model)(input_ids=ids, position_ids=positions, use_cache="past_key_values" in more, **more)
+    with own_masks(model, along_paths):  # without a mask, positions that start again would be taken for sequences
+        return body(attention_mask=torch.ones_like(ids))
 
 
 @contextmanager
@@ -409,56 +409,58 @@ def self_check(engine, model) -> None:
         notes = [check_update(model)]
     notes.append(check_likelihood(engine.model, engine.dtype))
     if isinstance(engine, TransformersEngine):
-        notes.append(check_sampling(engine))
+        notes.append(check_sampling(engine.model, engine))
     if any(notes):
         say_once(f"{name_of(model)} takes plain paths: {'; '.join(filter(None, notes))}")
 
 
 @torch.inference_mode()
-def check_sampling(engine: TransformersEngine) -> str:
+@with_short_windows
+def check_sampling(model, engine: TransformersEngine) -> str:
     """Sets `model.samples` to the fastest way whose greedy tokens and log-probs are those of plain forwards; says if it
     is a slow one."""
-    model, counted, how_far = engine.model, engine.prompt_tokens, {}
+    counted, gaps = engine.prompt_tokens, {}
     model.eval()
     prompts = probes(model)
     with autocast(engine.dtype):
         limit = tolerance(model, prompts[0])
     for model.samples in ("shared", "cached", "uncached"):
-        try:
+        gaps[model.samples] = math.inf
+        with suppress(Exception):
             rows = engine.generate(prompts, [5, 4, 5, 3, 5, 4], [(i,) for i in range(6)], [], range(1), 0.0, 1.0)
-            gaps = []
+            off_by = []
             for prompt, (c,) in zip(prompts, rows):
                 with autocast(engine.dtype):
                     expected = truth(model, prompt + c.token_ids)[len(prompt) - 1 :]
-                own = expected.gather(-1, torch.tensor(c.token_ids, device=model.device)[:, None])[:, 0]
-                gaps += [own - torch.tensor(c.logprobs, device=model.device), expected.amax(-1) - own]
-            how_far[model.samples] = float(torch.cat(gaps).abs().max())
-        except Exception as error:
-            how_far[model.samples] = first_line(error)
-        if within(how_far[model.samples], limit):
+                chosen = expected.gather(-1, torch.tensor(c.token_ids, device=model.device)[:, None])[:, 0]
+                told = torch.tensor(c.logprobs, device=model.device)
+                off_by.append((chosen - told).abs() + (expected.amax(-1) - chosen))
+            gaps[model.samples] = rms(torch.cat(off_by))
+        if gaps[model.samples] <= limit:
             break
     else:
-        told = "; ".join(f"{way}: {off(gap)}" for way, gap in how_far.items())
-        fail(f"{name_of(model)}: no way to sample from it equals its plain forward ({told}); try --engine vllm")
+        ways = "; ".join(f"{way}: {off(gap)}" for way, gap in gaps.items())
+        fail(f"{name_of(model)}: no way to sample from it equals its plain forward ({ways}); try --engine vllm")
     engine.prompt_tokens = counted
     if model.samples == "shared":
         return ""
     cache = "" if model.samples == "cached" else " without a cache"
-    return f"transformers' generate samples{cache} (shared prefixes: {off(how_far['shared'])})"
+    return f"transformers' generate samples{cache} (shared prefixes: {off(gaps['shared'])})"
 
 
 @torch.inference_mode()
+@with_short_windows
 def check_likelihood(model, dtype: torch.dtype) -> str:
     """Sets `model.packs`: may sequences that share prefixes be scored as one row? Says if not."""
     model.eval()
     heads = probes(model)
     tails = [heads[-1][: 1 + i % 3] for i in range(len(heads))]
     with autocast(dtype):
-        limit = tolerance(model, heads[0]) * 3  # a tail is at most three tokens
+        limit = tolerance(model, heads[0])
     expected, _ = row_logprobs(model, dtype, heads, tails)
-    try:
-        gap: float | str = float(np.abs(packed_logprobs(model, dtype, heads, tails)[0] - expected).max())
-    except Exception as error:
-        gap = first_line(error)
-    model.packs = within(gap, limit)
+    gap = math.inf
+    with suppress(Exception):
+        sums, _ = packed_logprobs(model, dtype, heads, tails)
+        gap = rms(torch.from_numpy((sums - expected) / [len(tail) for tail in tails]))
+    model.packs = gap <= limit
     return "" if model.packs else f"likelihoods take one forward a boundary (shared prefixes: {off(gap)})"

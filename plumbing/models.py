@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import platform
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from itertools import accumulate, groupby, takewhile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from plumbing.runs import fail, first_line, resolve_model
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed is said in one line by us
+# Its advice to pass a mask: rows padded on the right need none.
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "attention_mask" not in record.getMessage())
 if platform.system() == "Linux" and not torch.cuda.is_available():
     with contextlib.suppress(Exception):  # glibc: keep freed tensors mapped; page faults cost a third of a CPU step
         ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 26)  # M_MMAP_THRESHOLD; larger ones would fragment the heap
@@ -234,17 +237,17 @@ def token_logprobs(
     if not model.scores_chunks or input_ids.shape[1] > same_positions(model):
         return whole_rows_logprobs(model, input_ids, where, temperature, attention_mask)
     positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    left = {} if attention_mask is None else {"attention_mask": attention_mask, "position_ids": positions}
-    output = body_of(model)(input_ids=input_ids, use_cache=False, **left)
+    padding = {} if attention_mask is None else {"attention_mask": attention_mask, "position_ids": positions}
+    output = body_of(model)(input_ids=input_ids, use_cache=False, **padding)
     hidden = output.last_hidden_state
     before, target = hidden[:, :-1][where[:, 1:]], input_ids[:, 1:][where[:, 1:]]
     chunk = chunk or max(1, CHUNK_LOGITS // model.get_output_embeddings().weight.shape[0])
 
-    def of_chunk(states, tokens):
-        return of_logits(head(model, states, type(output)), tokens, temperature)
+    def score_chunk(states, tokens):
+        return score_tokens(head(model, states, type(output)), tokens, temperature)
 
     parts = [
-        checkpoint(of_chunk, states, tokens, use_reentrant=False)
+        checkpoint(score_chunk, states, tokens, use_reentrant=False)
         for states, tokens in zip(before.split(chunk), target.split(chunk))
     ]
     logprobs, entropies = zip(*parts)
@@ -256,11 +259,16 @@ def body_of(model):
     return model.get_decoder() if model.base_model is model else model.base_model
 
 
-def of_logits(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
-    """(log-probs of the tokens [N] under logits [N, vocabulary], entropies [N])."""
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-    return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
+def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
+    """(log-probs of the tokens [N] under logits [N, vocabulary], entropies [N]). Eight rows at a time, since memory of
+    that size is used again: the fresh pages of larger tensors cost more than their arithmetic. The entropies come last,
+    where the backward pass, which computes again what it needs, has stopped."""
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    logprobs = [rows.log_softmax(-1) for rows in logits.split(8)]
+    chosen = [rows.gather(-1, ids[:, None]).squeeze(-1) for rows, ids in zip(logprobs, tokens.split(8))]
+    with torch.no_grad():
+        entropies = [-(rows.exp() * rows).sum(-1) for rows in logprobs]
+    return torch.cat(chosen), torch.cat(entropies)
 
 
 def head(model, states: torch.Tensor, kind: type) -> torch.Tensor:
@@ -280,9 +288,9 @@ def whole_rows_logprobs(model, input_ids, where, temperature, attention_mask=Non
     for row, (ids, wanted) in enumerate(zip(input_ids, where)):
         if wanted.any():
             first = 0 if attention_mask is None else int(attention_mask[row].argmax())
-            ids, wanted = (of[first : int(wanted.nonzero().max()) + 1] for of in (ids, wanted))
-            logits = plain_logits(model, ids)[:-1][wanted[1:]]
-            parts.append(of_logits(logits, ids[1:][wanted[1:]], temperature))
+            end = int(wanted.nonzero().max()) + 1
+            ids, wanted = ids[first:end], wanted[first + 1 : end]
+            parts.append(score_tokens(plain_logits(model, ids)[:-1][wanted], ids[1:][wanted], temperature))
     logprobs, entropies = zip(*parts)
     return torch.cat(logprobs), torch.cat(entropies)
 
@@ -316,15 +324,34 @@ def plain_logits(model, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False).logits[0]
 
 
+def with_short_windows(check):
+    """A check during which attention looks back 8 tokens at most where it has a window (or chunks): the probes are
+    longer than that, and what is right for one size of window is right for every size."""
+
+    @wraps(check)
+    def checked(model, *args):
+        windows = [
+            (owner, name, size)
+            for owner in (model.config.get_text_config(), *model.modules())
+            for name in ("sliding_window", "attention_chunk_size")
+            if isinstance(size := vars(owner).get(name), int) and size > 8
+        ]
+        try:
+            for owner, name, _ in windows:
+                setattr(owner, name, 8)
+            return check(model, *args)
+        finally:
+            for owner, name, size in windows:
+                setattr(owner, name, size)
+
+    return checked
+
+
 def probes(model) -> list[list[int]]:
-    """Token sequences to try a model with: of several lengths, sharing prefixes, longer than its window if that is
-    at most 256 tokens."""
+    """Token sequences to try a model with: of several lengths, sharing prefixes."""
     config = model.config.get_text_config()
-    windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
-    longest = 24 + max([w for w in windows if isinstance(w, int) and w <= 256], default=0)
-    longest = int(
-        min(longest, (getattr(config, "max_position_embeddings", None) or 1 << 30) - 8, same_positions(model) - 8)
-    )
+    context = getattr(config, "max_position_embeddings", None) or 1 << 30
+    longest = int(min(32, context - 8, same_positions(model) - 8))
     settings = {**model.config.to_dict(), **config.to_dict()}
     special = {v for k, v in settings.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
     rng = np.random.default_rng(0)
@@ -336,19 +363,28 @@ def probes(model) -> list[list[int]]:
 
 @torch.no_grad()
 def tolerance(model, sequence: list[int]) -> float:
-    """Most nats that two ways of computing a log-prob may differ by: 1e-3 in float32; in lower precision two units in
-    the last place of the largest logit and a few times what the plain forward differs by between one row and eight of
-    the same. NaN logits end the run."""
+    """How far apart (root mean square, in nats) two ways of computing log-probs may be: 1e-4 in float32; in lower
+    precision half a unit in the last place of the largest logit, as the logits are rounded, and four times what the
+    plain forward differs by between one row and eight of the same, but for that as much again at most: a defect in
+    batches looks like noise, too. NaN logits end the run."""
     ids = torch.tensor(sequence, device=model.device)
-    logits = plain_logits(model, ids)
+    try:
+        logits = plain_logits(model, ids)
+    except Exception as error:
+        fail(f"{name_of(model)}: its own forward fails: {first_line(error)}")
     one = logits.float().log_softmax(-1)
     if not one.isfinite().any(-1).all() or one.isnan().any():
         fail(f"the model's logits are not finite ({model.config.name_or_path or type(model).__name__})")
     if model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type):
-        return 1e-3
+        return 1e-4
     many = model(input_ids=ids.repeat(8, 1), attention_mask=torch.ones_like(ids).repeat(8, 1)).logits
-    noise = (many[3].float().log_softmax(-1) - one).abs().gather(-1, one.topk(8).indices).max()
-    return 2 * torch.finfo(logits.dtype).eps * float(logits.abs().max()) + 4 * float(noise)
+    noise = (many[3].float().log_softmax(-1) - one)[:-1].gather(-1, ids[1:, None])
+    rounding = torch.finfo(logits.dtype).eps * float(logits.abs().max()) / 2
+    return rounding + min(rounding, 4 * rms(noise))
+
+
+def rms(gaps: torch.Tensor) -> float:
+    return float(gaps.double().square().mean().sqrt())
 
 
 @torch.no_grad()
@@ -358,32 +394,47 @@ def truth(model, sequence: list[int]) -> torch.Tensor:
 
 
 @torch.no_grad()
+@with_short_windows
 def check_update(model) -> str:
     """Sets `model.scores_chunks`: may log-probs be computed in padded batches, the head in chunks? Says if not."""
     without_noise(model)
-    rows, device = probes(model), model.device
+    rows, device, versions = probes(model), model.device, [weights._version for weights in model.parameters()]
     limit = tolerance(model, rows[0])
+    model.keeps_weights = versions == [weights._version for weights in model.parameters()]
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *row[:1] * (width - len(row))] for row in rows], device=device)
     where = torch.tensor([[0 < i < len(row) for i in range(width)] for row in rows], device=device)
     expected = torch.cat([truth(model, r).gather(-1, torch.tensor(r[1:], device=device)[:, None])[:, 0] for r in rows])
-    how_far = {}
+    gaps = {}
     for model.scores_chunks in (True, False):
-        try:
-            got, _ = token_logprobs(model, ids, where)
-            how_far[model.scores_chunks] = float((got - expected).abs().max())
-        except Exception as error:
-            how_far[model.scores_chunks] = first_line(error)
-        if within(how_far[model.scores_chunks], limit):
+        gaps[model.scores_chunks] = math.inf
+        with contextlib.suppress(Exception):
+            gaps[model.scores_chunks] = rms(token_logprobs(model, ids, where)[0] - expected)
+        if gaps[model.scores_chunks] <= limit:
             break
     else:
-        fail(f"{name_of(model)}: its log-probs depend on how often they are asked for ({off(how_far[False])})")
+        fail(f"{name_of(model)}: its log-probs depend on how often they are asked for ({off(gaps[False])})")
     if same_positions(model) < float("inf"):
         say_once(
             f"warning: {name_of(model)}: beyond {same_positions(model)} tokens its positions depend on the length of "
             "the whole sequence, so sampler and trainer differ there; keep prompt and completion below it"
         )
-    return "" if model.scores_chunks else f"an update takes one row at a time (batches: {off(how_far[True])})"
+    return "" if model.scores_chunks else f"an update takes one row at a time (batches: {off(gaps[True])})"
+
+
+def check_training(model, score) -> None:
+    """Ends the run if `score`, this model's `token_logprobs`, has no backward pass, or if the model is not the one that
+    would be saved: rwkv scales its weights down when it evaluates."""
+    ids = torch.tensor([probes(model)[0]], device=model.device)
+    where = torch.ones_like(ids, dtype=torch.bool)
+    where[:, 0] = False
+    try:
+        score(ids, where)[0].sum().backward()
+    except Exception as error:
+        fail(f"{name_of(model)} cannot be trained: its backward pass fails: {first_line(error)}")
+    model.zero_grad()
+    if not model.keeps_weights:
+        fail(f"{name_of(model)} cannot be trained: its forward pass changes its weights, so others would be saved")
 
 
 def same_positions(model) -> float:
@@ -398,12 +449,8 @@ def same_positions(model) -> float:
     return min(length for length in [*lengths, config.max_position_embeddings] if length)
 
 
-def within(gap: float | str, limit: float) -> bool:
-    return isinstance(gap, float) and gap <= limit
-
-
-def off(gap: float | str) -> str:
-    return f"off by {gap:.3g} nats" if isinstance(gap, float) else f"fail, {gap}"
+def off(gap: float) -> str:
+    return f"off by {gap:.3g} nats" if math.isfinite(gap) else "not possible with its code"
 
 
 def name_of(model) -> str:

@@ -31,7 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from plumbing.models import CHUNK_LOGITS, load_config, pick_dtype
+from plumbing.models import CHUNK_LOGITS, autocast, check_training, load_config, pick_dtype
 from plumbing.runs import (
     append_jsonl,
     duration,
@@ -113,11 +113,14 @@ def shard(model, dtype: torch.dtype, scores: Callable) -> None:
 
 
 def prepare(model, dtype: torch.dtype, scores: Callable, recompute: bool) -> None:
-    """Before the optimiser is made: gradient checkpointing if `recompute`, and sharding where there are processes."""
-    if recompute:  # the name in newer and in older transformers
+    """Before the optimiser is made: gradient checkpointing if `recompute`, and sharding where there are processes. A
+    model that cannot be trained ends the run."""
+    if recompute and model.supports_gradient_checkpointing:  # the name in newer and in older transformers
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if ranks()[1] > 1:
         shard(model, dtype, scores)
+    with autocast(dtype):
+        check_training(model, scorer(model, scores))
 
 
 def scorer(model, scores: Callable) -> Callable:

@@ -1,12 +1,17 @@
 """Tiny random models of many architectures: engine, update and likelihood against one plain forward a sequence."""
 
+import logging
+import re
+
 import numpy as np
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
+from plumbing import training
 from plumbing.hf_engine import TransformersEngine, self_check, sequence_logprobs
-from plumbing.models import token_logprobs, without_noise
+from plumbing.models import autocast, check_update, load_model, token_logprobs, without_noise
 from plumbing.sampler import Sampler
 
 SIZES = dict(
@@ -124,7 +129,8 @@ def build(kind: str, sizes: dict, settings: dict, tokenizer):
 def plain(model, ids: list[int]) -> torch.Tensor:
     """Log-probs [T - 1] of each token but the first and the largest log-prob there, with a gradient."""
     tokens = torch.tensor([ids])
-    logprobs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, :-1].log_softmax(-1)
+    output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    logprobs = output.logits[0, :-1].log_softmax(-1)
     return torch.stack([logprobs.gather(-1, tokens[0, 1:, None])[:, 0], logprobs.amax(-1)])
 
 
@@ -137,6 +143,7 @@ def test_engine_update_and_likelihood_equal_the_plain_forward(name, tokenizer, c
     assert (model.samples, model.scores_chunks, model.packs) == ways
     told = capsys.readouterr().out
     assert told.count("\n") == (0 if ways == FAST else 1) and (not told or kind in told)
+    assert re.fullmatch(r"(.*takes plain paths: .*\((.*: (off by [\d.]+ nats|not possible with its code))\)\n)?", told)
 
     rng = np.random.default_rng(7)
     trunk = rng.integers(0, 650, 20).tolist()
@@ -155,14 +162,12 @@ def test_engine_update_and_likelihood_equal_the_plain_forward(name, tokenizer, c
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts])
     where = torch.tensor([[0 < i < len(p) for i in range(width)] for p in prompts])
     expected = torch.cat([plain(model, p)[0] for p in prompts])
-    if kind != "rwkv":  # which has no backward pass
-        expected.mean().backward()
+    expected.mean().backward()
     gradient = {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
     model.zero_grad()
     model.train()  # what it switches on must not show
     got, _ = token_logprobs(model, ids, where)
-    if gradient:
-        got.mean().backward()
+    got.mean().backward()
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
     for n, weights in model.named_parameters():
         if n in gradient:
@@ -180,6 +185,70 @@ def test_a_model_that_is_not_causal_is_refused_in_one_line(tokenizer, capsys):
         self_check(TransformersEngine(model), model)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("error: bert") and error.count("\n") == 1
+
+
+def test_a_model_whose_forward_fails_is_refused_in_one_line(tokenizer, capsys):
+    model = build("qwen2", SIZES, {}, tokenizer)
+    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(SystemExit) as ended:
+        self_check(TransformersEngine(model), model)
+    assert ended.value.code == 2 and "its own forward fails: division by zero" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_trained_is_refused_in_one_line(tokenizer, capsys):
+    """rwkv rescales its weights when it evaluates; the other's backward pass raises."""
+    kind, sizes, settings, _ = MODELS["rwkv"]
+    models = [build(kind, sizes, settings, tokenizer), build("qwen2", SIZES, {}, tokenizer)]
+    models[1].get_submodule("model.layers.0").register_full_backward_hook(lambda *_: 1 / 0)
+    for model, why in zip(models, ("its forward pass changes its weights", "its backward pass fails: division")):
+        with pytest.raises(SystemExit) as ended:
+            training.prepare(model, torch.float32, token_logprobs, recompute=False)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and f"cannot be trained: {why}" in error and error.count("\n") == 1
+
+
+def test_gpt2_with_its_padding_token_at_the_end_of_a_row_says_nothing(tokenizer):
+    told: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = told.append
+    logging.getLogger("transformers").addHandler(handler)
+    transformers_logging.get_logger("transformers.modeling_utils").warning_once.cache_clear()
+    model = build("gpt2", GPT, {}, tokenizer)
+    ids = torch.tensor([[5, 9, 300], [7, 8, model.config.pad_token_id]])
+    token_logprobs(model, ids, ids > 7)
+    logging.getLogger("transformers").removeHandler(handler)
+    assert not told
+
+
+@pytest.mark.parametrize("defect", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_of_any_size_is_tried(defect, dtype, tokenizer):
+    """A window of 1,000 tokens that one layer forgets in batches."""
+    model = build("mistral", SIZES, dict(sliding_window=1000), tokenizer)
+
+    def forget_window(_, args, options):
+        mask = options["attention_mask"]
+        if mask is not None and len(mask) > 1:
+            options["attention_mask"] = torch.ones_like(mask).tril()
+        return args, options
+
+    if defect:
+        model.get_submodule("model.layers.0").register_forward_pre_hook(forget_window, with_kwargs=True)
+    with autocast(dtype):
+        check_update(model)
+    assert model.scores_chunks is not defect and model.config.sliding_window == 1000
+
+
+@pytest.mark.parametrize("factor, batches", [(1.0, True), (1.1, False)])
+def test_a_moderate_defect_shows_in_bf16(factor, batches):
+    """The embedded model, with what one layer's attention adds 10 % too large in batches."""
+    model = load_model("tiny", "cpu")
+    model.get_submodule("model.layers.1.self_attn").register_forward_hook(
+        lambda _module, _args, output: (output[0] * factor if len(output[0]) > 1 else output[0], *output[1:])
+    )
+    with autocast(torch.bfloat16):
+        check_update(model)
+    assert model.scores_chunks is batches
 
 
 @pytest.mark.parametrize("kind, settings", [("qwen2", {"attention_dropout": 0.3}), ("opt", {"dropout": 0.3})])
