@@ -308,6 +308,29 @@ def batches_of(examples: list[tuple], part, max_tokens: int, device) -> list[tup
     return same_number(batches, examples[0], device)
 
 
+def old_logprobs(args, score, examples, device) -> dict[int, torch.Tensor]:
+    """Log-probs of each example's tokens before the first of several steps: the denominator of the ratio."""
+    old: dict[int, torch.Tensor] = {}
+    with torch.no_grad(), autocast(pick_dtype(args.dtype)):
+        for order, ids, where, _ in batches_of(examples, range(len(examples)), args.max_tokens_per_batch, device):
+            logprobs, _ = score(ids, where, args.temperature)
+            if order:
+                old.update(zip(order, logprobs.split([len(examples[i][2]) for i in order])))
+    return old
+
+
+def check_gap(gaps: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """|log-prob of the trainer - of the sampler| of every token; stops where they are not the same policy."""
+    gap = torch.cat(gather_over_ranks(gaps))
+    if not gap.mean() <= (0.05 if dtype == torch.bfloat16 else 1e-3):
+        raise FloatingPointError(
+            f"sampler and trainer differ by {gap.mean():.3g} nats on average in the log-probs of the same tokens: look "
+            "at temperature, dtype and the end-of-turn tokens; after the first step with vLLM, at whether its weights "
+            "and its prefix cache are those of the updated model"
+        )
+    return gap
+
+
 def problems_of_step(problems: list[dict], count: int, step: int, seed: int) -> list[dict]:
     """Problems `step * count …` of the endless sequence of shuffled passes, each with its place in the step: a function
     of the step, so a resumed run sees the same data."""
