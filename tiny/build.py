@@ -19,10 +19,11 @@ laptop in minutes (`--model tiny --dataset tiny`, the defaults). A problem and o
 Checking a candidate is easy and guessing is hard. What an episode is worth is in plain sight: three new candidates are
 progress, going over old ones (re-check) or talk (doubt) is not. The stored model has been warm-started on traces that
 waste well over half of their tokens, give up early and go on after the answer is found; it has the skill (lines and
-answers are right) but not the strategy, which is what reinforcement learning is to change.
+answers are right) but not the strategy, which is what reinforcement learning is to change. Its μ is informed: forced
+to answer, it guesses among the candidates that its thought has not ruled out, so J rises as the thought learns.
 
     python -m tiny.build --check             # figures the stored model must meet, on sampled behaviour
-    python -m tiny.build --rebuild           # warm-start it again from nothing (about 25 minutes on two cores)
+    python -m tiny.build --rebuild           # warm-start it again from nothing (about 35 minutes on two cores)
     python -m tiny.build --show 3            # print problems and traces of the warm start
 """
 
@@ -39,7 +40,15 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from common import ANSWER_CUE, STOP_PHRASE, Segmentation, forced_prompt, read_traces, sampled_success_rates
+from common import (
+    ANSWER_CUE,
+    STOP_PHRASE,
+    Segmentation,
+    forced_prompt,
+    likelihood_success_rates,
+    read_traces,
+    sampled_success_rates,
+)
 from plumbing.hf_engine import TransformersEngine
 from plumbing.models import THINK_END, encode, load_model, load_tokenizer, prompt_ids
 from plumbing.runs import problem_key
@@ -94,17 +103,17 @@ def warm_start_trace(b: int, solution: int, n: int, rng: random.Random) -> tuple
         ends.append(len(thought))
         if found is not None and rng.random() < 0.4:
             break
-        if found is None and (rng.random() < 0.04 or len(tried) == n):
+        if found is None and (rng.random() < 0.03 or len(tried) == n):
             thought += GIVE_UP
             break
     return thought, ends, found, tried
 
 
-def warm_start_text(problem: dict, rng: random.Random) -> tuple[str, str, str]:
-    """(thought, stop text, answer text): 40 % of the traces are stopped at a random episode so that μ exists.
+def warm_start_text(problem: dict, rng: random.Random) -> tuple[str, str, str, list[int]]:
+    """(thought, stop text, answer text, candidates): 40 % are stopped at a random episode, so that μ exists.
 
-    A stopped thought that has found nothing answers with a candidate it has not ruled out. Teaching it the true answer
-    there would teach the model to solve the equation without thinking.
+    A thought that has found nothing answers with one of the candidates it has not ruled out. Teaching it the true
+    answer there would teach the model to solve the equation without thinking. After a find there is one candidate.
     """
     n, b, solution = (int(part) for part in problem["id"].split("-")[2:])
     thought, ends, found, tried = warm_start_trace(b, solution, n, rng)
@@ -116,8 +125,8 @@ def warm_start_text(problem: dict, rng: random.Random) -> tuple[str, str, str]:
         found = solution if shown else None
         tried = [x for x in tried if f"try x = {x}:" in thought]
         stop = ("" if cut else "\n\n") + STOP_PHRASE
-    guess = rng.choice([x for x in range(1, n + 1) if x not in tried] or [solution])
-    return thought, stop, f"{ANSWER_CUE}{found or guess}}}"
+    left = [found] if found else [x for x in range(1, n + 1) if x not in tried] or [solution]
+    return thought, stop, f"{ANSWER_CUE}{rng.choice(left)}}}", left
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer and model
@@ -179,18 +188,14 @@ def build_model(vocabulary: int) -> Any:
 # ------------------------------------------------------------------------------------------------ warm start
 
 
-def warm_start(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
-    """Supervised training on generated traces of the training problems; writes model and tokenizer to `out`."""
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    tokenizer = build_tokenizer()
-    model = build_model(len(tokenizer))
-    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
+def warm_start(model, tokenizer, steps: int, batch: int, lr: float, rng: random.Random, answer_weight: float) -> None:
+    """Supervised training on generated traces of the training problems. With an `answer_weight` the numbers answered
+    are a loss of their own, and the target of each is even over the candidates that are left: one sampled guess in a
+    hundred tokens is too weak a signal for μ to learn what a thought has ruled out."""
     by_level = [[pose(b, x, n, "train") for b, x in equations("train") if x <= n] for n in LEVELS]
     rows = [row for turn in zip(*by_level) for row in turn]
     prompts = {r["id"]: prompt_ids(tokenizer, r["problem"]) for r in rows}
+    number = [encode(tokenizer, str(x))[0] for x in range(31)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps))))
@@ -200,33 +205,55 @@ def warm_start(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
         if not pool:  # batches of similar length waste little on padding
             texts = []
             for row in (rng.choice(rows) for _ in range(batch * 16)):
-                thought, stop, answer = warm_start_text(row, rng)
+                thought, stop, answer, candidates = warm_start_text(row, rng)
                 head = prompts[row["id"]] + encode(tokenizer, thought)
                 tail, end = encode(tokenizer, stop), encode(tokenizer, answer) + [tokenizer.eos_token_id]
                 natural = stop.startswith(THINK_END)
                 mask = [0] * len(prompts[row["id"]]) + [1] * (len(head) - len(prompts[row["id"]]))
-                texts.append((head + tail + end, mask + [int(natural)] * len(tail) + [1] * len(end)))
+                texts.append((head + tail + end, mask + [int(natural)] * len(tail) + [1] * len(end), candidates))
             texts.sort(key=lambda t: len(t[0]))
             pool = [texts[i : i + batch] for i in range(0, len(texts), batch)]
             rng.shuffle(pool)
         rows_now = pool.pop()
-        width = max(len(ids) for ids, _ in rows_now)
-        ids = torch.tensor([i + [tokenizer.pad_token_id] * (width - len(i)) for i, _ in rows_now])
-        mask = torch.tensor([m + [0] * (width - len(m)) for _, m in rows_now])
+        width = max(len(ids) for ids, _, _ in rows_now)
+        ids = torch.tensor([i + [tokenizer.pad_token_id] * (width - len(i)) for i, _, _ in rows_now])
+        mask = torch.tensor([m + [0] * (width - len(m)) for _, m, _ in rows_now])
         logits = model(input_ids=ids[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100).flatten()
-        )
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * mask[:, 1:]
+        rows_index, places = torch.arange(len(rows_now)), torch.tensor([len(text) - 4 for text, _, _ in rows_now])
+        even = torch.zeros(len(rows_now), logits.shape[-1])  # over the candidates that are left
+        for row_targets, (_, _, candidates) in zip(even, rows_now):
+            row_targets[[number[x] for x in candidates]] = 1 / len(candidates)
+        answers = torch.nn.functional.cross_entropy(logits[rows_index, places], even)  # `}` and the end follow
+        if answer_weight:
+            losses[rows_index, places] = 0
+        count = mask[:, 1:].sum()
+        loss = losses.sum() / count + answer_weight * answers
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        tokens += int(mask.sum())
+        tokens += int(count)
         if step % 50 == 0 or step == steps - 1:
             rate = tokens / (time.time() - began)
             left = (time.time() - began) / (step + 1) * (steps - step - 1) / 60
-            print(f"step {step:5d}  loss {loss.item():.4f}  {rate:,.0f} tokens/s  {left:.1f} min left", flush=True)
+            surplus = answers.item() - np.mean([math.log(len(candidates)) for _, _, candidates in rows_now])
+            told = f"step {step:5d}  loss {loss.item():.4f}  answers {surplus:.3f} nats from even"
+            print(f"{told}  {rate:,.0f} tokens/s  {left:.1f} min left", flush=True)
+
+
+def rebuild(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
+    """Writes model and tokenizer to `out`: `steps` on sampled guesses, then two fifths of that to inform μ."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer))
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
+    warm_start(model, tokenizer, steps, batch, lr, rng, answer_weight=0)
+    warm_start(model, tokenizer, max(1, 2 * steps // 5), batch, lr / 2, rng, answer_weight=2)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(f"written to {out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.2f} MB")
@@ -276,6 +303,16 @@ def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
     for trace in traces:
         shown = f"x = {trace.problem['answer']} works"
         solved += [v for b, v in zip(trace.boundaries, trace.values) if shown in trace.prefix(b)]
+    likelihood_success_rates(sampler, traces)
+    guesses = []  # before a find: (candidates, how many are ruled out, J, 1 / those that are left)
+    for trace in traces:
+        n = trace.problem["level"]
+        for boundary, J in zip(trace.boundaries, trace.values):
+            tried = set(re.findall(r"try x = (\d+)", trace.prefix(boundary)))
+            if trace.problem["answer"] not in tried:
+                guesses.append((n, len(tried), J, 1 / (n - len(tried))))
+    late = [(J, even) for n, k, J, even in guesses if 2 * k >= n]
+    informed = sum(J for J, _ in late) / max(1e-9, sum(even for _, even in late))
     at_budget = [t.reward * (len(t.completion.token_ids) <= max_tokens) for t in traces]
     lengths = [len(t.completion.token_ids) for t in traces]
     episodes = max(1, useful + recheck + doubt)
@@ -283,16 +320,22 @@ def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
         ("valid lines", valid / max(1, lines), 0.95, 1),
         ("right answer after a find", right_after / max(1, found), 0.95, 1),
         ("J(μ) at prefixes that hold the solution", float(np.mean(solved)), 0.95, 1),
+        ("J before a find · candidates left, half of them ruled out", informed, 0.8, 1.2),
         ("forced answers well-formed", formed / forced, 0.98, 1),
-        (f"pass@1 within {max_tokens} tokens", float(np.mean(at_budget)), 0.3, 0.6),
+        (f"pass@1 within {max_tokens} tokens", float(np.mean(at_budget)), 0.3, 0.65),
         ("episodes that try", useful / episodes, 0.2, 0.6),
         ("episodes that re-check", recheck / episodes, 0.15, 0.6),
         ("episodes that doubt", doubt / episodes, 0.15, 0.6),
         (f"traces beyond {max_tokens} tokens", float(np.mean(np.array(lengths) > max_tokens)), 0.02, 0.5),
     ]
     for name, value, low, high in figures:
-        print(f"{'ok  ' if low <= value <= high else 'MISS'} {name:42s} {value:.3f}   wanted {low} to {high}")
+        print(f"{'ok  ' if low <= value <= high else 'MISS'} {name:58s} {value:.3f}   wanted {low} to {high}")
     print(f"     {len(traces)} traces, {lines} lines, mean {np.mean(lengths):.0f} tokens, {rate:,.0f} sampled tokens/s")
+    for ruled_out in range(0, 30, 3):
+        J = [value for n, k, value, _ in guesses if (n, k) == (30, ruled_out)]
+        if len(J) >= 20:
+            even = 1 / (30 - ruled_out)
+            print(f"     J with {ruled_out:2d} of 30 ruled out: {np.mean(J):.3f}; 1 / {30 - ruled_out} = {even:.3f}")
     for n in LEVELS:
         of_level = [right for right, trace in zip(at_budget, traces) if trace.problem["level"] == n]
         print(f"     {n} candidates: pass@1 {np.mean(of_level):.3f}")
@@ -320,9 +363,9 @@ def main() -> None:
         parser.print_help()
     rng = random.Random(args.seed)
     for problem in rng.sample(problems("train"), args.show):
-        print(problem["problem"], "\n\n<think>\n", *warm_start_text(problem, rng), "\n" + "-" * 80 + "\n", sep="")
+        print(problem["problem"], "\n\n<think>\n", *warm_start_text(problem, rng)[:3], "\n" + "-" * 80 + "\n", sep="")
     if args.rebuild:
-        warm_start(args.steps, args.batch, args.lr, args.seed, args.out)
+        rebuild(args.steps, args.batch, args.lr, args.seed, args.out)
     if args.check and not check(args.model, args.problems, args.seed):
         raise SystemExit(1)
 
