@@ -190,7 +190,7 @@ def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completi
     if thinks(tokenizer):
         marker = encode(tokenizer, THINK_END)[0]
         finished = marker in ids
-        end = ids.index(marker) if finished else len(ids) - (completion.finish_reason == "stop")
+        end = ids.index(marker) if finished else len(ids) - (completion.finish_reason == "stop")  # no end-of-turn token
         answer = completion.text[offsets[end + 1] :] if finished else None
         opened = None if finished else thought_is_open(tokenizer, prompt)
         if not finished and (opened is False or (opened is None and completion.finish_reason == "stop")):
@@ -245,13 +245,13 @@ def forced_prompt(tokenizer, trace: Trace, boundary: int) -> list[int]:
     tokens to the very tokens that were sampled.
     """
     text = trace.prefix(boundary)
-    opening = (
-        "<think>\n" if boundary == 0 and trace.completion.text.startswith("<think>") else ""
-    )  # not in the template
+    writes_opening = trace.completion.text.startswith("<think>")  # the chat template does not
+    opening = "<think>\n" if boundary == 0 and writes_opening else ""
     if thinks(tokenizer) and trace.finished and boundary == trace.boundaries[-1]:
         tail = end_of_thought(tokenizer, text)
     else:
-        gap = "\n\n"[min(2, len(text) - len(text.rstrip("\n"))) :]
+        newlines = len(text) - len(text.rstrip("\n"))
+        gap = "\n" * max(0, 2 - newlines)  # the phrase is a paragraph of its own
         phrase = STOP_PHRASE if thinks(tokenizer) else STOP_PHRASE.replace(THINK_END + "\n", "")
         tail = encode(tokenizer, opening + gap + phrase)
     return trace.prompt + trace.completion.token_ids[:boundary] + tail  # MRT 2: μ, the model forced to answer here
@@ -289,12 +289,13 @@ def likelihood_success_rates(sampler: Sampler, traces: list[Trace]) -> None:
     heads, tails, owners = [], [], []
     for number, ((_, prompt), places) in enumerate(asked.items()):
         trace, j = places[0]
-        complete = trace.finished and j == len(trace.boundaries) - 1
+        complete = trace.finished and j == len(trace.boundaries) - 1  # after it the stop phrase's "1. **" is missing
         gold = trace.problem["answer"]
         for answer in gold if isinstance(gold, list) else [gold]:
             heads.append([*prompt, *encode(tokenizer, ("\n\n**" if complete else "") + ANSWER_CUE)])
             tails.append(encode(tokenizer, answer + "}"))
             owners.append(number)
+    # The sum over each prompt's gold answers:
     J = np.bincount(owners, np.exp(sequence_logprobs(sampler, heads, tails)), len(asked)).clip(max=1)
     lengths = {owner: len(head) + len(tail) for owner, head, tail in zip(owners, heads, tails)}
     for number, ((_, prompt), places) in enumerate(asked.items()):
@@ -377,6 +378,17 @@ def episode_credits(J: Sequence[float], credit_lambda: float = 0.0) -> np.ndarra
     for j in range(len(credits) - 2, -1, -1):
         credits[j] += credit_lambda * credits[j + 1]
     return credits
+
+
+def log_share(J: Sequence[float]) -> np.ndarray:
+    """J on a logarithmic scale, 0 at the empty prefix, 1 where the answer is certain: ln(J / J_0) / -ln J_0, [k + 1].
+
+    Its differences are progress as the share of the nats to be learnt. In J itself ruling out three of 30 candidates is
+    worth .004 and a lucky find .96; here each counts by what it tells. J is at least 1e-3, and one nat is the least
+    that a problem has. Not for a J from a few sampled answers, which is often 0.
+    """
+    nats = np.log(np.maximum(J, 1e-3))
+    return (nats - nats[0]) / max(1.0, -nats[0])
 
 
 def normalized_regret(tokens: Sequence[float], accuracies: Sequence[float], budget: float) -> float:

@@ -15,7 +15,7 @@ rollouts start. l_FT is the outcome reward's objective, c_{j-1} the prefix befor
 
 On a laptop, with the embedded model (seconds a step):
     python rl_mrt.py --bonus 0
-    python rl_mrt.py --bonus 1 --variant online --progress likelihood
+    python rl_mrt.py --bonus 1 --variant online --progress log-likelihood
 On GPUs, with the paper's data and settings (Table 3):
     python rl_mrt.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --bonus 1.0
     torchrun --nproc-per-node 8 rl_mrt.py --config configs/rl_r1_distill_1.5b.yaml
@@ -38,10 +38,11 @@ from common import (
     group_advantages,
     grpo_loss,
     likelihood_success_rates,
+    log_share,
+    prompts_of,
     read_answers,
     read_trace,
     read_traces,
-    room_for_answer,
     sampled_success_rates,
     segmentation,
     success_rate,
@@ -49,7 +50,7 @@ from common import (
 from plumbing import data, models, report, runs, training
 from plumbing.flags import add_common_flags, non_negative, parse_flags, positive_int, shared_flags, whole_number
 from plumbing.runs import fail, problem_key
-from plumbing.sampler import Sampler, check_lengths, open_sampler, pick_engine
+from plumbing.sampler import Sampler, open_sampler, pick_engine
 from plumbing.training import ranks, sum_over_ranks
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
@@ -83,8 +84,8 @@ def flags(argv=None) -> argparse.Namespace:
     flag = shared_flags(parser, "MRT", "forced-answers answer-tokens max-episodes")
     flag("--bonus", type=non_negative, default=1.0, help="α of Eq. 2; 0 is GRPO (default 1: the authors' v0.1)")
     flag("--variant", choices=("prefix", "online"), default="prefix", help="default: the paper's")
-    estimate = "J by sampled forced answers, or by the gold answer's likelihood"
-    flag("--progress", choices=("sampled", "likelihood"), default="sampled", help=estimate)
+    estimate = "J by sampled forced answers, by the gold answer's likelihood, or that on a log scale"
+    flag("--progress", choices=("sampled", "likelihood", "log-likelihood"), default="sampled", help=estimate)
     credit = "online: 0 credits an episode with its own progress (the paper), 1 with all that follows"
     flag("--credit-lambda", type=float, default=0.0, help=credit)
     flag = shared_flags(parser, "GRPO", "max-tokens temperature")
@@ -116,8 +117,8 @@ def flags(argv=None) -> argparse.Namespace:
 def check_flags(args) -> None:
     if args.group_size == 1 and not args.no_std:
         fail("--group-size 1: a group of one has no spread to normalise by; use a larger group or --no-std")
-    if args.bonus > 0 and args.variant == "prefix" and args.progress == "likelihood":
-        fail("--progress likelihood needs --variant online: the prefix variant's m rollouts that stop are samples")
+    if args.bonus > 0 and args.variant == "prefix" and args.progress != "sampled":
+        fail(f"--progress {args.progress} needs --variant online: prefix has samples of stopping")
     if args.length_penalty >= 1:
         fail(f"--length-penalty {args.length_penalty}: must be below 1, or right answers could lose to wrong ones")
     if not 0 <= args.credit_lambda <= 1:
@@ -133,26 +134,13 @@ def check_flags(args) -> None:
 def main() -> None:
     args = flags()
     _, world = training.start_processes()
-    if args.problems_per_step < world:
-        fail(f"--problems-per-step {args.problems_per_step}: fewer than the {world} processes")
-    if runs.is_served(args.engine):
-        fail("--engine: a server keeps the weights it has loaded, so it cannot sample from a model in training")
-    args.engine = pick_engine(args.engine)
-    if world > 1 and args.engine == "vllm" and args.bonus and args.progress == "likelihood":
-        fail("--progress likelihood: several processes score with --engine transformers, which has the whole model")
+    check_engine(args, world)
     runs.check_out(args.out, runs.identity(args), args.resume, args.overwrite)
     tokenizer = models.load_tokenizer(args.model)  # small: a wrong --model is told before a data set is fetched
-    problems = data.load_problems(args.dataset, args.split, args.limit, *data.columns_of(args))
-    validation = []
-    if args.eval_every and (args.eval_dataset or data.is_tiny_dataset(args.dataset)):
-        validation = data.load_problems(
-            args.eval_dataset or args.dataset, args.eval_split, args.eval_problems, *data.columns_of(args)
-        )
+    problems, validation = data.problems_of(args), data.held_out_of(args) if args.eval_every else []
     if not models.thinks(tokenizer):
         print(f"{args.model} has no {models.THINK_END}: its whole completion is the thought, and it is asked for a box")
-    prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems + validation]
-    room = args.max_tokens + room_for_answer(tokenizer, args.answer_tokens)
-    longest = check_lengths(args, problems + validation, prompts, room)
+    _, longest = prompts_of(args, tokenizer, problems + validation)
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
         return
@@ -166,10 +154,23 @@ def main() -> None:
     train(args, run, model, open_sampler(args, tokenizer, longest, trained=model), problems, validation)
 
 
+def check_engine(args, world: int) -> None:
+    """Picks the engine; ends a run that it, or the number of processes, does not suit."""
+    if args.problems_per_step < world:
+        fail(f"--problems-per-step {args.problems_per_step}: fewer than the {world} processes")
+    if runs.is_served(args.engine):
+        fail("--engine: a server keeps the weights it has loaded, so it cannot sample from a model in training")
+    args.engine = pick_engine(args.engine)
+    if world > 1 and args.engine == "vllm" and args.bonus and args.progress != "sampled":
+        fail(f"--progress {args.progress}: several processes score with --engine transformers, not with vllm")
+
+
 # ---------------------------------------------------------------------------------------------- rollouts and credit
 
 Groups = list[list[Trace]]  # G traces of each problem
 Advantages = list[list[np.ndarray]]  # of each of their tokens
+# What samples are for is the third number of their seed: 0 rollouts, 1 forced answers; prefix variant: 2 partial
+# rollouts (ending in 3: those that stop there), 4 those that go on. Validation has 99 for a step.
 
 
 def rollouts_grpo(args, sampler: Sampler, problems, prompts, seed: tuple) -> tuple[Groups, Advantages]:
@@ -182,18 +183,18 @@ def rollouts_online(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
     """MRT online: GRPO's traces, plus J(μ) at every boundary, plus credit for progress where it was made."""
     groups, advantages = rollouts_grpo(args, sampler, problems, prompts, seed)
     traces = [trace for group in groups for trace in group]
-    if args.progress == "likelihood":
-        likelihood_success_rates(sampler, traces)
+    if args.progress == "sampled":
+        how_many = (args.forced_answers, args.answer_tokens, args.temperature)
+        sampled_success_rates(sampler, traces, *how_many, 1.0, (*seed, 1))
     else:
-        sampled_success_rates(
-            sampler, traces, args.forced_answers, args.answer_tokens, args.temperature, 1.0, (*seed, 1)
-        )
+        likelihood_success_rates(sampler, traces)
+    scale = log_share if args.progress == "log-likelihood" else np.asarray
     for group, of_group in zip(groups, advantages):
-        add_progress(of_group, group, args.bonus, args.credit_lambda)
+        add_progress(of_group, group, args.bonus, args.credit_lambda, scale)
     return groups, advantages
 
 
-def add_progress(advantages: list[np.ndarray], group: list[Trace], bonus: float, credit_lambda: float) -> None:
+def add_progress(advantages: list[np.ndarray], group: list[Trace], bonus: float, credit_lambda=0.0, scale=np.asarray):
     """Adds α · (credit of a token's episode - mean credit of the group's episodes) to the advantages, in place.
 
     Credited to whole traces the path would vanish: Σ_j r_prg telescopes to J(end) - J(empty), so it says nothing about
@@ -201,9 +202,9 @@ def add_progress(advantages: list[np.ndarray], group: list[Trace], bonus: float,
     baseline, and to be one it must be taken from every token: what follows the thought makes no progress and gets
     0 - mean. (Taken from the thought alone it would be a fee for each episode, so a length penalty in disguise, since
     ending the thought would be free of it.) Nothing is divided by a std: where no episode makes progress, J's noise
-    would be blown up to a signal.
+    would be blown up to a signal. `scale` turns a trace's J into what its progress is measured in.
     """
-    credits = [episode_credits(trace.values, credit_lambda) for trace in group]
+    credits = [episode_credits(scale(trace.values), credit_lambda) for trace in group]
     mean = np.concatenate(credits).mean() if any(map(len, credits)) else 0.0
     for of_tokens, trace, credit in zip(advantages, group, credits):
         of_tokens -= bonus * mean
@@ -238,19 +239,20 @@ def rollouts_prefix(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
     return groups, advantages
 
 
+ROLLOUTS = {"grpo": rollouts_grpo, "online": rollouts_online, "prefix": rollouts_prefix}
+
+
 def cut_rollouts(args, sampler: Sampler, problems, prompts, seeds) -> list[tuple[Trace, int]]:
     """One partial rollout a problem and where it is cut: after a random number of its episodes, 0 included, all equally
     likely. It is sampled by the model as it is before the update (the old policy), and never trained on."""
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
-    cut = []
+    how, cut = segmentation(args, max_episodes=args.max_episodes), []
     for problem, prompt, (completion,), seed in zip(problems, prompts, rows, seeds):
-        trace = read_trace(
-            sampler.tokenizer, problem, prompt, completion, segmentation(args, max_episodes=args.max_episodes)
-        )
-        # Not where an episode was cut off, nor after an answer, nor where no room is left to answer.
-        complete = trace.finished and models.thinks(sampler.tokenizer)
-        ends = trace.boundaries if complete else trace.boundaries[:-1] or [0]
-        ends = [end for end in ends if end + args.answer_tokens <= args.max_tokens] or [0]
+        trace = read_trace(sampler.tokenizer, problem, prompt, completion, how)
+        ends = trace.boundaries
+        if not (trace.finished and models.thinks(sampler.tokenizer)):
+            ends = ends[:-1]  # there an episode was cut off, or the model has answered
+        ends = [end for end in ends if end + args.answer_tokens <= args.max_tokens] or [0]  # with room to answer
         cut.append((trace, ends[int(np.random.default_rng(seed).integers(len(ends)))]))
     return cut
 
@@ -260,14 +262,8 @@ def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple
     end-of-thinking marker answers in its thought, so there the prefix's text is graded with what follows."""
     seeds = [(*seed, problem["place"], problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
-    return read_traces(
-        sampler.tokenizer,
-        problems,
-        prompts,
-        rows,
-        segmentation(args, max_episodes=args.max_episodes),
-        prefixes=prefixes,
-    )
+    how = segmentation(args, max_episodes=args.max_episodes)
+    return read_traces(sampler.tokenizer, problems, prompts, rows, how, prefixes=prefixes)
 
 
 def outcome_advantages(args, groups: Groups) -> Advantages:
@@ -299,17 +295,16 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
     its own groups; counts, denominators and metrics are over all of them, and so is the gradient."""
     score, device = training.scorer(model, models.token_logprobs), model.device
     traces = [trace for group in groups for trace in group]
-    examples = [
-        (trace.prompt + trace.completion.token_ids, len(trace.prompt), of_tokens)
-        for trace, of_tokens in zip(traces, (a for of_group in advantages for a in of_group))
-    ]
+    of_traces = [of_tokens for of_group in advantages for of_tokens in of_group]
+    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), a) for t, a in zip(traces, of_traces)]
     drawn = [torch.tensor(trace.completion.logprobs, device=device) for trace in traces]
-    # Rollouts are numbered over all processes; with several steps a batch, each takes every so-manieth of them.
-    number = np.concatenate([np.arange(len(g)) + g[0].problem["place"] * args.group_size for g in groups])
+    # Rollouts are numbered over all processes. Of several steps a batch, each takes some rollouts of every group.
+    numbers = np.array([trace.problem["place"] * args.group_size + trace.sample for trace in traces])
     steps = min(args.updates_per_batch, args.problems_per_step * args.group_size)
-    old = old_logprobs(args, score, examples, device) if steps > 1 else None
+    old = training.old_logprobs(args, score, examples, device) if steps > 1 else None
     sums, gaps, norms = dict.fromkeys(("loss", "entropy", "clipped", "kl", "padded", "weight"), 0.0), [], []
-    for part in (np.flatnonzero(number % steps == i) for i in range(steps)):  # each has rollouts of every group
+    for step in range(steps):
+        part = np.flatnonzero(numbers % steps == step)
         tokens = sum_over_ranks([float(sum(len(drawn[i]) for i in part))])[0]  # the denominator, before the loop
         optimizer.zero_grad()
         for order, ids, where, advantage in training.batches_of(examples, part, args.max_tokens_per_batch, device):
@@ -331,10 +326,10 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
             of_loss |= {"loss": loss.item() * tokens, "entropy": float(entropies.sum())}
             of_loss |= {"padded": ids.numel(), "weight": float(weight.sum())}
             sums = {name: total + of_loss.get(name, 0.0) for name, total in sums.items()}
-            if not norms:  # before the first step: sampler and trainer are the same policy
+            if step == 0:  # sampler and trainer are still the same policy
                 gaps.append((logprobs.detach() - sampled).abs().cpu())
-        if not norms:
-            gap = check_gap(gaps, models.pick_dtype(args.dtype))
+        if step == 0:
+            gap = training.check_gap(gaps, models.pick_dtype(args.dtype))
         norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm))
     lengths = [float(sum(map(len, drawn))), float(sum(len(ids) for ids, _, _ in examples))]
     tokens, length, *totals = sum_over_ranks([*lengths, *sums.values()])
@@ -349,21 +344,9 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
         "sampler_gap_mean": float(gap.mean()),
         "sampler_gap_max": float(gap.max()),
         "trained_tokens": int(tokens),
+        "update_tokens": int(length),
         "padding_share": 1 - length / total["padded"],
     }
-
-
-def old_logprobs(args, score, examples, device) -> dict[int, torch.Tensor]:
-    """Log-probs of each example's tokens before the first of several steps: the denominator of the ratio."""
-    old: dict[int, torch.Tensor] = {}
-    with torch.no_grad(), models.autocast(models.pick_dtype(args.dtype)):
-        for order, ids, where, _ in training.batches_of(
-            examples, range(len(examples)), args.max_tokens_per_batch, device
-        ):
-            logprobs, _ = score(ids, where, args.temperature)
-            if order:
-                old.update(zip(order, logprobs.split([len(examples[i][2]) for i in order])))
-    return old
 
 
 def reference_logprobs(args, reference, ids, where) -> torch.Tensor | None:
@@ -372,18 +355,6 @@ def reference_logprobs(args, reference, ids, where) -> torch.Tensor | None:
         return None
     with torch.no_grad(), models.autocast(models.pick_dtype(args.dtype)):
         return models.token_logprobs(reference, ids, where, args.temperature)[0]
-
-
-def check_gap(gaps: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """|log-prob of the trainer - of the sampler| of every token; stops where they are not the same policy."""
-    gap = torch.cat(training.gather_over_ranks(gaps))
-    if not gap.mean() <= (0.05 if dtype == torch.bfloat16 else 1e-3):
-        raise FloatingPointError(
-            f"sampler and trainer differ by {gap.mean():.3g} nats on average in the log-probs of the same tokens: look "
-            "at temperature, dtype and the end-of-turn tokens; after the first step with vLLM, at whether its weights "
-            "and its prefix cache are those of the updated model"
-        )
-    return gap
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -431,7 +402,7 @@ def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, pro
     (rank, world), step, began = ranks(), state["step"], time.time()
     batch = training.problems_of_step(problems, args.problems_per_step, step, args.seed)[rank::world]
     prompts = [models.prompt_ids(sampler.tokenizer, problem["problem"], args.chat_template_kwargs) for problem in batch]
-    rollouts = {"prefix": rollouts_prefix, "online": rollouts_online}[args.variant] if args.bonus else rollouts_grpo
+    rollouts = ROLLOUTS[args.variant if args.bonus else "grpo"]
     counted = sampler.sampled_tokens, sampler.computed_tokens
     model.eval()
     groups, advantages = rollouts(args, sampler, batch, prompts, (args.seed, step))
@@ -496,7 +467,7 @@ def rollout_stats(args, tokenizer, groups: Groups) -> dict[str, float]:
         )
         stats["J_empty"], stats["J_end"] = mean(t.values[0] for t in traces), mean(t.values[-1] for t in traces)
         stats["progress_per_episode"] = mean(progress)
-        if args.progress == "likelihood":  # with a few sampled answers most differences of J are noise
+        if args.progress != "sampled":  # with a few sampled answers most differences of J are noise
             stats["episodes_without_progress"] = mean(p < 0.05 for p in progress)
     return stats
 
@@ -514,7 +485,7 @@ def validate(args, run: Path, sampler: Sampler, problems: list[dict], state: dic
     sums = [sum(trace.reward for trace in traces), sum(len(trace.completion.token_ids) for trace in traces)]
     budgets = [args.max_tokens // 4, args.max_tokens // 2, args.max_tokens]
     for budget in budgets:
-        cut = [i for i, t in enumerate(traces) if len(t.completion.token_ids) + (not t.stopped) > budget]
+        cut = [i for i, t in enumerate(traces) if len(t.completion.token_ids) > budget or not t.stopped]
         asked = [forced_prompt(tokenizer, traces[i], cut_at_budget(traces[i], budget)) for i in cut]
         rows = sampler.generate(
             asked, args.answer_tokens, [(*seeds[i], budget) for i in cut], temperature=args.temperature
