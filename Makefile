@@ -1,9 +1,6 @@
 # Thin: a virtual environment, then the commands of the README.
 PYTHON ?= python3
 PY = .venv/bin/python
-DEMO = runs/demo
-BUDGET = --max-sampled-tokens 400000
-EVAL = $(PY) evaluate.py --num-samples 4 --overwrite
 
 .PHONY: demo results lint test vllm test-vllm gpu-check
 
@@ -14,19 +11,10 @@ EVAL = $(PY) evaluate.py --num-samples 4 --overwrite
 	touch .venv/ready
 
 demo: .venv/ready
-	@echo "== 1 of 3: training with the outcome reward alone (GRPO), then with MRT, on the same number of sampled tokens"
-	$(PY) rl_mrt.py --bonus 0 $(BUDGET) --out $(DEMO)/grpo --overwrite
-	$(PY) rl_mrt.py --bonus 1 $(BUDGET) --out $(DEMO)/mrt --overwrite
-	@echo "== 2 of 3: base, GRPO and MRT on test problems, with forced answers at every episode"
-	$(EVAL) --out $(DEMO)/eval/base
-	$(EVAL) --model $(DEMO)/grpo/model --out $(DEMO)/eval/GRPO
-	$(EVAL) --model $(DEMO)/mrt/model --out $(DEMO)/eval/MRT
-	@echo "== 3 of 3: the comparison"
-	$(PY) evaluate.py --compare $(DEMO)/eval/base $(DEMO)/eval/GRPO $(DEMO)/eval/MRT --out $(DEMO)/compare
-	@echo "The table above is in $(DEMO)/compare/summary.md. Look at anytime.png there (accuracy of answers forced within a"
-	@echo "token budget, and the regret) and at efficiency.png (pass@k and maj@k against tokens). The training runs are"
-	@echo "$(DEMO)/grpo and $(DEMO)/mrt: progress.png, and records.jsonl with every trace. One seed and few tokens: the"
-	@echo "README says what several seeds show."
+	@echo "self-training with STaR and MRT-STaR, then GRPO and MRT with two seeds, one process a core; then the comparison"
+	$(PY) -m experiments.compare --config experiments/demo.yaml --out runs/demo
+	@echo "Pictures: method.png (J along one trace before and after) and confirmation.png in runs/demo/pages. Every trace is in"
+	@echo "runs/demo/confirm/*/records.jsonl. These are short runs: experiments/findings.md says what more seeds show."
 
 lint: .venv/ready
 	$(PY) -m ruff check .
@@ -34,7 +22,7 @@ lint: .venv/ready
 	$(PY) -m pyright --pythonpath $(PY)
 
 results: .venv/ready
-	$(PY) -m experiments.compare $(if $(ALL),--all)
+	$(PY) -m experiments.compare $(if $(MAP),--map)
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests

@@ -1,15 +1,13 @@
-"""experiments/compare.py: does MRT beat outcome-reward RL, and when? Sections 7 and 8 on the embedded model.
+"""experiments/compare.py: does MRT beat outcome-reward RL, and when? Sections 6 and 7 on the embedded model.
 
-    python -m experiments.compare             # the core: GRPO, MRT online, both with a length penalty, MRT prefix
-    python -m experiments.compare --all       # every method, longer runs, STaR, extensions, estimators, equal compute
-    python -m experiments.compare --search    # the learning-rate search on validation problems; its winners stand in
-                                              # the config
+    python -m experiments.compare             # the confirmation: fixed before it ran, on problems nothing was chosen by
+    python -m experiments.compare --map       # where its settings come from: methods × shapes of a step × learning
+                                              # rates, on validation problems
     python -m experiments.compare --report    # tables and figures again, from the runs that are there
 
 Everything is a command of the scripts with the settings of experiments/compare.yaml, one process a core, and is printed
-as it starts; what was stopped is resumed. The methods of the core have the same search, test problems and number of
-sampled tokens (forced answers included). Intervals are 95 % and over seeds and problems at once: both are drawn again,
-seeds for each method, problems for all methods together. One seed: they are over problems alone.
+as it starts; what was stopped is resumed. All methods have the same search, problems and number of sampled tokens
+(forced answers included).
 """
 
 import argparse
@@ -20,12 +18,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments import report
-from experiments.report import COMPUTED, computed_tokens, folder, in_core, slug, trains_longer
+from experiments.report import cell_folder, folder
 from plumbing.flags import positive_int, read_config
 from plumbing.runs import ROOT, config_of, duration, fail
 
@@ -35,10 +32,9 @@ def flags(argv=None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=ROOT / "experiments" / "compare.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--pages", type=Path, help="folder of tables and figures (default: pages/ in --out)")
-    parser.add_argument("--all", action="store_true", help="everything, not only the core methods")
-    alone = parser.add_mutually_exclusive_group()
-    alone.add_argument("--search", action="store_true", help="the learning-rate search alone")
-    alone.add_argument("--report", action="store_true", help="no run: tables and figures from those that are there")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--map", action="store_true", help="the map alone")
+    what.add_argument("--report", action="store_true", help="no run: tables and figures from those that are there")
     parser.add_argument("--jobs", type=positive_int, default=os.cpu_count(), help="processes at once")
     args = parser.parse_args(argv)
     args.pages = args.pages or args.out / "pages"
@@ -49,16 +45,9 @@ def main() -> None:
     args = flags()
     config = read_config(args.config)
     failed = 0
-    if args.search:
-        failed = run_all(args, search_jobs(args, config))
-        print(report.search_table(args, config))
-    elif not args.report:
-        methods = dict.fromkeys(["base", *config["core"], *(config["methods"] if args.all else ())])
-        failed = run_all(args, method_jobs(args, config, methods) + (star_jobs(args, config) if args.all else []))
-        if args.all:
-            failed += run_all(args, equal_compute_jobs(args, config) + other_jobs(args, config))
-    if not args.search:
-        report.write_report(args, config)
+    if not args.report:
+        failed = run_all(args, map_jobs(args, config) if args.map else confirmation_jobs(args, config))
+    report.write_report(args, config)
     if failed:
         fail(f"of the commands {failed} failed, see above; what they would have made is left out")
 
@@ -68,108 +57,62 @@ def main() -> None:
 Job = list[tuple[Path, list[str]]]  # commands, one after the other, each with the file that is there when it is done
 
 
-def command(script: str, out: Path, settings: dict, more: str = "") -> tuple[Path, list[str]]:
-    """What is there when the command is done, and the command; `more` overrides the settings."""
-    flags = [part for name, value in settings.items() for part in (f"--{name}", f"{value}")]
-    return out / "summary.json", [script, *flags, *shlex.split(more), "--out", str(out)]
+def command(script: str, out: Path, *settings: dict) -> tuple[Path, list[str]]:
+    """The file that is there when the command is done, and the command: later settings override earlier ones."""
+    merged = {name: value for part in settings for name, value in part.items()}
+    words = [part for name, value in {**merged, "out": out}.items() for part in (f"--{name}", f"{value}")]
+    return out / "summary.json", [*shlex.split(script), *words]
 
 
-def trained(args, config, method: str, seed: int, lr: float, out: Path) -> tuple:
-    settings = {**config["train"], "lr": lr, "seed": seed}
-    return command("rl_mrt.py", out, settings, config["methods"][method]["flags"])
+def training(config, method: str, shape: str, lr: float, seed: int, out: Path) -> tuple[Path, list[str]]:
+    """`shape` is problems × rollouts of a step, as 8x4."""
+    problems, group = shape.split("x")
+    of_cell = {"problems-per-step": problems, "group-size": group, "lr": lr, "seed": seed}
+    return command(config["methods"][method]["command"], out, config["train"], of_cell)
 
 
-def search_jobs(args, config) -> list[Job]:
-    """Every method with every learning rate, one seed; each model's pass@1 on validation problems."""
-    jobs, seed = [], config["search"]["seed"]
-    for lr, method in itertools.product(config["search"]["lr"], config["methods"]):
-        if trains_longer(config, method):
-            continue
-        run = args.out / "search" / f"{slug(method)}-lr{lr:g}"
-        settings = {**config["evaluate"], "split": "validation", "model": run / "model", "seed": seed}
-        test = command("evaluate.py", run / "validation", settings, "--metric pass@1")
-        jobs.append([trained(args, config, method, seed, lr, run), test])
+def map_jobs(args, config) -> list[Job]:
+    """Training and pass@1 on validation problems, for each cell of the map; whole seeds first."""
+    jobs, cells = [], config["map"]
+    for seed, method in itertools.product(cells["seeds"], cells["methods"]):
+        for shape, lr in itertools.product(cells["shapes"], config["methods"][method].get("lrs", cells["lrs"])):
+            run = cell_folder(args, method, shape, lr, seed)
+            test = command("evaluate.py", run / "validation", cells["evaluate"], {"model": run / "model", "seed": seed})
+            jobs.append([training(config, method, shape, lr, seed, run), test])
     return jobs
 
 
-def seeds_of(config, method: str) -> list[int]:
-    kind = "core" if in_core(config, method) else "others"
-    return config["methods"].get(method, {}).get("seeds", config["seeds"][kind])
-
-
-def method_jobs(args, config, methods: Iterable[str]) -> list[Job]:
-    """Training, evaluation and budget forcing, that of the core and of longer training: the first seed's, or --all."""
+def confirmation_jobs(args, config) -> list[Job]:
+    """Every method with its setting of the map, and self-training with both filters; each model on test problems."""
     jobs: list[Job] = []
-    for seed, method in itertools.product(config["seeds"]["core"], methods):
-        if seed not in seeds_of(config, method):
-            continue
-        run, job = folder(args, method, seed), []
-        if method != "base":
-            job.append(trained(args, config, method, seed, config["methods"][method]["lr"], run))
-        where = {"model": "tiny" if method == "base" else run / "model", "seed": seed}
-        job.append(command("evaluate.py", run / "test", {**config["evaluate"], **where}))
-        extended = in_core(config, method) or trains_longer(config, method)
-        if extended and (args.all or seed == config["seeds"]["core"][0]):
-            job.append(command("budget_force.py", run / "force", {**config["force"], **where}))
-        jobs.append(job)
-    return jobs
-
-
-def equal_compute_jobs(args, config) -> list[Job]:
-    """Each method's last model that had computed no more tokens than GRPO of the same seed had at its end."""
-    jobs = []
-    for seed in config["seeds"]["core"]:
-        grpo = folder(args, "GRPO", seed)
-        if not (grpo / "summary.json").exists():
-            continue
-        limits = {what: of[-1] for what, of in computed_tokens(grpo).items()}
-        for method, of_method in config["methods"].items():
-            run, no_bonus = folder(args, method, seed), "--bonus 0" in of_method["flags"]
-            if no_bonus or trains_longer(config, method) or not (run / "summary.json").exists():
-                continue
-            for what, tokens in computed_tokens(run).items():
-                step = max(1, int((tokens <= limits[what]).sum()))
-                settings = {"model": run / "checkpoints" / f"step_{step:06d}", "seed": seed}
-                jobs.append([command("evaluate.py", run / COMPUTED[what][0], {**config["evaluate"], **settings})])
-    return jobs
-
-
-def star_jobs(args, config) -> list[Job]:
-    jobs = []
-    for seed in config["seeds"]["star"]:
-        run = folder(args, "STaR", seed)
-        job = [command("star_mrt.py", run, {**config["star"], "seed": seed})]
-        for name in ("outcome", "mrt"):
-            model = run / name / f"model_{config['star']['iterations']}"
-            settings = {**config["evaluate"], "model": model, "seed": seed}
-            job.append(command("evaluate.py", run / f"test-{name}", settings))
-        jobs.append(job)
-    return jobs
-
-
-def other_jobs(args, config) -> list[Job]:
-    """The other scripts' figures, of the models with the first seed; and the estimators of J against 256 answers."""
-    seed = config["seeds"]["core"][0]
-    jobs = [
-        [command("analyze_r1.py", args.out / "analysis", config["analyze"])],
-        [command("tests/bench_progress.py", args.out / "estimators", config["estimators"])],
-    ]
-    budgets = {"budgets": config["evaluate"]["budgets"]}
-    for script, out, of, settings in (("evaluate.py", "evaluation", "test", budgets),
-                                      ("budget_force.py", "budgets", "force", {})):  # fmt: skip
-        runs = [folder(args, name, seed) / of for name in ("base", *config["core"])]
-        runs = [str(run) for run in runs if (run / "summary.json").exists()]
-        if runs:
-            jobs.append([command(script, args.out / out, settings, shlex.join(["--compare", *runs]))])
+    for seed in range(max(config["confirm"]["seeds"].values())):
+        for method in (m for m, count in config["confirm"]["seeds"].items() if seed < count):
+            run = folder(args, method, seed)
+            models: dict[str, Path | str] = {"test": run / "model"}
+            job = []
+            if method == "base":
+                models = {"test": "tiny"}
+            elif method == "STaR":
+                last = f"model_{config['star']['iterations']}"
+                models = {"test": run / "outcome" / last, "test-mrt": run / "mrt" / last}
+                job = [command("star_mrt.py", run, config["star"], {"seed": seed})]
+            else:
+                setting = config["methods"][method]
+                job = [training(config, method, setting["shape"], setting["lr"], seed, run)]
+            for test, model in models.items():
+                job.append(
+                    command("evaluate.py", run / test, config["confirm"]["evaluate"], {"model": model, "seed": seed})
+                )
+            jobs.append(job)
     return jobs
 
 
 def run_all(args, jobs: list[Job]) -> int:
     """Runs what is not done yet, --jobs at a time with one thread each; the output of each is a file beside it. Returns
     how many failed; what follows a failed command in its job is not run. What is there must be of the same command."""
-    for done, line in itertools.chain(*jobs):
-        made = (config_of(done.parent) or {}).get("command")
-        if made and [part for part in made[1:] if part != "--resume"] != line[1:]:
+    for done, words in itertools.chain(*jobs):
+        there = [word for word in ((config_of(done.parent) or {}).get("command") or [])[1:] if word != "--resume"]
+        if there and there != words[-len(there) :]:
             fail(f"{done.parent}: was made with other settings; remove it, or give another --out")
     todo = [job for job in jobs if not all(done.exists() for done, _ in job)]
     began, finished, lock = time.time(), 0, threading.Lock()
@@ -177,25 +120,26 @@ def run_all(args, jobs: list[Job]) -> int:
     def run(job: Job) -> bool:
         nonlocal finished
         error = ""
-        for done, line in job:
+        for done, words in job:
             if done.exists():
                 continue
             out = done.parent
             out.parent.mkdir(parents=True, exist_ok=True)
-            line = [*line, "--resume"] if (out / "config.json").exists() else line
+            words = [*words, "--resume"] if (out / "config.json").exists() else words
             with lock:
-                print("python " + shlex.join(line), flush=True)
+                print("python " + shlex.join(words), flush=True)
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             with (out.parent / f"{out.name}.log").open("a") as log:
-                code = subprocess.run([sys.executable, str(ROOT / line[0]), *line[1:]], stdout=log, stderr=log,
-                                      env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode  # fmt: skip
+                line = [sys.executable, str(ROOT / words[0]), *words[1:]]
+                code = subprocess.run(line, stdout=log, stderr=log, env=environment).returncode
             if code:
-                error = f"error: {shlex.join(line)} ended with {code}: see {log.name}"
+                error = f"error: {shlex.join(words)} ended with {code}: see {log.name}"
                 break
         with lock:
             finished += 1
             left = duration((time.time() - began) / finished * (len(todo) - finished))
-            print(error or f"{finished} of {len(todo)} done, {left} left",
-                  file=sys.stderr if error else sys.stdout, flush=True)  # fmt: skip
+            progress = f"{finished} of {len(todo)} done, {left} left"
+            print(error or progress, file=sys.stderr if error else sys.stdout, flush=True)
         return not error
 
     with ThreadPoolExecutor(args.jobs) as pool:
