@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments import report
-from experiments.report import cell_folder, folder
+from experiments.report import cell_folder, folder, places_of
 from plumbing.flags import positive_int, read_config
 from plumbing.runs import ROOT, config_of, duration, fail
 
@@ -73,12 +73,12 @@ def training(config, method: str, shape: str, lr: float, seed: int, out: Path) -
 
 def map_jobs(args, config) -> list[Job]:
     """Training and pass@1 on validation problems, for each cell of the map; whole seeds first."""
-    jobs, cells = [], config["map"]
-    for seed, method in itertools.product(cells["seeds"], cells["methods"]):
-        for shape, lr in itertools.product(cells["shapes"], config["methods"][method].get("lrs", cells["lrs"])):
-            run = cell_folder(args, method, shape, lr, seed)
-            test = command("evaluate.py", run / "validation", cells["evaluate"], {"model": run / "model", "seed": seed})
-            jobs.append([training(config, method, shape, lr, seed, run), test])
+    jobs = []
+    for seed, method, shape, lr in places_of(config):
+        run = cell_folder(args, method, shape, lr, seed)
+        where = {"model": run / "model", "seed": seed}
+        test = command("evaluate.py", run / "validation", config["map"]["evaluate"], where)
+        jobs.append([training(config, method, shape, lr, seed, run), test])
     return jobs
 
 
@@ -100,9 +100,8 @@ def confirmation_jobs(args, config) -> list[Job]:
                 setting = config["methods"][method]
                 job = [training(config, method, setting["shape"], setting["lr"], seed, run)]
             for test, model in models.items():
-                job.append(
-                    command("evaluate.py", run / test, config["confirm"]["evaluate"], {"model": model, "seed": seed})
-                )
+                where = {"model": model, "seed": seed}
+                job.append(command("evaluate.py", run / test, config["confirm"]["evaluate"], where))
             jobs.append(job)
     return jobs
 

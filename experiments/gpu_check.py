@@ -122,7 +122,7 @@ def real_update(args) -> Iterator[str]:
     settings = rl_mrt.flags(["--model", "random", *sizes])
     weights = count - config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * config.hidden_size * length
-    peak = next((of for name, of in PEAKS.items() if name in runs.device_name()), None)
+    peak = next((tflops for name, tflops in PEAKS.items() if name in runs.device_name()), None)
     for name in ("first", "second"):
         began = time.perf_counter()
         metrics = rl_mrt.update(settings, model, reference, optimizer, groups, advantages)
@@ -163,12 +163,12 @@ def train(args, name: str, *flags: str, launcher: tuple[str, ...] = ()) -> Itera
     print("$", shlex.join(command), flush=True)
     if code := subprocess.run(command).returncode:
         raise SystemExit(f"{name}: rl_mrt.py ended with code {code}")
-    for of in runs.read_jsonl(args.out / name / "metrics.jsonl"):
-        text = f"{name}, step {of['step']}: right {of['reward']:.2f}, tokens {of['tokens']:.1f}, loss {of['loss']:+.5f}"
-        text += (
-            f", gradient norm {of['grad_norm']:.4f}, sampler and trainer differ by at most {of['sampler_gap_max']:.1e}"
-        )
-        yield f"{text}, {of['sampling_seconds']:.1f} + {of['update_seconds']:.1f} s"
+    told = "step {step}: right {reward:.2f}, tokens {tokens:.1f}, loss {loss:+.5f}, gradient norm {grad_norm:.4f}, "
+    told += (
+        "sampler and trainer differ by at most {sampler_gap_max:.1e}, {sampling_seconds:.1f} + {update_seconds:.1f} s"
+    )
+    for metrics in runs.read_jsonl(args.out / name / "metrics.jsonl"):
+        yield f"{name}, {told.format(**metrics)}"
 
 
 def embedded_model_in_vllm() -> tuple[Any, list[list[int]], float]:
@@ -194,10 +194,10 @@ def gap(sampler: Sampler, prompts: list[list[int]], temperature: float = 1.0, ma
 
 def logprobs_after(model, ids: list[int], first: int, dtype: torch.dtype, temperature: float = 1.0) -> torch.Tensor:
     """The model's log-probs of the tokens from place `first`."""
-    of = torch.tensor([ids], device=model.device)
+    row = torch.tensor([ids], device=model.device)
     where = (torch.arange(len(ids), device=model.device) >= first)[None]
     with torch.no_grad(), models.autocast(dtype):
-        return models.token_logprobs(model, of, where, temperature)[0].cpu()
+        return models.token_logprobs(model, row, where, temperature)[0].cpu()
 
 
 def train_a_little(model, prompts: list[list[int]], steps: int = 3, lr: float = 1e-3) -> None:
@@ -289,7 +289,7 @@ def main() -> None:
         states.append(state)
         parts.append(f"## {number}. {title}: {state}, {time.time() - began:.0f} s\n\n{text}")
         print(parts[-1], flush=True)
-        counts = ", ".join(f"{states.count(of)} {of}" for of in ("ok", "skipped", "FAILED") if of in states)
+        counts = ", ".join(f"{states.count(s)} {s}" for s in ("ok", "skipped", "FAILED") if s in states)
         runs.write_text(args.out / "report.md", "\n".join([f"# GPU check: {counts}\n", *parts]))
     print(f"The page is {args.out / 'report.md'}; paste it into an issue, whatever it says.")
     raise SystemExit("FAILED" in states)

@@ -22,7 +22,7 @@ import rl_mrt
 from common import log_share
 from experiments import variants
 from plumbing import data, models, report, runs, training
-from plumbing.flags import positive_int, whole_number
+from plumbing.flags import changed, positive_int, whole_number
 from plumbing.hf_engine import TransformersEngine
 from plumbing.sampler import Sampler
 
@@ -86,8 +86,8 @@ def estimates(args, sampler, problems, prompts, seed: tuple):
     groups, _ = variants.scored(args, sampler, problems, prompts, seed)
     rng = np.random.default_rng(seed)
 
-    def outcome(**changed):
-        return rl_mrt.outcome_advantages(argparse.Namespace(**{**vars(args), **changed}), groups)
+    def outcome(**settings):
+        return rl_mrt.outcome_advantages(changed(args, **settings), groups)
 
     def with_progress(scale=np.asarray, bonus: float = 1.0, credit_lambda: float = 0.0, alone: bool = False):
         advantages = outcome()
@@ -127,11 +127,11 @@ def gradients_of(model, groups: rl_mrt.Groups, estimated: dict[str, rl_mrt.Advan
     traces = [trace for group in groups for trace in group]
     examples = [(t.prompt + t.completion.token_ids, len(t.prompt), [0.0] * len(t.completion.token_ids)) for t in traces]
     tokens = sum(len(trace.completion.token_ids) for trace in traces)
+    flat = {name: [a for of_group in advantages for a in of_group] for name, advantages in estimated.items()}
     sums: dict[str, torch.Tensor] = {}
     for order, ids, where, _ in training.micro_batches(examples, 16_384, "cpu"):
         logprobs, _ = models.token_logprobs(model, ids, where)
-        for name, advantages in estimated.items():
-            of_traces = [of_tokens for of_group in advantages for of_tokens in of_group]
+        for name, of_traces in flat.items():
             weights = torch.tensor(np.concatenate([of_traces[i] for i in order]), dtype=torch.float32)
             loss = -(weights * logprobs).sum() / tokens
             parts = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)

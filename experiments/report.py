@@ -4,9 +4,11 @@ Intervals are 95 %, over seeds and problems at once: both are drawn again, seeds
 methods together. They are not corrected for the number of comparisons.
 """
 
+import itertools
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from plumbing.runs import load_records, read_jsonl, write_json, write_text
 DRAWS = 2000
 Values = dict[str, np.ndarray]  # {metric: [seeds, problems, …]} of one method
 Table = dict[str, dict[str, Any]]  # row → column → interval or text
+Curves = tuple[np.ndarray, np.ndarray, np.ndarray]  # at each validation: sampled tokens, computed tokens, accuracy
 
 
 def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("λ", "lambda").replace("α", "alpha")).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def folder(args, method: str, seed: int) -> Path:
@@ -49,14 +52,14 @@ def write_report(args, config) -> None:
         trained = {"base": values["base"]}
         trained |= {method: v for method, v in values.items() if method not in ("base", "STaR", "MRT-STaR")}
         tables |= comparison(config, "Reinforcement learning", trained, "GRPO")
-        tables["Training"] = training_table(args, config, trained)
-        draw_confirmation(args, config, trained)
+        curves = {method: learning_curves(args, config, method) for method in trained if method != "base"}
+        tables["Training"] = training_table(config, curves)
+        draw_confirmation(args, config, trained, curves)
         draw_method(args)
     if {"base", "STaR", "MRT-STaR"} <= set(values):
         tables |= comparison(config, "Self-training", {m: values[m] for m in ("base", "STaR", "MRT-STaR")}, "STaR")
-    write_json(
-        args.pages / "summary.json", {"seeds": {m: len(v["right"]) for m, v in values.items()}, "tables": tables}
-    )
+    seeds = {method: len(measured["right"]) for method, measured in values.items()}
+    write_json(args.pages / "summary.json", {"seeds": seeds, "tables": tables})
     text = "".join(f"## {title}\n\n{markdown_of(rows)}\n" for title, rows in tables.items() if rows)
     write_text(args.pages / "tables.md", text)
     print(text)
@@ -71,16 +74,18 @@ def write_report(args, config) -> None:
 Cells = dict[str, dict[tuple[str, float], list[float]]]  # method → (shape, lr) → pass@1 of each seed
 
 
+def places_of(config) -> Iterator[tuple[int, str, str, float]]:
+    """(seed, method, shape, learning rate) of every run of the map, whole seeds first."""
+    return itertools.product(*(config["map"][name] for name in ("seeds", "methods", "shapes", "lrs")))
+
+
 def map_cells(args, config) -> Cells:
     cells: Cells = {}
-    for method in config["map"]["methods"]:
-        for shape in config["map"]["shapes"]:
-            for lr in config["methods"][method].get("lrs", config["map"]["lrs"]):
-                for seed in config["map"]["seeds"]:
-                    done = cell_folder(args, method, shape, lr, seed) / "validation" / "summary.json"
-                    if done.exists():
-                        accuracy = json.loads(done.read_text())["metrics"]["pass@1"]["mean"]
-                        cells.setdefault(method, {}).setdefault((shape, lr), []).append(accuracy)
+    for seed, method, shape, lr in places_of(config):
+        done = cell_folder(args, method, shape, lr, seed) / "validation" / "summary.json"
+        if done.exists():
+            accuracy = json.loads(done.read_text())["metrics"]["pass@1"]["mean"]
+            cells.setdefault(method, {}).setdefault((shape, lr), []).append(accuracy)
     return cells
 
 
@@ -125,23 +130,24 @@ def read_values(args, config, method: str, test: str = "test") -> Values:
         if not (run / "summary.json").exists():
             continue
         groups = group_by_problem(sorted(load_records(run / "records.jsonl"), key=lambda r: (r["id"], r["sample"])))
-        for metric, measure in trace_metrics(config).items():
-            means = [np.mean([measure(r) for r in group], 0) for group in groups.values()]
+        measured = [[measure(config, record) for record in group] for group in groups.values()]
+        for metric in measured[0][0]:
+            means = [np.mean([trace[metric] for trace in group], 0) for group in measured]
             seeds.setdefault(metric, []).append(means)
     return {metric: np.array(of_seeds) for metric, of_seeds in seeds.items()}
 
 
-def trace_metrics(config) -> dict:
-    """{metric: function of one recorded trace}."""
-    grid = grid_of(config)
+def measure(config, record: dict) -> dict[str, Any]:
+    """{metric: its value for one recorded trace}."""
+    idle, after = waste(record)
     return {
-        "right": lambda r: r["reward"],
-        "tokens": lambda r: r["tokens"],
-        **{f"regret@{b}": lambda r, b=b: regret_at(r, b) for b in budgets_of(config)},
-        "anytime": lambda r: [accuracy_at(r, x) for x in grid],
-        "truncated": lambda r: r["finish"] == "length",
-        "idle share": lambda r: waste(r)[0],
-        "episodes after the find": lambda r: waste(r)[1],
+        "right": record["reward"],
+        "tokens": record["tokens"],
+        **{f"regret@{budget}": regret_at(record, budget) for budget in budgets_of(config)},
+        "anytime": [accuracy_at(record, budget) for budget in grid_of(config)],
+        "truncated": record["finish"] == "length",
+        "idle share": idle,
+        "episodes after the find": after,
     }
 
 
@@ -192,34 +198,26 @@ def cell_of(draws: np.ndarray) -> dict[str, float]:
 
 def comparison(config, title: str, values: dict[str, Values], reference: str) -> dict[str, Table]:
     """Accuracy, its gain over the base, tokens; the differences to the reference; tokens to its accuracy."""
-    right = boot(values, "right")
-    rows: Table = {}
-    differences: Table = {}
+    compared = ("right", "tokens", *(f"regret@{budget}" for budget in budgets_of(config)))
+    wasted = ("truncated", "idle share", "episodes after the find")
+    draws = {metric: boot(values, metric) for metric in (*compared, *wasted)}
+    right, rows = draws["right"], {}
     gain = {name: right[name] - right["base"] for name in values}
     others = [name for name in values if name not in ("base", reference)]
-    tokens = boot(values, "tokens")
     for name in values:
         rows[name] = {"seeds": f"{len(values[name]['right'])}", "right": cell_of(right[name]), "gain": "", "ratio": ""}
         rows[name] |= {"gain": cell_of(gain[name])} if name != "base" else {}
         with np.errstate(divide="ignore", invalid="ignore"):
             rows[name] |= {"ratio": cell_of(gain[name] / gain[reference])} if name in others else {}
-        rows[name]["tokens"] = cell_of(tokens[name])
-    for metric in ("right", "tokens", *(f"regret@{b}" for b in budgets_of(config))):
-        draws = boot(values, metric)
-        for name in others:
-            differences.setdefault(name, {})[f"Δ {metric}"] = cell_of(draws[name] - draws[reference])
-    behaviour: Table = {
-        name: {
-            metric: cell_of(boot(values, metric)[name])
-            for metric in ("truncated", "idle share", "episodes after the find")
-        }
-        for name in values
-    }
+        rows[name]["tokens"] = cell_of(draws["tokens"][name])
     return {
         title: rows,
-        f"{title}: difference to {reference}": differences,
+        f"{title}: difference to {reference}": {
+            name: {f"Δ {metric}": cell_of(draws[metric][name] - draws[metric][reference]) for metric in compared}
+            for name in others
+        },
         f"{title}: tokens for {reference}'s accuracy": reach_table(config, values, reference),
-        f"{title}: behaviour": behaviour,
+        f"{title}: behaviour": {name: {metric: cell_of(draws[metric][name]) for metric in wasted} for name in values},
     }
 
 
@@ -229,20 +227,21 @@ def reach_table(config, values: dict[str, Values], reference: str) -> Table:
     curves = {name: np.pad(draws, ((0, 0), (1, 0))) for name, draws in boot(values, "anytime").items()}  # 0 within 0
     grid, rows = np.append(0.0, grid_of(config)), {}
     ends = curves[reference][:, -1]
+    need = {
+        name: np.array([tokens_to_reach(end, grid, curve) for end, curve in zip(ends, draws)])
+        for name, draws in curves.items()
+    }
     for name in curves:
-        need = np.array([tokens_to_reach(end, grid, curve) for end, curve in zip(ends, curves[name])])
-        own = np.array([tokens_to_reach(end, grid, curve) for end, curve in zip(ends, curves[reference])])
         with np.errstate(invalid="ignore"):  # neither gets there in some draw of a toy
-            ratio = cell_of(own / need) if name not in ("base", reference) else ""
-        rows[name] = {"tokens": cell_of(need), "ratio": ratio}
+            ratio = cell_of(need[reference] / need[name]) if name not in ("base", reference) else ""
+        rows[name] = {"tokens": cell_of(need[name]), "ratio": ratio}
     return rows
 
 
-def training_table(args, config, values: dict[str, Values]) -> Table:
+def training_table(config, curves: dict[str, list[Curves]]) -> Table:
     """Validation problems: accuracy at the end, and where each method's mean curve had GRPO's; tokens computed, the
     update's three passes and the scoring of J included, and the accuracy when as many were computed as GRPO did."""
     rows: Table = {}
-    curves = {name: learning_curves(args, config, name) for name in values if name != "base"}
     goal = float(np.mean([accuracies[-1] for _, _, accuracies in curves["GRPO"]]))
     compute = np.mean([computed[-1] for _, computed, _ in curves["GRPO"]])
     for name, runs in curves.items():
@@ -257,8 +256,8 @@ def training_table(args, config, values: dict[str, Values]) -> Table:
     return rows
 
 
-def learning_curves(args, config, method: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(sampled tokens, computed tokens with the update's, accuracy) at the validations of each seed."""
+def learning_curves(args, config, method: str) -> list[Curves]:
+    """Of each seed; the update's tokens are among those computed."""
     curves = []
     for seed in range(config["confirm"]["seeds"][method]):
         run = folder(args, method, seed)
@@ -310,7 +309,7 @@ def in_words(name: str, reference: str, differences: dict[str, dict[str, float]]
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def draw_confirmation(args, config, values: dict[str, Values]) -> None:
+def draw_confirmation(args, config, values: dict[str, Values], curves: dict[str, list[Curves]]) -> None:
     """Learning curves, a thin line a seed; the accuracy of an answer forced within a budget; the normalised regret."""
     figure, axes = subplots(3, 3.7, 3.3)
     grid, anytime = grid_of(config), boot(values, "anytime")
@@ -319,7 +318,7 @@ def draw_confirmation(args, config, values: dict[str, Values]) -> None:
     for number, name in enumerate(values):
         color = "grey" if name == "base" else f"C{number - 1}"
         if name != "base":
-            runs = [np.interp(at, sampled, accuracy) for sampled, _, accuracy in learning_curves(args, config, name)]
+            runs = [np.interp(at, sampled, accuracy) for sampled, _, accuracy in curves[name]]
             for curve in runs:
                 axes[0].plot(at / 1e3, curve, color=color, linewidth=0.5, alpha=0.4)
             axes[0].plot(at / 1e3, np.mean(runs, 0), color=color, linewidth=2)

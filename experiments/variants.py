@@ -60,7 +60,7 @@ def critic_advantages(group: list[Trace], credit_lambda: float) -> list[np.ndarr
 
 def rollouts_dynamic(args, sampler, problems, prompts, seed):
     """As many groups whose rewards differ as a step has problems; sampled in rounds of as many problems."""
-    every = data.load_problems(args.dataset, args.split, args.limit)
+    every = data.problems_of(args)
     groups: list = []
     for attempt in range(8):
         found, _ = rl_mrt.rollouts_grpo(args, sampler, problems, prompts, (*seed, attempt))

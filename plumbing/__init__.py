@@ -11,6 +11,7 @@ algebra.py         sympy, in a child process that can be killed
 votes.py         votes of k of n answers
 data.py          problems and given responses from files and the Hub
 training.py      micro-batches, several processes, checkpoints
+fine_tuning.py     supervised, on weighted tokens
 flags.py         flags that mean the same everywhere
 runs.py          records, the folder of a run
 report.py        intervals, tables, figures, the page of traces

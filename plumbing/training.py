@@ -421,7 +421,8 @@ def memory_plan(args, problems: int, longest: int) -> str:
     rollouts = args.problems_per_step * args.group_size
     until = f"at most {args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
     update = sum(parts.values()) / 2**30
-    resting = (16 * count / world + parts["reference of the KL penalty"] + parts.get("copy that samples", 0)) / 2**30
+    kept = ("weights, gradients, moments", "reference of the KL penalty", "copy that samples")
+    resting = sum(parts.get(name, 0) for name in kept) / 2**30
     beside = "vLLM's half of the card" if args.engine == "vllm" else "the sampler's cache"
     return "\n".join(
         [
