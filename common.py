@@ -380,15 +380,13 @@ def episode_credits(J: Sequence[float], credit_lambda: float = 0.0) -> np.ndarra
     return credits
 
 
-def log_share(J: Sequence[float]) -> np.ndarray:
-    """J on a logarithmic scale, 0 at the empty prefix, 1 where the answer is certain: ln(J / J_0) / -ln J_0, [k + 1].
+def in_nats(J: Sequence[float]) -> np.ndarray:
+    """ln J, [k + 1], at least ln 1e-3: progress is then what an episode tells of the answer, in nats.
 
-    Its differences are progress as the share of the nats to be learnt. In J itself ruling out three of 30 candidates is
-    worth .004 and a lucky find .96; here each counts by what it tells. J is at least 1e-3, and one nat is the least
-    that a problem has. Not for a J from a few sampled answers, which is often 0.
+    In J itself ruling out three of 30 candidates is worth .004 and a lucky find .96; here each counts by what it tells.
+    Not for a J from a few sampled answers, which is often 0.
     """
-    nats = np.log(np.maximum(J, 1e-3))
-    return (nats - nats[0]) / max(1.0, -nats[0])
+    return np.log(np.maximum(J, 1e-3))
 
 
 def normalized_regret(tokens: Sequence[float], accuracies: Sequence[float], budget: float) -> float:

@@ -37,8 +37,8 @@ from common import (
     forced_prompt,
     group_advantages,
     grpo_loss,
+    in_nats,
     likelihood_success_rates,
-    log_share,
     prompts_of,
     read_answers,
     read_trace,
@@ -188,7 +188,7 @@ def rollouts_online(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
         sampled_success_rates(sampler, traces, *how_many, 1.0, (*seed, 1))
     else:
         likelihood_success_rates(sampler, traces)
-    scale = log_share if args.progress == "log-likelihood" else np.asarray
+    scale = in_nats if args.progress == "log-likelihood" else np.asarray
     for group, of_group in zip(groups, advantages):
         add_progress(of_group, group, args.bonus, args.credit_lambda, scale)
     return groups, advantages

@@ -2,7 +2,7 @@
 
     python -m experiments.compare             # the confirmation: fixed before it ran, on problems nothing was chosen by
     python -m experiments.compare --map       # where its settings come from: methods × shapes of a step × learning
-                                              # rates, on validation problems
+                                              # rates × lengths of a thought, on validation problems
     python -m experiments.compare --report    # tables and figures again, from the runs that are there
 
 Everything is a command of the scripts with the settings of experiments/compare.yaml, one process a core, and is printed
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments import report
-from experiments.report import cell_folder, folder, places_of
+from experiments.report import Place, cell_folder, folder, places_of
 from plumbing.flags import positive_int, read_config
 from plumbing.runs import ROOT, config_of, duration, fail
 
@@ -64,22 +64,16 @@ def command(script: str, out: Path, *settings: dict) -> tuple[Path, list[str]]:
     return out / "summary.json", [*shlex.split(script), *words]
 
 
-def training(config, method: str, shape: str, lr: float, seed: int, out: Path) -> tuple[Path, list[str]]:
-    """`shape` is problems × rollouts of a step, as 8x4."""
-    problems, group = shape.split("x")
-    of_cell = {"problems-per-step": problems, "group-size": group, "lr": lr, "seed": seed}
-    return command(config["methods"][method]["command"], out, config["train"], of_cell)
+def training(config, place: Place, out: Path) -> tuple[Path, list[str]]:
+    problems, group = place.shape.split("x")
+    settings = {"problems-per-step": problems, "group-size": group, "lr": place.lr, "seed": place.seed}
+    settings["max-tokens"] = place.max_tokens
+    return command(config["methods"][place.method]["command"], out, config["train"], settings)
 
 
 def map_jobs(args, config) -> list[Job]:
-    """Training and pass@1 on validation problems, for each cell of the map; whole seeds first."""
-    jobs = []
-    for seed, method, shape, lr in places_of(config):
-        run = cell_folder(args, method, shape, lr, seed)
-        where = {"model": run / "model", "seed": seed}
-        test = command("evaluate.py", run / "validation", config["map"]["evaluate"], where)
-        jobs.append([training(config, method, shape, lr, seed, run), test])
-    return jobs
+    """A training for each cell of the map; its validations are what the map shows."""
+    return [[training(config, place, cell_folder(args, place))] for place in places_of(config)]
 
 
 def confirmation_jobs(args, config) -> list[Job]:
@@ -98,7 +92,8 @@ def confirmation_jobs(args, config) -> list[Job]:
                 job = [command("star_mrt.py", run, config["star"], {"seed": seed})]
             else:
                 setting = config["methods"][method]
-                job = [training(config, method, setting["shape"], setting["lr"], seed, run)]
+                place = Place(seed, method, setting["shape"], setting["lr"], config["train"]["max-tokens"])
+                job = [training(config, place, run)]
             for test, model in models.items():
                 where = {"model": model, "seed": seed}
                 job.append(command("evaluate.py", run / test, config["confirm"]["evaluate"], where))

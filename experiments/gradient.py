@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import rl_mrt
-from common import log_share
+from common import in_nats
 from experiments import variants
 from plumbing import data, models, report, runs, training
 from plumbing.flags import changed, positive_int, whole_number
@@ -105,14 +105,14 @@ def estimates(args, sampler, problems, prompts, seed: tuple):
         "GRPO": outcome(),
         "GRPO + progress": with_progress(),
         "GRPO + 4 × progress": with_progress(bonus=4),
-        "GRPO + log progress": with_progress(log_share),
-        "GRPO + 4 × log progress": with_progress(log_share, 4),
+        "GRPO + log progress": with_progress(in_nats),
+        "GRPO + ¼ × log progress": with_progress(in_nats, 0.25),
         "GRPO + progress, λ = ½": with_progress(credit_lambda=0.5),
         "GRPO + progress, λ = 1": with_progress(credit_lambda=1.0),
         "GRPO + shuffled progress": with_progress(lambda J: variants.shuffled(J, rng)),
         "GRPO + progress, J of 4 answers": with_progress(lambda J: rng.binomial(4, np.clip(J, 0, 1)) / 4),
         "progress alone": with_progress(alone=True),
-        "log progress alone": with_progress(log_share, alone=True),
+        "log progress alone": with_progress(in_nats, alone=True),
         "outcome - J (critic, λ = 1)": critic(1.0),
         "critic, λ = ½": critic(0.5),
         "critic, λ = 0": critic(0.0),

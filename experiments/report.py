@@ -5,12 +5,11 @@ methods together. They are not corrected for the number of comparisons.
 """
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,8 +33,19 @@ def folder(args, method: str, seed: int) -> Path:
     return args.out / "confirm" / f"{slug(method)}-seed{seed}"
 
 
-def cell_folder(args, method: str, shape: str, lr: float, seed: int) -> Path:
-    return args.out / "map" / f"{slug(method)}-{shape}-lr{lr:g}-seed{seed}"
+class Place(NamedTuple):
+    """Of a training in the map; `shape` is problems × rollouts of a step, as 8x4."""
+
+    seed: int
+    method: str
+    shape: str
+    lr: float
+    max_tokens: int
+
+
+def cell_folder(args, place: Place) -> Path:
+    name = f"{slug(place.method)}-{place.shape}-lr{place.lr:g}-{place.max_tokens}-seed{place.seed}"
+    return args.out / "map" / name
 
 
 def write_report(args, config) -> None:
@@ -43,7 +53,7 @@ def write_report(args, config) -> None:
     args.pages.mkdir(parents=True, exist_ok=True)
     tables: dict[str, Table] = {}
     if "map" in config and (cells := map_cells(args, config)):
-        tables["The map: pass@1 on validation problems"] = map_table(config, cells)
+        tables["The map: pass@1 on validation problems"] = map_table(cells)
         draw_map(config, cells, args.pages)
     values = {method: read_values(args, config, method) for method in config["confirm"]["seeds"]}
     values["MRT-STaR"] = read_values(args, config, "STaR", "test-mrt")
@@ -71,51 +81,73 @@ def write_report(args, config) -> None:
 
 # ---------------------------------------------------------------------------------------------- the map
 
-Cells = dict[str, dict[tuple[str, float], list[float]]]  # method → (shape, lr) → pass@1 of each seed
+Cells = dict[str, dict[tuple[str, float, int], list[float]]]  # method → (shape, lr, tokens) → accuracy of each seed
 
 
-def places_of(config) -> Iterator[tuple[int, str, str, float]]:
-    """(seed, method, shape, learning rate) of every run of the map, whole seeds first."""
-    return itertools.product(*(config["map"][name] for name in ("seeds", "methods", "shapes", "lrs")))
+def places_of(config) -> Iterator[Place]:
+    """Every training of the map, one grid after the other, whole seeds first."""
+    for grid in config["map"]["grids"]:
+        seeds = config["map"]["seeds"]
+        yield from itertools.starmap(
+            Place, itertools.product(seeds, *(grid[name] for name in ("methods", "shapes", "lrs", "max-tokens")))
+        )
 
 
 def map_cells(args, config) -> Cells:
+    """A cell's accuracy is the mean of the last three validations: one alone has the noise of 96 answers."""
     cells: Cells = {}
-    for seed, method, shape, lr in places_of(config):
-        done = cell_folder(args, method, shape, lr, seed) / "validation" / "summary.json"
-        if done.exists():
-            accuracy = json.loads(done.read_text())["metrics"]["pass@1"]["mean"]
-            cells.setdefault(method, {}).setdefault((shape, lr), []).append(accuracy)
+    for place in places_of(config):
+        run = cell_folder(args, place)
+        if (run / "summary.json").exists():
+            last = [validation["accuracy"] for validation in read_jsonl(run / "validation.jsonl")[-3:]]
+            cells.setdefault(place.method, {}).setdefault(place[2:], []).append(float(np.mean(last)))
     return cells
 
 
-def map_table(config, cells: Cells) -> Table:
+def map_table(cells: Cells) -> Table:
     """Mean over seeds, the best cell of each method marked, and the seeds themselves."""
     rows: Table = {}
     for method, of_method in cells.items():
         best = max(of_method, key=lambda place: np.mean(of_method[place]))
-        for (shape, lr), seeds in of_method.items():
-            row = rows.setdefault(f"{method}, {shape}", {})
-            mark = "**" if (shape, lr) == best else ""
+        for (shape, lr, tokens), seeds in of_method.items():
+            row = rows.setdefault(f"{method}, {shape}, {tokens} tokens", {})
+            mark = "**" if (shape, lr, tokens) == best else ""
             row[f"lr {lr:g}"] = f"{mark}{np.mean(seeds):.2f}{mark} ({', '.join(f'{s:.2f}' for s in sorted(seeds))})"
     columns = sorted({column for row in rows.values() for column in row}, key=lambda c: float(c.split()[1]))
     return {name: {column: row.get(column, "–") for column in columns} for name, row in rows.items()}
 
 
 def draw_map(config, cells: Cells, pages: Path) -> None:
-    """A panel a shape: accuracy against the learning rate, a line a method through the means, a dot a seed."""
-    figure, axes = subplots(len(config["map"]["shapes"]), 3.4, 3.3, sharey=True)
-    for axis, shape in zip(axes, config["map"]["shapes"]):
+    """A panel a shape: accuracy against the learning rate; one more where lengths differ: against the length. A line a
+    method through the means, a dot a seed."""
+    standard = config["train"]["max-tokens"]
+    every = {place for of_method in cells.values() for place in of_method}
+    shapes = list(dict.fromkeys(place.shape for place in places_of(config)))
+    panels = [
+        (
+            f"{shape.replace('x', ' problems × ')} rollouts a step",
+            "learning rate",
+            1,
+            {place for place in every if place[0] == shape and place[2] == standard},
+        )
+        for shape in shapes
+    ]
+    lengths = {place[:2] for place in every if place[2] != standard}
+    if lengths:
+        shape, lr = min(lengths)
+        title = f"{shape.replace('x', ' × ')}, learning rate {lr:g}"
+        panels.append((title, "token limit of a trace", 2, {p for p in every if p[:2] in lengths}))
+    figure, axes = subplots(len(panels), 3.0, 3.2, sharey=True)
+    for axis, (title, label, x, places) in zip(axes, panels):
         for number, (method, of_method) in enumerate(cells.items()):
-            places = sorted(lr for of_shape, lr in of_method if of_shape == shape)
-            seeds = [of_method[shape, lr] for lr in places]
-            axis.plot(places, [np.mean(s) for s in seeds], color=f"C{number}", label=method)
-            for lr, accuracies in zip(places, seeds):
-                axis.plot([lr] * len(accuracies), accuracies, "o", color=f"C{number}", markersize=3, alpha=0.5)
-        problems, group = shape.split("x")
-        axis.set(xscale="log", xlabel="learning rate", title=f"{problems} problems × {group} rollouts a step")
+            there = sorted(place for place in places if place in of_method)
+            style = {"color": f"C{number}"}
+            axis.plot([p[x] for p in there], [np.mean(of_method[p]) for p in there], label=method, **style)
+            for place in there:
+                axis.plot([place[x]] * len(of_method[place]), of_method[place], "o", markersize=3, alpha=0.5, **style)
+        axis.set(xlabel=label, title=title, xscale="log" if x == 1 else "linear")
     axes[0].set(ylabel="accuracy, validation problems")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=7)
     save_figure(figure, pages / "map.png")
 
 

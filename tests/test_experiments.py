@@ -23,10 +23,10 @@ TOY = {
     "train": {"dataset": "tiny", "max-tokens": 64, "max-sampled-tokens": 2500, "eval-every": 1, "eval-problems": 3},
     "map": {
         "seeds": [100],
-        "shapes": ["4x4", "2x4"],
-        "lrs": [2e-4],
-        "methods": ["GRPO", "MRT online"],
-        "evaluate": {"split": "validation", "limit": 3, "num-samples": 2, "max-tokens": 64, "metric": "pass@1"},
+        "grids": [
+            {"methods": ["GRPO", "MRT online"], "shapes": ["4x4", "2x4"], "lrs": [2e-4], "max-tokens": [64]},
+            {"methods": ["GRPO"], "shapes": ["4x4"], "lrs": [2e-4], "max-tokens": [72]},
+        ],
     },
     "methods": {
         "GRPO": {"command": "rl_mrt.py --bonus 0", "shape": "4x4", "lr": 2e-4},
@@ -62,7 +62,7 @@ def test_the_comparison_from_nothing_and_again_from_its_runs(tmp_path):
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(TOY))
     command = ("--config", "toy.yaml", "--out", "run", "--jobs", 1)
     cells = execute(tmp_path, *command, "--map")
-    assert cells.returncode == 0 and cells.stdout.count("python rl_mrt.py") == 4, cells.stderr
+    assert cells.returncode == 0 and cells.stdout.count("python rl_mrt.py") == 5, cells.stderr
     done = execute(tmp_path, *command)
     assert done.returncode == 0 and done.stdout.count("python rl_mrt.py") == 2, done.stderr
     pages = tmp_path / "run" / "pages"
@@ -109,11 +109,12 @@ def test_runs_of_other_settings_are_refused_before_anything_runs(tmp_path, capsy
 
 
 def test_a_command_that_fails_is_named_with_its_log(tmp_path):
-    toy = {**TOY, "train": {**TOY["train"], "max-tokens": 1}}
+    grid = {**TOY["map"]["grids"][0], "max-tokens": [1]}
+    toy = {**TOY, "map": {"seeds": [100], "grids": [grid]}}
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(toy))
     done = execute(tmp_path, "--config", "toy.yaml", "--out", "run", "--map", "--jobs", 1)
-    assert done.returncode == 2 and "ended with 2: see run/map/grpo-4x4-lr0.0002-seed100.log" in done.stderr
-    log = tmp_path / "run" / "map" / "grpo-4x4-lr0.0002-seed100.log"
+    assert done.returncode == 2 and "ended with 2: see run/map/grpo-4x4-lr0.0002-1-seed100.log" in done.stderr
+    log = tmp_path / "run" / "map" / "grpo-4x4-lr0.0002-1-seed100.log"
     assert "--max-tokens 1" in log.read_text()
 
 

@@ -78,17 +78,16 @@ def test_online_bonus_scales_with_alpha_and_punishes_lost_ground():
     assert rows[0][2] < 0
 
 
-def test_progress_on_a_log_scale_is_the_share_of_the_nats_to_be_learnt():
-    """From one of 30 to one of 10 to certain: two steps of ln 3 and ln 10 out of ln 30."""
+def test_progress_in_nats_is_what_an_episode_tells_of_the_answer():
+    """From one of 30 to one of 10 to certain: ln 3 and ln 10."""
     J = [1 / 30, 1 / 10, 1.0]
-    np.testing.assert_allclose(common.log_share(J), [0, np.log(3) / np.log(30), 1], atol=1e-12)
     group = [a_trace(J)]
     rows = [np.zeros(5)]
-    rl_mrt.add_progress(rows, group, 1.0, scale=common.log_share)
-    credit = np.array([np.log(3), np.log(10)]) / np.log(30)
-    np.testing.assert_allclose(rows[0], [*np.repeat(credit - 0.5, 2), -0.5], atol=1e-12)
+    rl_mrt.add_progress(rows, group, 1.0, scale=common.in_nats)
+    credit, mean = np.log([3, 10]), np.log(30) / 2
+    np.testing.assert_allclose(rows[0], [*np.repeat(credit - mean, 2), -mean], atol=1e-12)
     assert group[0].values == J  # what is recorded is J itself
-    np.testing.assert_allclose(common.log_share([0.9, 0.0]), [0, np.log(1e-3 / 0.9)])  # bounded, and by a nat at least
+    np.testing.assert_allclose(common.in_nats([0.9, 0.0]), np.log([0.9, 1e-3]))  # bounded
 
 
 def placed(problems):
