@@ -368,16 +368,9 @@ def cut_at_budget(trace: Trace, budget: int, exact: bool = False) -> int:
 # ============================================================================================ 3 progress and regret
 
 
-def episode_credits(J: Sequence[float], credit_lambda: float = 0.0) -> np.ndarray:
-    """Credit of each of k episodes from J at the k + 1 boundaries: Σ_{l ≥ j} λ^{l-j} r_prg(z_l), [k].
-
-    λ = 0 is the paper's progress (Def. 6.1), λ = 1 is J at the end of the thought minus J at the episode's start, a
-    return with μ as its baseline; between them it is generalised advantage estimation over episodes.
-    """
-    credits = np.diff(J)  # MRT 4: progress r_prg(z_j; c) = J(μ | z_j, c) - J(μ | c)
-    for j in range(len(credits) - 2, -1, -1):
-        credits[j] += credit_lambda * credits[j + 1]
-    return credits
+def episode_progress(J: Sequence[float]) -> np.ndarray:
+    """Progress of each of k episodes, from J at the k + 1 boundaries of a thought: [k] (Def. 6.1)."""
+    return np.diff(J)  # MRT 4: r_prg(z_j; c) = J(μ | z_j, c) - J(μ | c)
 
 
 def in_nats(J: Sequence[float]) -> np.ndarray:

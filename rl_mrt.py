@@ -33,7 +33,7 @@ import torch
 from common import (
     Trace,
     cut_at_budget,
-    episode_credits,
+    episode_progress,
     forced_prompt,
     group_advantages,
     grpo_loss,
@@ -86,8 +86,6 @@ def flags(argv=None) -> argparse.Namespace:
     flag("--variant", choices=("prefix", "online"), default="prefix", help="default: the paper's")
     estimate = "J by sampled forced answers, by the gold answer's likelihood, or that on a log scale"
     flag("--progress", choices=("sampled", "likelihood", "log-likelihood"), default="sampled", help=estimate)
-    credit = "online: 0 credits an episode with its own progress (the paper), 1 with all that follows"
-    flag("--credit-lambda", type=float, default=0.0, help=credit)
     flag = shared_flags(parser, "GRPO", "max-tokens temperature")
     flag("--problems-per-step", type=positive_int)
     flag("--group-size", type=positive_int, help="G rollouts a problem")
@@ -121,8 +119,6 @@ def check_flags(args) -> None:
         fail(f"--progress {args.progress} needs --variant online: prefix has samples of stopping")
     if args.length_penalty >= 1:
         fail(f"--length-penalty {args.length_penalty}: must be below 1, or right answers could lose to wrong ones")
-    if not 0 <= args.credit_lambda <= 1:
-        fail(f"--credit-lambda {args.credit_lambda}: must be between 0 and 1")
     if args.max_tokens < 2:
         fail(f"--max-tokens {args.max_tokens}: leaves no room for a thought and an answer")
     if args.temperature == 0:
@@ -190,12 +186,12 @@ def rollouts_online(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
         likelihood_success_rates(sampler, traces)
     scale = in_nats if args.progress == "log-likelihood" else np.asarray
     for group, of_group in zip(groups, advantages):
-        add_progress(of_group, group, args.bonus, args.credit_lambda, scale)
+        add_progress(of_group, group, args.bonus, scale)
     return groups, advantages
 
 
-def add_progress(advantages: list[np.ndarray], group: list[Trace], bonus: float, credit_lambda=0.0, scale=np.asarray):
-    """Adds α · (credit of a token's episode - mean credit of the group's episodes) to the advantages, in place.
+def add_progress(advantages: list[np.ndarray], group: list[Trace], bonus: float, scale=np.asarray) -> None:
+    """Adds α · (progress of a token's episode - mean progress of the group's episodes) to the advantages, in place.
 
     Credited to whole traces the path would vanish: Σ_j r_prg telescopes to J(end) - J(empty), so it says nothing about
     the path. Credited to its own episode, progress is an advantage with J(μ | prefix) as baseline. The mean is a second
@@ -204,12 +200,12 @@ def add_progress(advantages: list[np.ndarray], group: list[Trace], bonus: float,
     ending the thought would be free of it.) Nothing is divided by a std: where no episode makes progress, J's noise
     would be blown up to a signal. `scale` turns a trace's J into what its progress is measured in.
     """
-    credits = [episode_credits(scale(trace.values), credit_lambda) for trace in group]
-    mean = np.concatenate(credits).mean() if any(map(len, credits)) else 0.0
-    for of_tokens, trace, credit in zip(advantages, group, credits):
+    progress = [episode_progress(scale(trace.values)) for trace in group]
+    mean = np.concatenate(progress).mean() if any(map(len, progress)) else 0.0
+    for of_tokens, trace, of_episodes in zip(advantages, group, progress):
         of_tokens -= bonus * mean
         lengths = np.diff(trace.boundaries)
-        of_tokens[: trace.boundaries[-1]] += bonus * np.repeat(credit, lengths)  # MRT 5: + α · r_prg(z_j; c_{j-1})
+        of_tokens[: trace.boundaries[-1]] += bonus * np.repeat(of_episodes, lengths)  # MRT 5: + α · r_prg(z_j; c_{j-1})
 
 
 def rollouts_prefix(args, sampler: Sampler, problems, prompts, seed: tuple) -> tuple[Groups, Advantages]:

@@ -89,13 +89,16 @@ def estimates(args, sampler, problems, prompts, seed: tuple):
     def outcome(**settings):
         return rl_mrt.outcome_advantages(changed(args, **settings), groups)
 
-    def with_progress(scale=np.asarray, bonus: float = 1.0, credit_lambda: float = 0.0, alone: bool = False):
+    def with_progress(scale=np.asarray, bonus: float = 1.0, alone: bool = False):
         advantages = outcome()
         for group, of_group in zip(groups, advantages):
             if alone:
                 of_group[:] = [0 * of_tokens for of_tokens in of_group]
-            rl_mrt.add_progress(of_group, group, bonus, credit_lambda, scale)
+            rl_mrt.add_progress(of_group, group, bonus, scale)
         return advantages
+
+    def with_credit(credit_lambda: float):
+        return with_progress(lambda J: np.cumsum([0.0, *variants.discounted(J, credit_lambda)]))
 
     def critic(credit_lambda: float):
         return [variants.critic_advantages(group, credit_lambda) for group in groups]
@@ -107,8 +110,8 @@ def estimates(args, sampler, problems, prompts, seed: tuple):
         "GRPO + 4 × progress": with_progress(bonus=4),
         "GRPO + log progress": with_progress(in_nats),
         "GRPO + ¼ × log progress": with_progress(in_nats, 0.25),
-        "GRPO + progress, λ = ½": with_progress(credit_lambda=0.5),
-        "GRPO + progress, λ = 1": with_progress(credit_lambda=1.0),
+        "GRPO + progress, λ = ½": with_credit(0.5),
+        "GRPO + progress, λ = 1": with_credit(1.0),
         "GRPO + shuffled progress": with_progress(lambda J: variants.shuffled(J, rng)),
         "GRPO + progress, J of 4 answers": with_progress(lambda J: rng.binomial(4, np.clip(J, 0, 1)) / 4),
         "progress alone": with_progress(alone=True),

@@ -1,23 +1,24 @@
 """experiments/variants.py: rl_mrt.py with an estimator or a control that was tried and is not part of the product.
 
-    python experiments/variants.py critic --credit-lambda 1           # then any flags of rl_mrt.py
+    python experiments/variants.py critic           # then any flags of rl_mrt.py
 
 Each replaces a function of rl_mrt.ROLLOUTS.
 
-    critic     J as the baseline of the outcome instead of a bonus: Σ_l λ^{l-j} δ_l with δ the progress of an episode
-               and, at the end, f - J; λ is --credit-lambda, 1 gives f - J(μ | c_j) (VinePPO's, arXiv 2410.01679)
+    critic     J as the baseline of the outcome instead of a bonus: f - J(μ | c_j) (VinePPO's, arXiv 2410.01679)
+    critic-0   each episode credited with its own δ alone: its progress and, at the end, f - J
     shuffled   MRT online with each trace's progress on random episodes of it: a bonus as large that knows nothing
     dynamic    GRPO without groups of equal rewards: problems are sampled until there are enough (DAPO's, 2503.14476)
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rl_mrt
-from common import Trace, episode_credits, likelihood_success_rates
+from common import Trace, episode_progress, in_nats, likelihood_success_rates
 from plumbing import data, models, training
 
 
@@ -29,20 +30,30 @@ def scored(args, sampler, problems, prompts, seed):
 
 
 def shuffled(J, rng) -> np.ndarray:
-    return np.cumsum([J[0], *rng.permutation(np.diff(J))])
+    """With the same progress, on random episodes."""
+    return np.cumsum([J[0], *rng.permutation(episode_progress(J))])
+
+
+def discounted(J, credit_lambda: float) -> np.ndarray:
+    """Σ_{l ≥ j} λ^{l-j} r_prg(z_l), [k]: 0 is an episode's own progress, 1 the end of the thought minus J before z_j, a
+    return with μ as its baseline; between them generalised advantage estimation over episodes."""
+    credits = episode_progress(J)
+    for j in range(len(credits) - 2, -1, -1):
+        credits[j] += credit_lambda * credits[j + 1]
+    return credits
 
 
 def rollouts_shuffled(args, sampler, problems, prompts, seed):
     groups, advantages = scored(args, sampler, problems, prompts, seed)
     rng = np.random.default_rng(seed)
     for group, of_group in zip(groups, advantages):
-        rl_mrt.add_progress(of_group, group, args.bonus, args.credit_lambda, lambda J: shuffled(J, rng))
+        rl_mrt.add_progress(of_group, group, args.bonus, lambda J: shuffled(in_nats(J), rng))
     return groups, advantages
 
 
-def rollouts_critic(args, sampler, problems, prompts, seed):
+def rollouts_critic(args, sampler, problems, prompts, seed, credit_lambda: float = 1.0):
     groups, _ = scored(args, sampler, problems, prompts, seed)
-    return groups, [critic_advantages(group, args.credit_lambda) for group in groups]
+    return groups, [critic_advantages(group, credit_lambda) for group in groups]
 
 
 def critic_advantages(group: list[Trace], credit_lambda: float) -> list[np.ndarray]:
@@ -53,7 +64,7 @@ def critic_advantages(group: list[Trace], credit_lambda: float) -> list[np.ndarr
         ends, J = trace.boundaries, trace.values
         steps, J = (ends, [*J, trace.reward]) if trace.finished else (ends[:-1], [*J[:-1], trace.reward])
         lengths = np.diff([*steps, len(trace.completion.token_ids)])
-        advantages.append(np.repeat(episode_credits(J, credit_lambda), lengths))
+        advantages.append(np.repeat(discounted(J, credit_lambda), lengths))
     mean = np.concatenate(advantages).mean()
     return [of_tokens - mean for of_tokens in advantages]
 
@@ -79,6 +90,7 @@ def rollouts_dynamic(args, sampler, problems, prompts, seed):
 VARIANTS = {
     "shuffled": ("online", rollouts_shuffled),
     "critic": ("online", rollouts_critic),
+    "critic-0": ("online", partial(rollouts_critic, credit_lambda=0.0)),
     "dynamic": ("grpo", rollouts_dynamic),
 }
 

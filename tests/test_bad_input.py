@@ -269,9 +269,6 @@ def test_values_that_the_parser_refuses(capsys, argv):
     [
         ["--group-size", "1"],
         ["--temperature", "0"],
-        ["--credit-lambda", "2"],
-        ["--credit-lambda", "-0.1"],
-        ["--credit-lambda", "nan"],
         ["--length-penalty", "1"],
         ["--progress", "likelihood"],
         ["--progress", "likelihood", "--variant", "prefix"],

@@ -187,6 +187,15 @@ def test_words_follow_the_intervals():
 # ---------------------------------------------------------------------------------------------- variants and gradients
 
 
+def test_lambda_is_between_own_progress_and_all_that_follows():
+    J = [0.1, 0.1, 0.6, 0.4, 1.0]
+    np.testing.assert_allclose(variants.discounted(J, 0.0), np.diff(J))
+    np.testing.assert_allclose(variants.discounted(J, 1.0), [1.0 - v for v in J[:-1]])
+    np.testing.assert_allclose(  # Σ_{l≥j} λ^{l-j} r_l, written out
+        variants.discounted(J, 0.5), [0 + 0.25 - 0.05 + 0.075, 0.5 - 0.1 + 0.15, -0.2 + 0.3, 0.6]
+    )
+
+
 def a_trace(boundaries: list[int], J: list[float], tokens: int, reward: float, finished: bool = True) -> Trace:
     completion = Completion([0] * tokens, [0.0] * tokens, "stop" if finished else "length", "", [])
     trace = Trace({"id": "p", "answer": "1"}, [0], completion, boundaries, finished, None, reward=reward)

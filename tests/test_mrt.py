@@ -9,7 +9,7 @@ import torch
 
 import common
 import rl_mrt
-from common import Segmentation, Trace, episode_credits, likelihood_success_rates, sampled_success_rates
+from common import Segmentation, Trace, episode_progress, likelihood_success_rates, sampled_success_rates
 from plumbing import data, models
 from plumbing.hf_engine import TransformersEngine
 from plumbing.models import Completion
@@ -34,25 +34,14 @@ def a_trace(values, tokens_an_episode=2, answer_tokens=1, reward=1.0):
 
 def test_progress_telescopes_so_a_whole_trace_bonus_would_say_nothing_about_the_path():
     for values in ([0.1, 0.1, 0.9, 0.9], [0.1, 0.8, 0.2, 0.9], [0.1, 0.3, 0.6, 0.9]):
-        assert sum(episode_credits(values, 0.0)) == pytest.approx(0.8)
-
-
-def test_credit_lambda_interpolates_between_own_progress_and_all_that_follows():
-    values = [0.1, 0.1, 0.6, 0.4, 1.0]
-    np.testing.assert_allclose(episode_credits(values, 0.0), np.diff(values))
-    np.testing.assert_allclose(episode_credits(values, 1.0), [1.0 - v for v in values[:-1]])
-    np.testing.assert_allclose(  # Σ_{l≥j} λ^{l-j} r_l, written out
-        episode_credits(values, 0.5),
-        [0 + 0.25 - 0.05 + 0.075, 0.5 - 0.1 + 0.15, -0.2 + 0.3, 0.6],
-    )
-    assert len(episode_credits([0.5], 0.5)) == 0
+        assert sum(episode_progress(values)) == pytest.approx(0.8)
 
 
 def test_online_bonus_reinforces_the_episode_that_gains_and_not_the_one_that_gains_nothing():
     """Two traces, both right: GRPO sees a flat group and learns nothing; MRT tells their episodes apart."""
     group = [a_trace([0.1, 0.1, 0.9]), a_trace([0.1, 0.9, 0.9])]
     rows = [np.zeros(5), np.zeros(5)]
-    rl_mrt.add_progress(rows, group, bonus=1.0, credit_lambda=0.0)
+    rl_mrt.add_progress(rows, group, bonus=1.0)
     # Mean progress over the 4 episodes: 0.4. Two tokens an episode; the answer's token makes no progress.
     expected = [[-0.4, -0.4, 0.4, 0.4, -0.4], [0.4, 0.4, -0.4, -0.4, -0.4]]
     np.testing.assert_allclose(rows, expected, atol=1e-12)
@@ -62,7 +51,7 @@ def test_the_mean_is_a_baseline_and_no_fee_for_episodes():
     """Ending the thought and starting an episode that gains nothing are treated alike: no hidden length penalty."""
     group = [a_trace([0.1, 0.9]), a_trace([0.1, 0.9, 0.9, 0.9])]
     rows = [np.zeros(3), np.zeros(7)]
-    rl_mrt.add_progress(rows, group, bonus=1.0, credit_lambda=0.0)
+    rl_mrt.add_progress(rows, group, bonus=1.0)
     ends_at_once, goes_on = rows[0][2], rows[1][2]
     assert ends_at_once == pytest.approx(goes_on) and ends_at_once < 0
 
@@ -70,7 +59,7 @@ def test_the_mean_is_a_baseline_and_no_fee_for_episodes():
 def test_online_bonus_scales_with_alpha_and_punishes_lost_ground():
     group = [a_trace([0.5, 0.9, 0.2, 0.9])]
     rows = [np.ones(7)]
-    rl_mrt.add_progress(rows, group, bonus=2.0, credit_lambda=0.0)
+    rl_mrt.add_progress(rows, group, bonus=2.0)
     mean = 0.4 / 3
     episodes = [1 + 2 * (progress - mean) for progress in (0.4, -0.7, 0.7)]
     expected = [a for a in episodes for _ in range(2)] + [1 - 2 * mean]
