@@ -1,6 +1,6 @@
 """budget_force.py: exploit a smaller budget, extrapolate to a larger one (Section 8, Figures 9 and 12, Appendix F)
 
-    python budget_force.py                             # the embedded model, and the checkpoints of `make demo`
+    python budget_force.py                             # the embedded model
     python budget_force.py --model A,B,C               # several models, one table and one figure
     python budget_force.py --thoughts runs/ANALYSIS    # thoughts and forced answers of an analyze_r1.py run
     python budget_force.py --compare runs/A runs/B     # table and figures again, from records alone
@@ -55,13 +55,11 @@ DEFAULTS = {
     "batch_problems": (64, 4, "ours"),
 }
 STRINGS = "Wait,But wait,Alternatively,But hold on"  # in turn (Appendix F)
-DEMO = ("runs/demo/grpo/model", "runs/demo/mrt/model")
 
 
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_flags(parser)
-    parser.set_defaults(model=",".join(["tiny", *(path for path in DEMO if Path(path).is_dir())]))
     flag = shared_flags(parser, "thoughts", "num-samples max-tokens temperature top-p batch-problems")
     given = "thoughts of an analyze_r1.py run of the same model, with J at their episodes; its --max-tokens holds"
     flag("--thoughts", type=Path, metavar="RUN", help=given)
@@ -88,9 +86,8 @@ def flags(argv=None) -> argparse.Namespace:
     if not all(args.strings):
         fail("--strings: one of them is empty")
     if args.thoughts and not args.compare:
-        if len(names) > 1 and args.model != parser.get_default("model"):
+        if len(names) > 1:
             fail("--thoughts: one run holds the thoughts of one model")
-        args.model = names[0]
         take_settings_of_thoughts(args)
     return args
 

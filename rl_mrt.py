@@ -423,12 +423,12 @@ def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, pro
         "seconds": state["seconds"] + time.time() - began,
     }
     seconds = {"sampling_seconds": sampled_after - began, "update_seconds": time.time() - sampled_after}
-    line = {**state, **rollout_stats(args, sampler.tokenizer, groups), **metrics, **seconds}
-    text = f"step {line['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  "
-    text += (
-        f"truncated {line['truncated']:.2f}  loss {line['loss']:+.4f}  sampled {line['sampled_tokens'] / 1e3:,.0f}k "
+    line = {**state, **rollout_stats(args, groups), **metrics, **seconds}
+    text = (
+        f"step {line['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  truncated "
+        f"{line['truncated']:.2f}  loss {line['loss']:+.4f}  sampled {line['sampled_tokens'] / 1e3:,.0f}k tokens  "
+        f"{line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s"
     )
-    text += f"tokens  {line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s"
     return state, line, text
 
 
@@ -436,7 +436,7 @@ def records(step: int, groups: Groups) -> list[dict]:
     return [{"step": step, **trace.record()} for group in groups for trace in group]
 
 
-def rollout_stats(args, tokenizer, groups: Groups) -> dict[str, float]:
+def rollout_stats(args, groups: Groups) -> dict[str, float]:
     """What a step's traces and their J's say, for metrics.jsonl."""
 
     def mean(values) -> float:
@@ -452,15 +452,9 @@ def rollout_stats(args, tokenizer, groups: Groups) -> dict[str, float]:
     }
     if args.bonus and args.variant == "prefix":
         stats["J_prefix"] = mean(t.prefix_J for t in traces)
-        stats["progress_of_going_on"] = mean(t.reward for t in traces) - stats["J_prefix"]
-        prompts = [
-            models.prompt_ids(tokenizer, group[0].problem["problem"], args.chat_template_kwargs) for group in groups
-        ]
-        stats["prefix_tokens"] = mean(len(group[0].prompt) - len(prompt) for group, prompt in zip(groups, prompts))
+        stats["progress_of_going_on"] = stats["reward"] - stats["J_prefix"]
     elif args.bonus:
-        progress = (
-            np.concatenate([np.diff(t.values) for t in traces]) if any(len(t.values) > 1 for t in traces) else [0]
-        )
+        progress = [episode for trace in traces for episode in episode_progress(trace.values)] or [0.0]
         stats["J_empty"], stats["J_end"] = mean(t.values[0] for t in traces), mean(t.values[-1] for t in traces)
         stats["progress_per_episode"] = mean(progress)
         if args.progress != "sampled":  # with a few sampled answers most differences of J are noise

@@ -45,7 +45,6 @@ def parser_refusal(capsys, call, argv: list[str]) -> str:
 def main_with(monkeypatch, script, *argv):
     """The script's main() as a call without arguments."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
-    monkeypatch.setattr(budget_force, "DEMO", ())  # whatever `make demo` has left in this checkout
     return script.main
 
 

@@ -108,7 +108,7 @@ def scripted(monkeypatch, prefix_right, going_on_right):
 
     sampler = types.SimpleNamespace(tokenizer=tokenizer, generate=generate)
     groups, advantages = rl_mrt.rollouts_prefix(args, sampler, placed(problems), prompts, (0, 0))
-    stats = rl_mrt.rollout_stats(args, tokenizer, groups)
+    stats = rl_mrt.rollout_stats(args, groups)
     return [row[0] for row in advantages[0]], stats, calls, groups
 
 

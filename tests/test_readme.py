@@ -7,11 +7,14 @@ import re
 import shlex
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+from experiments import compare
 from plumbing.data import load_problems
+from plumbing.flags import read_config
 from plumbing.runs import json_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +127,14 @@ def test_a_command_runs(monkeypatch, workplace, tmp_path, script, flags):
     command = at_toy_size(script, flags, tmp_path / "run")
     with contextlib.suppress(SystemExit) if "--check" in flags else contextlib.nullcontext():
         run(monkeypatch, workplace, script, command)  # --check: three problems are too few for its figures
+
+
+def test_the_models_of_the_demo_are_where_the_readme_says():
+    config = read_config(ROOT / "experiments" / "demo.yaml")
+    jobs = compare.confirmation_jobs(types.SimpleNamespace(out=Path("runs/demo")), config)
+    models = {str(done.with_name("model")) for job in jobs for done, words in job if words[0] == "rl_mrt.py"}
+    named = set(re.findall(r"runs/demo/confirm/[\w-]+/model", TEXT))
+    assert named and named <= models
 
 
 def test_functions_files_and_figures_that_are_named_exist():
