@@ -29,17 +29,21 @@ def load_problems(
     answer_column: str | None = None,
     skip_unusable: bool = False,
 ) -> list[dict]:
-    """`[{problem, answer, id}]` from `tiny`, `tiny:30` (only that difficulty), a file or the Hub.
+    """`[{problem, answer, id}]` from `tiny`, `tiny:30` (only that difficulty), a file or the Hub. The split may be a
+    part of one, as in the library datasets: test[100:200]; a file has none.
 
     A file is .jsonl, .json (a list, an object with one, or lines), .csv or .parquet, or one of these with .gz. A column
     may be `outer.inner`. `answer` is the bare gold answer, what follows GSM8K's `####` or a solution's last box; a list
     of several, where any is right. Rows of a file that cannot be used end the run, all named in one message, unless
     `skip_unusable`; rows of a Hub set (NuminaMath has proofs) are left out and counted.
     """
+    split, part = part_of_split(split)
     if is_tiny_dataset(dataset):
-        return tiny_problems(dataset, split)[:limit]
+        if not (problems := tiny_problems(dataset, split)[part][:limit]):
+            fail(f"--split {split}: that part of it holds no problem")
+        return problems
     from_file = is_file_name(dataset) or Path(dataset).exists()
-    rows = read_rows(Path(dataset)) if from_file else load_from_hub(dataset, split)
+    rows = read_rows(Path(dataset)) if from_file else load_from_hub(dataset, split, part)
     used = usable_rows(dataset, rows, limit, problem_column, answer_column, skip_unusable or not from_file)
     problems = [problem for problem, _ in used]
     if len({p["id"] for p in problems}) < len(problems):
@@ -47,6 +51,15 @@ def load_problems(
         for number, problem in enumerate(problems):
             problem["id"] = f"{problem['id']}-{number}"
     return problems
+
+
+def part_of_split(split: str) -> tuple[str, slice]:
+    """(name, rows) of a split like test or test[100:200]."""
+    name, bracket, part = split.partition("[")
+    start, colon, end = part.removesuffix("]").partition(":")
+    if bracket and not (colon and part.endswith("]") and all(place.isdecimal() or not place for place in (start, end))):
+        fail(f"--split {split}: expected a name, or a part of a split like test[100:200]")
+    return name, slice(int(start) if start else None, int(end) if end else None)
 
 
 def columns_of(args) -> tuple[str | None, str | None, bool]:
@@ -283,8 +296,8 @@ def split_response(text: str) -> tuple[bool, str, str | None]:
 # ================================================================================================== the Hub and tiny
 
 
-def load_from_hub(dataset: str, split: str):
-    """The rows of `owner/name` or `owner/name:subset`; a data set with one split is taken whatever that is called."""
+def load_from_hub(dataset: str, split: str, part: slice):
+    """Rows of `owner/name` or `owner/name:subset`; a data set with one split is taken whatever that is called."""
     import datasets
 
     name, _, subset = dataset.partition(":")
@@ -294,7 +307,8 @@ def load_from_hub(dataset: str, split: str):
         fail(f"--dataset {dataset}: neither a file nor a data set that the Hub gives: {first_line(error)}")
     if split not in splits and len(splits) > 1:
         fail(f"--dataset {dataset}: has no split {split}; it has {', '.join(splits)}")
-    return splits[split] if split in splits else next(iter(splits.values()))
+    rows = splits[split] if split in splits else next(iter(splits.values()))
+    return rows.select(range(len(rows))[part])
 
 
 def tiny_problems(dataset: str, split: str) -> list[dict]:

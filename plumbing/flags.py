@@ -24,7 +24,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "Hub id, file, tiny or tiny:30 (10, 20 or 30 candidates); default: tiny, or the paper's with another model"
     )
     data.add_argument("--dataset", help=dataset)
-    data.add_argument("--split", help="split of the data set")
+    data.add_argument("--split", help="split of the data set, or a part of one like test[100:200]")
     data.add_argument("--limit", type=positive_int, help="use only the first problems")
     data.add_argument("--problem-column", help="column of the problem, or outer.inner; default: a usual name")
     data.add_argument("--answer-column", help="column of the gold answer, likewise")

@@ -275,3 +275,20 @@ def test_a_hub_set_leaves_out_what_cannot_be_used(monkeypatch, capsys):
     monkeypatch.setattr(data, "load_from_hub", lambda *_: rows)
     assert [p["answer"] for p in load_problems("owner/name", "train")] == ["2", "3"]
     assert "left out" in capsys.readouterr().out
+
+
+def test_a_part_of_a_split_is_read_as_the_library_datasets_does(tmp_path, monkeypatch):
+    whole = load_problems("tiny:30", "test")
+    assert load_problems("tiny:30", "test[150:300]") == whole[150:300]
+    assert load_problems("tiny:30", "test[450:]", 3) == whole[450:453]
+    rows = [{"problem": f"What is {i}?", "answer": str(i)} for i in range(6)]
+    write(tmp_path / "train.jsonl", rows)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for text in ("train", "train[2:4]", "train[:1]", "train[4:]"):
+        name, part = data.part_of_split(text)
+        assert list(data.load_from_hub(str(tmp_path), name, part)) == rows[part]
+
+
+@pytest.mark.parametrize("split", ["test[", "test[3]", "test[a:b]", "test[1:2", "test[-5:]", "test[9000:]", "tset[:3]"])
+def test_no_part_of_a_split(capsys, split):
+    assert "--split" in refusal(capsys, load_problems, "tiny:30", split)
