@@ -89,12 +89,12 @@ def estimates(args, sampler, problems, prompts, seed: tuple):
     def outcome(**settings):
         return rl_mrt.outcome_advantages(changed(args, **settings), groups)
 
-    def with_progress(scale=np.asarray, bonus: float = 1.0, alone: bool = False):
+    def with_progress(scale=np.asarray, alone: bool = False):
         advantages = outcome()
         for group, of_group in zip(groups, advantages):
             if alone:
                 of_group[:] = [0 * of_tokens for of_tokens in of_group]
-            rl_mrt.add_progress(of_group, group, bonus, scale)
+            rl_mrt.add_progress(of_group, group, 1.0, scale)
         return advantages
 
     def with_credit(credit_lambda: float):
@@ -107,17 +107,13 @@ def estimates(args, sampler, problems, prompts, seed: tuple):
         "outcome": outcome(no_std=True),
         "GRPO": outcome(),
         "GRPO + progress": with_progress(),
-        "GRPO + 4 × progress": with_progress(bonus=4),
-        "GRPO + log progress": with_progress(in_nats),
-        "GRPO + ¼ × log progress": with_progress(in_nats, 0.25),
         "GRPO + progress, λ = ½": with_credit(0.5),
         "GRPO + progress, λ = 1": with_credit(1.0),
-        "GRPO + shuffled progress": with_progress(lambda J: variants.shuffled(J, rng)),
         "GRPO + progress, J of 4 answers": with_progress(lambda J: rng.binomial(4, np.clip(J, 0, 1)) / 4),
-        "progress alone": with_progress(alone=True),
+        "GRPO + log progress": with_progress(in_nats),
+        "GRPO + shuffled log progress": with_progress(lambda J: variants.shuffled(in_nats(J), rng)),
         "log progress alone": with_progress(in_nats, alone=True),
         "outcome - J (critic, λ = 1)": critic(1.0),
-        "critic, λ = ½": critic(0.5),
         "critic, λ = 0": critic(0.0),
     }
     yield groups, shared
