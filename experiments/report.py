@@ -53,7 +53,7 @@ def write_report(args, config) -> None:
     args.pages.mkdir(parents=True, exist_ok=True)
     tables: dict[str, Table] = {}
     if "map" in config and (cells := map_cells(args, config)):
-        tables["The map: pass@1 on validation problems"] = map_table(cells)
+        tables["The map: pass@1 on validation problems"] = map_table(config, cells)
         draw_map(config, cells, args.pages)
     values = {method: read_values(args, config, method) for method in config["confirm"]["seeds"]}
     values["MRT-STaR"] = read_values(args, config, "STaR", "test-mrt")
@@ -104,11 +104,12 @@ def map_cells(args, config) -> Cells:
     return cells
 
 
-def map_table(cells: Cells) -> Table:
-    """Mean over seeds, the best cell of each method marked, and the seeds themselves."""
+def map_table(config, cells: Cells) -> Table:
+    """Mean over seeds, the best cell of each method at the standard length marked, and the seeds themselves."""
     rows: Table = {}
     for method, of_method in cells.items():
-        best = max(of_method, key=lambda place: np.mean(of_method[place]))
+        settings = [place for place in of_method if place[2] == config["train"]["max-tokens"]]
+        best = max(settings, key=lambda place: np.mean(of_method[place]))
         for (shape, lr, tokens), seeds in of_method.items():
             row = rows.setdefault(f"{method}, {shape}, {tokens} tokens", {})
             mark = "**" if (shape, lr, tokens) == best else ""
@@ -118,34 +119,21 @@ def map_table(cells: Cells) -> Table:
 
 
 def draw_map(config, cells: Cells, pages: Path) -> None:
-    """A panel a shape: accuracy against the learning rate; one more where lengths differ: against the length. A line a
-    method through the means, a dot a seed."""
+    """A panel a shape: accuracy against the learning rate, a line a method through the means, a dot a seed."""
     standard = config["train"]["max-tokens"]
-    every = {place for of_method in cells.values() for place in of_method}
     shapes = list(dict.fromkeys(place.shape for place in places_of(config)))
-    panels = [
-        (
-            f"{shape.replace('x', ' problems × ')} rollouts a step",
-            "learning rate",
-            1,
-            {place for place in every if place[0] == shape and place[2] == standard},
-        )
-        for shape in shapes
-    ]
-    lengths = {place[:2] for place in every if place[2] != standard}
-    if lengths:
-        shape, lr = min(lengths)
-        title = f"{shape.replace('x', ' × ')}, learning rate {lr:g}"
-        panels.append((title, "token limit of a trace", 2, {p for p in every if p[:2] in lengths}))
-    figure, axes = subplots(len(panels), 3.0, 3.2, sharey=True)
-    for axis, (title, label, x, places) in zip(axes, panels):
+    rates = sorted({place.lr for place in places_of(config)})
+    figure, axes = subplots(len(shapes), 3.0, 3.2, sharey=True)
+    for axis, shape in zip(axes, shapes):
         for number, (method, of_method) in enumerate(cells.items()):
-            there = sorted(place for place in places if place in of_method)
-            style = {"color": f"C{number}"}
-            axis.plot([p[x] for p in there], [np.mean(of_method[p]) for p in there], label=method, **style)
-            for place in there:
-                axis.plot([place[x]] * len(of_method[place]), of_method[place], "o", markersize=3, alpha=0.5, **style)
-        axis.set(xlabel=label, title=title, xscale="log" if x == 1 else "linear")
+            places = sorted(place for place in of_method if place[0] == shape and place[2] == standard)
+            lrs, seeds = [lr for _, lr, _ in places], [of_method[place] for place in places]
+            axis.plot(lrs, [np.mean(s) for s in seeds], color=f"C{number}", label=method if len(lrs) > 1 else None)
+            for lr, accuracies in zip(lrs, seeds):
+                axis.plot([lr] * len(accuracies), accuracies, "o", color=f"C{number}", markersize=3, alpha=0.5)
+        axis.set(xlabel="learning rate", title=f"{shape.replace('x', ' problems × ')} rollouts a step", xscale="log")
+        axis.set_xticks(rates, [f"{rate:.1e}" for rate in rates])
+        axis.minorticks_off()
     axes[0].set(ylabel="accuracy, validation problems")
     axes[0].legend(frameon=False, fontsize=7)
     save_figure(figure, pages / "map.png")
