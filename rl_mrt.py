@@ -15,9 +15,9 @@ rollouts start. l_FT is the outcome reward's objective, c_{j-1} the prefix befor
 
 On a laptop, with the embedded model (seconds a step):
     python rl_mrt.py --bonus 0
-    python rl_mrt.py --bonus 1 --variant online --progress log-likelihood
+    python rl_mrt.py --bonus 1                         # --variant online --progress log-likelihood
 On GPUs, with the paper's data and settings (Table 3):
-    python rl_mrt.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --bonus 1.0
+    python rl_mrt.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --bonus 1.0           # --variant prefix
     torchrun --nproc-per-node 8 rl_mrt.py --config configs/rl_r1_distill_1.5b.yaml
 """
 
@@ -55,6 +55,7 @@ from plumbing.training import ranks, sum_over_ranks
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {
+    "variant": ("online", "prefix", "the paper's; tiny: what experiments/findings.md confirms"),
     "dataset": ("tiny", "AI-MO/NuminaMath-1.5", "the paper: NuminaMath, release not named"),
     "split": ("train", "train", "Section 6"),
     "limit": (None, 4000, "Section 6: 4,000 NuminaMath problems"),
@@ -83,9 +84,10 @@ def flags(argv=None) -> argparse.Namespace:
     add_common_flags(parser)
     flag = shared_flags(parser, "MRT", "forced-answers answer-tokens max-episodes")
     flag("--bonus", type=non_negative, default=1.0, help="α of Eq. 2; 0 is GRPO (default 1: the authors' v0.1)")
-    flag("--variant", choices=("prefix", "online"), default="prefix", help="default: the paper's")
-    estimate = "J by sampled forced answers, by the gold answer's likelihood, or that on a log scale"
-    flag("--progress", choices=("sampled", "likelihood", "log-likelihood"), default="sampled", help=estimate)
+    flag("--variant", choices=("prefix", "online"))
+    estimate = "J by sampled forced answers, by the gold answer's likelihood, or that in nats (default: log-likelihood "
+    estimate += "for tiny online, else sampled, as the authors)"
+    flag("--progress", choices=("sampled", "likelihood", "log-likelihood"), help=estimate)
     flag = shared_flags(parser, "GRPO", "max-tokens temperature")
     flag("--problems-per-step", type=positive_int)
     flag("--group-size", type=positive_int, help="G rollouts a problem")
@@ -106,6 +108,8 @@ def flags(argv=None) -> argparse.Namespace:
     flag = shared_flags(parser, "held-out problems", "eval-dataset eval-split eval-problems")
     flag("--eval-every", type=whole_number, default=10, help="steps between validations; 0: none")
     args = parse_flags(parser, DEFAULTS, argv)
+    informed = args.variant == "online" and runs.is_tiny(args.model)
+    args.progress = args.progress or ("log-likelihood" if informed else "sampled")
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
     args.out = args.out or Path("runs") / f"rl-{runs.short_name(args.model)}-{kind}-seed{args.seed}"
     check_flags(args)

@@ -132,7 +132,7 @@ def main() -> None:
         )
     for name, flags in (
         ("prefix", ["--variant", "prefix"]),
-        ("online, 4 sampled", ["--variant", "online"]),
+        ("online, 4 sampled", ["--variant", "online", "--progress", "sampled"]),
         ("online, likelihood", ["--variant", "online", "--progress", "likelihood"]),
     ):
         of = our_steps(args.steps, "--bonus", "1", *flags)

@@ -269,7 +269,6 @@ def test_values_that_the_parser_refuses(capsys, argv):
         ["--group-size", "1"],
         ["--temperature", "0"],
         ["--length-penalty", "1"],
-        ["--progress", "likelihood"],
         ["--progress", "likelihood", "--variant", "prefix"],
     ],
     ids=" ".join,
@@ -290,8 +289,22 @@ def test_the_prefix_variant_needs_room_for_a_prefix(capsys):
 def test_settings_that_look_odd_but_are_sound():
     assert rl_mrt.flags(["--group-size", "1", "--no-std"]).group_size == 1
     assert rl_mrt.flags(["--bonus", "0", "--progress", "likelihood"]).bonus == 0
-    assert rl_mrt.flags(["--progress", "likelihood", "--variant", "online"]).progress == "likelihood"
     assert evaluate.flags(["--temperature", "0"]).temperature == 0
+
+
+@pytest.mark.parametrize(
+    "argv, variant, progress",
+    [
+        ([], "online", "log-likelihood"),
+        (["--variant", "prefix"], "prefix", "sampled"),
+        (["--progress", "likelihood"], "online", "likelihood"),
+        (["--model", "some/model"], "prefix", "sampled"),
+        (["--model", "some/model", "--variant", "online"], "online", "sampled"),
+    ],
+)
+def test_the_default_is_what_was_confirmed_for_the_model(argv, variant, progress):
+    args = rl_mrt.flags(["--bonus", "1", *argv])
+    assert (args.variant, args.progress) == (variant, progress)
 
 
 @pytest.mark.parametrize(

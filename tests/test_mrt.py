@@ -85,7 +85,7 @@ def placed(problems):
 
 def scripted(monkeypatch, prefix_right, going_on_right):
     """Runs the prefix variant with scripted outcomes: how many of the m stops and of the G rollouts are right."""
-    args = options("--bonus", "1", "--forced-answers", "4")
+    args = options("--bonus", "1", "--variant", "prefix", "--forced-answers", "4")
     tokenizer = models.load_tokenizer("tiny")
     problems = data.load_problems("tiny", "validation", 1)
     prompts = [models.prompt_ids(tokenizer, problems[0]["problem"])]
@@ -149,7 +149,7 @@ def test_prefix_variant_trains_only_what_follows_the_prefix(monkeypatch):
 def test_prefixes_leave_room_to_answer_and_end_where_an_episode_does(sampler, tokenizer):
     problems = data.load_problems("tiny", "train", 24)
     prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
-    args = options("--bonus", "1", "--group-size", "2", "--max-tokens", "60")
+    args = options("--bonus", "1", "--variant", "prefix", "--group-size", "2", "--max-tokens", "60")
     groups, _ = rl_mrt.rollouts_prefix(args, sampler, placed(problems), prompts, (0, 0))
     cuts = [len(group[0].prompt) - len(prompt) for group, prompt in zip(groups, prompts)]
     assert max(cuts) > 0 and max(cuts) + args.answer_tokens <= args.max_tokens

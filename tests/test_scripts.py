@@ -100,7 +100,7 @@ def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method
     assert tokenizers[0].encode(text) == tokenizers[1].encode(text)
 
 
-SMALL = "--bonus 1 --variant online --problems-per-step 2 --group-size 4 --max-tokens 48 --forced-answers 2".split()
+SMALL = "--bonus 1 --progress sampled --problems-per-step 2 --group-size 4 --max-tokens 48 --forced-answers 2".split()
 SMALL += "--steps 6 --checkpoint-every 2 --eval-every 4 --eval-problems 4".split()
 
 
