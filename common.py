@@ -5,7 +5,7 @@
 1 traces and episodes · 2 forced answers and J(μ) · 3 progress and regret · 4 grading, pass@k, maj@k · 5 the GRPO loss.
 
 `# MRT 1` to `# MRT 7` mark where the method stands, here and in the scripts; `grep -n "# MRT" *.py` lists it. The rest
-is what any reinforcement learning of a reasoner has, and what is not even that is in plumbing/.
+is what any reinforcement learning of a reasoner needs; what is more general still is in plumbing/.
 "Section", "Eq.", "Def.", "Fig.", "Table" and "Appendix" refer to arXiv 2503.07572.
 """
 
@@ -51,7 +51,7 @@ EPISODE_MARKERS = (
 @dataclass(frozen=True)
 class Segmentation:
     """How a thought is cut into episodes. Published max_steps/group_size: 49/5 Omni-MATH, 45/3 AIME 2024, 99/10 in the
-    regret study. `max_episodes` joins equal numbers of neighbours until no more than so many are left."""
+    regret study. `max_episodes` joins equal numbers of neighbours until at most that many are left."""
 
     max_steps: int = 49
     group_size: int = 1
@@ -60,7 +60,7 @@ class Segmentation:
 
 
 def segmentation(args, **how) -> Segmentation:
-    """With the published markers and those of --markers; `how`: the other fields."""
+    """A Segmentation with the published markers and those of --markers; `how`: its other fields."""
     return Segmentation(markers=(*EPISODE_MARKERS, *args.markers), **how)
 
 
@@ -183,7 +183,7 @@ def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completi
     """Splits a completion at the end-of-thinking marker, and its thought into episodes.
 
     Without a marker in the vocabulary the whole completion is thought and answer at once. With one, a thought that
-    was cut before the marker has no answer, whatever boxes it holds; a completion that answers at once, in a prompt
+    was cut before the marker has no answer, whatever boxes it holds; a completion that answers at once, after a prompt
     that has closed the thought or opened none, has an empty thought.
     """
     ids, offsets = completion.token_ids, completion.offsets
@@ -211,8 +211,8 @@ def token_boundaries(completion: Completion, end: int, how: Segmentation) -> lis
 def read_traces(tokenizer, problems, prompts, rows, how=Segmentation(), first: int = 0, prefixes=None):
     """The completions of each (problem, prompt) as graded traces, numbered from `first`: [problems][samples].
 
-    `prefixes`: texts of the thought's beginning that the prompts end with. Where a model without an end-of-thinking
-    marker answers in its thought, they are graded with what follows them.
+    `prefixes`: the beginnings of thoughts that the prompts end with. A model without an end-of-thinking marker may
+    answer there already, so its completions are graded together with them.
     """
     groups = [
         [read_trace(tokenizer, problem, prompt, completion, how) for completion in row]
@@ -258,19 +258,19 @@ def forced_prompt(tokenizer, trace: Trace, boundary: int) -> list[int]:
 
 
 def end_of_thought(tokenizer, text: str) -> list[int]:
-    """The tokens that end a thought with this text as the model ends its own: the marker, on a line of its own."""
+    """The tokens that end a thought of this text as the model ends its own: the marker, on a line of its own."""
     return encode(tokenizer, ("" if text.endswith("\n") else "\n") + THINK_END)
 
 
 def sampled_success_rates(sampler, traces, n: int, max_tokens: int, temperature, top_p, seed: tuple) -> None:
-    """Sets each trace's J(μ|z_0:j) at every boundary: the share of right ones among n sampled forced answers; and
-    `answer_tokens` and `forced`."""
-    asked = prompts_of_mu(sampler.tokenizer, traces)
-    prompts = [list(prompt) for _, prompt in asked]
+    """Sets each trace's J(μ|z_0:j) at every boundary: the share of right answers among n sampled forced ones; also
+    sets `answer_tokens` and `forced`."""
+    places_of = prompts_of_mu(sampler.tokenizer, traces)
+    prompts = [list(prompt) for _, prompt in places_of]
     seeds = [(*seed, zlib.crc32(np.array(prompt, dtype="<i8").tobytes())) for prompt in prompts]
     rows = sampler.generate(prompts, max_tokens, seeds, n, temperature, top_p)
-    problems = [places[0][0].problem for places in asked.values()]
-    for places, answers in zip(asked.values(), read_answers(problems, rows)):
+    problems = [places[0][0].problem for places in places_of.values()]
+    for places, answers in zip(places_of.values(), read_answers(problems, rows)):
         for trace, j in places:
             trace.values[j] = success_rate(answers)  # MRT 3: J(μ|z_0:j) from sampled answers
             trace.answer_tokens[j] = float(np.mean([answer.tokens for answer in answers]))
@@ -282,23 +282,23 @@ def likelihood_success_rates(sampler: Sampler, traces: list[Trace]) -> None:
     forward pass over a trace and its boundaries, no sampled token.
 
     It is "the change in the likelihood of eventual success" of the paper's abstract, and μ's success rate itself where
-    μ answers in this form at once, as the embedded model does; for a model that explains first it is a proxy. Of
-    several gold answers the probabilities are added.
+    μ answers in this form at once, as the embedded model does; for a model that explains first it is a proxy. The
+    probabilities of several gold answers are added.
     """
-    tokenizer, asked = sampler.tokenizer, prompts_of_mu(sampler.tokenizer, traces)
+    tokenizer, places_of = sampler.tokenizer, prompts_of_mu(sampler.tokenizer, traces)
     heads, tails, owners = [], [], []
-    for number, ((_, prompt), places) in enumerate(asked.items()):
+    for number, ((_, prompt), places) in enumerate(places_of.items()):
         trace, j = places[0]
-        complete = trace.finished and j == len(trace.boundaries) - 1  # after it the stop phrase's "1. **" is missing
+        complete = trace.finished and j == len(trace.boundaries) - 1  # there the stop phrase's "1. **" is missing
         gold = trace.problem["answer"]
         for answer in gold if isinstance(gold, list) else [gold]:
             heads.append([*prompt, *encode(tokenizer, ("\n\n**" if complete else "") + ANSWER_CUE)])
             tails.append(encode(tokenizer, answer + "}"))
             owners.append(number)
     # The sum over each prompt's gold answers:
-    J = np.bincount(owners, np.exp(sequence_logprobs(sampler, heads, tails)), len(asked)).clip(max=1)
+    J = np.bincount(owners, np.exp(sequence_logprobs(sampler, heads, tails)), len(places_of)).clip(max=1)
     lengths = {owner: len(head) + len(tail) for owner, head, tail in zip(owners, heads, tails)}
-    for number, ((_, prompt), places) in enumerate(asked.items()):
+    for number, ((_, prompt), places) in enumerate(places_of.items()):
         for trace, j in places:
             trace.values[j] = float(J[number])  # MRT 3: J(μ|z_0:j) from the gold answer's likelihood
             trace.answer_tokens[j] = float(lengths[number] - len(prompt))
@@ -306,11 +306,11 @@ def likelihood_success_rates(sampler: Sampler, traces: list[Trace]) -> None:
 
 def prompts_of_mu(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trace, int]]]:
     """{(problem id, prompt of μ): the (trace, number of the boundary) that share it}; equal prefixes, such as the empty
-    one of a problem's traces, are asked once. Clears what the traces know of J.
+    one of a problem's traces, are answered once. Resets the J of the traces.
 
     A model without an end-of-thinking marker has answered when it stops by itself: there J is the outcome.
     """
-    asked: dict[tuple, list[tuple[Trace, int]]] = {}
+    places_of: dict[tuple, list[tuple[Trace, int]]] = {}
     for trace in traces:
         count = len(trace.boundaries)
         trace.values, trace.answer_tokens = [trace.reward] * count, [0.0] * count
@@ -318,8 +318,8 @@ def prompts_of_mu(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trac
         answered = trace.finished and not thinks(tokenizer)
         for j, boundary in enumerate(trace.boundaries[: count - answered]):
             prompt = tuple(forced_prompt(tokenizer, trace, boundary))
-            asked.setdefault((trace.problem["id"], prompt), []).append((trace, j))
-    return asked
+            places_of.setdefault((trace.problem["id"], prompt), []).append((trace, j))
+    return places_of
 
 
 def room_for_answer(tokenizer, answer_tokens: int) -> int:
@@ -331,20 +331,20 @@ def new_traces(
     args, file: Path, sampler: Sampler, problems, prompts, how=Segmentation(), given=None, forced=True, process=(0, 1)
 ) -> Iterator[list[Trace]]:
     """The traces that a records.jsonl lacks, a batch of problems at a time: --num-samples a problem or those `given`,
-    with J(μ) at every boundary if `forced`. `process`: its number and how many share the work."""
+    with J(μ) at every boundary if `forced`. `process`: this one's number and how many share the work."""
     counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
     rank, world = process
     for batch, first in unrecorded(file, problems, counts, args.batch_problems, sampler):
         share = batch[rank::world]
         if given is None:
-            asked = [problems[i] for i in share], [prompts[i] for i in share]
-            groups = sample_traces(args, sampler, *asked, how, args.num_samples - first, first)
+            inputs = [problems[i] for i in share], [prompts[i] for i in share]
+            groups = sample_traces(args, sampler, *inputs, how, args.num_samples - first, first)
         else:
             groups = [given[i][first:] for i in share]
         traces = [trace for group in groups for trace in group]
         if forced:
-            answers = args.forced_answers, args.answer_tokens, args.temperature, args.top_p
-            sampled_success_rates(sampler, traces, *answers, (args.seed, 1))
+            settings = args.forced_answers, args.answer_tokens, args.temperature, args.top_p
+            sampled_success_rates(sampler, traces, *settings, (args.seed, 1))
         yield traces
 
 
@@ -374,9 +374,9 @@ def episode_progress(J: Sequence[float]) -> np.ndarray:
 
 
 def in_nats(J: Sequence[float]) -> np.ndarray:
-    """ln J, [k + 1], at least ln 1e-3: progress is then what an episode tells of the answer, in nats.
+    """ln J, [k + 1], at least ln 1e-3: progress is then what an episode tells about the answer, in nats.
 
-    In J itself ruling out three of 30 candidates is worth .004 and a lucky find .96; here each counts by what it tells.
+    In J itself ruling out three of 30 candidates is worth .004 and a lucky find .96; here each counts as it informs.
     Not for a J from a few sampled answers, which is often 0.
     """
     return np.log(np.maximum(J, 1e-3))
@@ -389,7 +389,7 @@ def normalized_regret(tokens: Sequence[float], accuracies: Sequence[float], budg
     at (0, 0), is linear in between, and is cut at C0 or held at its last value up to C0. For budgets beyond training
     append the budget-forced points. Average over traces, then problems.
 
-    Points are sorted by position (stably) first: a longer prefix with shorter answers can stand before its
+    Points are sorted by position (stably) first: a longer prefix with shorter answers can come before its
     predecessor. The published notebook keeps the running order, so there a step back counts as negative area; where
     positions never decrease the two agree. ValueError for no points, unequal lengths, accuracies outside [0, 1], and
     tokens or a budget that are negative or not finite.
@@ -427,8 +427,8 @@ def additional_regret(maj: Sequence[tuple[float, float, float, float]], episodes
 
     maj: [prefixes, 4] with maj@1, 2, 4, 8. From prefix i one can vote: maj@1, maj@2, maj@4, mean(maj@4, maj@8) at costs
     1, 2, 4, 6; or think: a line from maj@1 at cost 1 to the next prefix's maj@1 at cost 6. The optimum is the larger
-    one at each cost. Returns Σ_i (area optimum - area thinking) / Σ_i area optimum over the first `episodes` prefixes
-    that have a next one (None: all). NaN where nothing is left to divide by (one prefix, or never right); the published
+    at each cost. Returns Σ_i (area optimum - area thinking) / Σ_i area optimum over the first `episodes` prefixes that
+    have a next one (None: all). NaN where nothing is left to divide by (one prefix, or never right); the published
     average over traces skips those. ValueError for another shape, values outside [0, 1], or episodes < 1.
     """
     m = np.asarray(maj, dtype=float)
@@ -437,9 +437,9 @@ def additional_regret(maj: Sequence[tuple[float, float, float, float]], episodes
     if episodes is not None and episodes < 1:
         raise ValueError(f"need episodes >= 1 or None, got {episodes}")
     cost = np.array([1.0, 2.0, 4.0, 6.0])
-    here, there = m[:-1][:episodes], m[1:, :1][:episodes]
-    vote = np.column_stack([here[:, :3], here[:, 2:].mean(axis=1)])
-    think = here[:, :1] + (cost - 1) / 5 * (there - here[:, :1])
+    now, later = m[:-1][:episodes], m[1:, :1][:episodes]
+    vote = np.column_stack([now[:, :3], now[:, 2:].mean(axis=1)])
+    think = now[:, :1] + (cost - 1) / 5 * (later - now[:, :1])
     best = np.trapezoid(np.maximum(vote, think), cost, axis=1).sum()
     return float(1 - np.trapezoid(think, cost, axis=1).sum() / best) if best > 0 else math.nan
 
@@ -521,7 +521,7 @@ def vote_at_k(answers: Sequence[str | None], gold: str | list[str], k: int, weig
 
 @lru_cache(maxsize=100_000)
 def classes_of(answers: tuple[str | None, ...], gold: str | tuple[str, ...]) -> list[str | None]:
-    """`group_answers` as strings, "0" for right ones; asked for every k, so remembered."""
+    """`group_answers` as strings, "0" for right ones; cached, since every k needs them."""
     return [None if number is None else str(number) for number in group_answers(answers, gold)]
 
 
@@ -552,7 +552,7 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """-1/denominator · Σ_tokens min(ρ A, clip(ρ, 1-ε, 1+ε) A) + kl · k3, ρ = exp(logprob - old logprob).
 
-    All tensors have one shape and hold trained tokens alone: no prompt, no padding. The denominator is given: the
+    All tensors have one shape and hold only trained tokens: no prompt, no padding. The denominator is given: the
     trained tokens of the *whole* batch, fixed before the loop over micro-batches, so any split gives the same gradient.
     MRT does not change this function, only `advantages`.
 

@@ -1,9 +1,9 @@
-"""The child process of answers.py: sympy reads LaTeX with math-verify's parser and decides whether two values are one.
+"""The child process of answers.py: sympy reads LaTeX with math-verify's parser and decides if two values are equal.
 
 A program of its own, because sympy can take for ever on a hostile answer and must be killable. It reads lines of JSON,
 [value, value], and answers each with `right`, `wrong` or `timeout`. A value is LaTeX or a set: ["interval", "[)", low,
 high], ["union", set, ...], ["both", set, ...], ["listed", set, ...], ["without", set, set], ["finite", value, ...] or
-["reals"]. The process that reads is a fork: one that is killed for its CPU time is replaced in milliseconds.
+["reals"]. A fork answers: one that is killed when its CPU time is used up is replaced in milliseconds.
 """
 
 import json
@@ -24,7 +24,7 @@ from sympy import Expr, I, MatrixBase, Rational, S, Set, nan, oo, simplify, zoo
 from sympy.core.relational import Equality, Relational, Unequality
 
 MEMORY_BYTES = 4 << 30
-DIGITS = 400  # of the numbers that are compared at points
+DIGITS = 400  # precision of the numbers compared at points
 NORMALIZATION = NormalizationConfig(units=False, malformed_operators=True, nits=False, boxed="none")
 CONVERSION = ConversionConfig(lowercase_symbols=False, interpret_as_mixed_fractions=False)
 MISREAD = [  # names that math-verify's parser takes for constants, for functions, or not at all
@@ -42,7 +42,7 @@ MISREAD = [  # names that math-verify's parser takes for constants, for function
 def read(latex: str):
     """The value of LaTeX with exact decimals; None if it cannot be read."""
     if re.search(r"[0-9]\s*[_']", latex):
-        return None  # the base of a number would be dropped, or its prime
+        return None  # the parser would drop a number's base or prime
     for pattern, new in MISREAD:
         latex = re.sub(pattern, new, latex)
     try:  # no stripping of "units", which takes variables for units
@@ -76,21 +76,21 @@ def build(value):
 
 
 def points(*values):
-    """Values for the free symbols: whole where a sum, a product or a factorial needs it, both signs elsewhere."""
-    counted = set()
+    """Values for the free symbols: whole numbers where a sum, product or factorial needs them, both signs elsewhere."""
+    whole = set()
     for value in values:
-        for part in value.atoms(sympy.Sum, sympy.Product, sympy.factorial, sympy.binomial):
-            counted |= part.free_symbols
+        for term in value.atoms(sympy.Sum, sympy.Product, sympy.factorial, sympy.binomial):
+            whole |= term.free_symbols
     symbols = sorted(set().union(*(value.free_symbols for value in values)), key=str)
     for shift, sign in ((0, 1), (5, 1), (2, -1), (9, 1)) if symbols else ((0, 1),):
         yield {
-            s: S(4 + shift + 3 * k) if s in counted else sign * Rational(15 + 2 * shift + 6 * k, 8)
+            s: S(4 + shift + 3 * k) if s in whole else sign * Rational(15 + 2 * shift + 6 * k, 8)
             for k, s in enumerate(symbols)
         }
 
 
 def real_roots(value):
-    """Odd roots of negative numbers are negative numbers."""
+    """The value with odd roots of negative numbers taken as negative numbers."""
     return value.replace(
         lambda e: e.is_Pow and e.base.is_negative and e.exp.is_Rational and e.exp.q > 1 and e.exp.q % 2,
         lambda e: (-1) ** e.exp.p * (-e.base) ** e.exp,
@@ -98,20 +98,20 @@ def real_roots(value):
 
 
 def same_value(a, b) -> bool:
-    """Equal at points where both are numbers, to 400 digits; else equal when simplified."""
+    """Are two values equal, to 400 digits, at points where both are numbers, or else when simplified?"""
     if a == b:
         return True
     a, b = (v.doit() if v.has(sympy.Integral, sympy.Limit) else v for v in (a, b))
     equal, beyond_reals = 0, []
     for point in points(a, b):
-        at = [real_roots(v.xreplace(point)) for v in (a, b)]
-        at = [v.doit() if v.has(sympy.Sum, sympy.Product) else v for v in at]
-        if at[0] == at[1]:
+        numbers = [real_roots(v.xreplace(point)) for v in (a, b)]
+        numbers = [v.doit() if v.has(sympy.Sum, sympy.Product) else v for v in numbers]
+        if numbers[0] == numbers[1]:
             equal += 1
             continue
-        if all(v.is_Rational for v in at):
+        if all(v.is_Rational for v in numbers):
             return False
-        x, y = (v.evalf(DIGITS) for v in at)
+        x, y = (v.evalf(DIGITS) for v in numbers)
         if any(v.has(nan, zoo, oo, -oo) for v in (x, y)):
             return False
         if not all(v.is_number and all(part.is_Float or part.is_Rational for part in v.as_real_imag()) for v in (x, y)):
@@ -130,7 +130,7 @@ def same_value(a, b) -> bool:
 
 
 def same_relation(a, b) -> bool:
-    """One of two equations or inequalities is the other, rearranged and scaled."""
+    """Is one of two equations or inequalities the other, rearranged and scaled?"""
     if a.free_symbols != b.free_symbols:
         return False
     ratio = simplify((a.lhs - a.rhs) / (b.lhs - b.rhs))
@@ -156,7 +156,7 @@ def same(a, b) -> bool:
     if isinstance(a, MatrixBase) and isinstance(b, MatrixBase):
         return a.shape == b.shape and all(map(same, a.flat(), b.flat()))
     if isinstance(a, Expr | Set | Relational) and isinstance(b, Expr | Set | Relational):
-        return False  # of two kinds
+        return False  # of different kinds
     return a == b or verify(a, b, float_rounding=30, numeric_precision=30, timeout_seconds=None)
 
 
@@ -175,7 +175,7 @@ def main(cpu_seconds: float) -> None:
     logging.disable(logging.CRITICAL)
     replies, sys.stdout = sys.stdout, sys.stderr
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    if not same(read(r"\frac{1}{\sqrt{2}}"), read(r"\frac{\sqrt{2}}{2}")):  # an unfit antlr: all would be wrong
+    if not same(read(r"\frac{1}{\sqrt{2}}"), read(r"\frac{\sqrt{2}}{2}")):  # unfit antlr: every verdict would be wrong
         raise SystemExit("math-verify does not work here: pip install 'math-verify[antlr4_13_2]'")
     print("ready", file=replies, flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads its messages from here on

@@ -17,15 +17,15 @@ Policy, decided once. The gold's form says how an answer is read.
   0.5, 50\%   | 50\%, 0.5                     | right: p% is p/100 ...
   20, 20\%    | 20\%, 20                      | right: ... or p if p > 1 ("what percent?"); 5 is not 500
   5\text{cm}  | 5\text{m}, 5 km/h, \$5, 5°    | right: units, currencies and degree signs are ignored ...
-  3, 1/2      | 3 million, \sin 30            | wrong: ... but words of value and degrees of an angle's sine are not
+  3, 1/2      | 3 million, \sin 30            | wrong: ... but words that scale a number and degrees in a sine are not
   (1,2)       | 1,2                           | right: brackets may be missing, order counts; not (2,1), not [1,2]
-  1,2         | 2,1  \{2,1\}  2 or 1  ±       | right: a bare list or a set has no order; all of it, nothing more
+  1,2         | 2,1  \{2,1\}  2 or 1  ±       | right: a bare list or a set has no order; every item, nothing more
   4, C        | 4 or 5, \pm 4, C or D         | wrong: several candidates are no answer
   [-2,7]      | x\in[-2,7], -2\le x\le7       | right: inequalities in one unknown are sets; "and" and "or" count
   5           | x=5, 2+3=5                    | right: a name is dropped, otherwise every side must equal the gold
   x=5, f'(x)  | y=5, f(x)                     | wrong: another unknown; plain 5 is right, and f(t)=3t for f(x)=3x
   y=2x+3      | 2x-y+3=0, 2x+3                | right: an equation may be rearranged and scaled
-  2x          | 2x \text{ for all } x         | right: what is said about the variables is dropped, "for odd n" is not
+  2x          | 2x \text{ for all } x         | right: remarks on the variables are dropped, "for odd n" is not
   R^2         | r^2                           | wrong: upper and lower case are different symbols
   B           | (B), Option B, B) 12          | right: an option letter, with or without its text
   12          | B) 12                         | right: an option's text, with its letter
@@ -33,7 +33,7 @@ Policy, decided once. The gold's form says how an answer is read.
   1010_2      | 1010                          | right: a missing base is the gold's; 10 or 12_8 would be wrong
   1010        | 1010_2                        | wrong: a base other than ten for a decimal gold
   any         | 1/0, NaN; no closed, filled box after the thought| wrong
-A gold that nothing reads is compared as text; one that is empty, broken off or divides by zero is an error.
+A gold that no rule reads is compared as text; one that is empty, incomplete or divides by zero is an error.
 """
 
 import atexit
@@ -54,10 +54,10 @@ from typing import Any
 
 from plumbing.forms import by_name, contains, latex_of, parse, set_of
 
-MAX_ANSWER_CHARS = 300  # longer answers are wrong unread, unless the gold itself is long
+MAX_ANSWER_CHARS = 300  # longer answers are wrong without being read, unless the gold itself is long
 # Limits for one question to math-verify. CPU time decides, so a busy machine does not change a verdict.
 GRADER_CPU_SECONDS, GRADER_WALL_SECONDS, GRADER_START_SECONDS = 0.75, 60, 120
-grader_timeouts = 0  # questions that were killed, in this process
+grader_timeouts = 0  # questions of this process that were killed
 
 # ================================================================================================== the last box
 
@@ -109,7 +109,7 @@ def _only(form: tuple) -> tuple:
 
 
 def _in_light_of(gold: tuple, answer: tuple) -> tuple:
-    """The answer's form where the gold's says how to read it; from here on only equality is asked for."""
+    """The answer's form, read as the gold's form asks; from here on only equality matters."""
     relations = ("named", "equation", "relation")
     if answer[0] == "quantity":
         return ("latex", answer[2]) if gold[0] in ("latex", "quantity", *relations) else answer[1]
@@ -123,7 +123,7 @@ def _in_light_of(gold: tuple, answer: tuple) -> tuple:
     if answer[0] == "named" and gold[0] == "named" and "(" in answer[1] and answer[1] != gold[1]:
         functions = [re.findall(r"^([^(]+)\(([a-z])\)$", form[1]) for form in (answer, gold)]
         if all(functions) and functions[0][0][0] == functions[1][0][0]:
-            old, new = (rf"(?<![a-zA-Z\\]){found[0][1]}(?![a-zA-Z])" for found in functions)
+            old, new = (rf"(?<![a-zA-Z\\]){matches[0][1]}(?![a-zA-Z])" for matches in functions)
             if _mapped(answer[2], new, "") == answer[2]:  # the new name is free
                 answer = _mapped(answer, old, functions[1][0][1])
     answer = _only(by_name(answer))
@@ -163,11 +163,11 @@ def _right(gold: tuple, answer: tuple) -> bool:
         return _right(gold[2], answer)
     if gold[:2] == ("list", "") and answer[:2] == ("list", "()"):
         gold = ("list", "()", gold[2])
-    return _same(_in_light_of(gold, gold), answer)  # the gold, too, has percents and names in disorder
+    return _same(_in_light_of(gold, gold), answer)  # the gold, too, may hold percents and unsorted names
 
 
 def _same(a: tuple, b: tuple) -> bool:
-    """Equality of two forms, whichever comes first."""
+    """Whether two forms are equal, in either order."""
     if a == b:
         return True
     kinds = {a[0], b[0]}
@@ -182,7 +182,7 @@ def _same(a: tuple, b: tuple) -> bool:
         return _ask(set_of(a), set_of(b))
     if kinds == {"list"} and a[1] == b[1]:
         if a[1] == r"\{\}":
-            return all(any(_same(x, y) for y in there) for here, there in ((a[2], b[2]), (b[2], a[2])) for x in here)
+            return all(any(_same(x, y) for y in other) for one, other in ((a[2], b[2]), (b[2], a[2])) for x in one)
         return len(a[2]) == len(b[2]) and all(map(_same, a[2], b[2]))
     relations = {"named", "equation", "relation"}
     plain = {"number", "latex"}
@@ -200,7 +200,7 @@ class _Worker:
             raise RuntimeError(f"the grading worker did not start: {self.stop()[-500:]}")
 
     def receive(self, seconds: float) -> str:
-        """One line, or "" if the process ended or said nothing for so long."""
+        """One line, or "" if the process ended or wrote nothing within `seconds`."""
         ready = multiprocessing.connection.wait([self.process.stdout.fileno()], seconds)
         return self.process.stdout.readline().decode().strip() if ready else ""
 
@@ -212,13 +212,13 @@ class _Worker:
         except BrokenPipeError:
             pass
         finally:
-            if not verdict:  # also on Ctrl-C: a late reply must not be read as the next one's
+            if not verdict:  # also on Ctrl-C: a late reply must not be taken for the next question's
                 self.stop()
         return verdict
 
     def stop(self) -> str:
         """Ends the process and its fork, and returns what it wrote on stderr."""
-        self.process.stdin.close()  # an idle worker leaves by itself, and a hung fork runs out of its CPU time
+        self.process.stdin.close()  # an idle worker exits by itself, a hung fork when its CPU time is used up
         try:
             self.process.wait(4 * GRADER_CPU_SECONDS)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
@@ -316,13 +316,13 @@ def grade_all(pairs: Sequence[tuple[str | None, Gold]]) -> list[str]:
     A gold is a text, or several of which any is right; ValueError where one cannot be parsed.
     """
     questions = [(answer, gold if isinstance(gold, str) else tuple(gold)) for answer, gold in pairs]
-    different = list(dict.fromkeys(questions))
-    threads = min(os.cpu_count() or 1, len(different) // 50)  # a worker starts in 2 s, so few answers need but one
+    distinct = list(dict.fromkeys(questions))
+    threads = min(os.cpu_count() or 1, len(distinct) // 50)  # a worker takes 2 s to start: one does for few answers
     if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:  # what takes long is in the workers' processes
-            verdicts = dict(zip(different, pool.map(lambda pair: _verdict_on_any(*pair), different)))
+        with ThreadPoolExecutor(threads) as pool:  # the slow part runs in the workers' processes
+            verdicts = dict(zip(distinct, pool.map(lambda pair: _verdict_on_any(*pair), distinct)))
     else:
-        verdicts = {pair: _verdict_on_any(*pair) for pair in different}
+        verdicts = {pair: _verdict_on_any(*pair) for pair in distinct}
     return [verdicts[question] for question in questions]
 
 
@@ -343,16 +343,16 @@ def group_answers(answers: Sequence[str | None], gold: Gold) -> list[int | None]
     """Class of each answer under mathematical equality, for voting: None for no answer, 0 for right answers.
 
     Wrong answers are 1, 2, ... in order of appearance. Which answers share a class does not depend on their order: two
-    that are equal to a third one are equal.
+    that equal a third count as equal.
     """
-    form_of = _gold_form(_golds(gold)[0])
-    class_of: dict[str, str | int] = {}  # an answer, and the first (in sorted order) that it equals
+    gold_form = _gold_form(_golds(gold)[0])
+    class_of: dict[str, str | int] = {}  # answer → the first (in sorted order) of its class, 0 if right
     for answer in sorted({answer for answer in answers if answer is not None and answer.strip()}):
         verdict = _verdict_on_any(answer, gold)
         class_of[answer] = 0 if verdict == "right" else answer
         form = parse(answer) if verdict == "wrong" and len(answer) <= MAX_ANSWER_CHARS else None
         for other in [other for other in class_of if form and other != answer and class_of[other] != 0]:
-            if class_of[other] != class_of[answer] and _equal_for_voting(form_of, answer, other):
+            if class_of[other] != class_of[answer] and _equal_for_voting(gold_form, answer, other):
                 merged = (class_of[other], class_of[answer])
                 class_of = {a: min(merged, key=str) if c in merged else c for a, c in class_of.items()}
     numbers: dict[Any, int] = {0: 0}

@@ -29,25 +29,25 @@ def load_problems(
     answer_column: str | None = None,
     skip_unusable: bool = False,
 ) -> list[dict]:
-    """`[{problem, answer, id}]` from `tiny`, `tiny:30` (only that difficulty), a file or the Hub. The split may be a
-    part of one, as in the library datasets: test[100:200]; a file has none.
+    """`[{problem, answer, id}]` from `tiny`, `tiny:30` (only that difficulty), a file or the Hub. `split` may name
+    a part of a split, as the library datasets does: test[100:200]; a file has no splits.
 
     A file is .jsonl, .json (a list, an object with one, or lines), .csv or .parquet, or one of these with .gz. A column
-    may be `outer.inner`. `answer` is the bare gold answer, what follows GSM8K's `####` or a solution's last box; a list
-    of several, where any is right. Rows of a file that cannot be used end the run, all named in one message, unless
-    `skip_unusable`; rows of a Hub set (NuminaMath has proofs) are left out and counted.
+    may be `outer.inner`. `answer` is the bare gold answer (after GSM8K's `####`, or in a solution's last box), or a
+    list, any of which is right. Unusable rows of a file end the run with one message about all of them, unless
+    `skip_unusable`; those of a Hub data set (NuminaMath has proofs) are left out and counted.
     """
     split, part = part_of_split(split)
     if is_tiny_dataset(dataset):
         if not (problems := tiny_problems(dataset, split)[part][:limit]):
-            fail(f"--split {split}: that part of it holds no problem")
+            fail(f"--split {split}: holds no problem in that part")
         return problems
     from_file = is_file_name(dataset) or Path(dataset).exists()
     rows = read_rows(Path(dataset)) if from_file else load_from_hub(dataset, split, part)
     used = usable_rows(dataset, rows, limit, problem_column, answer_column, skip_unusable or not from_file)
     problems = [problem for problem, _ in used]
     if len({p["id"] for p in problems}) < len(problems):
-        print(f"{dataset}: ids repeat; the number of the row is added to each")
+        print(f"{dataset}: ids repeat; a running number is added to each")
         for number, problem in enumerate(problems):
             problem["id"] = f"{problem['id']}-{number}"
     return problems
@@ -73,7 +73,7 @@ def problems_of(args) -> list[dict]:
 
 
 def held_out_of(args) -> list[dict]:
-    """The problems to evaluate a training on; none without --eval-dataset, unless it trains on tiny's."""
+    """The held-out problems of a training; none without --eval-dataset, unless it trains on tiny's problems."""
     if not args.eval_dataset and not is_tiny_dataset(args.dataset):
         return []
     return load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems, *columns_of(args))
@@ -88,15 +88,15 @@ def load_responses(
 ) -> tuple[list[dict], list[list[str]]]:
     """(problems, the responses to each) of a file with the columns of `load_problems` and `response` or `responses`.
 
-    A response is text or a chat, whose last assistant message counts. Rows of one problem need not be neighbours.
+    A response is text or a chat, whose last assistant message counts. Rows of one problem need not be adjacent.
     """
     used = usable_rows(str(file), read_rows(file), None, problem_column, answer_column, skip_unusable, responses_of)
     problems: dict[str, dict] = {}
     responses: dict[str, list[str]] = {}
     for problem, texts in used:
-        same = json.dumps([problem["problem"], problem["answer"]])
-        problems.setdefault(same, {**problem, "id": str(len(problems))})
-        responses.setdefault(same, []).extend(texts)
+        identity = json.dumps([problem["problem"], problem["answer"]])
+        problems.setdefault(identity, {**problem, "id": str(len(problems))})
+        responses.setdefault(identity, []).extend(texts)
     return list(problems.values())[:limit], list(responses.values())[:limit]
 
 
@@ -108,7 +108,7 @@ def is_file_name(dataset: str) -> bool:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file; one that cannot be read ends the run with the number of its line."""
+    """The rows of a file; a row that cannot be read ends the run with its line number."""
     if not path.is_file():
         fail(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
     kind = Path(path.name.removesuffix(".gz")).suffix
@@ -126,7 +126,7 @@ def read_rows(path: Path) -> list[dict]:
                 fail(f"{path}: is UTF-16, expected UTF-8")
             rows = json_document(data) if kind == ".json" else None
             rows = parse_lines(path, data) if rows is None else rows
-    except Exception as error:  # each library has its own; parse_lines ends the program
+    except Exception as error:  # of whichever library; parse_lines ends the program itself
         fail(f"{path}: cannot be read: {first_line(error)}")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or None in row or (kind == ".csv" and None in row.values()):
@@ -137,13 +137,13 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def json_document(data: bytes) -> list | None:
-    """The list that a JSON file is or holds; None where it is no single JSON value."""
+    """The list that a JSON file is or holds; None if it is not a single JSON value."""
     try:
         value = json.loads(data.decode("utf-8-sig"))
     except ValueError:
         return None
     if isinstance(value, dict):
-        lists = [part for part in value.values() if isinstance(part, list)]
+        lists = [field for field in value.values() if isinstance(field, list)]
         return lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else [value]
     return value if isinstance(value, list) else None
 
@@ -158,19 +158,19 @@ def usable_rows(
     problem_column: str | None,
     answer_column: str | None,
     skip_unusable: bool,
-    more=lambda row: None,
+    extra=lambda row: None,
 ) -> list[tuple[dict, Any]]:
-    """[({problem, answer, id}, more(row))] of the first `limit` rows that can be used."""
+    """[({problem, answer, id}, extra(row))] of the first `limit` rows that can be used."""
     problem_columns = (problem_column,) if problem_column else PROBLEM_COLUMNS
     answer_columns = (answer_column,) if answer_column else ANSWER_COLUMNS
-    found = list(getattr(rows, "column_names", dict.fromkeys(column for row in rows for column in row)))
-    there = {column.lower() for column in found}
+    columns = list(getattr(rows, "column_names", dict.fromkeys(column for row in rows for column in row)))
+    lowercase = {column.lower() for column in columns}
     if not all(
-        any({c.lower(), c.split(".")[0].lower()} & there for c in cs) for cs in (problem_columns, answer_columns)
+        any({c.lower(), c.split(".")[0].lower()} & lowercase for c in cs) for cs in (problem_columns, answer_columns)
     ):
         fail(
             f"--dataset {name}: needs one column of {'|'.join(problem_columns)} and one of {'|'.join(answer_columns)} "
-            f"(--problem-column and --answer-column name others); found {', '.join(found)}"
+            f"(--problem-column and --answer-column name others); found {', '.join(columns)}"
         )
     used, unusable, several = [], [], 0
     for number, row in enumerate(rows, 1):
@@ -179,7 +179,7 @@ def usable_rows(
         try:
             answer = gold_of(row, answer_columns)
             text, name_of_row = text_of(row, problem_columns, "user"), str(row.get("id", number - 1))
-            used.append(({"problem": text, "answer": answer, "id": name_of_row}, more(row)))
+            used.append(({"problem": text, "answer": answer, "id": name_of_row}, extra(row)))
             several += isinstance(answer, list)
         except ValueError as error:
             unusable.append(f"row {number}: {error}")
@@ -195,12 +195,12 @@ def usable_rows(
 
 
 def told(unusable: list[str]) -> str:
-    """The count and the first ten."""
+    """The number of unusable rows and the first ten of them."""
     return f"{len(unusable)} rows that cannot be used: {'; '.join(unusable[:10])}{'; ...' * (len(unusable) > 10)}"
 
 
 def value_at(row: dict, column: str) -> Any:
-    """What a row holds in `column` or in `outer.inner`, upper or lower case; None where it is empty or not there."""
+    """What a row holds in `column` or in `outer.inner`, in whatever case; None if it is empty or missing."""
     outer, _, inner = column.partition(".")
     value = row.get(column, next((row[name] for name in row if name.lower() == outer.lower()), None))
     if inner and column not in row:
@@ -209,7 +209,7 @@ def value_at(row: dict, column: str) -> Any:
 
 
 def text_of(row: dict, columns: Iterable[str], role: str) -> str:
-    """The text of the first column that is there; of a chat, the last message of `role`."""
+    """The text of the first of the columns that is filled; of a chat, the last message by `role`."""
     column = next((column for column in columns if value_at(row, column) is not None), None)
     text = message_of(value_at(row, column), role) if column else None
     if text is None:
@@ -218,19 +218,19 @@ def text_of(row: dict, columns: Iterable[str], role: str) -> str:
 
 
 def message_of(value: Any, role: str) -> str | None:
-    """Text as it is; of a chat, the last message of `role`."""
+    """Text unchanged; of a chat, the last message by `role`."""
     if isinstance(value, list):
-        said = [m.get("content") for m in value if isinstance(m, dict) and m.get("role") == role]
-        value = said[-1] if said else None
+        messages = [m.get("content") for m in value if isinstance(m, dict) and m.get("role") == role]
+        value = messages[-1] if messages else None
         if isinstance(value, list):  # [{"type": "text", "text": ...}]
             value = "".join(str(part.get("text", "")) for part in value if isinstance(part, dict))
     return value if isinstance(value, str) and value.strip() else None
 
 
 def responses_of(row: dict) -> list[str]:
-    """The texts of a row's responses; an empty one is a text, too."""
-    many = value_at(row, "responses")
-    values = many if isinstance(many, list) else [value_at(row, "response") or row.get("response")]
+    """The texts of a row's responses; an empty one counts, too."""
+    listed = value_at(row, "responses")
+    values = listed if isinstance(listed, list) else [value_at(row, "response") or row.get("response")]
     texts = [value if isinstance(value, str) else message_of(value, "assistant") for value in values]
     if not texts or None in texts:
         raise ValueError(f"column response holds no text; found {', '.join(row)}")
@@ -238,18 +238,18 @@ def responses_of(row: dict) -> list[str]:
 
 
 def gold_of(row: dict, columns: Iterable[str]) -> str | list[str]:
-    """The gold answer, or the list of those of which any is right; ValueError where there is none."""
+    """The gold answer, or a list of them, any of which is right; ValueError if there is none."""
     column = next((column for column in columns if value_at(row, column) not in (None, [])), None)
     if column is None:
         raise ValueError("no answer")
     value = value_at(row, column)
     is_solution = column.lower() == "solution"
-    golds = [gold_answer(str(one), is_solution) for one in (value if isinstance(value, list) else [value])]
+    golds = [gold_answer(str(text), is_solution) for text in (value if isinstance(value, list) else [value])]
     return golds[0] if len(golds) == 1 else golds
 
 
 def gold_answer(text: str, is_solution: bool) -> str:
-    """The bare answer of an answer column's text; ValueError where there is none that can be graded."""
+    """The bare answer in the text of an answer column; ValueError if none can be graded."""
     if "####" in text:
         text = text.rsplit("####", 1)[1].strip().partition("\n")[0]
     elif is_solution or "\\boxed" in text:
@@ -279,10 +279,10 @@ _LAST = re.compile(
 
 
 def split_response(text: str) -> tuple[bool, str, str | None]:
-    r"""(is the thought opened by a mark?, the thought, the answer or None where the thought does not end).
+    r"""(is the thought opened by a mark?, the thought, the answer or None if the thought does not end).
 
     The marks are `<think>`, `<thinking>`, `[THINK]` or the channels of harmony, after any BOS token and white space;
-    neither the thought nor the answer holds one: `</think>\boxed{7}\n</think>` has the answer `\boxed{7}`.
+    neither the thought nor the answer includes one: `</think>\boxed{7}\n</think>` has the answer `\boxed{7}`.
     """
     opening = _OPENING.match(text)
     opened = bool(opening and opening[1])
@@ -297,14 +297,14 @@ def split_response(text: str) -> tuple[bool, str, str | None]:
 
 
 def load_from_hub(dataset: str, split: str, part: slice):
-    """Rows of `owner/name` or `owner/name:subset`; a data set with one split is taken whatever that is called."""
+    """Rows of `owner/name` or `owner/name:subset`; a data set's only split is used whatever its name."""
     import datasets
 
     name, _, subset = dataset.partition(":")
     try:
         splits: Any = datasets.load_dataset(name, subset or None)
     except Exception as error:
-        fail(f"--dataset {dataset}: neither a file nor a data set that the Hub gives: {first_line(error)}")
+        fail(f"--dataset {dataset}: neither a file nor a data set that the Hub provides: {first_line(error)}")
     if split not in splits and len(splits) > 1:
         fail(f"--dataset {dataset}: has no split {split}; it has {', '.join(splits)}")
     rows = splits[split] if split in splits else next(iter(splits.values()))
@@ -312,16 +312,16 @@ def load_from_hub(dataset: str, split: str, part: slice):
 
 
 def tiny_problems(dataset: str, split: str) -> list[dict]:
-    """The embedded reasoner's problems: `tiny`, all levels in turn, or `tiny:30`, one number of candidates."""
+    """The embedded reasoner's problems: `tiny`, all levels in turn, or `tiny:30`, one level (its candidates)."""
     with gzip.open(ROOT / "tiny" / "problems.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     subset = dataset.partition(":")[2] or "mixed"
-    for what, asked, there in (
+    for flag, name, available in (
         (f"--dataset {dataset}", subset, sorted({name for row in rows for name in row["place"]})),
         (f"--split {split}", split, list(dict.fromkeys(row["split"] for row in rows))),
     ):
-        if asked not in there:
-            fail(f"{what}: the tiny problems have {', '.join(there)}")
+        if name not in available:
+            fail(f"{flag}: the tiny problems have {', '.join(available)}")
     rows = [row for row in rows if row["split"] == split and subset in row["place"]]
     rows.sort(key=lambda row: row["place"][subset])
     return [{name: row[name] for name in ("problem", "answer", "id", "level")} for row in rows]

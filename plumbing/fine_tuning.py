@@ -11,11 +11,11 @@ import torch
 from plumbing import models, training
 from plumbing.runs import fail
 
-Example = tuple[list[int], int, list[float]]  # token ids, the first trained place, the weight of each trained token
+Example = tuple[list[int], int, list[float]]  # token ids, the first trained position, the weight of each trained token
 
 
 def fine_tune(args, folder: Path, model, tokenizer, examples: list[Example]) -> dict:
-    """--epochs over the examples; goes on from the last checkpoint in `folder`. Returns the steps and the last loss."""
+    """--epochs passes over the examples, resumed from any checkpoint in `folder`. Returns steps and the last loss."""
     if training.ranks()[0] == 0:
         folder.mkdir(exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
@@ -29,7 +29,7 @@ def fine_tune(args, folder: Path, model, tokenizer, examples: list[Example]) -> 
     def step(state: dict) -> tuple[dict, dict, str]:
         epoch, number = divmod(state["step"], steps_per_epoch)
         order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
-        batch = [examples[i] for i in order[number::steps_per_epoch]]  # all batches of an epoch are of like size
+        batch = [examples[i] for i in order[number::steps_per_epoch]]  # an epoch's batches are about equal in size
         loss = train_step(args, model, optimizer, batch)
         if not math.isfinite(loss):
             fail(f"step {state['step']} of the fine-tuning in {folder}: the loss is {loss}")
@@ -44,8 +44,8 @@ def fine_tune(args, folder: Path, model, tokenizer, examples: list[Example]) -> 
 
 
 def train_step(args, model, optimizer, batch: list[Example]) -> float:
-    """One optimiser step on -Σ w log p / Σ w over the trained tokens of the whole batch: however it is split into
-    micro-batches and over processes, a token counts the same."""
+    """One optimiser step on -Σ w log p / Σ w over the trained tokens of the whole batch: a token counts the same
+    however the batch is split into micro-batches and over processes."""
     rank, world = training.ranks()
     score = training.scorer(model, models.token_logprobs)
     total_weight = sum(sum(weights) for _, _, weights in batch)

@@ -1,4 +1,4 @@
-"""Flags that mean the same in every script, a --config file of defaults, and what a server says of its model."""
+"""Flags that mean the same in every script, a --config file of defaults, and what a server says about its model."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--dataset", help=dataset)
     data.add_argument("--split", help="split of the data set, or a part of one like test[100:200]")
-    data.add_argument("--limit", type=positive_int, help="use only the first problems")
-    data.add_argument("--problem-column", help="column of the problem, or outer.inner; default: a usual name")
+    data.add_argument("--limit", type=positive_int, help="use only so many problems, from the first")
+    data.add_argument("--problem-column", help="column of the problem, or outer.inner; default: one of the usual names")
     data.add_argument("--answer-column", help="column of the gold answer, likewise")
     data.add_argument("--skip-unusable", action="store_true", help="leave out rows of a file that cannot be used")
     template = """arguments of the chat template, such as '{"enable_thinking": false}'"""
     data.add_argument("--chat-template-kwargs", type=json_object, metavar="JSON", help=template)
-    markers = "phrases that open an episode beside the published ones, one a line"
+    markers = "phrases, one a line, that open an episode besides the published ones"
     data.add_argument("--markers", type=Path, metavar="FILE", help=markers)
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -41,12 +41,12 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         help="what samples: vllm, transformers, or the address of a server like http://127.0.0.1:8000/v1, its key in "
         "OPENAI_API_KEY (default: vllm if it is installed and finds a device)",
     )
-    run.add_argument("--tokenizer", help="of a served model: Hub id or folder (default: what the server has loaded)")
+    run.add_argument("--tokenizer", help="that of a served model: Hub id or folder (default: what the server loaded)")
     run.add_argument("--concurrency", type=positive_int, default=64, help="requests to a server at a time (64)")
-    dtype = "arithmetic; auto: bfloat16 on a GPU, float32 on a CPU"
+    dtype = "precision; auto: bfloat16 on a GPU, float32 on a CPU"
     run.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help=dtype)
     run.add_argument("--seed", type=whole_number, default=0)
-    run.add_argument("--out", type=Path, help="folder of the run; default: runs/ and a name made of the settings")
+    run.add_argument("--out", type=Path, help="folder of the run; default: runs/ and a name made from the settings")
     run.add_argument("--config", type=Path, help="YAML file of defaults; flags override it")
     again = run.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
@@ -66,7 +66,7 @@ def engine_name(text: str) -> str:
     if text in ("auto", "vllm", "transformers"):
         return text
     if not re.fullmatch(r"https?://[^@?#\s]+", text):  # not repeated: it may hold a key
-        raise argparse.ArgumentTypeError("is auto, vllm, transformers or an address like http://127.0.0.1:8000/v1")
+        raise argparse.ArgumentTypeError("must be auto, vllm, transformers or a URL like http://127.0.0.1:8000/v1")
     return text.rstrip("/")
 
 
@@ -117,26 +117,26 @@ def non_negative(text: str) -> float:
     return value
 
 
-# Flags that mean the same in every script that has them; their defaults stand in the scripts' DEFAULTS.
+# Flags that mean the same in every script that has them; their defaults are in the scripts' DEFAULTS.
 SHARED = {
-    "num-samples": (positive_int, "traces a problem"),
+    "num-samples": (positive_int, "traces per problem"),
     "max-tokens": (positive_int, "budget of a completion, thought and answer"),
-    "temperature": (non_negative, "of traces and forced answers"),
+    "temperature": (non_negative, "for traces and forced answers"),
     "top-p": (float, "sample from the likeliest tokens with this mass"),
     "forced-answers": (positive_int, "sampled answers for each J(μ|prefix)"),
-    "answer-tokens": (positive_int, "limit of a forced answer"),
-    "max-episodes": (positive_int, "longer thoughts: neighbours are joined"),
-    "budgets": (str, "token budgets C0, as 512,1024"),
+    "answer-tokens": (positive_int, "token limit of a forced answer"),
+    "max-episodes": (positive_int, "in longer thoughts neighbouring episodes are joined"),
+    "budgets": (str, "token budgets C0, such as 512,1024"),
     "batch-problems": (positive_int, "problems sampled and recorded together"),
     "lr": (non_negative, "learning rate"),
-    "warmup": (non_negative, "share of the steps with rising learning rate"),
-    "weight-decay": (non_negative, "AdamW's"),
-    "max-grad-norm": (non_negative, "longer gradients are cut to it; 0: never"),
-    "max-tokens-per-batch": (positive_int, "tokens of a micro-batch, with padding"),
-    "checkpoint-every": (positive_int, "steps"),
+    "warmup": (non_negative, "share of the run in which the learning rate rises"),
+    "weight-decay": (non_negative, "weight decay of AdamW"),
+    "max-grad-norm": (non_negative, "gradients of a larger norm are clipped to it; 0: never"),
+    "max-tokens-per-batch": (positive_int, "tokens of a micro-batch, including padding"),
+    "checkpoint-every": (positive_int, "steps between checkpoints"),
     "eval-dataset": (str, "held-out problems; default: tiny's own, none for other data"),
     "eval-split": (str, "split of --eval-dataset"),
-    "eval-problems": (positive_int, "at most so many"),
+    "eval-problems": (positive_int, "at most this many held-out problems"),
 }
 
 
@@ -159,7 +159,7 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
                 fail(f"--config {known.config}: no such flag --{name}")
             if action.nargs == 0 and not isinstance(value, bool):
                 fail(f"--config {known.config}: {setting} is true or false, found {value!r}")
-            # As flags before the others they go through the same checks.
+            # Passed as flags before the others, they go through the same checks.
             if action.nargs == 0:
                 from_file += [f"--{name}"] * value
             elif action.nargs == "+" and isinstance(value, list):
@@ -201,7 +201,7 @@ def with_model(args: argparse.Namespace, model: str) -> argparse.Namespace:
 
 
 def each_in_its_folder(args: argparse.Namespace, names: list[str], settings: list[dict]) -> list[argparse.Namespace]:
-    """The settings of several runs, each in a folder of its name in --out; of a single one, in --out itself."""
+    """The settings of several runs, each in its own folder in --out; a single run uses --out itself."""
     if len(names) == 1:
         return [changed(args, **settings[0])]
     if config_of(args.out):
@@ -214,12 +214,12 @@ def each_in_its_folder(args: argparse.Namespace, names: list[str], settings: lis
 
 def ask_server(args) -> None:
     """Sets --model, --tokenizer and the context of a served model to what the server at --engine says."""
-    found = [find_model(args.engine, model) for model in (args.model.split(",") if args.model else [None])]
-    args.model = ",".join(name for name, _, _ in found)
-    if not args.tokenizer and found[0][1].startswith("/") and not Path(found[0][1]).is_dir():
-        fail(f"--engine {args.engine}: has loaded {found[0][1]}, which is not here; name its --tokenizer")
-    args.tokenizer = args.tokenizer or found[0][1]
-    args.context = min((context for _, _, context in found if context), default=None)
+    models = [find_model(args.engine, model) for model in (args.model.split(",") if args.model else [None])]
+    args.model = ",".join(name for name, _, _ in models)
+    if not args.tokenizer and models[0][1].startswith("/") and not Path(models[0][1]).is_dir():
+        fail(f"--engine {args.engine}: has loaded {models[0][1]}, which is not here; name its --tokenizer")
+    args.tokenizer = args.tokenizer or models[0][1]
+    args.context = min((context for _, _, context in models if context), default=None)
 
 
 def read_config(path: Path) -> dict:

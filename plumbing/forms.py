@@ -1,7 +1,7 @@
-"""Answers read: text → tidy → parse, the first two stages of answers.py (whose table says what each form means).
+"""Reading answers: text → tidy → parse, the first two stages of answers.py (its table says what each form means).
 
 tidy gives one spelling to each sign, macro and number. parse takes what is said in words first, then lists, sets and
-relations, then single things; what nothing else claims is "latex", for the algebra to read.
+relations, then single values; what nothing else claims is "latex", for algebra.py to read.
 """
 
 import math
@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-MAX_PARSED_CHARS, MAX_DEPTH = 3000, 40  # longer texts are compared as text; the depth is that of brackets
+MAX_PARSED_CHARS, MAX_DEPTH = 3000, 40  # longer texts are compared as text; depth of brackets
 
 # ================================================================================================== tidy
 
@@ -299,7 +299,7 @@ def latex_of(form: tuple) -> str | None:
 
 
 def set_of(form: tuple | None) -> tuple | None:
-    """The form as a set for algebra.py: a number is the set of it, (1,2) is an interval."""
+    """The form as a set for algebra.py: a number is the set that holds it, (1,2) is an interval."""
     if form is None or form[0] == "set":
         return form and form[1]
     items = form[2] if form[0] == "list" else (form,)
@@ -340,8 +340,8 @@ def _list(brackets: str, texts: list[str], kind: str = "listed") -> tuple | None
     names = [item[1] for item in flat if item[0] == "named"]
     conditions = [item for item in flat[1:] if item[0] == "relation" or (item[0] == "named" and _is_domain(item[2]))]
     if len(conditions) == len(flat) - 1 > 0 and flat[0][0] == "latex":
-        told = set(re.findall(r"[a-zA-Z]+", " ".join(item[1] for item in conditions if item[0] == "named")))
-        return flat[0] if told and told <= set(re.findall(r"[a-zA-Z]+", flat[0][1])) else None
+        unknowns = set(re.findall(r"[a-zA-Z]+", " ".join(item[1] for item in conditions if item[0] == "named")))
+        return flat[0] if unknowns and unknowns <= set(re.findall(r"[a-zA-Z]+", flat[0][1])) else None
     if any(item[0] == "named" and item[2][0] == "set" for item in flat) and len(set(names)) == 1:
         sets = joined_sets(kind, [item[2] if item[0] == "named" else item for item in flat])
         return sets and ("named", names[0], sets)
@@ -368,7 +368,7 @@ def _inequality(text: str) -> tuple | None:
     """The set that x > 2, 2 < x, 1 <= x < 2 or x != 2 allows, named after its unknown."""
     operators = re.findall(_RELATION, text)
     parts = _split(text, _RELATION)
-    if set(operators) <= {r"\ge ", ">"}:  # turn round, so that the small end comes first
+    if set(operators) <= {r"\ge ", ">"}:  # reversed, so that the smaller end comes first
         parts, operators = parts[::-1], [{">": "<"}.get(operator, r"\le ") for operator in operators[::-1]]
     if len(parts) != len(operators) + 1:
         return None
@@ -473,7 +473,7 @@ def _parse(text: str) -> tuple | None:
         return ("set", closed) if closed else value
     if text.count(r"\pm") == 1:
         return _list("", [text.replace(r"\pm", "+"), text.replace(r"\pm", "-")], "union")
-    # single things
+    # single values
     if based := re.fullmatch(r"\(?\s*([0-9A-F]+)\s*\)?\s*_\s*\{?\s*([0-9]+)\s*\}?", text):
         return ("base", based[1].lstrip("0"), int(based[2])) if based[2] != "10" else _parse(based[1])
     if len(parts := _split(text, ":")) > 1:

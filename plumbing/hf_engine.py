@@ -1,4 +1,4 @@
-"""A transformers model as a sampler and as a scorer, in batches that share prefixes; needs nothing else."""
+"""A transformers model as a sampler and as a scorer, in batches that share prefixes; needs no other library."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from plumbing.training import full_weights
 
 
 class TransformersEngine:
-    """A transformers model as a sampler. In training it is the trained model itself, so there is nothing to hand over;
-    or, where that is sharded over processes, a whole copy of it, which follows `trained`.
+    """A transformers model as a sampler. In training it is the trained model itself, so no weights are handed over; or,
+    where that is sharded over processes, a whole copy that follows `trained`.
 
-    `model.samples`: how, the fastest way that `check_sampling` finds equal to the model's plain forward:
+    `model.samples`: the fastest way to sample that `check_sampling` finds equal to the model's plain forward:
     "shared" (below), "cached" (transformers' own `generate`, prompts of one length at a time) or "uncached".
 
     All prompts of a call are sampled together: prompts that share a prefix (a problem's samples, the forced answers
-    along a trace) compute it once, batches are of similar length, finished rows leave them, the cache never grows by
+    along a trace) compute it once, batches hold similar lengths and drop finished rows, and the cache grows without
     copying.
     """
 
@@ -65,7 +65,7 @@ class TransformersEngine:
         if way != "shared":
             self._generate_plainly(way, done, prompts, limits, seeds, stop_ids, samples, temperature, top_p)
             return done
-        # A batch has as many rows as its cache may have; fewer samples than n at a time only if n alone are too many.
+        # The memory for the cache limits a batch's rows; a prompt's n samples are split only if they alone exceed it.
         memory = torch.cuda.mem_get_info()[1] // 4 if self.model.device.type == "cuda" else 3 << 30
         rows = max(1, min(self.max_rows, memory // (cache_bytes_of_a_token(self.model.config) * longest)))
         for start in range(samples.start, samples.stop, rows):
@@ -84,20 +84,20 @@ class TransformersEngine:
         """Rows of one prompt length at a time, so that nothing is padded."""
         rows = sorted(((p, s) for p in range(len(prompts)) for s in samples), key=lambda row: len(prompts[row[0]]))
         for _, of_one_length in groupby(rows, key=lambda row: len(prompts[row[0]])):
-            while part := list(islice(of_one_length, 64)):
-                ids = torch.tensor([prompts[p] for p, _ in part], device=self.model.device)
-                room = max(limits[p] for p, _ in part)
-                uniform = np.stack([np.random.default_rng([*seeds[p], s]).random(room) for p, s in part])
+            while batch := list(islice(of_one_length, 64)):
+                ids = torch.tensor([prompts[p] for p, _ in batch], device=self.model.device)
+                room = max(limits[p] for p, _ in batch)
+                uniform = np.stack([np.random.default_rng([*seeds[p], s]).random(room) for p, s in batch])
                 drawn = self._draw_plainly(way, ids, room, torch.from_numpy(uniform), stop_ids, temperature, top_p)
                 self.prompt_tokens += ids.numel()
-                for row, (p, _) in enumerate(part):
+                for row, (p, _) in enumerate(batch):
                     tokens, logprobs = ([step[k][row] for step in drawn[: limits[p]]] for k in (0, 1))
                     end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), 0)
                     last = end or len(tokens)
                     done[p].append(finite(Completion(tokens[:last], logprobs[:last], "stop" if end else "length")))
 
     def _draw_plainly(self, way, ids, room: int, uniform, stop_ids, temperature, top_p) -> list[tuple[list, list]]:
-        """(tokens, log-probs) of the rows at each place, by the model's own `generate`."""
+        """(tokens, log-probs) of the rows at each position, by the model's own `generate`."""
         model, stock, drawn = self.model, self.model.generation_config, []
         uniform = uniform.to(model.device)
 
@@ -108,7 +108,7 @@ class TransformersEngine:
 
         ends = {"eos_token_id": stop_ids or None, "pad_token_id": (stop_ids or [0])[0]}
         settings = GenerationConfig(max_new_tokens=room, do_sample=False, use_cache=way == "cached", **ends)
-        model.generation_config = GenerationConfig()  # no penalties or lengths of its own
+        model.generation_config = GenerationConfig()  # without the model's own penalties and lengths
         try:
             with autocast(self.dtype):
                 model.generate(ids, settings, [choose], attention_mask=torch.ones_like(ids))
@@ -136,8 +136,8 @@ class TransformersEngine:
         stop = torch.tensor(stop_ids, device=device)
         with autocast(self.dtype):
             output = packed_states(self.model, packs, cache)
-        # One row a sample: its prefix gathered from the packed cache, padded on the left so that all rows grow at one
-        # place; from here on `alive` are the numbers of the rows still in the batch.
+        # One row a sample: its prefix gathered from the packed cache, padded on the left so that all rows grow in the
+        # same column; `alive`: the numbers of the rows still in the batch.
         rows = [(b, p, path, s) for b, pack in enumerate(packs) for p, path in pack.paths.items() for s in samples]
         width = max(len(path) for _, _, path, _ in rows)
         source = torch.tensor([b for b, _, _, _ in rows], device=device)
@@ -157,7 +157,7 @@ class TransformersEngine:
         lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
         stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
         alive = torch.arange(len(rows), device=device)
-        left = torch.ones_like(stopped)
+        running = torch.ones_like(stopped)
 
         def without_padding(stock, *, mask_function, kv_length, **options):
             seen = mask[:, :kv_length]
@@ -167,17 +167,17 @@ class TransformersEngine:
 
         for step in range(room):
             token, logprob = draw(logits.float(), uniform[alive, step], temperature, top_p)
-            writing = alive[left]
-            tokens[writing, step], logprobs[writing, step] = token[left], logprob[left]
-            lengths[writing], stopped[writing] = step + 1, torch.isin(token[left], stop)
-            left = left & ~stopped[alive] & (step + 1 < limit[alive])
-            if not left.any():
+            writing = alive[running]
+            tokens[writing, step], logprobs[writing, step] = token[running], logprob[running]
+            lengths[writing], stopped[writing] = step + 1, torch.isin(token[running], stop)
+            running = running & ~stopped[alive] & (step + 1 < limit[alive])
+            if not running.any():
                 break
-            if left.sum() <= 0.9 * len(alive):  # finished rows leave; until then they ride along unrecorded
+            if running.sum() <= 0.9 * len(alive):  # finished rows leave; until then they ride along unrecorded
                 for layer in layers:
-                    layer.keep_rows(left)
-                alive, token, mask, position = alive[left], token[left], mask[left], position[left]
-                left = left[left]
+                    layer.keep_rows(running)
+                alive, token, mask, position = alive[running], token[running], mask[running], position[running]
+                running = running[running]
             with autocast(self.dtype), own_masks(self.model, without_padding):
                 logits = self.model(
                     input_ids=token[:, None],
@@ -217,16 +217,16 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
         logprobs = logprobs.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf).log_softmax(-1)
     mass = logprobs.double().exp().cumsum(-1)
     total = mass[:, -1:]
-    at = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(mass, at, right=True)  # the first place whose mass exceeds `at`: never one without mass
-    token = token.clamp(max=logprobs.shape[-1] - 1)  # NaN has no place; `finite` tells of it
+    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(mass, threshold, right=True)  # the first to exceed it: never one of probability 0
+    token = token.clamp(max=logprobs.shape[-1] - 1)  # NaN is never found; `finite` reports it
     return token.squeeze(-1), logprobs.gather(-1, token).squeeze(-1)
 
 
 @dataclass
 class Pack:
-    """Token sequences that share prefixes, as one row without repetition. `paths[s]` are the places in the row of the
-    tokens of sequence s, in order; a token sees the earlier tokens of its own path and nothing else."""
+    """Token sequences that share prefixes, as one row without repetition. `paths[s]` are the columns of the row that
+    hold sequence s, in order; a token sees the earlier tokens of its own path and nothing else."""
 
     token_ids: list[int]
     positions: list[int]
@@ -238,7 +238,7 @@ class Pack:
 
 
 def pack_prefixes(sequences: list[list[int]], most: int | None = None) -> list[Pack]:
-    """Packs sequences that share at least half of their tokens with a neighbour in sorted order, at most `most` in one.
+    """Packs sequences that share at least half of their tokens with a neighbour in sorted order, `most` to a pack.
 
     Sorting makes the sequences a depth-first walk of their prefix tree, so what a sequence shares with any earlier one
     it shares with the one before it: the tokens to compute grow linearly in traces and boundaries.
@@ -286,7 +286,7 @@ def pack_tensors(packs: list[Pack], device):
 
 
 def packed_states(model, packs: list[Pack], cache=None):
-    """The output of the model's body for ids [packs, places]: its own masks, taken over positions and within paths."""
+    """The output of the model's body for ids [packs, columns], its own masks taken over positions and within paths."""
     ids, paths, positions = pack_tensors(packs, model.device)
     body = partial(body_of(model), ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
     if paths is None:
@@ -303,15 +303,15 @@ def packed_states(model, packs: list[Pack], cache=None):
 
         return stock(mask_function=inside, **{**options, "attention_mask": None, "allow_is_causal_skip": False})
 
-    with own_masks(model, along_paths):  # without a mask, positions that start again would be taken for sequences
+    with own_masks(model, along_paths):  # without a mask, positions that restart would pass for new sequences
         return body(attention_mask=torch.ones_like(ids))
 
 
 @contextmanager
 def own_masks(model, make):
-    """Within, `make(stock, mask_function=…, …)` makes the masks that the model asks transformers for: which one each
-    layer needs (causal, with a window, in chunks: `mask_function`) is the model's business, and in which form its
-    attention wants it that of `stock`, transformers' own function."""
+    """Inside, `make(stock, mask_function=…, …)` makes the masks that the model asks transformers for: the model says
+    which one each layer needs (causal, with a window, in chunks: `mask_function`), and `stock`, transformers' own
+    function, in which form its attention takes it."""
     name = model.config.get_text_config()._attn_implementation
     stock = ALL_MASK_ATTENTION_FUNCTIONS[name]
     ALL_MASK_ATTENTION_FUNCTIONS[name] = partial(make, stock)
@@ -323,7 +323,7 @@ def own_masks(model, make):
 
 class GrowingLayer(DynamicLayer):
     """A transformers cache layer with free room at its end, so that a token is written in place; the stock layer
-    copies the whole cache at every token. Row r starts as the places `columns[r]` of row `source[r]` of `layer`."""
+    copies the whole cache at every token. Row r starts as the columns `columns[r]` of row `source[r]` of `layer`."""
 
     def __init__(self, layer, source: torch.Tensor, columns: torch.Tensor, room: int):
         super().__init__()
@@ -403,8 +403,8 @@ def row_logprobs(model, dtype: torch.dtype, heads, tails) -> tuple[np.ndarray, i
 
 
 def self_check(engine, model) -> None:
-    """Before anything is sampled: engine, update and likelihood against the plain forward of the same sequences; what
-    is not equal takes the plain path and says so, and where that differs, too, the run ends."""
+    """Before anything is sampled, compares engine, update and likelihood with the plain forward of the same sequences;
+    what differs takes the plain path and says so, and the run ends where that differs, too."""
     with autocast(engine.dtype):
         notes = [check_update(model)]
     notes.append(check_likelihood(engine.model, engine.dtype))
@@ -417,9 +417,9 @@ def self_check(engine, model) -> None:
 @torch.inference_mode()
 @with_short_windows
 def check_sampling(model, engine: TransformersEngine) -> str:
-    """Sets `model.samples` to the fastest way whose greedy tokens and log-probs are those of plain forwards; says if it
-    is a slow one."""
-    counted, gaps = engine.prompt_tokens, {}
+    """Sets `model.samples` to the fastest way whose greedy tokens and log-probs are those of plain forwards; returns a
+    note if it is a slow one."""
+    prompt_tokens, gaps = engine.prompt_tokens, {}
     model.eval()
     prompts = probes(model)
     with autocast(engine.dtype):
@@ -433,15 +433,15 @@ def check_sampling(model, engine: TransformersEngine) -> str:
                 with autocast(engine.dtype):
                     expected = truth(model, prompt + c.token_ids)[len(prompt) - 1 :]
                 chosen = expected.gather(-1, torch.tensor(c.token_ids, device=model.device)[:, None])[:, 0]
-                told = torch.tensor(c.logprobs, device=model.device)
-                off_by.append((chosen - told).abs() + (expected.amax(-1) - chosen))
+                reported = torch.tensor(c.logprobs, device=model.device)
+                off_by.append((chosen - reported).abs() + (expected.amax(-1) - chosen))
             gaps[model.samples] = rms(torch.cat(off_by))
         if gaps[model.samples] <= limit:
             break
     else:
         ways = "; ".join(f"{way}: {off(gap)}" for way, gap in gaps.items())
         fail(f"{name_of(model)}: no way to sample from it equals its plain forward ({ways}); try --engine vllm")
-    engine.prompt_tokens = counted
+    engine.prompt_tokens = prompt_tokens
     if model.samples == "shared":
         return ""
     cache = "" if model.samples == "cached" else " without a cache"
@@ -451,7 +451,7 @@ def check_sampling(model, engine: TransformersEngine) -> str:
 @torch.inference_mode()
 @with_short_windows
 def check_likelihood(model, dtype: torch.dtype) -> str:
-    """Sets `model.packs`: may sequences that share prefixes be scored as one row? Says if not."""
+    """Sets `model.packs`: may sequences that share prefixes be scored as one row? Returns a note if not."""
     model.eval()
     heads = probes(model)
     tails = [heads[-1][: 1 + i % 3] for i in range(len(heads))]

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from plumbing.runs import fail, first_line, resolve_model
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed is said in one line by us
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; failures are reported in one line here
 # Its advice to pass a mask: rows padded on the right need none.
 logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "attention_mask" not in record.getMessage())
 if platform.system() == "Linux" and not torch.cuda.is_available():
@@ -46,13 +46,13 @@ class Completion:
 
     token_ids: list[int]
     logprobs: list[float]
-    finish_reason: str  # "stop": the last token is one that ends it, the model's own choice; "length": cut
+    finish_reason: str  # "stop": the model itself ended it, by its last token; "length": cut at the limit
     text: str = ""
     offsets: list[int] = field(default_factory=list)
 
 
 def text_and_offsets(tokenizer, token_ids: list[int]) -> tuple[str, list[int]]:
-    """The text of the tokens and where each starts in it (len + 1 offsets), special tokens silent.
+    """The text of the tokens and where each starts in it (len + 1 offsets); special tokens write nothing.
 
     Decoded as a stream, so a character of several tokens starts at the token that completes it; nothing is ever encoded
     again. Any ids that a model may draw are fine: the text is that of `decode` up to replacement characters.
@@ -74,8 +74,8 @@ def text_and_offsets(tokenizer, token_ids: list[int]) -> tuple[str, list[int]]:
 
 
 def lost_bytes(tokenizer, token_ids: list[int]) -> set[int]:
-    """The places of single bytes, as byte-fallback tokenizers have them, that do not join to characters. The decoder
-    gives all bytes of such a run up, the complete characters among them, too."""
+    """The positions of the single bytes of byte-fallback tokenizers that do not form characters. The decoder gives up
+    all bytes of such a run, even those of complete characters."""
     silent = set(tokenizer.all_special_ids)
     tokens = [(i, t) for i, t in enumerate(tokenizer.convert_ids_to_tokens(token_ids)) if token_ids[i] not in silent]
     lost: set[int] = set()
@@ -109,7 +109,7 @@ def load_tokenizer(model: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        fail(f"--model {model}: neither a model folder nor a model that the Hub gives: {first_line(error)}")
+        fail(f"--model {model}: neither a model folder nor a model that the Hub provides: {first_line(error)}")
     if not tokenizer.is_fast:
         fail(f"--model {model}: its {type(tokenizer).__name__} is Python only; a tokenizer.json is needed")
     if tokenizer.chat_template is None:
@@ -144,7 +144,7 @@ def pick_dtype(dtype: str) -> torch.dtype:
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """Token ids of a text that goes on another one: no special token, and none of the spaces that SentencePiece
+    """Token ids of a text that continues another: no special token, and none of the spaces that SentencePiece
     tokenizers put before what they take for a beginning."""
     return list(_encode(tokenizer, text))
 
@@ -154,17 +154,17 @@ def _encode(tokenizer, text: str) -> tuple[int, ...]:
     for before in ("", "\n", "x", ".", "0", "{"):
         anchor = tokenizer.encode(before or "x", add_special_tokens=False)
         ids = tokenizer.encode(before + text, add_special_tokens=False)
-        if before and ids[: len(anchor)] != anchor:  # grown together
+        if before and ids[: len(anchor)] != anchor:  # merged with the anchor
             continue
         ids = ids[len(anchor) :] if before else ids
         if tokenizer.decode([*anchor, *ids]) == tokenizer.decode(anchor) + text:
             return tuple(ids)
-    return tuple(tokenizer.encode(text, add_special_tokens=False))  # it normalises: no tokens have this very text
+    return tuple(tokenizer.encode(text, add_special_tokens=False))  # it normalises: no tokens spell exactly this
 
 
 def prompt_ids(tokenizer, problem: str, template: dict | None = None) -> list[int]:
-    """The problem through the chat template, up to where the model starts to think; `template`: arguments of its own,
-    such as {"enable_thinking": False}. The user message is the bare problem, as in the authors' code; a model that does
+    """The problem through the chat template, up to where the model starts to think; `template`: its arguments, such
+    as {"enable_thinking": False}. The user message is the bare problem, as in the authors' code; a model that does
     not think is asked for a boxed answer, or it seldom gives one.
     """
     if not thinks(tokenizer):
@@ -227,7 +227,7 @@ def token_logprobs(
 
     input_ids [B, T]; where [B, T] bool, never the first column. Returns (log-probs [N], entropies [N], no gradient),
     N = where.sum(), in row-major order. The logits are the model's own, its scaling and capping included; they exist
-    for `chunk` tokens at a time (if not told, so many as have CHUNK_LOGITS logits) and are computed again in the
+    for `chunk` tokens at a time (by default as many as have CHUNK_LOGITS logits) and are computed again in the
     backward pass: no [tokens, vocabulary] tensor is ever kept. Dropout and other noise are off.
     Rows padded on the right need no attention mask; rows padded on the left do.
     """
@@ -261,8 +261,8 @@ def body_of(model):
 
 def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
     """(log-probs of the tokens [N] under logits [N, vocabulary], entropies [N]). Eight rows at a time, since memory of
-    that size is used again: the fresh pages of larger tensors cost more than their arithmetic. The entropies come last,
-    where the backward pass, which computes again what it needs, has stopped."""
+    that size is reused: the fresh pages of larger tensors cost more than their arithmetic. The entropies come last:
+    the recomputation in the backward pass stops before them."""
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     logprobs = [rows.log_softmax(-1) for rows in logits.split(8)]
     chosen = [rows.gather(-1, ids[:, None]).squeeze(-1) for rows, ids in zip(logprobs, tokens.split(8))]
@@ -272,8 +272,8 @@ def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, temperature: float)
 
 
 def head(model, states: torch.Tensor, kind: type) -> torch.Tensor:
-    """Logits [N, vocabulary] of last hidden states [N, width]: the model's own forward with a body that gives them as
-    its output, of this kind, so that whatever comes after (the head, scaling, capping) is done as the model does it."""
+    """Logits [N, vocabulary] of last hidden states [N, width]: the model's own forward around a body that returns them,
+    in an output of type `kind`, so that whatever follows (the head, scaling, capping) is the model's own."""
     body = body_of(model)
     body.forward = lambda *_, **__: kind(last_hidden_state=states[None])
     try:
@@ -283,7 +283,7 @@ def head(model, states: torch.Tensor, kind: type) -> torch.Tensor:
 
 
 def whole_rows_logprobs(model, input_ids, where, temperature, attention_mask=None):
-    """As `token_logprobs`, for models that compute otherwise in a batch: one forward a row without padding."""
+    """As `token_logprobs`, for models whose results differ in a batch: one forward per row, without padding."""
     parts = []
     for row, (ids, wanted) in enumerate(zip(input_ids, where)):
         if wanted.any():
@@ -297,7 +297,7 @@ def whole_rows_logprobs(model, input_ids, where, temperature, attention_mask=Non
 
 def without_noise(model) -> None:
     """Switches off what train mode switches on (dropout, noise of routers). Gradient checkpointing, which transformers
-    does in train mode alone, stays: a layer is then in that mode as long as it takes to ask it."""
+    does only in train mode, stays: a layer is in that mode only until its computation begins."""
     model.eval()
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
@@ -325,8 +325,8 @@ def plain_logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def with_short_windows(check):
-    """A check during which attention looks back 8 tokens at most where it has a window (or chunks): the probes are
-    longer than that, and what is right for one size of window is right for every size."""
+    """The check, with every attention window (or chunk) cut to 8 tokens while it runs: the probes are longer than
+    that, and what is right for one window size is right for all."""
 
     @wraps(check)
     def checked(model, *args):
@@ -364,9 +364,9 @@ def probes(model) -> list[list[int]]:
 @torch.no_grad()
 def tolerance(model, sequence: list[int]) -> float:
     """How far apart (root mean square, in nats) two ways of computing log-probs may be: 1e-4 in float32; in lower
-    precision half a unit in the last place of the largest logit, as the logits are rounded, and four times what the
-    plain forward differs by between one row and eight of the same, but for that as much again at most: a defect in
-    batches looks like noise, too. NaN logits end the run."""
+    precision half a unit in the last place of the largest logit, as logits are rounded, plus four times the plain
+    forward's difference between one row and eight equal ones, but at most that half unit again: a defect in batches
+    looks like noise, too. NaN logits end the run."""
     ids = torch.tensor(sequence, device=model.device)
     try:
         logits = plain_logits(model, ids)
@@ -423,8 +423,8 @@ def check_update(model) -> str:
 
 
 def check_training(model, score) -> None:
-    """Ends the run if `score`, this model's `token_logprobs`, has no backward pass, or if the model is not the one that
-    would be saved: rwkv scales its weights down when it evaluates."""
+    """Ends the run if `score`, this model's `token_logprobs`, has no backward pass, or if a forward pass changes the
+    weights that would be saved: rwkv scales its weights down when it evaluates."""
     ids = torch.tensor([probes(model)[0]], device=model.device)
     where = torch.ones_like(ids, dtype=torch.bool)
     where[:, 0] = False
@@ -438,8 +438,8 @@ def check_training(model, score) -> None:
 
 
 def same_positions(model) -> float:
-    """Up to how many tokens is a position the same for every length? Some rotary embeddings are others beyond a length,
-    for all rows of a batch that has one so long and for a sequence that grows past it: there, only plain paths hold."""
+    """Up to how many tokens is a position the same for every length? Some rotary embeddings change beyond a length, for
+    every row of a batch with one longer row and for a sequence that grows past it: there, only plain paths hold."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [kind for kind in [rope, *rope.values()] if isinstance(kind, dict)]

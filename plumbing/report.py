@@ -1,4 +1,4 @@
-"""What is made of records: means with intervals, comparisons of runs, tables, figures, the page of traces."""
+"""What records are turned into: means with intervals, comparisons of runs, tables, figures, the page of traces."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def problem_means(records: Iterable[dict], value: Callable[..., float], *more) -
 
 
 def bootstrap_picks(count: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Places drawn with replacement, [draws, count]: the one bootstrap behind every interval."""
+    """Indices drawn with replacement, [draws, count]: the one bootstrap behind every interval."""
     return np.random.default_rng(seed).integers(count, size=(draws, count))
 
 
@@ -47,8 +47,8 @@ def bootstrap_interval(
     problem are correlated and the claim is about unseen problems; the noise within a problem is included, since its
     mean carries it. To compare two methods pass the differences of their per-problem means: the spread between problems
     they share then cancels. One problem says nothing about that spread: low and high are NaN. With fewer than about 10
-    the interval is too narrow. ValueError for no problems, an empty row, NaN or infinity, level outside (0, 1), or
-    draws < 1.
+    problems the interval is too narrow. ValueError for no problems, an empty row, NaN or infinity, level outside
+    (0, 1), or draws < 1.
     """
     if not 0 < level < 1 or draws < 1:
         raise ValueError(f"need 0 < level < 1 and draws >= 1, got {level} and {draws}")
@@ -100,12 +100,12 @@ def differences_to_first(runs: dict[str, Values]) -> dict[str, dict[str, dict]]:
 
 
 def difference_table(differences: dict[str, dict[str, dict]], first: str) -> str:
-    """The table of `differences_to_first`, below a line that names the first; nothing where there is one run."""
+    """The table of `differences_to_first`, below a line that names the first run; empty for a single run."""
     return f"\nDifference to {first}:\n\n" + metric_table(differences, "+") if differences else ""
 
 
 def metric_table(runs: dict[str, dict[str, dict]], sign: str = "") -> str:
-    """A row a metric, a column a run."""
+    """A row per metric, a column per run."""
     metrics = dict.fromkeys(metric for means in runs.values() for metric in means)
     rows = [
         [metric, *(cell(means.get(metric), 1 if "tokens" in metric else 3, sign) for means in runs.values())]
@@ -135,7 +135,7 @@ def table_row(*row: str) -> str:
 
 @dataclass
 class RecordedRun:
-    """An earlier run, as its folder tells it."""
+    """An earlier run, as read from its folder."""
 
     name: str
     settings: dict
@@ -150,13 +150,13 @@ def read_runs(folders: list[Path], script: str, setting: str) -> list[RecordedRu
 
 
 def differing_flags(runs: list[RecordedRun], settings: Iterable[str]) -> list[str]:
-    """The flags, of those of the given settings, in which runs differ."""
+    """Those of the given settings, as flags, in which the runs differ."""
     differing = [name for name in settings if len({str(run.settings[name]) for run in runs}) > 1]
     return [f"--{name.replace('_', '-')}" for name in differing]
 
 
 def run_names(folders: list[Path]) -> list[str]:
-    """A short name for each of several runs: the folder's, else that of the folder it is in, else the whole path."""
+    """A short name for each of several runs: its folder's, else the parent folder's, else the whole path."""
     for name in (lambda folder: folder.name, lambda folder: folder.parent.name, str):
         names = [name(folder) for folder in folders]
         if len(set(names)) == len(set(folders)):
@@ -165,7 +165,7 @@ def run_names(folders: list[Path]) -> list[str]:
 
 
 def keep_shared_problems(runs: list[RecordedRun]) -> int:
-    """Keeps the problems that all runs have, in one order; returns how many those are."""
+    """Keeps the problems that all runs have, in one order; returns their number."""
     shared = set.intersection(*({(r["id"], r["problem"]) for r in run.records} for run in runs))
     if not shared:
         fail("--compare: the runs have no problem in common")
@@ -226,7 +226,7 @@ class Curve:
 
 @dataclass
 class Panel:
-    """Axes with curves. `settings`: of matplotlib's `Axes.set`; `tokens`: x is tokens, on a logarithmic axis."""
+    """Axes with curves. `settings`: arguments of matplotlib's `Axes.set`; `tokens`: x is tokens, on a log axis."""
 
     settings: dict
     curves: list[Curve]
@@ -234,8 +234,8 @@ class Panel:
 
 
 def draw_panels(file: Path, *panels: Panel, rows=1, width: float = 3.3, height: float = 2.9, **more) -> Path:
-    """Panels side by side, in one row or several, the legend in the first of a row that has labels; `more`: of
-    `plt.subplots`."""
+    """Panels side by side, in one row or several, the legend in the first of a row that has labels; `more`:
+    arguments of `plt.subplots`."""
     columns = len(panels) // rows
     size = (width * columns, height * rows)
     figure, axes = pyplot().subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False, **more)
@@ -291,7 +291,7 @@ def save_figure(figure, path: Path) -> Path:
 
 
 def draw_training(run: Path) -> Path:
-    """`progress.png`: a training so far, from its metrics.jsonl and validation.jsonl."""
+    """`progress.png`: the training so far, from its metrics.jsonl and validation.jsonl."""
     steps = read_jsonl(run / "metrics.jsonl")
     thousands = [step["sampled_tokens"] / 1e3 for step in steps]
     figure, (accuracy, length, rest) = subplots(3)
@@ -322,7 +322,7 @@ SHOWN = ("text", "reward", "boxed", "verdict", "tokens", "boundaries", "characte
 
 
 def write_page(records: list[dict], file: Path) -> Path:
-    """The template beside this file with the traces as JSON in it. Text from a model gets into the document as text
+    """The template in this folder, filled with the traces as JSON. Text from a model enters the document as text
     nodes only; `<` is written as \\u003c, so nothing in it can end the JSON's element."""
     problems, size, left_out = [], 0, 0
     for group in group_by_problem(records).values():

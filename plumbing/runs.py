@@ -45,7 +45,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def parse_lines(path: Path, data: bytes) -> list[dict]:
-    """The objects of JSON lines, which end at newlines alone: text may hold U+2028. `path` is what a refusal names."""
+    """The objects of JSON lines, which end at newlines alone: text may hold U+2028. `path` is for error messages."""
     rows = []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
@@ -76,7 +76,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    """As `write_text`; a number that is not finite becomes null, JSON has none."""
+    """As `write_text`; a number that is not finite becomes null, as JSON has none."""
     value = json.loads(json.dumps(value), parse_constant=lambda _: None)
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
@@ -118,7 +118,7 @@ def is_tiny(model: str) -> bool:
 
 
 def script_name() -> str:
-    """Whose run a folder holds."""
+    """The script whose run a folder holds: the one now running."""
     return Path(sys.argv[0]).name
 
 
@@ -141,14 +141,14 @@ def settings_of(run: Path, flag: str, script: str, setting: str) -> dict:
 
 
 def identity(args: argparse.Namespace, *may_change: str) -> dict:
-    """The settings that make a run what it is: --resume needs the same. `may_change`: those of the script that only
-    say how much is made or what is shown of it."""
+    """The settings that make a run what it is: --resume needs the same. `may_change`: those that only say
+    how much this script makes or shows."""
     everywhere = ("config", "batch_problems", "checkpoint_every", "keep", "report_to", "dry_run")
     return {name: value for name, value in vars(args).items() if name not in (*everywhere, *may_change)}
 
 
 def lasting(config: dict) -> dict:
-    """The settings that a run shares with what continues it, as JSON holds them."""
+    """The settings that must stay the same when a run is continued, as JSON holds them."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     if is_served(settings.get("engine", "")):
         settings["engine"] = "served"  # wherever it is
@@ -156,12 +156,12 @@ def lasting(config: dict) -> dict:
     return {k: v for k, v in settings.items() if k not in passing}
 
 
-LOCK = ".lock"  # in the folder of a run; the operating system lets go of it when its owner ends, however it ends
+LOCK = ".lock"  # in the folder of a run; the operating system releases it when its owner ends, in any way
 held: list[FileLock] = []
 
 
 def own(out: Path) -> None:
-    """This process (of several, the first) alone writes to a folder until it ends; ends the program if another does."""
+    """Reserves a folder for this process (of several, the first) until it ends; if another has it, ends the program."""
     if os.environ.get("RANK", "0") != "0":
         return
     try:
@@ -174,17 +174,17 @@ def own(out: Path) -> None:
 
 
 def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
-    """Ends the program if the run may not be written to `out`; is there one to continue? Changes nothing."""
+    """Ends the program if the run may not be written to `out`; returns whether there is one to continue."""
     if out.exists() and not out.is_dir():
         fail(f"--out {out}: is not a folder")
     if not out.exists() or not any(path.name != LOCK for path in out.iterdir()):
         return False
-    there = config_of(out)
-    if there is None:
+    existing = config_of(out)
+    if existing is None:
         fail(f"--out {out}: holds something that is not a run of this program; name another folder")
     own(out)
-    earlier, now = there["settings"], lasting(config)
-    script = there.get("script", script_name())
+    earlier, now = existing["settings"], lasting(config)
+    script = existing.get("script", script_name())
     if script != script_name():  # such as the training run that holds the model to evaluate
         fail(f"--out {out}: holds a run of {script}; name another folder")
     if overwrite:
@@ -193,8 +193,8 @@ def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
         fail(f"--out {out}: holds a run already; add --resume to continue it or --overwrite to discard it")
     changed = [k for k in now if now[k] != earlier.get(k)]
     if changed:
-        was = ", ".join(f"--{k.replace('_', '-')} {earlier.get(k)} (now {now[k]})" for k in changed)
-        fail(f"--out {out}: the run there has other settings: {was}")
+        differences = ", ".join(f"--{k.replace('_', '-')} {earlier.get(k)} (now {now[k]})" for k in changed)
+        fail(f"--out {out}: the run there has other settings: {differences}")
     return True
 
 
@@ -217,22 +217,22 @@ def same_inputs(run: Path, problems: list[dict], model: str) -> None:
     """Ends a run that is continued with other problems under the same ids, or with other weights in --model's folder
     than it began with (`inputs.json`); problems may be added."""
     file, folder = run / "inputs.json", Path(resolve_model(model))
-    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"weights": {}, "problems": {}}
-    now = {p["id"]: f"{zlib.crc32(json.dumps([p['problem'], p['answer']]).encode()):08x}" for p in problems}
-    changed = [name for name, digest in now.items() if there["problems"].get(name, digest) != digest]
+    recorded = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"weights": {}, "problems": {}}
+    digests = {p["id"]: f"{zlib.crc32(json.dumps([p['problem'], p['answer']]).encode()):08x}" for p in problems}
+    changed = [name for name, digest in digests.items() if recorded["problems"].get(name, digest) != digest]
     if changed:
-        fail(f"--out {run}: the run there has other problems ({len(changed)} of {len(now)}, such as {changed[0]})")
+        fail(f"--out {run}: the run there has other problems ({len(changed)} of {len(digests)}, such as {changed[0]})")
     weights = {path.name: checksum(path) for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])}
-    if weights != there["weights"] and file.exists():
+    if weights != recorded["weights"] and file.exists():
         fail(f"--out {run}: the run there began with other weights in {model}")
-    write_json(file, {"weights": weights, "problems": {**there["problems"], **now}})
+    write_json(file, {"weights": weights, "problems": {**recorded["problems"], **digests}})
 
 
 def checksum(path: Path) -> str:
     value = 0
     with path.open("rb") as file:
-        while part := file.read(1 << 24):
-            value = zlib.crc32(part, value)
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
     return f"{value:08x}"
 
 
@@ -241,7 +241,7 @@ def json_line(row: dict) -> str:
 
 
 def append_jsonl(path: Path, rows: list[dict]) -> None:
-    """Appends one line a row, all or nothing: `NAME.begin` holds the file's size until all are there."""
+    """Appends one line a row, all or nothing: until all are written `NAME.begin` holds the file's old size."""
     begin = path.with_name(path.name + ".begin")
     begin.write_text(str(path.stat().st_size if path.exists() else 0))
     with path.open("a", encoding="utf-8") as out:
@@ -250,7 +250,7 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def repair(folder: Path) -> None:
-    """Takes back what a crash left half written: the lines of an unfinished `append_jsonl`, a line without an end."""
+    """Removes what a crash left half written: the lines of an unfinished `append_jsonl`, a line without an end."""
     for begin in folder.rglob("*.jsonl.begin"):
         file, size = begin.with_suffix(""), begin.read_text()
         if file.exists() and size:
@@ -264,13 +264,13 @@ def load_records(file: Path) -> list[dict]:
     """The traces of a records.jsonl, each (step, problem, sample) once; a line that a crash cut is dropped."""
     records = [json.loads(line) for line in whole_lines(file)]
     if records and "samples" in records[0]:
-        fail(f"{file}: holds one line a problem, as versions before this one wrote it; make the run again")
+        fail(f"{file}: holds one line per problem, as earlier versions wrote it; run it again")
     return list({(r.get("step"), r["id"], r["sample"]): r for r in records}.values())
 
 
 def unrecorded(file: Path, problems: list[dict], counts: list[int], size: int, sampler) -> Iterator[tuple]:
-    """What a records.jsonl lacks of `counts[i]` traces of problem i, in batches of at most `size` problems: (places of
-    the problems, the first missing sample of each). Tells the progress after each batch."""
+    """What a records.jsonl lacks of `counts[i]` traces of problem i, in batches of at most `size` problems: (indices of
+    the problems, their first missing sample). Prints the progress after each batch."""
     have = Counter(record["id"] for record in load_records(file)) if file.exists() else Counter()
     firsts = [have[problem["id"]] for problem in problems]
     todo = [i for i, first in enumerate(firsts) if first < counts[i]]
@@ -301,17 +301,17 @@ class Clock:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on, and the commit of this checkout where git knows it."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    found["transformers"] = importlib.metadata.version("transformers")
+    installed = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    installed["transformers"] = importlib.metadata.version("transformers")
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        found["commit"] = subprocess.run(
+        installed["commit"] = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
             cwd=ROOT,
             capture_output=True,
             text=True,
             check=True,
         ).stdout.strip()
-    return found
+    return installed
 
 
 def device_name() -> str:
@@ -323,7 +323,7 @@ def duration(seconds: float) -> str:
 
 
 def metrics_reporter(args: argparse.Namespace, run: Path) -> Callable[[dict], object]:
-    """What sends a step's metrics to --report-to; `metrics.jsonl` and a picture are written in any case."""
+    """A function that sends a step's metrics to --report-to; `metrics.jsonl` and a picture are written in any case."""
     if getattr(args, "report_to", None) is None:
         return lambda metrics: None
     if args.report_to == "tensorboard":

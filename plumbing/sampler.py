@@ -31,7 +31,7 @@ class Sampler:
 
     A draw depends on (seed, sample number, position) alone, so with the transformers engine a result does not depend on
     what else is in the batch, up to rounding of the logits (1e-6 in float32), which flips about one draw in a million.
-    vLLM's rounding varies with the batch in bf16, more than that. The engines turn a seed into different draws.
+    In bf16 vLLM's rounding varies with the batch by more than that. One seed gives each engine different draws.
     """
 
     def __init__(self, engine: TransformersEngine | VllmEngine | ServedEngine, tokenizer):
@@ -52,7 +52,7 @@ class Sampler:
         stop: Sequence[int] = (),
     ) -> list[list[Completion]]:
         """Samples `first … first + n - 1` of each prompt. `max_tokens`: one limit, or one for each prompt; `seeds`: a
-        key of integers for each prompt; `stop`: tokens that end a completion beside the end-of-turn tokens.
+        key of integers for each prompt; `stop`: tokens that end a completion besides the end-of-turn tokens.
         Temperature 0 is greedy; its log-probs are those of temperature 1."""
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         if not len(prompts) == len(limits) == len(seeds) or min(limits, default=1) < 1 or not all(prompts):

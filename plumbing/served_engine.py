@@ -1,4 +1,4 @@
-"""A model behind a server (vLLM, SGLang, any completions endpoint like OpenAI's) as a sampler, for what only samples.
+"""A model behind a server (vLLM, SGLang, any completions endpoint like OpenAI's) as a sampler, when only sampling.
 Token ids in, token ids and log-probs out: nothing is tokenized twice. A server that knows only text gets text."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from plumbing.runs import fail, first_line, resolve_model
 
 RETRIES = urllib3.Retry(backoff_factor=0.5, backoff_max=30, retry_after_max=60, raise_on_status=False)
 RETRIES = RETRIES.new(allowed_methods=None, status_forcelist=(408, 429, 500, 502, 503, 504))
-# Beyond OpenAI's fields: ids are told, </think> is not left out, a model's own defaults do not override the flags.
+# Beyond OpenAI's fields: ids are returned, </think> is kept, a model's own defaults do not override the flags.
 EXTRAS = {"return_token_ids": True, "skip_special_tokens": False, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PROBE = "Wait, 7 · 8 = 56."
 
@@ -31,20 +31,20 @@ def connect(url: str, connections: int = 1) -> urllib3.PoolManager:
 
 
 def ask(pool: urllib3.PoolManager, url: str, body: dict | None = None, tries: int = 8) -> dict:
-    """The answer to a GET, or to a POST of `body`; asked again for a minute while the server is busy or away. Raises
-    HTTPError(why there is none in one line, the status or 0)."""
+    """The reply to a GET, or to a POST of `body`; retried for a minute while the server is busy or away. Raises
+    HTTPError(the reason in one line, the status or 0) if there is none."""
     wait = urllib3.Timeout(connect=10, read=300 + (body or {}).get("max_tokens", 0) / 2)  # half a second a token
     how = {"json": body, "timeout": wait, "retries": RETRIES.new(total=tries - 1)}
     try:
-        answer = pool.request("POST" if body else "GET", url, **how)
-        if answer.status == 200:
-            return answer.json()
+        reply = pool.request("POST" if body else "GET", url, **how)
+        if reply.status == 200:
+            return reply.json()
     except (HTTPError, ValueError) as error:
         raise HTTPError(f"{url}: {first_line(getattr(error, 'reason', None) or error)}", 0) from None
-    said = f"{answer.status} {' '.join(answer.data.decode(errors='replace').split())[:300]}"
-    if answer.status in (401, 403):  # what it says may quote the key
-        said = "refuses the key in OPENAI_API_KEY" if pool.headers else "wants a key: set OPENAI_API_KEY"
-    raise HTTPError(f"{url}: {said}", answer.status)
+    reason = f"{reply.status} {' '.join(reply.data.decode(errors='replace').split())[:300]}"
+    if reply.status in (401, 403):  # its message may quote the key
+        reason = "refuses the key in OPENAI_API_KEY" if pool.headers else "wants a key: set OPENAI_API_KEY"
+    raise HTTPError(f"{url}: {reason}", reply.status)
 
 
 def find_model(url: str, model: str | None) -> tuple[str, str, int | None]:
@@ -55,7 +55,7 @@ def find_model(url: str, model: str | None) -> tuple[str, str, int | None]:
     except HTTPError as error:
         if error.args[1] != 404 or not model:
             fail(f"--engine {error.args[0]}")
-        return model, model, None  # a server without a list
+        return model, model, None  # a server that lists no models
     name = model or ", ".join(name for name, entry in served.items() if not entry.get("parent"))  # not its adapters
     if name not in served:
         fail(f"--model {model or 'is not given'}: {url} serves {', '.join(list(served)[:8])}")
@@ -83,7 +83,7 @@ class ServedEngine:
         self.ids = bool(theirs and probe.get("token_ids"))
         if self.ids and theirs[-len(ours) :] != ours:
             fail(f"--tokenizer {tokenizer.name_or_path}: {name} at {url} has another one")
-        notes = "" if usage.get("prompt_tokens_details") else "; what it caches is not told and counts as computed"
+        notes = "" if usage.get("prompt_tokens_details") else "; cached tokens are not reported, so count as computed"
         notes += "; log-probs are of temperature 1" * (sum(cold) < -0.1)
         print(f"engine: {name} at {url}, {concurrency} requests at a time{notes}")
         if not self.ids:
@@ -92,11 +92,11 @@ class ServedEngine:
     def complete(self, prompt: list[int] | str, limit: int, **how) -> tuple[dict, list[float], dict]:
         """(choice, its log-probs, usage) of one request."""
         body = {"model": self.name, "prompt": prompt, "max_tokens": limit, "logprobs": 1, **self.extras, **how}
-        answer = ask(self.pool, f"{self.url}/completions", body)
-        choice = (answer.get("choices") or [{}])[0]
+        reply = ask(self.pool, f"{self.url}/completions", body)
+        choice = (reply.get("choices") or [{}])[0]
         if choice.get("finish_reason") not in ("stop", "length"):
-            raise HTTPError(f"{self.url}: broke off a completion: {str(answer)[:200]}", 0)  # as it shuts down
-        return choice, (choice.get("logprobs") or {}).get("token_logprobs") or [], answer.get("usage") or {}
+            raise HTTPError(f"{self.url}: broke off a completion: {str(reply)[:200]}", 0)  # as when it shuts down
+        return choice, (choice.get("logprobs") or {}).get("token_logprobs") or [], reply.get("usage") or {}
 
     def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
         """One request a sample. Of a trace's prefixes the longest goes first: the cache then holds the others."""
@@ -104,21 +104,21 @@ class ServedEngine:
         if most > (self.context or most):  # the server might shorten the limit silently
             raise ValueError(f"{most} tokens of a prompt and its completion exceed the server's {self.context}")
         order = sorted(range(len(prompts)), key=prompts.__getitem__, reverse=True)
-        asked = [(prompts[p], limits[p], (*seeds[p], s), stop_ids, temperature, top_p) for p in order for s in samples]
-        drawn = iter(self.at_once(self.draw, asked))
+        jobs = [(prompts[p], limits[p], (*seeds[p], s), stop_ids, temperature, top_p) for p in order for s in samples]
+        drawn = iter(self.at_once(self.draw, jobs))
         rows = {p: [next(drawn) for _ in samples] for p in order}
         self.prompt_tokens += sum(computed for row in rows.values() for _, computed in row)
         return [[completion for completion, _ in rows[p]] for p in range(len(prompts))]
 
     def draw(self, prompt: list[int], limit: int, key: tuple[int, ...], stop_ids: list[int], temperature, top_p):
-        """(a completion, with the token that ended it as the other engines have it; tokens of the prompt computed)"""
+        """(a completion with the token that ended it, as other engines give it; the prompt tokens computed)"""
         how = {"temperature": temperature, "top_p": top_p, "seed": zlib.crc32(np.array(key).tobytes())}
         how |= {"stop_token_ids": stop_ids} if self.extras else {}
         how |= {} if self.ids else {"stop": [self.tokenizer.decode([i]) for i in stop_ids][:4]}  # OpenAI takes four
-        asked = prompt if self.ids else self.tokenizer.decode(prompt).removeprefix(self.tokenizer.bos_token or "")
-        choice, logprobs, usage = self.complete(asked, limit, **how)
+        sent = prompt if self.ids else self.tokenizer.decode(prompt).removeprefix(self.tokenizer.bos_token or "")
+        choice, logprobs, usage = self.complete(sent, limit, **how)
         ids = choice["token_ids"] if self.ids else self.tokenizer.encode(choice["text"], add_special_tokens=False)
-        mean = float(np.mean(logprobs or 0.0))  # votes are weighed by it
+        mean = float(np.mean(logprobs or 0.0))  # votes are weighted by it
         logprobs = logprobs if len(logprobs) == len(ids) else [mean] * len(ids)
         if choice["finish_reason"] == "stop" and (not ids or ids[-1] not in stop_ids):
             turn = stop_token_ids(self.tokenizer, self.generation_config)
@@ -127,7 +127,7 @@ class ServedEngine:
         return Completion(ids, logprobs, choice["finish_reason"]), usage.get("prompt_tokens", len(prompt)) - cached
 
     def score(self, head: list[int], tail: list[int]) -> float:
-        """log P(tail | head); the server computes the head anew. Raises HTTPError where it tells no such log-probs."""
+        """log P(tail | head); the server computes the head anew. Raises HTTPError if it returns no such log-probs."""
         logprobs = self.complete([*head, *tail], 1, echo=True)[1] if self.ids else []
         if len(logprobs) != len(head) + len(tail) + 1:
             raise HTTPError(f"{self.url}: gives no log-probs of a prompt's tokens, which a likelihood is read off", 0)

@@ -1,4 +1,4 @@
-"""training.py: what a training step needs beside its loss: micro-batches, schedule, several processes, checkpoints.
+"""training.py: what a training step needs besides its loss: micro-batches, schedule, several processes, checkpoints.
 
 Apart from common.py because nothing in it is about MRT.
 """
@@ -46,7 +46,7 @@ from plumbing.runs import (
 
 def micro_batches(examples: list[tuple[list[int], int, list[float]]], max_tokens: int, device):
     """Sorted by length and cut where rows × width would exceed `max_tokens`. An example is (ids, first trained
-    place, advantage of each trained token); yields (order, ids [B, T], where [B, T], advantages [N])."""
+    position, advantage of each trained token); yields (order, ids [B, T], where [B, T], advantages [N])."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     while order:
         width, batch = len(examples[order[-1]][0]), []
@@ -56,7 +56,7 @@ def micro_batches(examples: list[tuple[list[int], int, list[float]]], max_tokens
         where = torch.zeros(len(batch), width, dtype=torch.bool)
         for row, i in enumerate(batch):
             tokens, first, _ = examples[i]
-            ids[row, : len(tokens)] = torch.tensor(tokens)  # padded on the right: causal, needs no mask
+            ids[row, : len(tokens)] = torch.tensor(tokens)  # padded on the right: causal attention needs no mask
             where[row, first : len(tokens)] = True
         advantages = torch.tensor([a for i in batch for a in examples[i][2]], dtype=torch.float32)
         yield batch, ids.to(device), where.to(device), advantages.to(device)
@@ -88,7 +88,7 @@ def start_processes() -> tuple[int, int]:
 
 
 def end_processes() -> None:
-    """Before the interpreter goes: threads of the group that still run then end the process with an abort."""
+    """Before the interpreter exits: threads of the process group that still run then would abort it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -104,8 +104,8 @@ def shard(model, dtype: torch.dtype, scores: Callable) -> None:
     when it computes it. `scores(model, …)` becomes `model.scores(…)`, which may use weights outside of `forward`."""
     low = dtype != torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
-    lists = [of for of in model.base_model.modules() if isinstance(of, torch.nn.ModuleList)]
-    for layer in max(lists, key=lambda of: sum(p.numel() for p in of.parameters()), default=[]):  # the blocks
+    lists = [module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList)]
+    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[]):  # the blocks
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     model.scores = types.MethodType(scores, model)
@@ -144,12 +144,12 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     return total.tolist()
 
 
-def gather_over_ranks(mine: list) -> list:
+def gather_over_ranks(items: list) -> list:
     """The lists of all processes, joined."""
     if ranks()[1] == 1:
-        return mine
+        return items
     parts: list = [None] * ranks()[1]
-    dist.all_gather_object(parts, mine)
+    dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 
@@ -159,8 +159,8 @@ def wait_for_ranks() -> None:
 
 
 def same_number(batches: list, example: tuple, device) -> list:
-    """As many micro-batches in every process, or their collectives would wait for each other for ever: those with fewer
-    get copies of one example that count nothing, with an empty order and advantages of 0."""
+    """As many micro-batches in every process, or their collectives would wait for each other for ever: processes with
+    fewer get copies of one example that count for nothing, with an empty order and advantages of 0."""
     if ranks()[1] == 1:
         return batches
     most = max(gather_over_ranks([len(batches)]))
@@ -169,7 +169,7 @@ def same_number(batches: list, example: tuple, device) -> list:
 
 
 def open_run_once(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
-    """`open_run` by one process, when all have looked at the folder."""
+    """`open_run` by one process, once all have looked at the folder."""
     wait_for_ranks()
     run = open_run(out, config, resume, overwrite) if ranks()[0] == 0 else out
     wait_for_ranks()
@@ -182,27 +182,27 @@ def open_run_once(out: Path, config: dict, resume: bool, overwrite: bool) -> Pat
 def on_stop() -> list[int]:
     """Signals that ask the process to end (Ctrl-C; SIGTERM, as schedulers send before they kill) are noted here, to be
     looked at between steps. After the first a second one ends the process at once."""
-    asked: list[int] = []
+    received: list[int] = []
 
     def note(number, _frame):
-        asked.append(number)
+        received.append(number)
         end_on_stop()
         print(f"{signal.Signals(number).name}: finishing the step; a second one ends at once", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
-    return asked
+    return received
 
 
 def end_on_stop() -> None:
-    """They end the process at once again, as in work whose records are complete line by line."""
+    """These signals end the process at once again, for work whose records are complete line by line."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
 
 def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict, keep: int) -> None:
-    """`checkpoints/step_N`: the model in Hugging Face format and what training needs to go on, the same whichever
-    number of processes wrote it. It is written under another name and renamed when complete; then older ones go."""
+    """`checkpoints/step_N`: the model in Hugging Face format and what training needs to go on, the same however
+    many processes wrote it. It is written under another name and renamed when complete; then older ones go."""
     final = run / "checkpoints" / f"step_{state['step']:06d}"
     weights = dict(full_weights(model))
     options = StateDictOptions(full_state_dict=True, cpu_offload=ranks()[1] > 1)
@@ -218,8 +218,8 @@ def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict, keep: i
             temporary.rename(final)
         except Exception as error:  # a full disk, most likely; each library has its own exception for it
             shutil.rmtree(temporary, ignore_errors=True)
-            there = latest_checkpoint(run)
-            fail(f"{final} cannot be written: {first_line(error)}; the last good checkpoint is {there or 'none'}")
+            newest = latest_checkpoint(run)
+            fail(f"{final} cannot be written: {first_line(error)}; the last good checkpoint is {newest or 'none'}")
         for old in sorted((run / "checkpoints").glob("step_??????"))[:-keep]:
             shutil.rmtree(old)
     wait_for_ranks()
@@ -230,7 +230,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def load_weights(model, folder: Path | str) -> None:
-    """Those of a model in Hugging Face format, in place, into a model that may be sharded."""
+    """Loads weights in Hugging Face format, in place, into a model that may be sharded."""
     weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=ranks()[1] > 1))
 
@@ -259,7 +259,7 @@ def load_newest(run: Path, model, optimizer) -> tuple[Path, dict] | None:
         if unread:
             print(f"going on from {folder}", flush=True)
             for newer in (run / "checkpoints").glob("step_??????"):
-                if newer > folder and ranks()[0] == 0:  # its steps are made again
+                if newer > folder and ranks()[0] == 0:  # its steps are repeated
                     shutil.rmtree(newer)
         return folder, state
     if unread:
@@ -268,7 +268,7 @@ def load_newest(run: Path, model, optimizer) -> tuple[Path, dict] | None:
 
 
 def rewind(run: Path, step: int) -> None:
-    """Drops the lines of steps after the checkpoint that a run goes on from; they are made again."""
+    """Drops the lines of steps after the checkpoint that a run resumes from; those steps are repeated."""
     for name, first_lost in (("metrics.jsonl", step + 1), ("records.jsonl", step), ("validation.jsonl", step + 1)):
         if (run / name).exists():
             kept = [line for line in whole_lines(run / name) if step and json.loads(line)["step"] < first_lost]
@@ -301,10 +301,10 @@ def optimizer_step(model, optimizer, max_grad_norm: float) -> float:
     return float(norm)
 
 
-def batches_of(examples: list[tuple], part, max_tokens: int, device) -> list[tuple]:
-    """Micro-batches of some examples, as many in every process; the order holds places in `examples`."""
-    chosen = [examples[i] for i in part]
-    batches = [([int(part[i]) for i in order], *rest) for order, *rest in micro_batches(chosen, max_tokens, device)]
+def batches_of(examples: list[tuple], indices, max_tokens: int, device) -> list[tuple]:
+    """Micro-batches of the examples at `indices`, as many in every process; the order holds indices of `examples`."""
+    chosen = [examples[i] for i in indices]
+    batches = [([int(indices[i]) for i in order], *rest) for order, *rest in micro_batches(chosen, max_tokens, device)]
     return same_number(batches, examples[0], device)
 
 
@@ -320,7 +320,7 @@ def old_logprobs(args, score, examples, device) -> dict[int, torch.Tensor]:
 
 
 def check_gap(gaps: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """|log-prob of the trainer - of the sampler| of every token; stops where they are not the same policy."""
+    """|log-prob of the trainer - of the sampler| of every token; stops the run if they are not the same policy."""
     gap = torch.cat(gather_over_ranks(gaps))
     if not gap.mean() <= (0.05 if dtype == torch.bfloat16 else 1e-3):
         raise FloatingPointError(
@@ -344,8 +344,8 @@ def problems_of_step(problems: list[dict], count: int, step: int, seed: int) -> 
 def begin_or_resume(folder: Path, model, optimizer, fresh: dict) -> dict:
     """The state of a training: `fresh`, or that of the last checkpoint in `folder`; lines beyond it are removed."""
     state = fresh
-    if found := load_newest(folder, model, optimizer):
-        checkpoint, state = found
+    if newest := load_newest(folder, model, optimizer):
+        checkpoint, state = newest
         print(f"resumed from {checkpoint} at step {state['step']}")
     if ranks()[0] == 0:
         rewind(folder, state["step"])
@@ -354,8 +354,8 @@ def begin_or_resume(folder: Path, model, optimizer, fresh: dict) -> dict:
 
 def train_loop(args, run: Path, model, tokenizer, optimizer, state: dict, share_done, step, after=None) -> dict:
     """Steps until `share_done(state)` is 1; returns the last state. `step(state)` gives (new state, line of
-    metrics.jsonl, text to print or ""). Sets the learning rate, tells the time left, calls `after(state)`, writes a
-    checkpoint every --checkpoint-every steps, and one before it ends when it is asked to (Ctrl-C, SIGTERM)."""
+    metrics.jsonl, text to print or ""). Sets the learning rate, prints the time left, calls `after(state)`, writes a
+    checkpoint every --checkpoint-every steps, and one before it ends on Ctrl-C or SIGTERM."""
     tell, asked_to_stop = metrics_reporter(args, run), on_stop()
     first, began = share_done(state), time.time()
     while (done := share_done(state)) < 1:
@@ -387,10 +387,10 @@ def update_memory(config, tokens: int, dtype: torch.dtype, reference: bool, worl
     AdamW's moments are float32 and shared among the processes; the reference is whole in each.
 
     A micro-batch keeps each layer's input for the backward pass: float32 under autocast, `dtype` under FSDP2. On top
-    comes the largest of: a layer's inside in its backward pass (7 numbers a token for each of its MLP's units and 18
-    for its width, as counted on a CPU); the copy of all weights that autocast keeps through a forward pass, whose
-    inside is a third of that; the head's gradient and a chunk of logits. AdamW's step makes one more number a weight
-    when all these are gone. FSDP2 keeps the embeddings and the head gathered, and their gradients."""
+    comes the largest of: a layer's inside in its backward pass (7 numbers a token for each unit of its MLP and 18
+    for each of its width, counted on a CPU); the copy of all weights that autocast keeps through a forward pass, whose
+    inside is a third of that; the head's gradient and a chunk of logits. AdamW's step needs one more number a weight
+    when all these are freed. FSDP2 keeps the embeddings and the head gathered, and their gradients."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     count = sum(p.numel() for p in model.parameters())
@@ -411,7 +411,7 @@ def update_memory(config, tokens: int, dtype: torch.dtype, reference: bool, worl
 
 def memory_plan(args, problems: int, longest: int) -> str:
     """--dry-run: what the run will do, and an estimate of the memory that a process needs (`update_memory`). vLLM's
-    weights and cache are in the share of the card that it is given, and gone while it sleeps through an update."""
+    weights and cache are in its share of the card, and gone while it sleeps through an update."""
     world, dtype = ranks()[1], pick_dtype(args.dtype)
     tokens = max(args.max_tokens_per_batch, longest)
     count, parts = update_memory(load_config(args.model), tokens, dtype, args.kl > 0, world)

@@ -19,7 +19,7 @@ from plumbing.training import full_weights, ranks
 
 
 def vllm_or_why_not() -> tuple[str | None, str]:
-    """(what of vLLM works here, why nothing does)."""
+    """(the vLLM that works here or None, why none does)."""
     if importlib.util.find_spec("vllm") is None:
         return None, "vLLM is not installed"
     set_vllm_environment()
@@ -37,7 +37,7 @@ def vllm_or_why_not() -> tuple[str | None, str]:
 
 
 def set_vllm_environment() -> None:
-    """Before vllm is imported. Engine and worker in this process: only so can weights be handed over as tensors."""
+    """Before vllm is imported. Engine and worker share this process: only then can weights go over as tensors."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -69,17 +69,17 @@ class VllmEngine:
         on_cuda = current_platform.device_type == "cuda"
         self.sleeps, self.asleep = on_cuda and trained is not None, False
         if on_cuda:
-            here = {"gpu_memory_utilization": memory}
+            options = {"gpu_memory_utilization": memory}
         else:
-            here: dict[str, Any] = {
+            options: dict[str, Any] = {
                 "kv_cache_memory_bytes": 2 << 30,
                 "enforce_eager": True,  # compiling costs 20 s and gains a tenth
-                "block_size": 32,  # tokens; prefixes are shared in whole blocks; 128 if not told
+                "block_size": 32,  # tokens; prefixes are shared in whole blocks; default: 128
                 "enable_chunked_prefill": False,  # half a prompt and a seed: "CPU Generator does not use offset"
                 "max_num_batched_tokens": max(8192, longest),
             }
         if ranks()[1] > 1:  # under torchrun every process has an engine of its own
-            here["distributed_executor_backend"] = "external_launcher"
+            options["distributed_executor_backend"] = "external_launcher"
         self.llm = LLM(
             model=path,
             dtype=str(dtype).removeprefix("torch."),
@@ -87,10 +87,10 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",  # of the distribution sampled from, not of temperature 1
             enable_prefix_caching=True,
             enable_sleep_mode=self.sleeps,
-            generation_config="vllm",  # no defaults of the model's: the flags say how to sample
+            generation_config="vllm",  # none of the model's defaults: the flags say how to sample
             skip_tokenizer_init=True,
             use_tqdm_on_load=False,
-            **here,
+            **options,
         )
 
     def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
@@ -111,7 +111,7 @@ class VllmEngine:
                         max_tokens=limit,
                         seed=zlib.crc32(np.array([*seed, sample]).tobytes()),
                         stop_token_ids=stop_ids,
-                        logprobs=0,  # the drawn token's alone
+                        logprobs=0,  # only the drawn token's
                         detokenize=False,
                     )
                 )
@@ -121,7 +121,7 @@ class VllmEngine:
             self.prompt_tokens += len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
             drawn = output.outputs[0]
             ids = list(drawn.token_ids)
-            logprobs = [of_place[token].logprob for token, of_place in zip(ids, drawn.logprobs)]
+            logprobs = [candidates[token].logprob for token, candidates in zip(ids, drawn.logprobs)]
             reason = "stop" if ids[-1] in stop_ids else "length"
             rows[number // len(samples)].append(Completion(ids, logprobs, reason))
         return rows

@@ -22,8 +22,8 @@ waste well over half of their tokens, give up early and go on after the answer i
 answers are right) but not the strategy, which is what reinforcement learning is to change. Its μ is informed: forced
 to answer, it guesses among the candidates that its thought has not ruled out, so J rises as the thought learns.
 
-    python -m tiny.build --check             # figures the stored model must meet, on sampled behaviour
-    python -m tiny.build --rebuild           # warm-start it again from nothing (about 35 minutes on two cores)
+    python -m tiny.build --check             # figures that the stored model's samples must meet
+    python -m tiny.build --rebuild           # warm-start it again from scratch (about 35 minutes on two cores)
     python -m tiny.build --show 3            # print problems and traces of the warm start
 """
 
@@ -125,8 +125,8 @@ def warm_start_text(problem: dict, rng: random.Random) -> tuple[str, str, str, l
         found = solution if shown else None
         tried = [x for x in tried if f"try x = {x}:" in thought]
         stop = ("" if cut else "\n\n") + STOP_PHRASE
-    left = [found] if found else [x for x in range(1, n + 1) if x not in tried] or [solution]
-    return thought, stop, f"{ANSWER_CUE}{rng.choice(left)}}}", left
+    candidates = [found] if found else [x for x in range(1, n + 1) if x not in tried] or [solution]
+    return thought, stop, f"{ANSWER_CUE}{rng.choice(candidates)}}}", candidates
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer and model
@@ -169,7 +169,7 @@ def build_tokenizer() -> Any:
 
 def build_model(vocabulary: int) -> Any:
     """Qwen2 with 2 layers of width 128; a larger initialisation than usual, without which copying comes late."""
-    marked: dict[str, Any] = {"embedded_reasoner": True}  # how scripts know a model trained from this one
+    mark: dict[str, Any] = {"embedded_reasoner": True}  # how scripts recognise a model trained from this one
     config = Qwen2Config(
         vocab_size=math.ceil(vocabulary / 64) * 64,
         hidden_size=128,
@@ -180,7 +180,7 @@ def build_model(vocabulary: int) -> Any:
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         initializer_range=0.05,
-        **marked,
+        **mark,
     )
     return Qwen2ForCausalLM(config)
 
@@ -190,7 +190,7 @@ def build_model(vocabulary: int) -> Any:
 
 def warm_start(model, tokenizer, steps: int, batch: int, lr: float, rng: random.Random, answer_weight: float) -> None:
     """Supervised training on generated traces of the training problems. With an `answer_weight` the numbers answered
-    are a loss of their own, and the target of each is even over the candidates that are left: one sampled guess in a
+    have a loss of their own, whose target is even over the candidates that are left: one sampled guess in a
     hundred tokens is too weak a signal for μ to learn what a thought has ruled out."""
     by_level = [[pose(b, x, n, "train") for b, x in equations("train") if x <= n] for n in LEVELS]
     rows = [row for turn in zip(*by_level) for row in turn]
@@ -214,15 +214,15 @@ def warm_start(model, tokenizer, steps: int, batch: int, lr: float, rng: random.
             texts.sort(key=lambda t: len(t[0]))
             pool = [texts[i : i + batch] for i in range(0, len(texts), batch)]
             rng.shuffle(pool)
-        rows_now = pool.pop()
-        width = max(len(ids) for ids, _, _ in rows_now)
-        ids = torch.tensor([i + [tokenizer.pad_token_id] * (width - len(i)) for i, _, _ in rows_now])
-        mask = torch.tensor([m + [0] * (width - len(m)) for _, m, _ in rows_now])
+        examples = pool.pop()
+        width = max(len(ids) for ids, _, _ in examples)
+        ids = torch.tensor([i + [tokenizer.pad_token_id] * (width - len(i)) for i, _, _ in examples])
+        mask = torch.tensor([m + [0] * (width - len(m)) for _, m, _ in examples])
         logits = model(input_ids=ids[:, :-1]).logits
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * mask[:, 1:]
-        rows_index, places = torch.arange(len(rows_now)), torch.tensor([len(text) - 4 for text, _, _ in rows_now])
-        even = torch.zeros(len(rows_now), logits.shape[-1])  # over the candidates that are left
-        for row_targets, (_, _, candidates) in zip(even, rows_now):
+        rows_index, places = torch.arange(len(examples)), torch.tensor([len(text) - 4 for text, _, _ in examples])
+        even = torch.zeros(len(examples), logits.shape[-1])  # over the candidates that are left
+        for row_targets, (_, _, candidates) in zip(even, examples):
             row_targets[[number[x] for x in candidates]] = 1 / len(candidates)
         answers = torch.nn.functional.cross_entropy(logits[rows_index, places], even)  # `}` and the end follow
         if answer_weight:
@@ -238,9 +238,9 @@ def warm_start(model, tokenizer, steps: int, batch: int, lr: float, rng: random.
         if step % 50 == 0 or step == steps - 1:
             rate = tokens / (time.time() - began)
             left = (time.time() - began) / (step + 1) * (steps - step - 1) / 60
-            surplus = answers.item() - np.mean([math.log(len(candidates)) for _, _, candidates in rows_now])
-            told = f"step {step:5d}  loss {loss.item():.4f}  answers {surplus:.3f} nats from even"
-            print(f"{told}  {rate:,.0f} tokens/s  {left:.1f} min left", flush=True)
+            surplus = answers.item() - np.mean([math.log(len(candidates)) for _, _, candidates in examples])
+            status = f"step {step:5d}  loss {loss.item():.4f}  answers {surplus:.3f} nats from even"
+            print(f"{status}  {rate:,.0f} tokens/s  {left:.1f} min left", flush=True)
 
 
 def rebuild(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
@@ -265,7 +265,7 @@ LINE = re.compile(r"(?:try|check) x = (\d+): (\d+)² ≡ (\d+), \+ (\d+) ≡ (\d
 
 
 def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
-    """Prints what the model does on validation problems when it samples, beside what is asked of it."""
+    """Prints what the model does on validation problems when it samples, next to what is wanted."""
     tokenizer = load_tokenizer(model)
     sampler = Sampler(TransformersEngine(load_model(model, "cpu")), tokenizer)
     rows = problems("validation")[:count]
@@ -304,7 +304,7 @@ def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
         shown = f"x = {trace.problem['answer']} works"
         solved += [v for b, v in zip(trace.boundaries, trace.values) if shown in trace.prefix(b)]
     likelihood_success_rates(sampler, traces)
-    guesses = []  # before a find: (candidates, how many are ruled out, J, 1 / those that are left)
+    guesses = []  # before a find: (candidates, number ruled out, J, 1 / number left)
     for trace in traces:
         n = trace.problem["level"]
         for boundary, J in zip(trace.boundaries, trace.values):
@@ -345,13 +345,13 @@ def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rebuild", action="store_true", help="warm-start the model from nothing and store it in --out"
+        "--rebuild", action="store_true", help="warm-start the model from scratch and store it in --out"
     )
     parser.add_argument(
         "--check", action="store_true", help="print the sampled behaviour; exit 1 if it is not as wanted"
     )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N problems and warm-start traces")
-    parser.add_argument("--model", default="tiny", help="--check: another model of these problems")
+    parser.add_argument("--model", default="tiny", help="--check: another model for these problems")
     parser.add_argument("--problems", type=int, default=128, help="--check: validation problems, 4 traces each")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)

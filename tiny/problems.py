@@ -22,10 +22,10 @@ def equations(split: str) -> list[tuple[int, int]]:
     difficulty, so the splits are disjoint by construction."""
     if split not in SPLITS:
         raise ValueError(f"--split {split}: the tiny problems have {', '.join(SPLITS)}, final")
-    every = [(b, x) for b in range(PRIME) for x in range(1, 31)]
-    random.Random(PRIME).shuffle(every)
-    start = round(sum(list(SPLITS.values())[: list(SPLITS).index(split)]) * len(every))
-    return every[start : start + round(SPLITS[split] * len(every))]
+    pairs = [(b, x) for b in range(PRIME) for x in range(1, 31)]
+    random.Random(PRIME).shuffle(pairs)
+    start = round(sum(list(SPLITS.values())[: list(SPLITS).index(split)]) * len(pairs))
+    return pairs[start : start + round(SPLITS[split] * len(pairs))]
 
 
 def pose(b: int, x: int, n: int, split: str) -> dict:
@@ -59,32 +59,32 @@ def problems(split: str, levels: tuple[int, ...] = LEVELS) -> list[dict]:
 
 
 def final_problems(per_level: int = 36) -> list[dict]:
-    """Problems that nothing was ever chosen by: the equations of validation and test that no problem of theirs uses.
-    Each level has as many solutions of 1-10, of 11-20 and of 21-30 as the others of those it allows."""
-    left: list[list[tuple[int, int]]] = [[], [], []]
+    """Problems by which nothing was ever chosen: the equations of validation and test that none of their problems
+    uses. Each level has equally many solutions in each of 1-10, 11-20 and 21-30 that it allows."""
+    unused: list[list[tuple[int, int]]] = [[], [], []]
     for split in ("validation", "test"):
         used = {p["id"].split("-", 3)[3] for p in problems(split)}
         for b, x in equations(split):
             if f"{b}-{x}" not in used:
-                left[(x - 1) // 10].append((b, x))
+                unused[(x - 1) // 10].append((b, x))
     rows = []
     for n in LEVELS:
-        parts = left[: n // 10]
-        chosen = [part.pop() for _ in range(per_level // len(parts)) for part in parts]
+        ranges = unused[: n // 10]
+        chosen = [pairs.pop() for _ in range(per_level // len(ranges)) for pairs in ranges]
         rows.append([pose(b, x, n, "final") for b, x in chosen])
     return [problem for turn in zip(*rows) for problem in turn]
 
 
 def rows() -> list[dict]:
-    """Every problem once, with its split and the subsets that have it, in the order of the subsets: `mixed`, which is
-    `tiny`, and one a level."""
-    found: dict[str, dict] = {}
+    """Every problem once, with its split and its place in each subset that has it: `mixed`, which is `tiny`, and
+    one per level."""
+    by_id: dict[str, dict] = {}
     for split in (*SPLITS, "final"):
         for subset, levels in (("mixed", LEVELS), *((str(n), (n,)) for n in LEVELS)):
             for place, problem in enumerate(problems(split, levels)):
-                row = found.setdefault(problem["id"], {**problem, "split": split, "place": {}})
+                row = by_id.setdefault(problem["id"], {**problem, "split": split, "place": {}})
                 row["place"][subset] = place
-    return list(found.values())
+    return list(by_id.values())
 
 
 def main() -> None:
