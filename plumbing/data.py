@@ -37,13 +37,15 @@ def load_problems(
     list, any of which is right. Unusable rows of a file end the run with one message about all of them, unless
     `skip_unusable`; those of a Hub data set (NuminaMath has proofs) are left out and counted.
     """
-    split, part = part_of_split(split)
+    name, part = part_of_split(split)
     if is_tiny_dataset(dataset):
-        if not (problems := tiny_problems(dataset, split)[part][:limit]):
-            fail(f"--split {split}: holds no problem in that part")
+        if not (problems := tiny_problems(dataset, name)[part][:limit]):
+            fail(f"--split {split}: holds no problem")
         return problems
     from_file = is_file_name(dataset) or Path(dataset).exists()
-    rows = read_rows(Path(dataset)) if from_file else load_from_hub(dataset, split, part)
+    if from_file and name != split:
+        fail(f"--split {split}: {dataset} is a file, which has no splits to take a part of")
+    rows = read_rows(Path(dataset)) if from_file else load_from_hub(dataset, name, part)
     used = usable_rows(dataset, rows, limit, problem_column, answer_column, skip_unusable or not from_file)
     problems = [problem for problem, _ in used]
     if len({p["id"] for p in problems}) < len(problems):

@@ -506,7 +506,7 @@ def test_records_of_an_earlier_version_are_refused(capsys, monkeypatch, tmp_path
     run = a_run(tmp_path / "run", f"{script.__name__}.py", **settings)
     write_rows(run / "records.jsonl", {"id": "a", "answer": "2", "samples": [{"right": 1.0}]})
     message = refusal(capsys, main_with(monkeypatch, script, "--compare", run, "--out", tmp_path / "out"))
-    assert str(run / "records.jsonl") in message and "one line a problem" in message
+    assert str(run / "records.jsonl") in message and "one line per problem" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -517,7 +517,7 @@ def test_an_analysis_of_an_earlier_version_is_refused(capsys, monkeypatch, tmp_p
         (analyze_r1, "--from", run),
         (budget_force, "--model", "tiny", "--thoughts", run, "--engine", "transformers"),
     ):
-        assert "one line a problem" in refusal(capsys, main_with(monkeypatch, script, *argv))
+        assert "one line per problem" in refusal(capsys, main_with(monkeypatch, script, *argv))
 
 
 def test_the_run_of_another_script_is_not_overwritten(tmp_path, capsys):

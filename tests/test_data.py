@@ -277,7 +277,7 @@ def test_a_hub_set_leaves_out_what_cannot_be_used(monkeypatch, capsys):
     assert "left out" in capsys.readouterr().out
 
 
-def test_a_part_of_a_split_is_read_as_the_library_datasets_does(tmp_path, monkeypatch):
+def test_a_part_of_a_split_is_read_as_the_library_datasets_does(tmp_path, monkeypatch, capsys):
     whole = load_problems("tiny:30", "test")
     assert load_problems("tiny:30", "test[150:300]") == whole[150:300]
     assert load_problems("tiny:30", "test[450:]", 3) == whole[450:453]
@@ -287,6 +287,9 @@ def test_a_part_of_a_split_is_read_as_the_library_datasets_does(tmp_path, monkey
     for text in ("train", "train[2:4]", "train[:1]", "train[4:]"):
         name, part = data.part_of_split(text)
         assert list(data.load_from_hub(str(tmp_path), name, part)) == rows[part]
+    file = str(tmp_path / "train.jsonl")
+    assert len(load_problems(file, "train")) == 6
+    assert "--split train[2:4]" in refusal(capsys, load_problems, file, "train[2:4]")
 
 
 @pytest.mark.parametrize("split", ["test[", "test[3]", "test[a:b]", "test[1:2", "test[-5:]", "test[9000:]", "tset[:3]"])

@@ -40,7 +40,7 @@ def pose(b: int, x: int, n: int, split: str) -> dict:
 def problems(split: str, levels: tuple[int, ...] = LEVELS) -> list[dict]:
     """The problems of a split, in a fixed order: `{problem, answer, id, level}`.
 
-    Every equation is used once, at one level, so problems are independent. Levels take turns, so any first n problems
+    An equation is used at most once, at one level, so problems are independent. Levels take turns, so the first n
     hold them in equal shares; within a level the solution is uniform, since level n is drawn with weight 1/n.
     """
     if not levels or not all(2 <= level <= 30 for level in levels):
