@@ -294,7 +294,7 @@ def test_an_analysis_writes_records_and_numbers_and_pictures_of_them(straight_an
             assert value == np.mean([a["verdict"] == "right" for a in forced])
             assert len(forced) == 4 and all(a["text"] for a in forced)
     summary = json.loads((straight_analysis / "summary.json").read_text())
-    assert summary["traces"] == 12 == sum(p["traces"] for p in summary["panels"])
+    assert summary["samples"] == 12 == sum(p["traces"] for p in summary["panels"])
     assert summary["direct"]["k"] == [1, 2, 4]
     assert summary["direct"]["pass@k"][0]["mean"] == pytest.approx(summary["direct"]["maj@k"][0]["mean"])
     assert all(is_picture(straight_analysis / name) for name in FIGURES)
