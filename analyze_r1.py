@@ -453,7 +453,8 @@ def draw_progress(summary: dict, run: Path) -> Path:
         title += f"noise of the estimate {moved['noise']:.2f}"
         spread.set(xlabel="progress of an episode, J after - J before", ylabel="episodes", yscale="log", title=title)
         numbers, means = list(moved["by_number"]), [of["mean"] for of in moved["by_number"].values()]
-        report.draw_curve(by_number, numbers, means, "C0", style="o-")
+        if means:
+            report.draw_curve(by_number, numbers, means, "C0", style="o-")
         by_number.axhline(0, color="grey", linewidth=0.8)
         by_number.set(xlabel="number of the episode", ylabel="mean progress")
         fifths, below = moved["by_fifth_of_the_trace"], 0.0
