@@ -14,6 +14,8 @@ import argparse
 import math
 import sys
 from collections import Counter
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -148,21 +150,18 @@ def analyse(args) -> None:
         models.load_tokenizer(direct.tokenizer or direct.model)  # a wrong name is told now
     run = runs.open_run(args.out, runs.identity(args, *MAY_CHANGE), args.resume, args.overwrite)
     runs.same_inputs(run, problems, args.model)
-    file, sampler = run / "records.jsonl", open_sampler(args, tokenizer, longest)
-    for traces in new_traces(args, file, sampler, problems, prompts, published_segmentation(args), given):
-        runs.append_jsonl(file, [{**trace.record(), "episodes": episodes_of(args, trace)} for trace in traces])
+    file, sampler, single = run / "records.jsonl", open_sampler(args, tokenizer, longest), episodes_by(args, 1)
+    for traces in new_traces(args, file, sampler, problems, prompts, episodes_by(args, args.episodes_per_point), given):
+        episodes = [len(episode_spans(trace.prefix(trace.boundaries[-1]), single)) for trace in traces]
+        runs.append_jsonl(file, [{**trace.record(), "episodes": n} for trace, n in zip(traces, episodes)])
     sampler.close()
     if direct:
         answer_directly(direct, run, problems)
 
 
-def published_segmentation(args) -> Segmentation:
-    return segmentation(args, max_steps=args.max_steps, group_size=args.episodes_per_point)
-
-
-def episodes_of(args, trace: Trace) -> int:
-    """Episodes of a thought before neighbours are joined."""
-    return len(episode_spans(trace.prefix(trace.boundaries[-1]), segmentation(args, max_steps=args.max_steps)))
+def episodes_by(args, group_size: int) -> Segmentation:
+    """The published rule, with so many neighbours joined."""
+    return segmentation(args, max_steps=args.max_steps, group_size=group_size)
 
 
 # ---------------------------------------------------------------------------------------------- given responses
@@ -182,10 +181,9 @@ def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -
         print(f"{args.traces}: no response has {THINK_END}; each is read as a thought that holds its answer")
     groups, unused = [], Counter()
     for problem, prompt, row in zip(problems, prompts, responses):
-        filled = [response for response in row if response.strip()]
-        traces = [given_trace(args, tokenizer, problem, prompt, response, marked) for response in filled]
+        traces = [given_trace(args, tokenizer, problem, prompt, text, marked) for text in row if text.strip()]
         usable = [trace for trace in traces if len(prompt) + trace.boundaries[-1] + room <= context]
-        unused["are empty"] += len(row) - len(filled)
+        unused["are empty"] += len(row) - len(traces)
         unused[f"exceed μ's context of {context} tokens"] += len(traces) - len(usable)
         if not usable:
             print(f"problem {problem['id']}: no usable response")
@@ -211,7 +209,7 @@ def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str
     completion = Completion(written, [], "length" if marked and answer is None else "stop")
     completion.text, completion.offsets = text_and_offsets(tokenizer, written)
     finished = answer is not None and models.thinks(tokenizer)
-    boundaries = token_boundaries(completion, len(ids), published_segmentation(args))
+    boundaries = token_boundaries(completion, len(ids), episodes_by(args, args.episodes_per_point))
     return Trace(problem, prompt, completion, boundaries, finished, answer if marked else response)
 
 
@@ -228,8 +226,8 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
     sampler = open_sampler(args, tokenizer, longest)
     seeds = [(args.seed, 2, problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, args.max_tokens, seeds, args.direct_samples, args.temperature, args.top_p)
-    traces = [trace for group in read_traces(tokenizer, problems, prompts, rows) for trace in group]
-    lines = [runs.json_line({**trace.record(), "model": args.model}) for trace in traces]
+    groups = read_traces(tokenizer, problems, prompts, rows)
+    lines = [runs.json_line({**trace.record(), "model": args.model}) for group in groups for trace in group]
     runs.write_text(file, "".join(lines))
     sampler.close()
 
@@ -253,7 +251,8 @@ def write_report(args, run: Path) -> None:
 
 
 def votes(record: dict, kind: str) -> list[list[float]]:
-    """[maj@p]_j of one trace, [points, VOTES]; p larger than the forced answers: all of them."""
+    """[maj@p]_j of one trace, [points, VOTES], votes of weight 2^(mean token log-prob) (Appendix D) or "plain"; for p
+    above the number of forced answers all of them vote."""
     rows = []
     for J, answers in zip(record["J"], record["forced"]):
         weights = [2 ** answer["mean_logprob"] for answer in answers] if kind == "weighted" else None
@@ -271,12 +270,9 @@ def summarise(args, records: list[dict]) -> dict:
     regrets = {budget: mean_interval(records, regret_at, budget) for budget in args.budgets}
     forced = [answer for r in records for answers in r["forced"] for answer in answers]
     return {
-        "problems": len(group_by_problem(records)),
+        **report.counts_of(records),
         "traces": len(records),
-        "truncated": float(np.mean([r["finish"] == "length" for r in records])),
-        "no_answer": float(np.mean([r["verdict"] == "none" for r in records])),
-        "no_thought": float(np.mean([r["finished"] and r["boundaries"][-1] == 0 for r in records])),
-        "one_episode": float(np.mean([r["episodes"] == 1 for r in records])),
+        "one_episode": float(np.mean([r["episodes"] == 1 for r in records])),  # before neighbours are joined
         "episodes": mean_interval(records, lambda r: r["episodes"]),
         "tokens": mean_interval(records, lambda r: r["tokens"]),
         "right": mean_interval(records, lambda r: r["reward"]),
@@ -296,32 +292,28 @@ def summarise(args, records: list[dict]) -> dict:
 def panels(args, records: list[dict]) -> list[dict]:
     """[maj@p]_j by the number of episodes of a trace (Figure 3). Within a panel a trace that has ended keeps its last
     value, so every point is over the same traces."""
-    width, by_panel = args.panel_episodes, {}
-    for record in records:
-        by_panel.setdefault((record["episodes"] - 1) // width, []).append(record)
-    return [panel(args, number, traces) for number, traces in sorted(by_panel.items())]
+    width, of_panels = args.panel_episodes, []
+    for number, traces in sorted(group_by(records, lambda r: (r["episodes"] - 1) // width).items()):
+        points = range(max(len(r["J"]) for r in traces))
+        panel = {
+            "episodes": [number * width + 1, (number + 1) * width],
+            "traces": len(traces),
+            "problems": len(group_by_problem(traces)),
+            "after_episodes": [j * args.episodes_per_point for j in points],
+            "tokens": {p: [problem_means(traces, spent, j, p).mean() for j in points] for p in VOTES},
+            **{kind: votes_after_each(kind, traces, points) for kind in ("weighted", "plain")},
+        }
+        of_panels.append(panel)
+    return of_panels
 
 
-def panel(args, number: int, traces: list[dict]) -> dict:
-    points, width = range(max(len(r["J"]) for r in traces)), args.panel_episodes
+def votes_after_each(kind: str, traces: list[dict], points: range) -> dict[int, list[dict]]:
+    """{p: [maj@p]_j at every point j}."""
 
-    def votes_after_each(kind: str) -> dict[int, list[dict]]:
-        return {p: [mean_interval(traces, vote_after, kind, j, v) for j in points] for v, p in enumerate(VOTES)}
+    def vote(record: dict, j: int, v: int) -> float:
+        return held(record["maj"][kind], j)[v]
 
-    return {
-        "episodes": [number * width + 1, (number + 1) * width],
-        "traces": len(traces),
-        "problems": len(group_by_problem(traces)),
-        "after_episodes": [j * args.episodes_per_point for j in points],
-        "tokens": {p: [problem_means(traces, spent, j, p).mean() for j in points] for p in VOTES},
-        "weighted": votes_after_each("weighted"),
-        "plain": votes_after_each("plain"),
-    }
-
-
-def vote_after(record: dict, kind: str, j: int, v: int) -> float:
-    """[maj@p]_j of a trace, p = VOTES[v]."""
-    return held(record["maj"][kind], j)[v]
+    return {p: [mean_interval(traces, vote, j, v) for j in points] for v, p in enumerate(VOTES)}
 
 
 def held(values: list, j: int):
@@ -340,15 +332,10 @@ def direct_summary(records: list[dict]) -> dict:
     n = len(groups[0])
     ks = [2**i for i in range(n.bit_length())]
     tokens = float(problem_means(records, lambda r: r["tokens"]).mean())
-    right = [sum(r["verdict"] == "right" for r in group) for group in groups]
-    boxes = [[r["boxed"] for r in group] for group in groups]
-    golds = [group[0]["gold"] for group in groups]
-    return {
-        "k": ks,
-        "tokens": [k * tokens for k in ks],
-        "pass@k": [interval([pass_at_k(n, count, k) for count in right]) for k in ks],
-        "maj@k": [interval([vote_at_k(*answers, k) for answers in zip(boxes, golds)]) for k in ks],
-    }
+    passes = [[pass_at_k(n, sum(r["verdict"] == "right" for r in group), k) for group in groups] for k in ks]
+    votes = [[vote_at_k([r["boxed"] for r in group], group[0]["gold"], k) for group in groups] for k in ks]
+    tokens_of_k = [k * tokens for k in ks]
+    return {"k": ks, "tokens": tokens_of_k, "pass@k": [*map(interval, passes)], "maj@k": [*map(interval, votes)]}
 
 
 def regret_over_episodes(records: list[dict]) -> list[dict]:
@@ -356,9 +343,11 @@ def regret_over_episodes(records: list[dict]) -> list[dict]:
     its last J. k counts the points at which answers were forced."""
     lengths = sorted(len(r["J"]) for r in records)
     most = lengths[95 * (len(lengths) - 1) // 100]  # all but the longest twentieth
-    return [
-        mean_interval(records, lambda r, k: sum(1 - held(r["J"], j) for j in range(k)), k) for k in range(1, most + 1)
-    ]
+
+    def regret_after(record: dict, k: int) -> float:
+        return sum(1 - held(record["J"], j) for j in range(k))
+
+    return [mean_interval(records, regret_after, k) for k in range(1, most + 1)]
 
 
 def progress(records: list[dict]) -> dict | None:
@@ -367,22 +356,20 @@ def progress(records: list[dict]) -> dict | None:
     With n forced answers a J is off by √(J(1-J)/n), so part of the spread is noise; `noise` is that part's standard
     deviation, to be compared with `deviation`."""
     episodes = [
-        {"id": r["id"], "number": j + 1, "fifth": min(4, 5 * j // (len(r["J"]) - 1)), "before": before, "gain": gain}
+        {"id": r["id"], "number": j + 1, "fifth": 5 * j // (len(r["J"]) - 1), "J": J, "gain": gain}
         for r in records
-        for j, (before, gain) in enumerate(zip(r["J"], np.diff(r["J"])))
+        for j, (J, gain) in enumerate(zip(pairwise(r["J"]), np.diff(r["J"])))
     ]
     if not episodes:
         return None
     n = max((len(answers) for r in records for answers in r["forced"]), default=1)
-    gains, before = (np.array([episode[name] for episode in episodes]) for name in ("gain", "before"))
-    after = before + gains
-    noise = np.mean((before * (1 - before) + after * (1 - after)) / max(1, n - 1))
+    gains, J = (np.array([episode[name] for episode in episodes]) for name in ("gain", "J"))
     edges = np.linspace(-1, 1, 2 * n + 2)
-    by_number, by_fifth = (sorted(group_by(episodes, field).items()) for field in ("number", "fifth"))
+    by_number, by_fifth = (sorted(group_by(episodes, itemgetter(field)).items()) for field in ("number", "fifth"))
     return {
         **describe(episodes),
         "deviation": float(gains.std()),
-        "noise": float(math.sqrt(noise)),
+        "noise": float(np.sqrt(np.mean(J * (1 - J)) * 2 / max(1, n - 1))),
         "histogram": {"edges": edges.tolist(), "episodes": np.histogram(gains, edges)[0].tolist()},
         "by_fifth_of_the_trace": [describe(group) for _, group in by_fifth],
         "by_number": [{"number": number, **describe(group)} for number, group in by_number if len(group) >= 10],
@@ -447,14 +434,13 @@ def draw_scaling(summary: dict, run: Path) -> Path:
         title = f"{first}–{last} episodes" if last > first else f"{first} episode{'s' * (first > 1)}"
         title += f"\n{column['traces']} traces, {column['problems']} problems"
         labels = {"title": title, "xlabel": "episodes", "ylim": (0, 1), "xticks": episodes[:: len(episodes) // 5 + 1]}
-        curves = zip(VOTES, colors)
-        above.append(Panel(labels, [Curve(episodes, votes[p], f"maj@{p}", ".-", c, band=p == 1) for p, c in curves]))
-        thinking = Curve(tokens[1], votes[1], "after each episode, maj@1", ".-", "C0")
-        branches = []
+        curves = [Curve(episodes, votes[p], f"maj@{p}", ".-", c, band=p == 1) for p, c in zip(VOTES, colors)]
+        above.append(Panel(labels, curves))
+        curves = [Curve(tokens[1], votes[1], "after each episode, maj@1", ".-", "C0")]
         for j in range(len(episodes)):
             x, means = [tokens[p][j] for p in VOTES], [votes[p][j] for p in VOTES]
-            branches.append(Curve(x, means, None if j else "votes of 1, 2, 4, 8", ".--", "C2", band=False))
-        below.append(Panel({"xlabel": "tokens", "ylim": (0, 1)}, [thinking, *branches, *direct], tokens=True))
+            curves.append(Curve(x, means, None if j else "votes of 1, 2, 4, 8", ".--", "C2", band=False))
+        below.append(Panel({"xlabel": "tokens", "ylim": (0, 1)}, [*curves, *direct], tokens=True))
     for row in (above, below):
         row[0].settings["ylabel"] = "accuracy"
     width = max(5 / len(shown), 2.1)
@@ -485,16 +471,16 @@ def draw_progress(summary: dict, run: Path) -> Path:
         title = f"{moved['episodes']} episodes; deviation {moved['deviation']:.2f}, "
         title += f"noise of the estimate {moved['noise']:.2f}"
         spread.set(xlabel="progress of an episode, J after - J before", ylabel="episodes", yscale="log", title=title)
-        means = [row["mean"] for row in moved["by_number"]]
-        if means:
-            report.draw_curve(by_number, [row["number"] for row in moved["by_number"]], means, "C0", style="o-")
+        if rows := moved["by_number"]:
+            means = [row["mean"] for row in rows]
+            report.draw_curve(by_number, [row["number"] for row in rows], means, "C0", style="o-")
         by_number.axhline(0, color="grey", linewidth=0.8)
         by_number.set(xlabel="number of the episode", ylabel="mean progress")
         fifths, below = moved["by_fifth_of_the_trace"], 0.0
         for name, color in (("positive", "C0"), ("none", "0.75"), ("negative", "C1")):
             shares = np.array([fifth[name]["mean"] for fifth in fifths])
             by_fifth.bar(range(1, len(fifths) + 1), shares, bottom=below, color=color, label=name)
-            below = below + shares
+            below += shares
         by_fifth.set(xlabel="fifth of the trace", ylabel="share of episodes", ylim=(0, 1))
         by_fifth.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return report.save_figure(figure, run / "progress.png")

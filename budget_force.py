@@ -55,6 +55,7 @@ DEFAULTS = {
     "batch_problems": (64, 4, "ours"),
 }
 STRINGS = "Wait,But wait,Alternatively,But hold on"  # in turn (Appendix F)
+COUNTED = {"thought": "the thought", "total": "the thought and its answer"}  # by a budget
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -79,26 +80,12 @@ def flags(argv=None) -> argparse.Namespace:
     flag("--style", choices=("paper", "s1"), default="paper", help=style)
     flag("--compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
     args = parse_flags(parser, DEFAULTS, argv)
-    names = args.model.split(",")
-    name = short_name(names[0]) if len(names) == 1 else "models"
-    args.out = args.out or Path("runs") / ("budget-compare" if args.compare else f"budget-{name}")
+    name = "compare" if args.compare else "models" if "," in args.model else short_name(args.model)
+    args.out = args.out or Path("runs") / f"budget-{name}"
     args.strings = ["Wait"] if args.style == "s1" else args.strings.split(",")
     if not all(args.strings):
         fail("--strings: one of them is empty")
-    if args.thoughts and not args.compare:
-        if len(names) > 1:
-            fail("--thoughts: one run holds the thoughts of one model")
-        take_settings_of_thoughts(args)
     return args
-
-
-def take_settings_of_thoughts(args) -> None:
-    analysis = runs.settings_of(args.thoughts, "--thoughts", "analyze_r1.py", "episodes_per_point")
-    if analysis["model"] != args.model:
-        fail(f"--thoughts {args.thoughts}: holds thoughts of --model {analysis['model']}, not of {args.model}")
-    if not analysis.get("traces") and args.max_tokens != analysis["max_tokens"]:
-        args.max_tokens = analysis["max_tokens"]
-        print(f"training budget: {args.max_tokens} tokens, the --max-tokens of {args.thoughts}")
 
 
 def main() -> None:
@@ -106,18 +93,15 @@ def main() -> None:
     if args.compare:
         compare(args, args.compare)
         return
-    args.engine = pick_engine(args.engine)
+    args.engine, thoughts = pick_engine(args.engine), read_thoughts(args) if args.thoughts else None
     names = args.model.split(",")
     forcings = each_in_its_folder(args, [short_name(name) for name in names], [{"model": name} for name in names])
     for one in forcings:  # what can be refused at once is
         runs.check_out(one.out, runs.identity(one, "compare"), one.resume, one.overwrite)
         if not models.thinks(models.load_tokenizer(one.tokenizer or one.model)):
             fail(f"--model {one.model}: has no {THINK_END} in its vocabulary, so no thought to cut or to extend")
-    thoughts = None
-    if args.thoughts:
-        thoughts = report.group_by_problem(runs.load_records(args.thoughts / "records.jsonl"))
-        problems = [{"problem": r["problem"], "answer": r["gold"], "id": r["id"]} for r, *_ in thoughts.values()]
-        problems = problems[: args.limit]
+    if thoughts is not None:
+        problems = [{"problem": r["problem"], "answer": r["gold"], "id": r["id"]} for r, *_ in thoughts]
     else:
         problems = data.problems_of(args)
     for one in forcings:
@@ -125,18 +109,30 @@ def main() -> None:
     compare(args, [one.out for one in forcings])
 
 
+def read_thoughts(args) -> list[list[dict]]:
+    """The records of --thoughts, a row a problem; their token limit becomes --max-tokens."""
+    analysis = runs.settings_of(args.thoughts, "--thoughts", "analyze_r1.py", "episodes_per_point")
+    if analysis["model"] != args.model:
+        fail(f"--thoughts {args.thoughts}: holds thoughts of --model {analysis['model']}, not of {args.model}")
+    if not analysis.get("traces") and args.max_tokens != analysis["max_tokens"]:
+        args.max_tokens = analysis["max_tokens"]
+        print(f"training budget: {args.max_tokens} tokens, the --max-tokens of {args.thoughts}")
+    records = runs.load_records(args.thoughts / "records.jsonl")
+    return list(report.group_by_problem(records).values())[: args.limit]
+
+
 # ---------------------------------------------------------------------------------------------- sampling
 
 
-def force(args, problems: list[dict], thoughts: dict[str, list[dict]] | None) -> None:
+def force(args, problems: list[dict], thoughts: list[list[dict]] | None) -> None:
     """One model: writes a record a trace, as each batch of problems is done; those recorded are not made again."""
     tokenizer = models.load_tokenizer(args.tokenizer or args.model)
     strings = max(len(encode(tokenizer, "\n" + string)) for string in args.strings)
     more = args.extensions * (args.extension_tokens + strings) if args.style == "paper" else 0
     prompts, longest = prompts_of(args, tokenizer, problems, more)
     given = thoughts and [
-        [trace_of(record, tokenizer, problem, prompt) for record in thoughts[problem["id"]]]
-        for problem, prompt in zip(problems, prompts)
+        [trace_of(record, tokenizer, problem, prompt) for record in row]
+        for problem, prompt, row in zip(problems, prompts, thoughts)
     ]
     run = runs.open_run(args.out, runs.identity(args, "compare"), args.resume, args.overwrite)
     runs.same_inputs(run, problems, args.model)
@@ -274,7 +270,7 @@ def problem_values(settings: dict, records: list[dict]) -> Values:
     values = {"right": mean(lambda r: r["reward"]), "thought tokens": mean(lambda r: r["boundaries"][-1])}
     for budget in map(str, settings["budgets"]):
         values[f"within {budget}"] = mean(lambda r, budget: r["exploit"][budget]["J"], budget)
-    for w in records[0]["extrapolate"]:
+    for w in map(str, extensions(settings)):
         values[f"{w} extensions"] = mean(lambda r, w: r["extrapolate"][w]["J"], w)
         values[f"tokens, {w} extensions"] = mean(lambda r, w: spent(r["extrapolate"][w]), w)
     for budget in regret_budgets(settings):
@@ -282,11 +278,15 @@ def problem_values(settings: dict, records: list[dict]) -> Values:
     return values
 
 
+def extensions(settings: dict) -> range:
+    """After how many of them answers are sampled."""
+    return range(0, settings["extensions"] + 1, settings["answer_every"])
+
+
 def regret_budgets(settings: dict) -> list[int]:
     """Inside: --budgets; beyond: the training budget + what the extensions may add (Section 7)."""
     more = settings["extension_tokens"] if settings["style"] == "paper" else 0
-    extensions = range(settings["answer_every"], settings["extensions"] + 1, settings["answer_every"])
-    return sorted({*settings["budgets"], *(settings["max_tokens"] + more * w for w in extensions)})
+    return sorted({*settings["budgets"], *(settings["max_tokens"] + more * w for w in extensions(settings)[1:])})
 
 
 SAME = (  # settings in which runs that are compared may not differ
@@ -302,68 +302,52 @@ def compare(args, folders: list[Path]) -> None:
         fail(f"--compare: the runs differ in {', '.join(differing)}")
     problems, settings = report.keep_shared_problems(recorded), recorded[0].settings
     values = {run.name: problem_values(settings, run.records) for run in recorded}
+    metrics = {name: {metric: interval(v) for metric, v in of_run.items()} for name, of_run in values.items()}
     summary = {
-        "counts": "the thought" if settings["count"] == "thought" else "the thought and its answer",
+        "counts": COUNTED[settings["count"]],
         "training_budget": settings["max_tokens"],
         "budgets": settings["budgets"],
         "regret_budgets": regret_budgets(settings),
-        "extensions": [int(w) for w in recorded[0].records[0]["extrapolate"]],
-        "runs": {run.name: {"problems": problems, **summarise(run.records, values[run.name])} for run in recorded},
+        "extensions": list(extensions(settings)),
+        "runs": {run.name: {**report.counts_of(run.records), "metrics": metrics[run.name]} for run in recorded},
         "difference_to_first": report.differences_to_first(values),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    text = table(summary, settings)
-    figures = [draw_regret(summary, args.out), draw_accuracy(summary, args.out)]
-    report.write_summary(args.out, summary, text, f"figures: {', '.join(map(str, figures))}")
-
-
-def summarise(records: list[dict], values: Values) -> dict:
-    """What is told of one run."""
-    truncated = float(np.mean([r["finish"] == "length" for r in records]))
-    metrics = {metric: interval(of_problems) for metric, of_problems in values.items()}
-    return {"samples": len(records), "truncated": truncated, "metrics": metrics}
-
-
-def table(summary: dict, settings: dict) -> str:
-    """The metrics of every run, and the differences to the first, as Markdown."""
-    forced_runs = summary["runs"]
-    text = f"A budget counts {summary['counts']}; regret@{summary['training_budget']} and less is inside the training "
-    text += f"budget, more is beyond. Extensions in the style of {settings['style']}, "
-    text += f"at most {settings['extension_tokens']} tokens each.\n\n"
-    text += report.metric_table({name: run["metrics"] for name, run in forced_runs.items()})
+    text = f"A budget counts {summary['counts']}; regret@{settings['max_tokens']} and less is inside the "
+    text += f"training budget, more is beyond. Extensions in the style of {settings['style']}, "
+    text += f"at most {settings['extension_tokens']} tokens each.\n\n" + report.metric_table(metrics)
     for count in ("truncated", "samples", "problems"):
-        text += report.table_row(count, *(f"{run[count]:.3g}" for run in forced_runs.values()))
-    first = next(iter(forced_runs))
-    problems = forced_runs[first]["problems"]
-    return text + report.difference_table(summary["difference_to_first"], f"{first} on the same {problems} problems")
+        text += report.table_row(count, *(f"{run[count]:.3g}" for run in summary["runs"].values()))
+    first = f"{recorded[0].name} on the same {problems} problems"
+    text += report.difference_table(summary["difference_to_first"], first)
+    figures = [draw_regret(settings, metrics, args.out), draw_accuracy(settings, metrics, args.out)]
+    report.write_summary(args.out, summary, text, f"figures: {', '.join(map(str, figures))}")
 
 
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def draw_regret(summary: dict, out: Path) -> Path:
+def draw_regret(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
     """Figure 9: normalised regret over budgets, dashed beyond the training budget."""
-    top, curves = summary["training_budget"], []
-    inside = [b for b in summary["regret_budgets"] if b <= top]
-    beyond = inside[-1:] + [b for b in summary["regret_budgets"] if b > top]
-    for number, (name, run) in enumerate(summary["runs"].items()):
-        for budgets, style, label in ((inside, "o-", name), (beyond, "o--", None)):
-            means = [run["metrics"][f"regret@{budget}"] for budget in budgets]
-            curves.append(Curve(budgets, means, label, style, f"C{number}"))
+    budgets, top, curves = regret_budgets(settings), settings["max_tokens"], []
+    inside = [b for b in budgets if b <= top]
+    beyond = inside[-1:] + budgets[len(inside) :]
+    for number, (name, of_run) in enumerate(metrics.items()):
+        for shown, style, label in ((inside, "o-", name), (beyond, "o--", None)):
+            curves.append(Curve(shown, [of_run[f"regret@{b}"] for b in shown], label, style, f"C{number}"))
     labels = {"xlabel": f"token budget C0 (trained with {top})", "ylabel": "normalised regret"}
     return report.draw_panels(out / "regret.png", Panel(labels, curves), width=4.6, height=3.2)
 
 
-def draw_accuracy(summary: dict, out: Path) -> Path:
+def draw_accuracy(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
     """Figure 12: accuracy against tokens; solid where thoughts are cut, dashed where they are extended."""
-    cut, extended = [], []
-    for name, run in summary["runs"].items():
-        metrics = run["metrics"]
-        cut.append(Curve(summary["budgets"], [metrics[f"within {b}"] for b in summary["budgets"]], name))
-        tokens = [metrics[f"tokens, {w} extensions"]["mean"] for w in summary["extensions"]]
-        extended.append(Curve(tokens, [metrics[f"{w} extensions"] for w in summary["extensions"]], style="o--"))
-    left = {"xlabel": f"budget (tokens of {summary['counts']})", "ylabel": "accuracy", "title": "thoughts cut"}
-    times = ", ".join(map(str, summary["extensions"]))
+    budgets, points, cut, extended = settings["budgets"], extensions(settings), [], []
+    for name, of_run in metrics.items():
+        cut.append(Curve(budgets, [of_run[f"within {b}"] for b in budgets], name))
+        tokens = [of_run[f"tokens, {w} extensions"]["mean"] for w in points]
+        extended.append(Curve(tokens, [of_run[f"{w} extensions"] for w in points], style="o--"))
+    left = {"xlabel": f"budget (tokens of {COUNTED[settings['count']]})", "ylabel": "accuracy", "title": "thoughts cut"}
+    times = ", ".join(map(str, points))
     right = {"xlabel": "mean tokens of thought and answer", "title": f"thoughts extended {times} times"}
     panels = Panel(left, cut, tokens=True), Panel(right, extended, tokens=True)
     return report.draw_panels(out / "accuracy.png", *panels, width=4.4, height=3.2, sharey=True)

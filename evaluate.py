@@ -13,20 +13,11 @@ are paired on the same problems.
 
 import argparse
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from common import (
-    accuracy_at,
-    new_traces,
-    pass_at_k,
-    prompts_of,
-    regret_at,
-    segmentation,
-    vote_at_k,
-)
+from common import accuracy_at, new_traces, pass_at_k, prompts_of, regret_at, segmentation, vote_at_k
 from plumbing import data, models, report, runs
 from plumbing.flags import add_common_flags, changed, each_in_its_folder, numbers, parse_flags, shared_flags
 from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
@@ -156,17 +147,6 @@ def vote_at(group: list[dict], k: int, vote: str) -> float:
     return vote_at_k([r["boxed"] for r in group], group[0]["gold"], k, weights)
 
 
-COUNTS: dict[str, Callable[[dict], float]] = {  # means over the traces
-    "truncated": lambda r: r["finish"] == "length",
-    "no_answer": lambda r: r["verdict"] == "none",
-    "timed_out": lambda r: r["verdict"] == "timeout",
-    "no_thought": lambda r: r["finished"] and r["boundaries"][-1] == 0,
-    "one_episode": lambda r: len(r["boundaries"]) <= 2,
-    "thought_tokens": lambda r: r["boundaries"][-1],
-    "answer_tokens": lambda r: r["tokens"] - r["boundaries"][-1],
-}
-
-
 def summarise(args, records: list[dict], values: Values) -> dict:
     """Every metric with its 95 % interval, from `problem_values`; counts; what went wrong."""
     metrics = {name: interval(of_problems) for name, of_problems in values.items()}
@@ -176,9 +156,7 @@ def summarise(args, records: list[dict], values: Values) -> dict:
             metric["draw_error"] = 0.5 / math.sqrt(SUBSET_DRAWS * problems)  # of drawing subsets, at most
     progress = [change for r in records for change in np.diff(r["J"])]
     return {
-        "problems": problems,
-        "samples": len(records),
-        **{name: float(np.mean([count(r) for r in records])) for name, count in COUNTS.items()},
+        **report.counts_of(records),
         "progress_per_episode": float(np.mean(progress)) if progress else None,
         "vote": args.vote,
         "metrics": metrics,
@@ -188,7 +166,7 @@ def summarise(args, records: list[dict], values: Values) -> dict:
 def table_of(summaries: dict[str, dict], differences: dict[str, dict]) -> str:
     """One column a run: each metric with its interval, the counts; then the differences to the first run."""
     text = report.metric_table({name: summary["metrics"] for name, summary in summaries.items()})
-    for name in COUNTS:
+    for name in report.COUNTS:
         digits = 1 if name.endswith("tokens") else 3
         text += report.table_row(name.replace("_", " "), *(f"{s[name]:.{digits}f}" for s in summaries.values()))
     for name in ("problems", "samples"):

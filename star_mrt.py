@@ -332,14 +332,10 @@ def write_report(args, run: Path) -> None:
     names, iterations = filters(args), range(1, args.iterations + 1)
     files = {name: [run / name / f"iteration_{i}.json" for i in iterations] for name in names}
     kept = {name: [json.loads(file.read_text()) for file in files[name] if file.exists()] for name in names}
-    columns = ("traces", "tokens", "mean_tokens", "mean_episodes", "progress_per_episode", "problems")
-    rows = [
-        [name, str(about["iteration"]), *(f"{about[column]:.4g}" for column in columns)]
-        for name in names
-        for about in kept[name]
-    ]
+    columns = "iteration traces tokens mean_tokens mean_episodes progress_per_episode problems".split()
+    rows = [[name, *(f"{about[column]:.4g}" for column in columns)] for name in names for about in kept[name]]
     text = "What the filters kept:\n\n"
-    text += report.markdown(["filter", "iteration", *(column.replace("_", " ") for column in columns)], rows)
+    text += report.markdown(["filter", *(column.replace("_", " ") for column in columns)], rows)
     evaluations = {"base": run / "base.jsonl"}
     evaluations |= {f"{TITLES[name]} {i}": run / name / f"evaluation_{i}.jsonl" for name in names for i in iterations}
     values = {model: values_of(args, file) for model, file in evaluations.items() if file.exists()}

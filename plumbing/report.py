@@ -16,16 +16,16 @@ from plumbing.runs import fail, load_records, read_jsonl, settings_of, write_jso
 # ============================================================================================ numbers
 
 
-def group_by(records: Iterable[dict], field: str) -> dict[Any, list[dict]]:
-    """{value of a field: the records that have it}, in order of first appearance."""
+def group_by(records: Iterable[dict], key: Callable[[dict], Any]) -> dict[Any, list[dict]]:
+    """{value of `key`: the records that have it}, in order of first appearance."""
     groups: dict[Any, list[dict]] = {}
     for record in records:
-        groups.setdefault(record[field], []).append(record)
+        groups.setdefault(key(record), []).append(record)
     return groups
 
 
 def group_by_problem(records: Iterable[dict]) -> dict[str, list[dict]]:
-    return group_by(records, "id")
+    return group_by(records, lambda r: r["id"])
 
 
 def problem_means(records: Iterable[dict], value: Callable[..., float], *more) -> np.ndarray:
@@ -71,6 +71,23 @@ def interval(values) -> dict[str, float]:
 def mean_interval(records: Iterable[dict], value: Callable[..., float], *more) -> dict[str, float]:
     """The mean of `problem_means` with its interval."""
     return interval(problem_means(records, value, *more))
+
+
+COUNTS: dict[str, Callable[[dict], float]] = {
+    "truncated": lambda r: r["finish"] == "length",
+    "no_answer": lambda r: r["verdict"] == "none",
+    "timed_out": lambda r: r["verdict"] == "timeout",
+    "no_thought": lambda r: r["finished"] and r["boundaries"][-1] == 0,
+    "one_episode": lambda r: len(r["boundaries"]) <= 2,
+    "thought_tokens": lambda r: r["boundaries"][-1],
+    "answer_tokens": lambda r: r["tokens"] - r["boundaries"][-1],
+}
+
+
+def counts_of(records: list[dict]) -> dict[str, float]:
+    """How many problems and samples, and the means of `COUNTS` over the samples."""
+    means = {name: float(np.mean([count(r) for r in records])) for name, count in COUNTS.items()}
+    return {"problems": len(group_by_problem(records)), "samples": len(records), **means}
 
 
 def tokens_to_reach(target: float, tokens, scores) -> float:
@@ -233,19 +250,16 @@ class Panel:
     tokens: bool = False
 
 
-def draw_panels(file: Path, *panels: Panel, rows=1, width: float = 3.3, height: float = 2.9, **more) -> Path:
-    """Panels side by side, in one row or several, the legend in the first of a row that has labels; `more`:
-    arguments of `plt.subplots`."""
-    columns = len(panels) // rows
-    size = (width * columns, height * rows)
-    figure, axes = pyplot().subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False, **more)
-    for axis, panel in zip(axes.flat, panels):
+def draw_panels(file: Path, *panels: Panel, rows=1, **layout) -> Path:
+    """Panels on `subplots`, in each row a legend in the first panel that has labels."""
+    figure, axes = subplots(len(panels), rows=rows, **layout)
+    for axis, panel in zip(axes, panels):
         for curve in panel.curves:
             draw_curve(axis, curve.x, curve.means, curve.color, curve.label, curve.style, curve.band)
         if panel.tokens:
             token_axis(axis)
         axis.set(**panel.settings)
-    for row in axes:
+    for row in axes.reshape(rows, -1):
         labelled = [axis for axis in row if axis.get_legend_handles_labels()[1]]
         if labelled:
             labelled[0].legend(fontsize=8 if rows == 1 else 6)
@@ -259,11 +273,13 @@ def anytime_panels(accuracy: list[Curve], regret: list[Curve]) -> tuple[Panel, P
     return Panel({**left, "xlim": (0, max(accuracy[0].x))}, accuracy), Panel(right, regret)
 
 
-def subplots(count: int, width: float = 3.3, height: float = 2.9, **more):
-    """(figure, axes [count]) side by side."""
-    size = (width * count, height)
-    figure, axes = pyplot().subplots(1, count, figsize=size, constrained_layout=True, squeeze=False, **more)
-    return figure, axes[0]
+def subplots(count: int, width: float = 3.3, height: float = 2.9, rows: int = 1, **more):
+    """(figure, axes [count]) side by side, in one row or several; width and height, in inches, are those of one, `more`
+    is of `plt.subplots`."""
+    columns = count // rows
+    size = (width * columns, height * rows)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False, **more)
+    return figure, axes.flatten()
 
 
 def draw_curve(axis, x, means: list[dict], color=None, label=None, style="-", band=True) -> None:

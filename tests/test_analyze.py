@@ -77,6 +77,8 @@ def test_votes_at_each_boundary_are_exact(by_hand):
     one, two, four, eight = learns["maj"]["plain"][1]
     assert one == 0.5 and two == pytest.approx((1 + 4 * 0.5) / 6) and four == eight == 1.0
     assert learns["maj"]["weighted"] == learns["maj"]["plain"]  # equal log-probs
+    learns["forced"][1][2]["mean_logprob"] = 1.1  # a wrong one outvotes both: 2^1.1 > 2 · 2^-½
+    assert analyze_r1.votes(learns, "weighted")[1] == pytest.approx([0.5, (1 + 2 * 0.5) / 6, 0, 0])
 
 
 def test_panels_count_their_traces_and_a_trace_that_ended_keeps_its_value(by_hand):

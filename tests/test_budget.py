@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from conftest import same_content
-from test_bad_input import main_with, refusal
+from test_bad_input import a_run, main_with, refusal
 
 import budget_force
 import common
@@ -209,8 +209,11 @@ def test_flags_that_make_no_sense(capsys, argv):
 
 
 def test_the_thoughts_of_one_model_are_not_given_to_several(capsys, monkeypatch, tmp_path):
-    main = main_with(monkeypatch, budget_force, "--thoughts", tmp_path, "--model", "a,b", "--out", tmp_path / "run")
-    assert "--thoughts: one run holds" in refusal(capsys, main)
+    analysis = a_run(tmp_path / "analysis", "analyze_r1.py", model="a", episodes_per_point=1, max_tokens=96)
+    (analysis / "records.jsonl").touch()
+    flags = ("--model", "a,b", "--out", tmp_path / "run", "--engine", "transformers")
+    main = main_with(monkeypatch, budget_force, "--thoughts", analysis, *flags)
+    assert "holds thoughts of --model a, not of a,b" in refusal(capsys, main)
 
 
 def test_thoughts_must_be_an_analysis_of_the_same_model(capsys, monkeypatch, tmp_path):
