@@ -9,7 +9,7 @@ rollouts start. l_FT is the outcome reward's objective, c_{j-1} the prefix befor
     --bonus 0                      outcome-reward GRPO: G traces a problem, 0/1 reward, group-normalised
     --bonus α --variant prefix     the paper's: a partial rollout is cut after a random number of episodes; from there m
                                    rollouts stop and answer (they estimate J(μ|c)) and G go on thinking
-    --bonus α --variant online     the authors' later variant: forced answers at every boundary of on-policy traces,
+    --bonus α --variant online     their later one (release v0.1): forced answers at every boundary of on-policy traces, and
                                    each episode's tokens are credited with that episode's progress
     --length-penalty w             the paper's third baseline (Arora & Zanette, arXiv 2502.04463)
 
@@ -62,7 +62,7 @@ DEFAULTS = {
     "problems_per_step": (32, 64, "Table 3: a batch of 256 samples"),
     "group_size": (8, 4, "Table 3"),
     "max_tokens": (256, 16384, "the authors' runs of 1.5B models; Table 3 allows 24576"),
-    "forced_answers": (4, 4, "the authors' v0.1; the prefix variant's m of Figure 6"),
+    "forced_answers": (4, 4, "v0.1; the prefix variant's m of Figure 6"),
     "answer_tokens": (8, 1024, "ours"),
     "temperature": (1.0, 0.9, "Table 3"),
     "lr": (5e-4, 1e-6, "Table 3"),
@@ -120,7 +120,7 @@ def check_flags(args) -> None:
     if args.group_size == 1 and not args.no_std:
         fail("--group-size 1: a group of one has no spread to normalise by; use a larger group or --no-std")
     if args.bonus > 0 and args.variant == "prefix" and args.progress != "sampled":
-        fail(f"--progress {args.progress} needs --variant online: prefix has samples of stopping")
+        fail(f"--progress {args.progress} needs --variant online: prefix samples its answers")
     if args.length_penalty >= 1:
         fail(f"--length-penalty {args.length_penalty}: must be below 1, or right answers could lose to wrong ones")
     if args.max_tokens < 2:
@@ -136,10 +136,11 @@ def main() -> None:
     _, world = training.start_processes()
     check_engine(args, world)
     runs.check_out(args.out, runs.identity(args), args.resume, args.overwrite)
-    tokenizer = models.load_tokenizer(args.model)  # small: a wrong --model is told before a data set is fetched
-    problems, validation = data.problems_of(args), data.held_out_of(args) if args.eval_every else []
+    tokenizer = models.load_tokenizer(args.model)  # small: a wrong --model is reported before a data set is fetched
+    problems = data.problems_of(args)
+    validation = data.held_out_of(args) if args.eval_every else []
     if not models.thinks(tokenizer):
-        print(f"{args.model} has no {models.THINK_END}: its whole completion is the thought, and it is asked for a box")
+        print(f"{args.model} has no {models.THINK_END}: its whole completion is the thought, and should end with a box")
     _, longest = prompts_of(args, tokenizer, problems + validation)
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
@@ -155,22 +156,22 @@ def main() -> None:
 
 
 def check_engine(args, world: int) -> None:
-    """Picks the engine; ends a run that it, or the number of processes, does not suit."""
+    """Picks the engine; ends the run if it, or the number of processes, does not suit."""
     if args.problems_per_step < world:
         fail(f"--problems-per-step {args.problems_per_step}: fewer than the {world} processes")
     if runs.is_served(args.engine):
         fail("--engine: a server keeps the weights it has loaded, so it cannot sample from a model in training")
     args.engine = pick_engine(args.engine)
     if world > 1 and args.engine == "vllm" and args.bonus and args.progress != "sampled":
-        fail(f"--progress {args.progress}: several processes score with --engine transformers, not with vllm")
+        fail(f"--progress {args.progress}: vllm scores in a single process only; several need --engine transformers")
 
 
 # ---------------------------------------------------------------------------------------------- rollouts and credit
 
-Groups = list[list[Trace]]  # G traces of each problem
-Advantages = list[list[np.ndarray]]  # of each of their tokens
-# What samples are for is the third number of their seed: 0 rollouts, 1 forced answers; prefix variant: 2 partial
-# rollouts (ending in 3: those that stop there), 4 those that go on. Validation has 99 for a step.
+Groups = list[list[Trace]]  # [problems][G]
+Advantages = list[list[np.ndarray]]  # [problems][G], each [tokens of the completion], those of the answer included
+# A seed is (--seed, step, purpose, …), with the purposes 0 rollouts, 1 forced answers; in the prefix variant 2 partial
+# rollouts (2, …, 3 those that stop there) and 4 those that go on. Validation has 99 for a step.
 
 
 def rollouts_grpo(args, sampler: Sampler, problems, prompts, seed: tuple) -> tuple[Groups, Advantages]:
@@ -184,8 +185,8 @@ def rollouts_online(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
     groups, advantages = rollouts_grpo(args, sampler, problems, prompts, seed)
     traces = [trace for group in groups for trace in group]
     if args.progress == "sampled":
-        how_many = (args.forced_answers, args.answer_tokens, args.temperature)
-        sampled_success_rates(sampler, traces, *how_many, 1.0, (*seed, 1))
+        limits = {"n": args.forced_answers, "max_tokens": args.answer_tokens}
+        sampled_success_rates(sampler, traces, **limits, temperature=args.temperature, top_p=1.0, seed=(*seed, 1))
     else:
         likelihood_success_rates(sampler, traces)
     scale = in_nats if args.progress == "log-likelihood" else np.asarray
@@ -195,33 +196,34 @@ def rollouts_online(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
 
 
 def add_progress(advantages: list[np.ndarray], group: list[Trace], bonus: float, scale=np.asarray) -> None:
-    """Adds α · (progress of a token's episode - mean progress of the group's episodes) to the advantages, in place.
+    """Adds α · (progress of a token's episode - mean progress of the group's episodes) to a group's advantages, in
+    place. `scale` turns J, [k + 1], into what progress, [k], is measured in.
 
-    Credited to whole traces the path would vanish: Σ_j r_prg telescopes to J(end) - J(empty), so it says nothing about
-    the path. Credited to its own episode, progress is an advantage with J(μ | prefix) as baseline. The mean is a second
-    baseline, and to be one it must be taken from every token: what follows the thought makes no progress and gets
-    0 - mean. (Taken from the thought alone it would be a fee for each episode, so a length penalty in disguise, since
-    ending the thought would be free of it.) Nothing is divided by a std: where no episode makes progress, J's noise
-    would be blown up to a signal. `scale` turns a trace's J into what its progress is measured in.
+    Why each episode: over a whole trace Σ_j r_prg telescopes to J(end) - J(empty), which says nothing about the path.
+    Credited to its own episode, progress is an advantage with J(μ | prefix) as its baseline.
+    Why the answer's tokens, too: the mean is a second baseline, and what follows the thought makes no progress, so it
+    gets 0 - mean. Taken from the thought alone, the mean would be a fee for each episode that ending the thought
+    avoids: a length penalty in disguise.
+    Why no std: where no episode makes progress, it would blow the noise of J up to a signal.
     """
     progress = [episode_progress(scale(trace.values)) for trace in group]
     mean = np.concatenate(progress).mean() if any(map(len, progress)) else 0.0
     for of_tokens, trace, of_episodes in zip(advantages, group, progress):
+        thought = of_tokens[: trace.boundaries[-1]]
+        thought += bonus * np.repeat(of_episodes, np.diff(trace.boundaries))  # MRT 5: + α · r_prg(z_j; c_{j-1})
         of_tokens -= bonus * mean
-        lengths = np.diff(trace.boundaries)
-        of_tokens[: trace.boundaries[-1]] += bonus * np.repeat(of_episodes, lengths)  # MRT 5: + α · r_prg(z_j; c_{j-1})
 
 
 def rollouts_prefix(args, sampler: Sampler, problems, prompts, seed: tuple) -> tuple[Groups, Advantages]:
-    """MRT as in Figure 6: cut a partial rollout, m rollouts stop there, G go on.
+    """MRT as in Figure 6: cut a partial rollout, m rollouts stop there, G go on: A = A_GRPO(f) + α (f - J(μ|c)).
 
-    If all G rollouts share the prefix and are normalised among themselves, J(μ|c) is a constant that the mean takes
-    away again: r = f + α (f - J(μ|c)) is affine in f, and the update exactly GRPO's. So the bonus is added after the
-    normalisation and keeps the termination baseline: A = A_GRPO(f) + α (f - J(μ|c)). Here z is all that follows the
-    cut, and the outcome f stands for J(μ | z, c): the model has answered. Where going on does better than stopping,
-    going on is reinforced as a whole; where the prefix has the answer and thinking on loses it, it is pushed down. In
-    expectation J(μ|c) is only a baseline (it does not depend on what follows c): what the bonus adds to GRPO is weight
-    on the outcome, from prefixes that end at random episodes, free of the group's std.
+    Here z is all that follows the cut, and the outcome f stands for J(μ | z, c): the model has answered. Where going on
+    does better than stopping, going on is reinforced as a whole; where the prefix has the answer and thinking on loses
+    it, it is pushed down.
+    Why after the normalisation: all G rollouts share the prefix, so J(μ|c) is a constant of the group. In the reward,
+    r = f + α (f - J(μ|c)) is affine in f, and normalising takes the bonus away again: the update would be GRPO's.
+    What it does in expectation: J(μ|c) is only a baseline (it does not depend on what follows c), so the bonus adds
+    weight on the outcome, from prefixes that end at random episodes, free of the group's std.
     """
     seeds = [(*seed, 2, problem["place"], problem_key(problem)) for problem in problems]
     cut = cut_rollouts(args, sampler, problems, prompts, seeds)
@@ -233,9 +235,10 @@ def rollouts_prefix(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
     groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, 4), prefixes)
     advantages = outcome_advantages(args, groups)
     for group, of_group, answers in zip(groups, advantages, read_answers(problems, rows)):
+        J = success_rate(answers)
         for trace, of_tokens in zip(group, of_group):
-            trace.prefix_J = success_rate(answers)
-            of_tokens += args.bonus * (trace.reward - trace.prefix_J)  # MRT 6: + α · r_prg(z; c) = α (f - J(μ|c))
+            trace.prefix_J = J
+            of_tokens += args.bonus * (trace.reward - J)  # MRT 6: + α · r_prg(z; c) = α (f - J(μ|c))
     return groups, advantages
 
 
@@ -251,7 +254,7 @@ def cut_rollouts(args, sampler: Sampler, problems, prompts, seeds) -> list[tuple
         trace = read_trace(sampler.tokenizer, problem, prompt, completion, how)
         ends = trace.boundaries
         if not (trace.finished and models.thinks(sampler.tokenizer)):
-            ends = ends[:-1]  # there an episode was cut off, or the model has answered
+            ends = ends[:-1]  # the thought was cut off there, or holds the answer
         ends = [end for end in ends if end + args.answer_tokens <= args.max_tokens] or [0]  # with room to answer
         cut.append((trace, ends[int(np.random.default_rng(seed).integers(len(ends)))]))
     return cut
@@ -267,13 +270,13 @@ def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple
 
 
 def outcome_advantages(args, groups: Groups) -> Advantages:
-    """GRPO's advantage of each trace, given to each of its tokens."""
+    """GRPO's advantage of each trace, given to each of its tokens; --length-penalty weighs its outcome."""
     rewards = torch.tensor([[trace.reward for trace in group] for group in groups], dtype=torch.float64)
     lengths = [[len(trace.completion.token_ids) for trace in group] for group in groups]
     if args.length_penalty:
         rewards = penalise_length(rewards, torch.tensor(lengths, dtype=torch.float64), args.length_penalty)
     outcome = group_advantages(rewards, not args.no_std).tolist()
-    return [[np.full(length, a) for length, a in zip(*rows)] for rows in zip(lengths, outcome)]
+    return [[np.full(n, a) for n, a in zip(*of_group)] for of_group in zip(lengths, outcome)]
 
 
 def penalise_length(rewards: torch.Tensor, lengths: torch.Tensor, weight: float) -> torch.Tensor:
@@ -298,32 +301,32 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
     of_traces = [of_tokens for of_group in advantages for of_tokens in of_group]
     examples = [(t.prompt + t.completion.token_ids, len(t.prompt), a) for t, a in zip(traces, of_traces)]
     drawn = [torch.tensor(trace.completion.logprobs, device=device) for trace in traces]
-    # Rollouts are numbered over all processes. Of several steps a batch, each takes some rollouts of every group.
+    # Of several updates a batch, update s trains the rollouts whose number, over all processes, is s modulo `steps`.
     numbers = np.array([trace.problem["place"] * args.group_size + trace.sample for trace in traces])
     steps = min(args.updates_per_batch, args.problems_per_step * args.group_size)
     old = training.old_logprobs(args, score, examples, device) if steps > 1 else None
     sums, gaps, norms = dict.fromkeys(("loss", "entropy", "clipped", "kl", "padded", "weight"), 0.0), [], []
     for step in range(steps):
         part = np.flatnonzero(numbers % steps == step)
-        tokens = sum_over_ranks([float(sum(len(drawn[i]) for i in part))])[0]  # the denominator, before the loop
+        denominator = sum_over_ranks([float(sum(len(drawn[i]) for i in part))])[0]  # before the loop
         optimizer.zero_grad()
         for order, ids, where, advantage in training.batches_of(examples, part, args.max_tokens_per_batch, device):
             with models.autocast(models.pick_dtype(args.dtype)):
                 logprobs, entropies = score(ids, where, args.temperature)
-            if not order:  # a copy, so that all processes compute as often: its loss is 0
+            if not order:  # padding: under FSDP every process must go through as many backward passes
                 (logprobs.sum() * 0.0).backward()
                 continue
             sampled = torch.cat([drawn[i] for i in order])
             before = torch.cat([old[i] for i in order]) if old else logprobs.detach()
-            # Sampler and trainer round differently: truncated importance weights, 1 where they are the same.
+            # Truncated importance weights: 1 where sampler and trainer agree, which round differently.
             weight = (before - sampled).exp().clamp(max=args.is_cap)
             ref = reference_logprobs(args, reference, ids, where)
-            loss, of_loss = grpo_loss(logprobs, before, advantage * weight, tokens, args.clip, ref, args.kl)
+            loss, of_loss = grpo_loss(logprobs, before, advantage * weight, denominator, args.clip, ref, args.kl)
             if not torch.isfinite(loss):
                 names = ", ".join(sorted({traces[i].problem["id"] for i in order}))
                 raise FloatingPointError(f"the loss is {loss.item()} on samples of {names}")
             (loss * ranks()[1]).backward()  # FSDP takes the mean of the processes' gradients
-            of_loss |= {"loss": loss.item() * tokens, "entropy": float(entropies.sum())}
+            of_loss |= {"loss": loss.item() * denominator, "entropy": float(entropies.sum())}
             of_loss |= {"padded": ids.numel(), "weight": float(weight.sum())}
             sums = {name: total + of_loss.get(name, 0.0) for name, total in sums.items()}
             if step == 0:  # sampler and trainer are still the same policy
@@ -350,7 +353,7 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
 
 
 def reference_logprobs(args, reference, ids, where) -> torch.Tensor | None:
-    """Of the initial model, for the KL penalty."""
+    """Log-probs [N] under the initial model; None without the KL penalty."""
     if reference is None:
         return None
     with torch.no_grad(), models.autocast(models.pick_dtype(args.dtype)):
@@ -414,7 +417,7 @@ def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, pro
     except FloatingPointError as error:
         name = run / ("failed.jsonl" if rank == 0 else f"failed_{rank}.jsonl")
         runs.append_jsonl(name, [{"step": step, "error": str(error)}, *records(step, groups)])
-        fail(f"step {step}: {error}; stopped before the update, the samples are in {name}")
+        fail(f"step {step}: {error}; stopped in the update, its samples are in {name}")
     sampler.sync()
     groups = sorted(training.gather_over_ranks(groups), key=lambda group: group[0].problem["place"])
     if rank == 0:
@@ -441,7 +444,7 @@ def records(step: int, groups: Groups) -> list[dict]:
 
 
 def rollout_stats(args, groups: Groups) -> dict[str, float]:
-    """What a step's traces and their J's say, for metrics.jsonl."""
+    """Averages over a step's traces and their J, for metrics.jsonl."""
 
     def mean(values) -> float:
         return float(np.mean(list(values)))
@@ -469,7 +472,8 @@ def rollout_stats(args, groups: Groups) -> dict[str, float]:
 def validate(args, run: Path, sampler: Sampler, problems: list[dict], state: dict) -> None:
     """Accuracy and tokens on validation problems, one trace each, and the accuracy had the thoughts been stopped at a
     few budgets (traces that end within a budget count as they are). Its tokens are not counted as the run's."""
-    counted, (rank, world), tokenizer = (sampler.sampled_tokens, sampler.computed_tokens), ranks(), sampler.tokenizer
+    (rank, world), tokenizer = ranks(), sampler.tokenizer
+    counted = sampler.sampled_tokens, sampler.computed_tokens
     sampler.model.eval()
     share = problems[rank::world]  # none where there are fewer problems than processes
     seeds = [(args.seed, 99, problem_key(problem)) for problem in share]
@@ -491,7 +495,7 @@ def validate(args, run: Path, sampler: Sampler, problems: list[dict], state: dic
     line = {"step": state["step"], "sampled_tokens": state["sampled_tokens"], "accuracy": accuracy, "tokens": tokens}
     if rank == 0:
         runs.append_jsonl(run / "validation.jsonl", [{**line, "forced": dict(zip(budgets, forced))}])
-    told = "  ".join(f"forced at {budget}: {share:.3f}" for budget, share in zip(budgets, forced))
+    told = "  ".join(f"forced at {budget}: {right:.3f}" for budget, right in zip(budgets, forced))
     print(f"  validation after {line['step']} steps: right {accuracy:.3f}  tokens {tokens:.1f}  {told}", flush=True)
 
 
