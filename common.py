@@ -458,7 +458,12 @@ def grade_traces(traces: list[Trace]) -> None:
     """Sets `verdict` and `reward`, the 0/1 outcome, of every trace."""
     verdicts = grade_all([(extract_answer(trace.answer or ""), trace.problem["answer"]) for trace in traces])
     for trace, verdict in zip(traces, verdicts):
-        trace.verdict, trace.reward = verdict, float(verdict == "right")
+        trace.verdict, trace.reward = verdict, reward_of(verdict)
+
+
+def reward_of(verdict: str) -> float:
+    """The reward of an answer, as the outcome of a trace and in J from sampled answers: 1 if it is right, else 0."""
+    return float(verdict == "right")
 
 
 def read_answers(problems: list[dict], rows: list[list[Completion]]) -> list[list[ForcedAnswer]]:
@@ -475,7 +480,7 @@ def read_answers(problems: list[dict], rows: list[list[Completion]]) -> list[lis
 
 
 def success_rate(answers: list[ForcedAnswer]) -> float:
-    return sum(answer.verdict == "right" for answer in answers) / len(answers)
+    return sum(reward_of(answer.verdict) for answer in answers) / len(answers)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

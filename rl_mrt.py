@@ -9,8 +9,8 @@ rollouts start. l_FT is the outcome reward's objective, c_{j-1} the prefix befor
     --bonus 0                      outcome-reward GRPO: G traces a problem, 0/1 reward, group-normalised
     --bonus α --variant prefix     the paper's: a partial rollout is cut after a random number of episodes; from there m
                                    rollouts stop and answer (they estimate J(μ|c)) and G go on thinking
-    --bonus α --variant online     their later one (release v0.1): forced answers at every boundary of on-policy traces, and
-                                   each episode's tokens are credited with that episode's progress
+    --bonus α --variant online     their later one (release v0.1): forced answers at every boundary of on-policy
+                                   traces, each episode's tokens are credited with that episode's progress
     --length-penalty w             the paper's third baseline (Arora & Zanette, arXiv 2502.04463)
 
 On a laptop, with the embedded model (seconds a step):
