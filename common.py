@@ -51,7 +51,7 @@ EPISODE_MARKERS = (
 @dataclass(frozen=True)
 class Segmentation:
     """How a thought is cut into episodes. Published max_steps/group_size: 49/5 Omni-MATH, 45/3 AIME 2024, 99/10 in the
-    regret study. `max_episodes` joins equal numbers of neighbours until at most that many are left."""
+    regret study. `max_episodes`, ours, joins equal numbers of neighbours until at most that many are left."""
 
     max_steps: int = 49
     group_size: int = 1
@@ -245,7 +245,7 @@ def forced_prompt(tokenizer, trace: Trace, boundary: int) -> list[int]:
     tokens to the very tokens that were sampled.
     """
     text = trace.prefix(boundary)
-    writes_opening = trace.completion.text.startswith("<think>")  # the chat template does not
+    writes_opening = trace.completion.text.startswith("<think>")  # so the chat template does not
     opening = "<think>\n" if boundary == 0 and writes_opening else ""
     if thinks(tokenizer) and trace.finished and boundary == trace.boundaries[-1]:
         tail = end_of_thought(tokenizer, text)
@@ -374,7 +374,7 @@ def episode_progress(J: Sequence[float]) -> np.ndarray:
 
 
 def in_nats(J: Sequence[float]) -> np.ndarray:
-    """ln J, [k + 1], at least ln 1e-3: progress is then what an episode tells about the answer, in nats.
+    """Ours: ln J, [k + 1], at least ln 1e-3; progress is then what an episode tells about the answer, in nats.
 
     In J itself ruling out three of 30 candidates is worth .004 and a lucky find .96; here each counts as it informs.
     Not for a J from a few sampled answers, which is often 0.
