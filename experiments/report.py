@@ -13,11 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common import accuracy_at, episode_spans, regret_at
+import evaluate
+from common import Trace, accuracy_at, episode_spans, likelihood_success_rates, prompts_of, regret_at, sample_traces
+from plumbing import data, models
 from plumbing.flags import numbers
+from plumbing.hf_engine import TransformersEngine
 from plumbing.models import THINK_END
 from plumbing.report import cell, draw_curve, group_by_problem, markdown, pyplot, save_figure, subplots, tokens_to_reach
 from plumbing.runs import load_records, read_jsonl, write_json, write_text
+from plumbing.sampler import Sampler
 
 DRAWS = 2000
 Values = dict[str, np.ndarray]  # {metric: [seeds, problems, …]} of one method
@@ -65,7 +69,7 @@ def write_report(args, config) -> None:
         curves = {method: learning_curves(args, config, method) for method in trained if method != "base"}
         tables["Training"] = training_table(config, curves)
         draw_confirmation(args, config, trained, curves)
-        draw_method(args)
+        draw_method(args, config)
     if {"base", "STaR", "MRT-STaR"} <= set(values):
         tables |= comparison(config, "Self-training", {m: values[m] for m in ("base", "STaR", "MRT-STaR")}, "STaR")
     seeds = {method: len(measured["right"]) for method, measured in values.items()}
@@ -135,7 +139,7 @@ def draw_map(config, cells: Cells, pages: Path) -> None:
         axis.set_xticks(rates, [f"{rate:.1e}" for rate in rates])
         axis.minorticks_off()
     axes[0].set(ylabel="accuracy, validation problems")
-    axes[0].legend(frameon=False, fontsize=7)
+    max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(fontsize=7, loc="lower center")
     save_figure(figure, pages / "map.png")
 
 
@@ -346,37 +350,54 @@ def draw_confirmation(args, config, values: dict[str, Values], curves: dict[str,
         draw_curve(axes[2], list(regrets), [cell_of(draws[name]) for draws in regrets.values()], color, None, "o-")
     axes[0].set(xlabel="sampled tokens of training (thousands)", ylabel="accuracy, validation problems")
     axes[1].set(xlabel="token budget", ylabel="accuracy of an answer forced by then", ylim=(0, None))
-    axes[2].set(xlabel="token budget C0", ylabel="normalised regret")
-    axes[1].legend(frameon=False, fontsize=8)
+    axes[2].set(xlabel="token budget C0", ylabel="normalised regret", ylim=(None, 1))
+    axes[2].legend(*axes[1].get_legend_handles_labels(), fontsize=7, loc="upper right")
     save_figure(figure, args.pages / "confirmation.png")
 
 
-def draw_method(args) -> None:
+def draw_method(args, config) -> None:
     """MRT on one problem: J(μ) after each episode, an episode's progress, the regret above the curve; a trace of the
-    base and, below it, the first one of MRT-STaR."""
-    records = load_records(folder(args, "base", 0) / "test" / "records.jsonl")
-    ended = [r for r in records if r["finish"] == "stop"] or records
-    clear = [r for r in ended if 5 <= len(r["J"]) - 1 <= 7 and r["J"][-2:] == [1, 1]]
-    clear.sort(key=lambda r: sum(0 < j < 1 for j in r["J"]))  # lucky guesses are not what it is to show
-    traces = {"before training": (clear or ended)[0]}
-    trained = folder(args, "STaR", 0) / "test-mrt" / "records.jsonl"
-    if trained.exists():
-        same = [r for r in load_records(trained) if r["id"] == traces["before training"]["id"]]
-        traces["after MRT-STaR"] = min(same, key=lambda r: r["sample"])
-    longest = max(record["boundaries"][-1] for record in traces.values())
+    base and, below it, the middle one in length of MRT-STaR's that are right. Sampled here, on problems with ten
+    candidates, where ruling some out shows; J is the gold answer's likelihood."""
+    trained = folder(args, "STaR", 0) / "mrt" / f"model_{config['star']['iterations']}"
+    before, after = traces_of("tiny"), traces_of(str(trained)) if trained.exists() else []
+    traces = {"before training": before[0][0]}
+    for of_base, of_trained in zip(before, after):
+        clear = [trace for trace in of_base if 5 <= len(trace.values) - 1 <= 7 and is_telling(trace)]
+        right = sorted((trace for trace in of_trained if trace.reward), key=lambda t: len(t.completion.token_ids))
+        if clear and right and is_telling(middle := right[len(right) // 2]):
+            traces = {"before training": clear[0], "after MRT-STaR": middle}
+            break
+    longest = max(trace.boundaries[-1] for trace in traces.values())
     size = (9, 3 * len(traces) + 0.4)
     figure, axes = pyplot().subplots(len(traces), 1, figsize=size, constrained_layout=True, squeeze=False)
-    for axis, (title, record) in zip(axes[:, 0], traces.items()):
-        draw_trace(axis, record)
+    for axis, (title, trace) in zip(axes[:, 0], traces.items()):
+        draw_trace(axis, trace)
         axis.set(xlim=(0, longest), ylabel="J(μ): success rate if stopped")
         axis.set_title(title, loc="left", pad=22 if len(traces) > 1 else 6, fontsize=10)
     axes[-1, 0].set(xlabel="tokens of the thought")
     save_figure(figure, args.pages / "method.png")
 
 
-def draw_trace(axis, record: dict) -> None:
-    ends, values = record["boundaries"], record["J"]
-    thought = record["text"].split(THINK_END)[0]
+def traces_of(model: str) -> list[list[Trace]]:
+    """Eight traces of each of some test problems with ten candidates, with J by likelihood."""
+    settings = evaluate.flags("--dataset tiny:10 --limit 24 --num-samples 8".split())
+    tokenizer, problems = models.load_tokenizer(model), data.problems_of(settings)
+    sampler = Sampler(TransformersEngine(models.load_model(model, "cpu")), tokenizer)
+    groups = sample_traces(settings, sampler, problems, prompts_of(settings, tokenizer, problems)[0])
+    likelihood_success_rates(sampler, [trace for group in groups for trace in group])
+    return groups
+
+
+def is_telling(trace: Trace) -> bool:
+    """It is right, not by a lucky first try, and J has risen by the second episode."""
+    J = trace.values
+    return trace.finished and trace.reward == 1 and len(J) > 3 and J[0] < 0.2 and 1.2 * J[0] < max(J[1:3]) < 0.9
+
+
+def draw_trace(axis, trace: Trace) -> None:
+    ends, values = trace.boundaries, trace.values
+    thought = trace.prefix(ends[-1])
     texts = [thought[start:end] for start, end in episode_spans(thought)]
     axis.fill_between(ends, values, 1, step="post", color="grey", alpha=0.15, linewidth=0)
     axis.step(ends, values, "k-", where="post", linewidth=1.2)
