@@ -67,7 +67,7 @@ def write_report(args, config) -> None:
         trained |= {method: v for method, v in values.items() if method not in ("base", "STaR", "MRT-STaR")}
         tables |= comparison(config, "Reinforcement learning", trained, "GRPO")
         curves = {method: learning_curves(args, config, method) for method in trained if method != "base"}
-        tables["Training"] = training_table(config, curves)
+        tables["Training"] = training_table(curves)
         draw_confirmation(args, config, trained, curves)
         draw_method(args, config)
     if {"base", "STaR", "MRT-STaR"} <= set(values):
@@ -262,20 +262,21 @@ def reach_table(config, values: dict[str, Values], reference: str) -> Table:
     return rows
 
 
-def training_table(config, curves: dict[str, list[Curves]]) -> Table:
+def training_table(curves: dict[str, list[Curves]]) -> Table:
     """Validation problems: accuracy at the end, and where each method's mean curve had GRPO's; tokens computed, the
     update's three passes and the scoring of J included, and the accuracy when as many were computed as GRPO did."""
     rows: Table = {}
     goal = float(np.mean([accuracies[-1] for _, _, accuracies in curves["GRPO"]]))
     compute = np.mean([computed[-1] for _, computed, _ in curves["GRPO"]])
+    at = np.linspace(0, max(sampled[-1] for runs in curves.values() for sampled, _, _ in runs), 61)
     for name, runs in curves.items():
-        at = np.linspace(0, config["train"]["max-sampled-tokens"], 61)
         mean = np.mean([np.interp(at, sampled, accuracies) for sampled, _, accuracies in runs], 0)
+        reached = tokens_to_reach(goal, at, mean)
         rows[name] = {
-            "accuracy at the end": f"{np.mean([a[-1] for *_, a in runs]):.3f}",
-            "sampled tokens to GRPO's": f"{tokens_to_reach(goal, at, mean) / 1e3:.0f}k",
+            "accuracy at the end": f"{np.mean([a[-1] for *_, a in runs]):.2f}",
+            "sampled tokens to GRPO's": f"{reached / 1e3:.0f}k" if math.isfinite(reached) else "–",
             "computed tokens, in GRPO's": f"{np.mean([c[-1] for _, c, _ in runs]) / compute:.2f}",
-            "accuracy at GRPO's computed tokens": f"{np.mean([np.interp(compute, c, a) for _, c, a in runs]):.3f}",
+            "accuracy at GRPO's computed tokens": f"{np.mean([np.interp(compute, c, a) for _, c, a in runs]):.2f}",
         }
     return rows
 
