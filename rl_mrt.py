@@ -25,6 +25,7 @@ import argparse
 import importlib.util
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -189,10 +190,14 @@ def rollouts_online(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
         sampled_success_rates(sampler, traces, **limits, temperature=args.temperature, top_p=1.0, seed=(*seed, 1))
     else:
         likelihood_success_rates(sampler, traces)
-    scale = in_nats if args.progress == "log-likelihood" else np.asarray
     for group, of_group in zip(groups, advantages):
-        add_progress(of_group, group, args.bonus, scale)
+        add_progress(of_group, group, args.bonus, scale_of(args))
     return groups, advantages
+
+
+def scale_of(args) -> Callable:
+    """What turns J into the unit that progress is measured in."""
+    return in_nats if args.progress == "log-likelihood" else np.asarray
 
 
 def add_progress(advantages: list[np.ndarray], group: list[Trace], bonus: float, scale=np.asarray) -> None:
@@ -465,7 +470,8 @@ def rollout_stats(args, groups: Groups) -> dict[str, float]:
         stats["J_empty"], stats["J_end"] = mean(t.values[0] for t in traces), mean(t.values[-1] for t in traces)
         stats["progress_per_episode"] = mean(progress)
         if args.progress != "sampled":  # with a few sampled answers most differences of J are noise
-            stats["episodes_without_progress"] = mean(p < 0.05 for p in progress)
+            gains = [gain for trace in traces for gain in episode_progress(scale_of(args)(trace.values))] or [0.0]
+            stats["episodes_without_progress"] = mean(gain < 0.05 for gain in gains)  # in J, or 5 % of J in nats
     return stats
 
 
