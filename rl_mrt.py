@@ -240,7 +240,7 @@ def rollouts_prefix(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
     groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, 4), prefixes)
     advantages = outcome_advantages(args, groups)
     for group, of_group, answers in zip(groups, advantages, read_answers(problems, rows)):
-        J = success_rate(answers)  # MRT 3: J(μ|c) from the m rollouts that stop
+        J = success_rate(answers)  # of the m rollouts that stop: J(μ|c)
         for trace, of_tokens in zip(group, of_group):
             trace.prefix_J = J
             of_tokens += args.bonus * (trace.reward - J)  # MRT 6: + α · r_prg(z; c) = α (f - J(μ|c))
