@@ -44,12 +44,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     found = {}
     for model in args.model.split(","):
-        measured = args.out / f"{runs.short_name(model)}-{args.batches}-{args.seed}.json"
+        short = runs.short_name(model)
+        measured = args.out / f"{short}-{args.batches}-{args.seed}.json"
         if not measured.exists():
             runs.write_json(measured, measure(args, model))
-        found[model] = json.loads(measured.read_text())
-        columns = list(found[model]["GRPO"])
-        rows = [[name, *(f"{row[c]:.3g}" for c in columns)] for name, row in found[model].items()]
+        found[short] = json.loads(measured.read_text())
+        columns = list(found[short]["GRPO"])
+        rows = [[name, *(f"{row[c]:.3g}" for c in columns)] for name, row in found[short].items()]
         print(f"{model}\n\n{report.markdown(['', *columns], rows)}")
     runs.write_json(args.out / "gradient.json", {"batches": args.batches, "models": found})
     print(f"figure: {draw(found, args.out)}")
