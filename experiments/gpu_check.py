@@ -33,7 +33,8 @@ from plumbing.sampler import Sampler, open_sampler
 from plumbing.vllm_engine import vllm_or_why_not
 
 LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.3}  # nats between vLLM's log-prob of a token and the trainer's
-TRAINING = "--bonus 1 --variant online --progress sampled --problems-per-step 4 --group-size 4 --max-tokens 128 --eval-every 0 --steps 2"
+TRAINING = "--bonus 1 --variant online --progress sampled --problems-per-step 4 --group-size 4 --max-tokens 128 "
+TRAINING += "--eval-every 0 --steps 2"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 TABLE_3: dict[str, Any] = dict(vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28)
 TABLE_3 |= dict(num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=False)  # R1-Distill-Qwen-1.5B
