@@ -454,6 +454,9 @@ def rollout_stats(args, groups: Groups) -> dict[str, float]:
     def mean(values) -> float:
         return float(np.mean(list(values)))
 
+    def progress_in(scale: Callable) -> list[float]:
+        return [progress for trace in traces for progress in episode_progress(scale(trace.values))] or [0.0]
+
     traces = [trace for group in groups for trace in group]
     stats = {
         "reward": mean(t.reward for t in traces),
@@ -466,12 +469,10 @@ def rollout_stats(args, groups: Groups) -> dict[str, float]:
         stats["J_prefix"] = mean(t.prefix_J for t in traces)
         stats["progress_of_going_on"] = stats["reward"] - stats["J_prefix"]
     elif args.bonus:
-        progress = [episode for trace in traces for episode in episode_progress(trace.values)] or [0.0]
         stats["J_empty"], stats["J_end"] = mean(t.values[0] for t in traces), mean(t.values[-1] for t in traces)
-        stats["progress_per_episode"] = mean(progress)
+        stats["progress_per_episode"] = mean(progress_in(np.asarray))
         if args.progress != "sampled":  # with a few sampled answers most differences of J are noise
-            gains = [gain for trace in traces for gain in episode_progress(scale_of(args)(trace.values))] or [0.0]
-            stats["episodes_without_progress"] = mean(gain < 0.05 for gain in gains)  # in J, or 5 % of J in nats
+            stats["episodes_without_progress"] = mean(p < 0.05 for p in progress_in(scale_of(args)))  # 5 % of J in nats
     return stats
 
 

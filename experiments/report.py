@@ -19,7 +19,7 @@ from plumbing import data, models
 from plumbing.flags import numbers
 from plumbing.hf_engine import TransformersEngine
 from plumbing.models import THINK_END
-from plumbing.report import cell, draw_curve, group_by_problem, markdown, pyplot, save_figure, subplots, tokens_to_reach
+from plumbing.report import cell, draw_curve, group_by_problem, markdown, save_figure, subplots, tokens_to_reach
 from plumbing.runs import load_records, read_jsonl, write_json, write_text
 from plumbing.sampler import Sampler
 
@@ -370,13 +370,12 @@ def draw_method(args, config) -> None:
             traces = {"before training": clear[0], "after MRT-STaR": middle}
             break
     longest = max(trace.boundaries[-1] for trace in traces.values())
-    size = (9, 3 * len(traces) + 0.4)
-    figure, axes = pyplot().subplots(len(traces), 1, figsize=size, constrained_layout=True, squeeze=False)
-    for axis, (title, trace) in zip(axes[:, 0], traces.items()):
+    figure, axes = subplots(len(traces), 9, 3 + 0.4 / len(traces), rows=len(traces))
+    for axis, (title, trace) in zip(axes, traces.items()):
         draw_trace(axis, trace)
         axis.set(xlim=(0, longest), ylabel="J(μ): success rate if stopped")
         axis.set_title(title, loc="left", pad=22 if len(traces) > 1 else 6, fontsize=10)
-    axes[-1, 0].set(xlabel="tokens of the thought")
+    axes[-1].set(xlabel="tokens of the thought")
     save_figure(figure, args.pages / "method.png")
 
 
