@@ -73,7 +73,7 @@ DEFAULTS = {
     "kl": (0.0, 0.04, "not published; the default of the trainer the authors built on"),
     "max_episodes": (32, 6, "the authors' online variant"),
     "max_grad_norm": (1.0, 1.0, "usual"),
-    "max_tokens_per_batch": (16384, 32768, "ours"),
+    "max_tokens_per_batch": (4096, 32768, "ours"),
     "checkpoint_every": (10, 10, "ours"),
     "eval_split": ("validation", "validation", "ours"),
     "eval_problems": (96, 96, "ours"),

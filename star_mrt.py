@@ -67,7 +67,7 @@ DEFAULTS = {
     "warmup": (0.1, 0.1, "Table 2"),
     "weight_decay": (0.0, 0.0, "not published"),
     "max_grad_norm": (1.0, 1.0, "usual"),
-    "max_tokens_per_batch": (16384, 32768, "ours"),
+    "max_tokens_per_batch": (4096, 32768, "ours"),
     "checkpoint_every": (50, 50, "ours"),
     "eval_split": ("test", "test", "ours"),
     "eval_problems": (96, 96, "ours"),

@@ -260,12 +260,13 @@ def body_of(model):
 
 
 def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
-    """(log-probs of the tokens [N] under logits [N, vocabulary], entropies [N]). Eight rows at a time, since memory of
-    that size is reused: the fresh pages of larger tensors cost more than their arithmetic. The entropies come last:
-    the recomputation in the backward pass stops before them."""
+    """(log-probs of the tokens [N] under logits [N, vocabulary], entropies [N]). A few rows at a time (4 MiB), since
+    memory of that size is reused: the fresh pages of larger tensors cost more than their arithmetic. The entropies come
+    last: the recomputation in the backward pass stops before them."""
     logits = logits.float() if temperature == 1 else logits.float() / temperature
-    logprobs = [rows.log_softmax(-1) for rows in logits.split(8)]
-    chosen = [rows.gather(-1, ids[:, None]).squeeze(-1) for rows, ids in zip(logprobs, tokens.split(8))]
+    few = max(1, (1 << 20) // logits.shape[-1])
+    logprobs = [rows.log_softmax(-1) for rows in logits.split(few)]
+    chosen = [rows.gather(-1, ids[:, None]).squeeze(-1) for rows, ids in zip(logprobs, tokens.split(few))]
     with torch.no_grad():
         entropies = [-(rows.exp() * rows).sum(-1) for rows in logprobs]
     return torch.cat(chosen), torch.cat(entropies)
