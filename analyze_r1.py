@@ -28,14 +28,14 @@ from common import (
     episode_spans,
     grade_traces,
     new_traces,
-    pass_at_k,
+    pass_rate,
     prompts_of,
     read_traces,
     regret_at,
     room_for_answer,
     segmentation,
     token_boundaries,
-    vote_at_k,
+    vote_rate,
 )
 from plumbing import data, models, report, runs
 from plumbing.flags import add_common_flags, parse_flags, positive_int, shared_flags, whole_number, with_model
@@ -136,7 +136,7 @@ def plan(problems: int, boundaries: int, args, prompt=150, phrase=50, block=16) 
 def analyse(args) -> None:
     """Thoughts, sampled or given, with J(μ) at their boundaries, in records.jsonl; the direct baseline's answers."""
     args.engine = pick_engine(args.engine)
-    runs.check_out(args.out, runs.identity(args, *MAY_CHANGE), args.resume, args.overwrite)
+    runs.check_out(args, *MAY_CHANGE)
     tokenizer = models.load_tokenizer(args.tokenizer or args.model)
     if args.traces:
         problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
@@ -148,8 +148,7 @@ def analyse(args) -> None:
     direct = with_model(args, args.direct_model) if args.direct_model else None
     if direct:
         models.load_tokenizer(direct.tokenizer or direct.model)  # a wrong name is told now
-    run = runs.open_run(args.out, runs.identity(args, *MAY_CHANGE), args.resume, args.overwrite)
-    runs.same_inputs(run, problems, args.model)
+    run = runs.open_run(args, problems, *MAY_CHANGE)
     file, sampler, single = run / "records.jsonl", open_sampler(args, tokenizer, longest), episodes_by(args, 1)
     for traces in new_traces(args, file, sampler, problems, prompts, episodes_by(args, args.episodes_per_point), given):
         episodes = [len(episode_spans(trace.prefix(trace.boundaries[-1]), single)) for trace in traces]
@@ -253,12 +252,11 @@ def write_report(args, run: Path) -> None:
 def votes(record: dict, kind: str) -> list[list[float]]:
     """[maj@p]_j of one trace, [points, VOTES], votes of weight 2^(mean token log-prob) (Appendix D) or "plain"; for p
     above the number of forced answers all of them vote."""
-    rows = []
-    for J, answers in zip(record["J"], record["forced"]):
-        weights = [2 ** answer["mean_logprob"] for answer in answers] if kind == "weighted" else None
-        boxes = [answer["boxed"] for answer in answers]
-        rows.append([vote_at_k(boxes, record["gold"], min(p, len(boxes)), weights) if boxes else J for p in VOTES])
-    return rows
+
+    def vote(answers: list[dict], p: int) -> float:
+        return vote_rate(answers, record["gold"], min(p, len(answers)), kind == "weighted")
+
+    return [[vote(a, p) if a else J for p in VOTES] for J, a in zip(record["J"], record["forced"])]
 
 
 def summarise(args, records: list[dict]) -> dict:
@@ -292,7 +290,7 @@ def summarise(args, records: list[dict]) -> dict:
 def panels(args, records: list[dict]) -> list[dict]:
     """[maj@p]_j by the number of episodes of a trace (Figure 3). Within a panel a trace that has ended keeps its last
     value, so every point is over the same traces."""
-    width, of_panels = args.panel_episodes, []
+    width, shown = args.panel_episodes, []
     for number, traces in sorted(group_by(records, lambda r: (r["episodes"] - 1) // width).items()):
         points = range(max(len(r["J"]) for r in traces))
         panel = {
@@ -303,8 +301,8 @@ def panels(args, records: list[dict]) -> list[dict]:
             "tokens": {p: [problem_means(traces, spent, j, p).mean() for j in points] for p in VOTES},
             **{kind: votes_after_each(kind, traces, points) for kind in ("weighted", "plain")},
         }
-        of_panels.append(panel)
-    return of_panels
+        shown.append(panel)
+    return shown
 
 
 def votes_after_each(kind: str, traces: list[dict], points: range) -> dict[int, list[dict]]:
@@ -329,11 +327,10 @@ def spent(record: dict, j: int, p: int) -> float:
 def direct_summary(records: list[dict]) -> dict:
     """pass@k, as the paper plots it: an oracle picks the right one of k; and maj@k, the like-for-like vote."""
     groups = list(group_by_problem(records).values())
-    n = len(groups[0])
-    ks = [2**i for i in range(n.bit_length())]
+    ks = [2**i for i in range(len(groups[0]).bit_length())]
     tokens = float(problem_means(records, lambda r: r["tokens"]).mean())
-    passes = [[pass_at_k(n, sum(r["verdict"] == "right" for r in group), k) for group in groups] for k in ks]
-    votes = [[vote_at_k([r["boxed"] for r in group], group[0]["gold"], k) for group in groups] for k in ks]
+    passes = [[pass_rate(group, k) for group in groups] for k in ks]
+    votes = [[vote_rate(group, group[0]["gold"], k) for group in groups] for k in ks]
     tokens_of_k = [k * tokens for k in ks]
     return {"k": ks, "tokens": tokens_of_k, "pass@k": [*map(interval, passes)], "maj@k": [*map(interval, votes)]}
 

@@ -97,7 +97,7 @@ def main() -> None:
     names = args.model.split(",")
     forcings = each_in_its_folder(args, [short_name(name) for name in names], [{"model": name} for name in names])
     for one in forcings:  # what can be refused at once is
-        runs.check_out(one.out, runs.identity(one, "compare"), one.resume, one.overwrite)
+        runs.check_out(one, "compare")
         if not models.thinks(models.load_tokenizer(one.tokenizer or one.model)):
             fail(f"--model {one.model}: has no {THINK_END} in its vocabulary, so no thought to cut or to extend")
     if thoughts is not None:
@@ -134,8 +134,7 @@ def force(args, problems: list[dict], thoughts: list[list[dict]] | None) -> None
         [trace_of(record, tokenizer, problem, prompt) for record in row]
         for problem, prompt, row in zip(problems, prompts, thoughts)
     ]
-    run = runs.open_run(args.out, runs.identity(args, "compare"), args.resume, args.overwrite)
-    runs.same_inputs(run, problems, args.model)
+    run = runs.open_run(args, problems, "compare")
     file, sampler = run / "records.jsonl", open_sampler(args, tokenizer, longest)
     for traces in new_traces(args, file, sampler, problems, prompts, given=given, forced=False):
         points = zip(traces, exploit(args, sampler, traces), extrapolate(args, sampler, traces))
@@ -302,7 +301,7 @@ def compare(args, folders: list[Path]) -> None:
         fail(f"--compare: the runs differ in {', '.join(differing)}")
     problems, settings = report.keep_shared_problems(recorded), recorded[0].settings
     values = {run.name: problem_values(settings, run.records) for run in recorded}
-    metrics = {name: {metric: interval(v) for metric, v in of_run.items()} for name, of_run in values.items()}
+    metrics = {run: {name: interval(v) for name, v in by_name.items()} for run, by_name in values.items()}
     summary = {
         "counts": COUNTED[settings["count"]],
         "training_budget": settings["max_tokens"],
@@ -332,9 +331,9 @@ def draw_regret(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
     budgets, top, curves = regret_budgets(settings), settings["max_tokens"], []
     inside = [b for b in budgets if b <= top]
     beyond = inside[-1:] + budgets[len(inside) :]
-    for number, (name, of_run) in enumerate(metrics.items()):
+    for number, (name, means) in enumerate(metrics.items()):
         for shown, style, label in ((inside, "o-", name), (beyond, "o--", None)):
-            curves.append(Curve(shown, [of_run[f"regret@{b}"] for b in shown], label, style, f"C{number}"))
+            curves.append(Curve(shown, [means[f"regret@{b}"] for b in shown], label, style, f"C{number}"))
     labels = {"xlabel": f"token budget C0 (trained with {top})", "ylabel": "normalised regret"}
     return report.draw_panels(out / "regret.png", Panel(labels, curves), width=4.6, height=3.2)
 
@@ -342,10 +341,10 @@ def draw_regret(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
 def draw_accuracy(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
     """Figure 12: accuracy against tokens; solid where thoughts are cut, dashed where they are extended."""
     budgets, points, cut, extended = settings["budgets"], extensions(settings), [], []
-    for name, of_run in metrics.items():
-        cut.append(Curve(budgets, [of_run[f"within {b}"] for b in budgets], name))
-        tokens = [of_run[f"tokens, {w} extensions"]["mean"] for w in points]
-        extended.append(Curve(tokens, [of_run[f"{w} extensions"] for w in points], style="o--"))
+    for name, means in metrics.items():
+        cut.append(Curve(budgets, [means[f"within {b}"] for b in budgets], name))
+        tokens = [means[f"tokens, {w} extensions"]["mean"] for w in points]
+        extended.append(Curve(tokens, [means[f"{w} extensions"] for w in points], style="o--"))
     left = {"xlabel": f"budget (tokens of {COUNTED[settings['count']]})", "ylabel": "accuracy", "title": "thoughts cut"}
     times = ", ".join(map(str, points))
     right = {"xlabel": "mean tokens of thought and answer", "title": f"thoughts extended {times} times"}

@@ -2,7 +2,8 @@
 
     problem → prompt → completion → thought | answer → episodes → forced answers (μ) → J → progress → advantage → loss
 
-1 traces and episodes · 2 forced answers and J(μ) · 3 progress and regret · 4 grading, pass@k, maj@k · 5 the GRPO loss.
+1 traces and episodes · 2 forced answers and J(μ) · 3 progress and regret · 4 grading, pass@k, maj@k · 5 the GRPO loss
+· 6 prompts, samples and records, as every script has them: not needed to understand the method.
 
 `# MRT 1` to `# MRT 7` mark where the method stands, here and in the scripts; `grep -n "# MRT" *.py` lists it. The rest
 is what any reinforcement learning of a reasoner needs; what is more general still is in plumbing/.
@@ -14,7 +15,6 @@ from __future__ import annotations
 import math
 import zlib
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -28,7 +28,7 @@ from plumbing.hf_engine import sequence_logprobs
 from plumbing.models import THINK_END, Completion, encode, prompt_ids, text_and_offsets, thinks, thought_is_open
 from plumbing.runs import problem_key, unrecorded
 from plumbing.sampler import Sampler, check_lengths
-from plumbing.votes import plain_vote, weighted_vote
+from plumbing.votes import wins_vote
 
 # The forced-termination phrase of the authors' public code: what turns the model into the meta-prover μ.
 STOP_PHRASE = (
@@ -57,11 +57,6 @@ class Segmentation:
     group_size: int = 1
     max_episodes: int = 1 << 30
     markers: tuple[str, ...] = EPISODE_MARKERS
-
-
-def segmentation(args, **how) -> Segmentation:
-    """A Segmentation with the published markers and those of --markers; `how`: its other fields."""
-    return Segmentation(markers=(*EPISODE_MARKERS, *args.markers), **how)
 
 
 def episode_spans(thought: str, how: Segmentation = Segmentation()) -> list[tuple[int, int]]:
@@ -169,16 +164,6 @@ class Trace:
         }
 
 
-def trace_of(record: dict, tokenizer, problem: dict, prompt: list[int]) -> Trace:
-    """The trace of a record, with the very tokens that were sampled; their log-probs are not kept."""
-    ids = record["token_ids"]
-    completion = Completion(ids, [], record["finish"], *text_and_offsets(tokenizer, ids))
-    kept = {name: record[name] for name in ("boundaries", "finished", "answer", "sample", "verdict", "reward")}
-    forced = [[ForcedAnswer(**answer) for answer in answers] for answers in record["forced"]]
-    values = {"values": record["J"], "answer_tokens": record["answer_tokens"], "forced": forced}
-    return Trace(problem, prompt, completion, **kept, **values)
-
-
 def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completion, how=Segmentation()) -> Trace:
     """Splits a completion at the end-of-thinking marker, and its thought into episodes.
 
@@ -225,14 +210,6 @@ def read_traces(tokenizer, problems, prompts, rows, how=Segmentation(), first: i
                 trace.answer = prefix + trace.completion.text
     grade_traces([trace for group in groups for trace in group])
     return groups
-
-
-def sample_traces(args, sampler: Sampler, problems, prompts, how=Segmentation(), count=None, first: int = 0):
-    """--num-samples graded traces a problem, or `count` of them from number `first`: [problems][samples]."""
-    seeds = [(args.seed, problem_key(problem)) for problem in problems]
-    count = args.num_samples if count is None else count
-    rows = sampler.generate(prompts, args.max_tokens, seeds, count, args.temperature, args.top_p, first)
-    return read_traces(sampler.tokenizer, problems, prompts, rows, how, first)
 
 
 # ============================================================================================ 2 forced answers and J(μ)
@@ -322,40 +299,6 @@ def prompts_of_mu(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trac
     return places_of
 
 
-def room_for_answer(tokenizer, answer_tokens: int) -> int:
-    """Tokens that a forced answer may add to a thought: the stop phrase and the answer."""
-    return len(encode(tokenizer, "\n\n" + STOP_PHRASE + ANSWER_CUE)) + answer_tokens
-
-
-def new_traces(
-    args, file: Path, sampler: Sampler, problems, prompts, how=Segmentation(), given=None, forced=True, process=(0, 1)
-) -> Iterator[list[Trace]]:
-    """The traces that a records.jsonl lacks, a batch of problems at a time: --num-samples a problem or those `given`,
-    with J(μ) at every boundary if `forced`. `process`: this one's number and how many share the work."""
-    counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
-    rank, world = process
-    for batch, first in unrecorded(file, problems, counts, args.batch_problems, sampler):
-        share = batch[rank::world]
-        if given is None:
-            inputs = [problems[i] for i in share], [prompts[i] for i in share]
-            groups = sample_traces(args, sampler, *inputs, how, args.num_samples - first, first)
-        else:
-            groups = [given[i][first:] for i in share]
-        traces = [trace for group in groups for trace in group]
-        if forced:
-            settings = args.forced_answers, args.answer_tokens, args.temperature, args.top_p
-            sampled_success_rates(sampler, traces, *settings, (args.seed, 1))
-        yield traces
-
-
-def prompts_of(args, tokenizer, problems: list[dict], more: int = 0) -> tuple[list[list[int]], int]:
-    """The prompts of the problems, and the tokens of the longest with a thought (and `more`) and a forced answer after
-    it; ends the run if they exceed the model's context."""
-    prompts = [prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
-    room = args.max_tokens + more + room_for_answer(tokenizer, args.answer_tokens)
-    return prompts, check_lengths(args, problems, prompts, room)
-
-
 def cut_at_budget(trace: Trace, budget: int, exact: bool = False) -> int:
     """The last paragraph end of the thought within `budget` tokens; the budget itself where there is none, or if
     `exact`."""
@@ -404,22 +347,6 @@ def normalized_regret(tokens: Sequence[float], accuracies: Sequence[float], budg
     inside = int(np.searchsorted(x, budget))  # points before the budget, at least (0, 0)
     last = np.interp(budget, x[inside - 1 : inside + 1], y[inside - 1 : inside + 1])
     return float(1 - np.trapezoid(np.append(y[:inside], last), np.append(x[:inside], budget)) / budget)
-
-
-def regret_at(record: dict, budget: float) -> float:
-    """`normalized_regret` of a recorded trace."""
-    return normalized_regret(*trace_curve(record), budget)
-
-
-def accuracy_at(record: dict, budget: float) -> float:
-    """J at the last boundary of a recorded trace whose forced answer fits the budget; 0 before the first."""
-    tokens, J = trace_curve(record)
-    return next((value for spent, value in zip(tokens[::-1], J[::-1]) if spent <= budget), 0.0)
-
-
-def trace_curve(record: dict) -> tuple[list[float], list[float]]:
-    """(tokens, J) at the boundaries of a recorded trace: prefix tokens + mean tokens of the answers forced there."""
-    return [b + a for b, a in zip(record["boundaries"], record["answer_tokens"])], record["J"]
 
 
 def additional_regret(maj: Sequence[tuple[float, float, float, float]], episodes: int | None = None) -> float:
@@ -509,25 +436,7 @@ def maj_at_k(answers: Sequence[str | None], gold: str, k: int, weights: Sequence
         raise ValueError(f"need a gold and 1 <= k <= n; got {gold!r}, k={k}, n={n}")
     if weights is not None and (len(weights) != n or not all(0 < w < math.inf for w in weights)):
         raise ValueError(f"weights must be {n} positive finite numbers, got {weights!r}")
-    rivals = Counter(answers)
-    missing, right = rivals.pop(None, 0), rivals.pop(gold, 0)
-    counted = {w for answer, w in zip(answers, weights or ()) if answer is not None}
-    if weights is None or len(counted) <= 1 or not right or not rivals:  # weights decide nothing
-        return plain_vote(right, missing, tuple(sorted(rivals.values())), k)
-    classes = [gold, *(answer for answer in rivals if answer is not None)]
-    votes = np.array([[w * (answer == c) for c in classes] for answer, w in zip(answers, weights)])
-    return weighted_vote(votes, k)
-
-
-def vote_at_k(answers: Sequence[str | None], gold: str | list[str], k: int, weights=None) -> float:
-    """`maj_at_k` of what boxes hold: answers vote together if they are equal mathematically."""
-    return maj_at_k(classes_of(tuple(answers), gold if isinstance(gold, str) else tuple(gold)), "0", k, weights)
-
-
-@lru_cache(maxsize=100_000)
-def classes_of(answers: tuple[str | None, ...], gold: str | tuple[str, ...]) -> list[str | None]:
-    """`group_answers` as strings, "0" for right ones; cached, since every k needs them."""
-    return [None if number is None else str(number) for number in group_answers(answers, gold)]
+    return wins_vote(gold, answers, k, weights)
 
 
 # ============================================================================================ 5 the GRPO loss
@@ -574,3 +483,96 @@ def grpo_loss(
         per_token = per_token + kl * k3
         sums["kl"] = float(k3.detach().sum())
     return per_token.sum() / denominator, sums
+
+
+# ========================================================================================== 6 prompts, samples, records
+
+
+def segmentation(args, **how) -> Segmentation:
+    """A Segmentation with the published markers and those of --markers; `how`: its other fields."""
+    return Segmentation(markers=(*EPISODE_MARKERS, *args.markers), **how)
+
+
+def prompts_of(args, tokenizer, problems: list[dict], more: int = 0) -> tuple[list[list[int]], int]:
+    """The prompts of the problems, and the tokens of the longest with a thought (and `more`) and a forced answer after
+    it; ends the run if they exceed the model's context."""
+    prompts = [prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
+    room = args.max_tokens + more + room_for_answer(tokenizer, args.answer_tokens)
+    return prompts, check_lengths(args, problems, prompts, room)
+
+
+def room_for_answer(tokenizer, answer_tokens: int) -> int:
+    """Tokens that a forced answer may add to a thought: the stop phrase and the answer."""
+    return len(encode(tokenizer, "\n\n" + STOP_PHRASE + ANSWER_CUE)) + answer_tokens
+
+
+def sample_traces(args, sampler: Sampler, problems, prompts, how=Segmentation(), first: int = 0):
+    """Graded traces number `first` to --num-samples of each problem: [problems][samples]."""
+    seeds, count = [(args.seed, problem_key(problem)) for problem in problems], args.num_samples - first
+    rows = sampler.generate(prompts, args.max_tokens, seeds, count, args.temperature, args.top_p, first)
+    return read_traces(sampler.tokenizer, problems, prompts, rows, how, first)
+
+
+def new_traces(
+    args, file: Path, sampler: Sampler, problems, prompts, how=Segmentation(), given=None, forced=True, process=(0, 1)
+) -> Iterator[list[Trace]]:
+    """The traces that a records.jsonl lacks, a batch of problems at a time: --num-samples a problem or those `given`,
+    with J(μ) at every boundary if `forced`. `process`: this one's number and how many share the work."""
+    counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
+    rank, world = process
+    for batch, first in unrecorded(file, problems, counts, args.batch_problems, sampler):
+        share = batch[rank::world]
+        if given is None:
+            inputs = [problems[i] for i in share], [prompts[i] for i in share]
+            groups = sample_traces(args, sampler, *inputs, how, first)
+        else:
+            groups = [given[i][first:] for i in share]
+        traces = [trace for group in groups for trace in group]
+        if forced:
+            settings = args.forced_answers, args.answer_tokens, args.temperature, args.top_p
+            sampled_success_rates(sampler, traces, *settings, (args.seed, 1))
+        yield traces
+
+
+def trace_of(record: dict, tokenizer, problem: dict, prompt: list[int]) -> Trace:
+    """The trace of a record, with the very tokens that were sampled; their log-probs are not kept."""
+    ids = record["token_ids"]
+    completion = Completion(ids, [], record["finish"], *text_and_offsets(tokenizer, ids))
+    kept = {name: record[name] for name in ("boundaries", "finished", "answer", "sample", "verdict", "reward")}
+    forced = [[ForcedAnswer(**answer) for answer in answers] for answers in record["forced"]]
+    values = {"values": record["J"], "answer_tokens": record["answer_tokens"], "forced": forced}
+    return Trace(problem, prompt, completion, **kept, **values)
+
+
+def trace_curve(record: dict) -> tuple[list[float], list[float]]:
+    """(tokens, J) at the boundaries of a recorded trace: prefix tokens + mean tokens of the answers forced there."""
+    return [b + a for b, a in zip(record["boundaries"], record["answer_tokens"])], record["J"]
+
+
+def regret_at(record: dict, budget: float) -> float:
+    """`normalized_regret` of a recorded trace."""
+    return normalized_regret(*trace_curve(record), budget)
+
+
+def accuracy_at(record: dict, budget: float) -> float:
+    """J at the last boundary of a recorded trace whose forced answer fits the budget; 0 before the first."""
+    tokens, J = trace_curve(record)
+    return next((value for spent, value in zip(tokens[::-1], J[::-1]) if spent <= budget), 0.0)
+
+
+def pass_rate(records: list[dict], k: int) -> float:
+    """`pass_at_k` of one problem's recorded traces."""
+    return pass_at_k(len(records), sum(r["verdict"] == "right" for r in records), k)
+
+
+def vote_rate(answers: list[dict], gold: str | list[str], k: int, weighted: bool = False) -> float:
+    """`maj_at_k` of recorded answers, of traces or forced ones. Boxes that are equal mathematically vote together; a
+    vote counts 1 or, if weighted, 2^(mean token log-prob), as in the paper's analysis (Appendix D)."""
+    classes = classes_of(tuple(a["boxed"] for a in answers), gold if isinstance(gold, str) else tuple(gold))
+    return maj_at_k(classes, "0", k, [2 ** a["mean_logprob"] for a in answers] if weighted else None)
+
+
+@lru_cache(maxsize=100_000)
+def classes_of(answers: tuple[str | None, ...], gold: str | tuple[str, ...]) -> list[str | None]:
+    """`group_answers` as strings, "0" for right ones; cached, since every k needs them."""
+    return [None if number is None else str(number) for number in group_answers(answers, gold)]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import accuracy_at, new_traces, pass_at_k, prompts_of, regret_at, segmentation, vote_at_k
+from common import accuracy_at, new_traces, pass_rate, prompts_of, regret_at, segmentation, vote_rate
 from plumbing import data, models, report, runs
 from plumbing.flags import add_common_flags, changed, each_in_its_folder, numbers, parse_flags, shared_flags
 from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
@@ -79,7 +79,7 @@ def main() -> None:
     settings = [{"model": model, "dataset": dataset} for model, dataset in pairs]
     evaluations = each_in_its_folder(args, [label(*pair) for pair in pairs], settings)
     for one in evaluations:  # what can be refused at once is, before anything large is fetched
-        runs.check_out(one.out, runs.identity(one, *MAY_CHANGE), one.resume, one.overwrite)
+        runs.check_out(one, *MAY_CHANGE)
         models.load_tokenizer(one.tokenizer or one.model)
     datasets = dict.fromkeys(one.dataset for one in evaluations)
     problems = {dataset: data.problems_of(changed(args, dataset=dataset)) for dataset in datasets}
@@ -96,8 +96,7 @@ def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, li
     prompts = {one.dataset: prompts_of(one, tokenizer, problems[one.dataset]) for one in evaluations}
     sampler = open_sampler(first, tokenizer, max(longest for _, longest in prompts.values()))
     for one in evaluations:
-        run = runs.open_run(one.out, runs.identity(one, *MAY_CHANGE), one.resume, one.overwrite)
-        runs.same_inputs(run, problems[one.dataset], one.model)
+        run = runs.open_run(one, problems[one.dataset], *MAY_CHANGE)
         records = sample(one, run / "records.jsonl", sampler, problems[one.dataset], prompts[one.dataset][0])
         summary = summarise(one, records, problem_values(one, records))
         report.write_summary(run, summary, table_of({run.name: summary}, {}), f"records: {run / 'records.jsonl'}")
@@ -126,9 +125,9 @@ def problem_values(args, records: list[dict]) -> Values:
     ks = [k for k in args.k if 1 < k <= min(map(len, groups))]
     values = {"pass@1": problem_means(records, lambda r: r["reward"])}
     if args.metric in ("pass@k", "all"):
-        values |= {f"pass@{k}": np.array([pass_at(group, k) for group in groups]) for k in ks}
+        values |= {f"pass@{k}": np.array([pass_rate(group, k) for group in groups]) for k in ks}
     if args.metric in ("maj@k", "all"):
-        values |= {f"maj@{k}": np.array([vote_at(group, k, args.vote) for group in groups]) for k in ks}
+        values |= {f"maj@{k}": np.array([vote_of(args, group, k) for group in groups]) for k in ks}
     values["tokens"] = problem_means(records, lambda r: r["tokens"])
     if args.metric in ("regret", "all") and all(r["J"] for r in records):
         values |= {f"regret@{b}": problem_means(records, regret_at, b) for b in args.budgets}
@@ -136,27 +135,21 @@ def problem_values(args, records: list[dict]) -> Values:
     return values
 
 
-def pass_at(group: list[dict], k: int) -> float:
-    """pass@k of one problem's records."""
-    return pass_at_k(len(group), sum(r["verdict"] == "right" for r in group), k)
-
-
-def vote_at(group: list[dict], k: int, vote: str) -> float:
-    """maj@k of one problem's records."""
-    weights = [2 ** r["mean_logprob"] for r in group] if vote == "likelihood" else None
-    return vote_at_k([r["boxed"] for r in group], group[0]["gold"], k, weights)
+def vote_of(args, group: list[dict], k: int) -> float:
+    """maj@k of one problem's records, with the votes of --vote."""
+    return vote_rate(group, group[0]["gold"], k, weighted=args.vote == "likelihood")
 
 
 def summarise(args, records: list[dict], values: Values) -> dict:
     """Every metric with its 95 % interval, from `problem_values`; counts; what went wrong."""
-    metrics = {name: interval(of_problems) for name, of_problems in values.items()}
-    problems, n = len(group_by_problem(records)), max(map(len, group_by_problem(records).values()))
+    metrics, counts = {name: interval(of_problems) for name, of_problems in values.items()}, report.counts_of(records)
+    n = max(map(len, group_by_problem(records).values()))
     for name, metric in metrics.items():
         if name.startswith("maj@") and args.vote == "likelihood" and math.comb(n, int(name[4:])) > EXACT_SUBSETS:
-            metric["draw_error"] = 0.5 / math.sqrt(SUBSET_DRAWS * problems)  # of drawing subsets, at most
+            metric["draw_error"] = 0.5 / math.sqrt(SUBSET_DRAWS * counts["problems"])  # of drawing subsets, at most
     progress = [change for r in records for change in np.diff(r["J"])]
     return {
-        **report.counts_of(records),
+        **counts,
         "progress_per_episode": float(np.mean(progress)) if progress else None,
         "vote": args.vote,
         "metrics": metrics,
@@ -187,12 +180,12 @@ def compare(args, folders: list[Path]) -> None:
     text, summary, figures = (table_of_datasets(recorded, datasets) + "\n" if len(datasets) > 1 else ""), {}, []
     args.out.mkdir(parents=True, exist_ok=True)
     for dataset in datasets:
-        of_dataset = [run for run in recorded if run.settings["dataset"] == dataset]
-        report.keep_shared_problems(of_dataset)
+        alike = [run for run in recorded if run.settings["dataset"] == dataset]
+        report.keep_shared_problems(alike)
         stem = "" if len(datasets) == 1 else short_name(dataset) + "-"
-        part, summary[dataset] = compare_on_one(args, of_dataset)
+        part, summary[dataset] = compare_on_one(args, alike)
         text += ("" if len(datasets) == 1 else f"## {dataset}\n\n") + part + "\n"
-        figures += [draw_anytime(args, of_dataset, stem), draw_efficiency(args, of_dataset, stem)]
+        figures += [draw_anytime(args, alike, stem), draw_efficiency(args, alike, stem)]
     report.write_summary(args.out, summary, text, f"figures: {', '.join(str(path) for path in figures if path)}")
 
 
@@ -219,8 +212,8 @@ def efficiency(args, records: list[dict]) -> dict[str, np.ndarray]:
     ks = sorted({k for i in range(n.bit_length()) for k in (2**i, 3 * 2**i) if k <= n} | {n})
     return {
         "tokens": np.outer(problem_means(records, lambda r: r["tokens"]), ks),
-        "pass@k": np.array([[pass_at(group, k) for k in ks] for group in groups]),
-        "maj@k": np.array([[vote_at(group, k, args.vote) for k in ks] for group in groups]),
+        "pass@k": np.array([[pass_rate(group, k) for k in ks] for group in groups]),
+        "maj@k": np.array([[vote_of(args, group, k) for k in ks] for group in groups]),
     }
 
 

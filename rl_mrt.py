@@ -136,7 +136,7 @@ def main() -> None:
     args = flags()
     _, world = training.start_processes()
     check_engine(args, world)
-    runs.check_out(args.out, runs.identity(args), args.resume, args.overwrite)
+    runs.check_out(args)
     tokenizer = models.load_tokenizer(args.model)  # small: a wrong --model is reported before a data set is fetched
     problems = data.problems_of(args)
     validation = data.held_out_of(args) if args.eval_every else []
@@ -147,12 +147,10 @@ def main() -> None:
         print(training.memory_plan(args, len(problems), longest))
         return
     model = models.load_model(args.model, models.pick_device())
-    run = training.open_run_once(args.out, runs.identity(args), args.resume, args.overwrite)
+    run = training.open_run_once(args, problems)
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
         return
-    if ranks()[0] == 0:
-        runs.same_inputs(run, problems, args.model)
     train(args, run, model, open_sampler(args, tokenizer, longest, trained=model), problems, validation)
 
 
@@ -190,8 +188,8 @@ def rollouts_online(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
         sampled_success_rates(sampler, traces, **limits, temperature=args.temperature, top_p=1.0, seed=(*seed, 1))
     else:
         likelihood_success_rates(sampler, traces)
-    for group, of_group in zip(groups, advantages):
-        add_progress(of_group, group, args.bonus, scale_of(args))
+    for group, row in zip(groups, advantages):
+        add_progress(row, group, args.bonus, scale_of(args))
     return groups, advantages
 
 
@@ -213,10 +211,10 @@ def add_progress(advantages: list[np.ndarray], group: list[Trace], bonus: float,
     """
     progress = [episode_progress(scale(trace.values)) for trace in group]
     mean = np.concatenate(progress).mean() if any(map(len, progress)) else 0.0
-    for of_tokens, trace, of_episodes in zip(advantages, group, progress):
-        thought = of_tokens[: trace.boundaries[-1]]
-        thought += bonus * np.repeat(of_episodes, np.diff(trace.boundaries))  # MRT 5: + α · r_prg(z_j; c_{j-1})
-        of_tokens -= bonus * mean
+    for advantage, trace, gains in zip(advantages, group, progress):
+        thought = advantage[: trace.boundaries[-1]]  # a view: its tokens are those of `advantage`
+        thought += bonus * np.repeat(gains, np.diff(trace.boundaries))  # MRT 5: + α · r_prg(z_j; c_{j-1})
+        advantage -= bonus * mean
 
 
 def rollouts_prefix(args, sampler: Sampler, problems, prompts, seed: tuple) -> tuple[Groups, Advantages]:
@@ -239,11 +237,11 @@ def rollouts_prefix(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
     limits = [args.max_tokens - end for _, end in cut]
     groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, 4), prefixes)
     advantages = outcome_advantages(args, groups)
-    for group, of_group, answers in zip(groups, advantages, read_answers(problems, rows)):
+    for group, row, answers in zip(groups, advantages, read_answers(problems, rows)):
         J = success_rate(answers)  # of the m rollouts that stop: J(μ|c)
-        for trace, of_tokens in zip(group, of_group):
+        for trace, advantage in zip(group, row):
             trace.prefix_J = J
-            of_tokens += args.bonus * (trace.reward - J)  # MRT 6: + α · r_prg(z; c) = α (f - J(μ|c))
+            advantage += args.bonus * (trace.reward - J)  # MRT 6: + α · r_prg(z; c) = α (f - J(μ|c))
     return groups, advantages
 
 
@@ -281,7 +279,7 @@ def outcome_advantages(args, groups: Groups) -> Advantages:
     if args.length_penalty:
         rewards = penalise_length(rewards, torch.tensor(lengths, dtype=torch.float64), args.length_penalty)
     outcome = group_advantages(rewards, not args.no_std).tolist()
-    return [[np.full(n, a) for n, a in zip(*of_group)] for of_group in zip(lengths, outcome)]
+    return [[np.full(tokens, a) for tokens, a in zip(*row)] for row in zip(lengths, outcome)]
 
 
 def penalise_length(rewards: torch.Tensor, lengths: torch.Tensor, weight: float) -> torch.Tensor:
@@ -303,8 +301,8 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
     its own groups; counts, denominators and metrics are over all of them, and so is the gradient."""
     score, device = training.scorer(model, models.token_logprobs), model.device
     traces = [trace for group in groups for trace in group]
-    of_traces = [of_tokens for of_group in advantages for of_tokens in of_group]
-    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), a) for t, a in zip(traces, of_traces)]
+    flat = [advantage for row in advantages for advantage in row]
+    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), a) for t, a in zip(traces, flat)]
     drawn = [torch.tensor(trace.completion.logprobs, device=device) for trace in traces]
     # Of several updates a batch, update s trains the rollouts whose number, over all processes, is s modulo `steps`.
     numbers = np.array([trace.problem["place"] * args.group_size + trace.sample for trace in traces])
@@ -315,6 +313,8 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
         part = np.flatnonzero(numbers % steps == step)
         denominator = sum_over_ranks([float(sum(len(drawn[i]) for i in part))])[0]  # before the loop
         optimizer.zero_grad()
+        # `order`: numbers of the batch's rollouts; `where` [B, T] marks the N trained tokens of `ids` [B, T]; what the
+        # loss takes is [N], in the order of `where`.
         for order, ids, where, advantage in training.batches_of(examples, part, args.max_tokens_per_batch, device):
             with models.autocast(models.pick_dtype(args.dtype)):
                 logprobs, entropies = score(ids, where, args.temperature)
@@ -326,14 +326,14 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
             # Truncated importance weights: 1 where sampler and trainer agree, which round differently.
             weight = (before - sampled).exp().clamp(max=args.is_cap)
             ref = reference_logprobs(args, reference, ids, where)
-            loss, of_loss = grpo_loss(logprobs, before, advantage * weight, denominator, args.clip, ref, args.kl)
+            loss, found = grpo_loss(logprobs, before, advantage * weight, denominator, args.clip, ref, args.kl)
             if not torch.isfinite(loss):
                 names = ", ".join(sorted({traces[i].problem["id"] for i in order}))
                 raise FloatingPointError(f"the loss is {loss.item()} on samples of {names}")
             (loss * ranks()[1]).backward()  # FSDP takes the mean of the processes' gradients
-            of_loss |= {"loss": loss.item() * denominator, "entropy": float(entropies.sum())}
-            of_loss |= {"padded": ids.numel(), "weight": float(weight.sum())}
-            sums = {name: total + of_loss.get(name, 0.0) for name, total in sums.items()}
+            found |= {"loss": loss.item() * denominator, "entropy": float(entropies.sum())}
+            found |= {"padded": ids.numel(), "weight": float(weight.sum())}
+            sums = {name: total + found.get(name, 0.0) for name, total in sums.items()}
             if step == 0:  # sampler and trainer are still the same policy
                 gaps.append((logprobs.detach() - sampled).abs().cpu())
         if step == 0:
@@ -406,7 +406,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
 
 
 def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, problems, state) -> tuple[dict, dict, str]:
-    """Rollouts and their update; returns (the run's new state, the line of metrics.jsonl, what is printed)."""
+    """Rollouts and their update; returns (the run's new state, the step's metrics, what is printed)."""
     (rank, world), step, began = ranks(), state["step"], time.time()
     batch = training.problems_of_step(problems, args.problems_per_step, step, args.seed)[rank::world]
     prompts = [models.prompt_ids(sampler.tokenizer, problem["problem"], args.chat_template_kwargs) for problem in batch]
@@ -435,13 +435,13 @@ def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, pro
         "seconds": state["seconds"] + time.time() - began,
     }
     seconds = {"sampling_seconds": sampled_after - began, "update_seconds": time.time() - sampled_after}
-    line = {**state, **rollout_stats(args, groups), **metrics, **seconds}
+    metrics = {**state, **rollout_stats(args, groups), **metrics, **seconds}
     text = (
-        f"step {line['step']:4d}  right {line['reward']:.3f}  tokens {line['tokens']:6.1f}  truncated "
-        f"{line['truncated']:.2f}  loss {line['loss']:+.4f}  sampled {line['sampled_tokens'] / 1e3:,.0f}k tokens  "
-        f"{line['sampling_seconds']:.1f} + {line['update_seconds']:.1f} s"
+        f"step {metrics['step']:4d}  right {metrics['reward']:.3f}  tokens {metrics['tokens']:6.1f}  truncated "
+        f"{metrics['truncated']:.2f}  loss {metrics['loss']:+.4f}  sampled {metrics['sampled_tokens'] / 1e3:,.0f}k "
+        f"tokens  {metrics['sampling_seconds']:.1f} + {metrics['update_seconds']:.1f} s"
     )
-    return state, line, text
+    return state, metrics, text
 
 
 def records(step: int, groups: Groups) -> list[dict]:
@@ -499,11 +499,11 @@ def validate(args, run: Path, sampler: Sampler, problems: list[dict], state: dic
         sums.append(sum(right.get(i, trace.reward) for i, trace in enumerate(traces)))
     accuracy, tokens, *forced = (total / len(problems) for total in sum_over_ranks(sums))
     sampler.sampled_tokens, sampler.computed_tokens = counted
-    line = {"step": state["step"], "sampled_tokens": state["sampled_tokens"], "accuracy": accuracy, "tokens": tokens}
+    metrics = {"step": state["step"], "sampled_tokens": state["sampled_tokens"], "accuracy": accuracy, "tokens": tokens}
     if rank == 0:
-        runs.append_jsonl(run / "validation.jsonl", [{**line, "forced": dict(zip(budgets, forced))}])
-    told = "  ".join(f"forced at {budget}: {right:.3f}" for budget, right in zip(budgets, forced))
-    print(f"  validation after {line['step']} steps: right {accuracy:.3f}  tokens {tokens:.1f}  {told}", flush=True)
+        runs.append_jsonl(run / "validation.jsonl", [{**metrics, "forced": dict(zip(budgets, forced))}])
+    text = "  ".join(f"forced at {budget}: {right:.3f}" for budget, right in zip(budgets, forced))
+    print(f"  validation after {state['step']} steps: right {accuracy:.3f}  tokens {tokens:.1f}  {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def main() -> None:
 def prepare(args):
     """(folder of the run, model, its sampler, problems, held-out problems), what is cheap to refuse first."""
     args.engine = pick_engine(args.engine)
-    runs.check_out(args.out, runs.identity(args), args.resume, args.overwrite)
+    runs.check_out(args)
     weights = args.tokenizer or args.model  # of a served model the name says nothing
     tokenizer = models.load_tokenizer(weights)
     if not models.thinks(tokenizer):
@@ -125,9 +125,7 @@ def prepare(args):
     problems, held_out = data.problems_of(args), data.held_out_of(args)
     _, longest = prompts_of(args, tokenizer, problems + held_out)
     model = models.load_model(weights, models.pick_device())
-    run = training.open_run_once(args.out, runs.identity(args), args.resume, args.overwrite)
-    if ranks()[0] == 0:
-        runs.same_inputs(run, problems + held_out, weights)
+    run = training.open_run_once(args, problems + held_out)
     sampler = open_sampler(args, tokenizer, longest, trained=model)
     recompute = not runs.is_tiny(weights)
     training.prepare(model, models.pick_dtype(args.dtype), models.token_logprobs, recompute)

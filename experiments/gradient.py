@@ -92,10 +92,10 @@ def estimates(args, sampler, problems, prompts, seed: tuple):
 
     def with_progress(scale=np.asarray, alone: bool = False):
         advantages = outcome()
-        for group, of_group in zip(groups, advantages):
+        for group, row in zip(groups, advantages):
             if alone:
-                of_group[:] = [0 * of_tokens for of_tokens in of_group]
-            rl_mrt.add_progress(of_group, group, 1.0, scale)
+                row[:] = [0 * advantage for advantage in row]
+            rl_mrt.add_progress(row, group, 1.0, scale)
         return advantages
 
     def with_credit(credit_lambda: float):
@@ -127,12 +127,12 @@ def gradients_of(model, groups: rl_mrt.Groups, estimated: dict[str, rl_mrt.Advan
     traces = [trace for group in groups for trace in group]
     examples = [(t.prompt + t.completion.token_ids, len(t.prompt), [0.0] * len(t.completion.token_ids)) for t in traces]
     tokens = sum(len(trace.completion.token_ids) for trace in traces)
-    flat = {name: [a for of_group in advantages for a in of_group] for name, advantages in estimated.items()}
+    flat = {name: [a for row in advantages for a in row] for name, advantages in estimated.items()}
     sums: dict[str, torch.Tensor] = {}
     for order, ids, where, _ in training.micro_batches(examples, 16_384, "cpu"):
         logprobs, _ = models.token_logprobs(model, ids, where)
-        for name, of_traces in flat.items():
-            weights = torch.tensor(np.concatenate([of_traces[i] for i in order]), dtype=torch.float32)
+        for name, rows in flat.items():
+            weights = torch.tensor(np.concatenate([rows[i] for i in order]), dtype=torch.float32)
             loss = -(weights * logprobs).sum() / tokens
             parts = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
             gradient = torch.cat([part.flatten() for part in parts])
@@ -143,15 +143,15 @@ def gradients_of(model, groups: rl_mrt.Groups, estimated: dict[str, rl_mrt.Advan
 def opening_advantages(groups: rl_mrt.Groups, advantages: rl_mrt.Advantages) -> dict[str, list[float]]:
     """The advantage of the first token of episodes with and without a new candidate, and after the thought."""
     found: dict[str, list[float]] = {"a useful episode": [], "an idle one": [], "the answer": []}
-    pairs = [pair for group, of_group in zip(groups, advantages) for pair in zip(group, of_group)]
-    for trace, of_tokens in pairs:
+    pairs = [pair for group, row in zip(groups, advantages) for pair in zip(group, row)]
+    for trace, advantage in pairs:
         tried: set[str] = set()
         for start, end in zip(trace.boundaries, trace.boundaries[1:]):
             new = set(re.findall(r"try x = (\d+)", trace.prefix(end)[len(trace.prefix(start)) :])) - tried
-            found["a useful episode" if new else "an idle one"].append(float(of_tokens[start]))
+            found["a useful episode" if new else "an idle one"].append(float(advantage[start]))
             tried |= new
         if trace.finished:
-            found["the answer"].append(float(of_tokens[trace.boundaries[-1]]))
+            found["the answer"].append(float(advantage[trace.boundaries[-1]]))
     return found
 
 

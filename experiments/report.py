@@ -111,36 +111,52 @@ def map_cells(args, config) -> Cells:
 def map_table(config, cells: Cells) -> Table:
     """Mean over seeds, the best cell of each method at the standard length marked, and the seeds themselves."""
     rows: Table = {}
-    for method, of_method in cells.items():
-        settings = [place for place in of_method if place[2] == config["train"]["max-tokens"]]
-        best = max(settings, key=lambda place: np.mean(of_method[place]))
-        for (shape, lr, tokens), seeds in of_method.items():
+    for method, places in cells.items():
+        settings = [place for place in places if place[2] == config["train"]["max-tokens"]]
+        best = max(settings, key=lambda place: np.mean(places[place]))
+        for (shape, lr, tokens), seeds in places.items():
             row = rows.setdefault(f"{method}, {shape}, {tokens} tokens", {})
-            mark = "**" if (shape, lr, tokens) == best else ""
+            mark = "**" if (shape, lr, tokens) == best and len(places) > 1 else ""
             row[f"lr {lr:g}"] = f"{mark}{np.mean(seeds):.2f}{mark} ({', '.join(f'{s:.2f}' for s in sorted(seeds))})"
     columns = sorted({column for row in rows.values() for column in row}, key=lambda c: float(c.split()[1]))
     return {name: {column: row.get(column, "–") for column in columns} for name, row in rows.items()}
 
 
 def draw_map(config, cells: Cells, pages: Path) -> None:
-    """A panel a shape: accuracy against the learning rate, a line a method through the means, a dot a seed."""
+    """Accuracy, a line a method through the means, a dot a seed: against the learning rate, a panel a shape; and, where
+    it was varied, against the length of a thought."""
     standard = config["train"]["max-tokens"]
     shapes = list(dict.fromkeys(place.shape for place in places_of(config)))
-    rates = sorted({place.lr for place in places_of(config)})
-    figure, axes = subplots(len(shapes), 3.0, 3.2, sharey=True)
+    varied = len({place.max_tokens for place in places_of(config)}) > 1
+    figure, axes = subplots(len(shapes) + varied, 2.7, 3.2, sharey=True)
+    for number, (method, places) in enumerate(cells.items()):
+        for axis, shape in zip(axes, shapes):
+            alike = [place for place in places if place[0] == shape and place[2] == standard]
+            draw_cells(axis, {place[1]: places[place] for place in alike}, f"C{number}", method)
+        if varied:
+            setting = config["methods"][method]
+            alike = [place for place in places if place[:2] == (setting.get("shape"), setting.get("lr"))]
+            draw_cells(axes[-1], {place[2]: places[place] for place in alike}, f"C{number}", method)
     for axis, shape in zip(axes, shapes):
-        for number, (method, of_method) in enumerate(cells.items()):
-            places = sorted(place for place in of_method if place[0] == shape and place[2] == standard)
-            lrs, seeds = [lr for _, lr, _ in places], [of_method[place] for place in places]
-            axis.plot(lrs, [np.mean(s) for s in seeds], color=f"C{number}", label=method if len(lrs) > 1 else None)
-            for lr, accuracies in zip(lrs, seeds):
-                axis.plot([lr] * len(accuracies), accuracies, "o", color=f"C{number}", markersize=3, alpha=0.5)
         axis.set(xlabel="learning rate", title=f"{shape.replace('x', ' problems × ')} rollouts a step", xscale="log")
+        rates = sorted({place.lr for place in places_of(config)})
         axis.set_xticks(rates, [f"{rate:.1e}" for rate in rates])
         axis.minorticks_off()
+    if varied:
+        axes[-1].set(xlabel="tokens of a completion, at most", title="each method's best shape and rate")
+        axes[-1].set_xticks(sorted({place.max_tokens for place in places_of(config)}))
     axes[0].set(ylabel="accuracy, validation problems")
     max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(fontsize=7, loc="lower center")
     save_figure(figure, pages / "map.png")
+
+
+def draw_cells(axis, cells: dict[float, list[float]], color: str, label: str) -> None:
+    """Accuracies of the seeds at each x; nothing where only one x was tried."""
+    if len(cells) > 1:
+        xs = sorted(cells)
+        axis.plot(xs, [np.mean(cells[x]) for x in xs], color=color, label=label)
+        for x in xs:
+            axis.plot([x] * len(cells[x]), cells[x], "o", color=color, markersize=3, alpha=0.5)
 
 
 # ---------------------------------------------------------------------------------------------- the confirmation
@@ -158,7 +174,7 @@ def read_values(args, config, method: str, test: str = "test") -> Values:
         for metric in measured[0][0]:
             means = [np.mean([trace[metric] for trace in group], 0) for group in measured]
             seeds.setdefault(metric, []).append(means)
-    return {metric: np.array(of_seeds) for metric, of_seeds in seeds.items()}
+    return {metric: np.array(means) for metric, means in seeds.items()}
 
 
 def measure(config, record: dict) -> dict[str, Any]:
@@ -363,9 +379,9 @@ def draw_method(args, config) -> None:
     trained = folder(args, "STaR", 0) / "mrt" / f"model_{config['star']['iterations']}"
     before, after = traces_of("tiny"), traces_of(str(trained)) if trained.exists() else []
     traces = {"before training": before[0][0]}
-    for of_base, of_trained in zip(before, after):
-        clear = [trace for trace in of_base if 5 <= len(trace.values) - 1 <= 7 and is_telling(trace)]
-        right = sorted((trace for trace in of_trained if trace.reward), key=lambda t: len(t.completion.token_ids))
+    for untrained, finished in zip(before, after):
+        clear = [trace for trace in untrained if 5 <= len(trace.values) - 1 <= 7 and is_telling(trace)]
+        right = sorted((trace for trace in finished if trace.reward), key=lambda t: len(t.completion.token_ids))
         if clear and right and is_telling(middle := right[len(right) // 2]):
             traces = {"before training": clear[0], "after MRT-STaR": middle}
             break

@@ -46,8 +46,8 @@ def discounted(J, credit_lambda: float) -> np.ndarray:
 def rollouts_shuffled(args, sampler, problems, prompts, seed):
     groups, advantages = scored(args, sampler, problems, prompts, seed)
     rng = np.random.default_rng(seed)
-    for group, of_group in zip(groups, advantages):
-        rl_mrt.add_progress(of_group, group, args.bonus, lambda J: shuffled(in_nats(J), rng))
+    for group, row in zip(groups, advantages):
+        rl_mrt.add_progress(row, group, args.bonus, lambda J: shuffled(in_nats(J), rng))
     return groups, advantages
 
 
@@ -66,7 +66,7 @@ def critic_advantages(group: list[Trace], credit_lambda: float) -> list[np.ndarr
         lengths = np.diff([*steps, len(trace.completion.token_ids)])
         advantages.append(np.repeat(discounted(J, credit_lambda), lengths))
     mean = np.concatenate(advantages).mean()
-    return [of_tokens - mean for of_tokens in advantages]
+    return [advantage - mean for advantage in advantages]
 
 
 def rollouts_dynamic(args, sampler, problems, prompts, seed):

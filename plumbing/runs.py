@@ -140,20 +140,15 @@ def settings_of(run: Path, flag: str, script: str, setting: str) -> dict:
     return settings
 
 
+MAY_CHANGE = "resume overwrite config out concurrency context batch_problems checkpoint_every keep report_to dry_run"
+
+
 def identity(args: argparse.Namespace, *may_change: str) -> dict:
-    """The settings that make a run what it is: --resume needs the same. `may_change`: those that only say
-    how much this script makes or shows."""
-    everywhere = ("config", "batch_problems", "checkpoint_every", "keep", "report_to", "dry_run")
-    return {name: value for name, value in vars(args).items() if name not in (*everywhere, *may_change)}
-
-
-def lasting(config: dict) -> dict:
-    """The settings that must stay the same when a run is continued, as JSON holds them."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-    if is_served(settings.get("engine", "")):
+    """The settings that make a run what it is, as JSON holds them: --resume needs the same."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    if is_served(settings["engine"]):
         settings["engine"] = "served"  # wherever it is
-    passing = ("resume", "overwrite", "config", "out", "concurrency", "context")
-    return {k: v for k, v in settings.items() if k not in passing}
+    return {name: value for name, value in settings.items() if name not in (*MAY_CHANGE.split(), *may_change)}
 
 
 LOCK = ".lock"  # in the folder of a run; the operating system releases it when its owner ends, in any way
@@ -173,8 +168,10 @@ def own(out: Path) -> None:
         fail(f"--out {out}: cannot be written: {first_line(error)}")
 
 
-def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
-    """Ends the program if the run may not be written to `out`; returns whether there is one to continue."""
+def check_out(args: argparse.Namespace, *may_change: str) -> bool:
+    """Ends the program if the run may not be written to --out; returns whether there is one to continue. `may_change`:
+    settings that only say how much this script makes or shows, so that --resume may have others."""
+    out = args.out
     if out.exists() and not out.is_dir():
         fail(f"--out {out}: is not a folder")
     if not out.exists() or not any(path.name != LOCK for path in out.iterdir()):
@@ -183,13 +180,13 @@ def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
     if existing is None:
         fail(f"--out {out}: holds something that is not a run of this program; name another folder")
     own(out)
-    earlier, now = existing["settings"], lasting(config)
+    earlier, now = existing["settings"], identity(args, *may_change)
     script = existing.get("script", script_name())
     if script != script_name():  # such as the training run that holds the model to evaluate
         fail(f"--out {out}: holds a run of {script}; name another folder")
-    if overwrite:
+    if args.overwrite:
         return False
-    if not resume:
+    if not args.resume:
         fail(f"--out {out}: holds a run already; add --resume to continue it or --overwrite to discard it")
     changed = [k for k in now if now[k] != earlier.get(k)]
     if changed:
@@ -198,10 +195,13 @@ def check_out(out: Path, config: dict, resume: bool, overwrite: bool) -> bool:
     return True
 
 
-def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
-    """Creates the folder of a run and its `config.json`, or makes the one there ready to be continued."""
-    if check_out(out, config, resume, overwrite):
+def open_run(args: argparse.Namespace, problems: list[dict], *may_change: str) -> Path:
+    """Creates the folder of a run on these problems and its `config.json`, or makes the one there ready to be
+    continued. `may_change` as in `check_out`."""
+    out = args.out
+    if check_out(args, *may_change):
         repair(out)
+        same_inputs(out, problems, args.tokenizer or args.model)
         return out
     out.mkdir(parents=True, exist_ok=True)
     own(out)
@@ -209,12 +209,13 @@ def open_run(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     about = {"script": script_name(), "versions": versions(), "device": device_name(), "command": sys.argv}
-    write_json(out / "config.json", {"settings": lasting(config), **about})
+    write_json(out / "config.json", {"settings": identity(args, *may_change), **about})
+    same_inputs(out, problems, args.tokenizer or args.model)
     return out
 
 
 def same_inputs(run: Path, problems: list[dict], model: str) -> None:
-    """Ends a run that is continued with other problems under the same ids, or with other weights in --model's folder
+    """Ends a run that is continued with other problems under the same ids, or with other weights in its model's folder
     than it began with (`inputs.json`); problems may be added."""
     file, folder = run / "inputs.json", Path(resolve_model(model))
     recorded = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"weights": {}, "problems": {}}

@@ -168,12 +168,13 @@ def same_number(batches: list, example: tuple, device) -> list:
     return batches + [([], ids, where, advantages * 0)] * (most - len(batches))
 
 
-def open_run_once(out: Path, config: dict, resume: bool, overwrite: bool) -> Path:
+def open_run_once(args, problems: list[dict]) -> Path:
     """`open_run` by one process, once all have looked at the folder."""
     wait_for_ranks()
-    run = open_run(out, config, resume, overwrite) if ranks()[0] == 0 else out
+    if ranks()[0] == 0:
+        open_run(args, problems)
     wait_for_ranks()
-    return run
+    return args.out
 
 
 # ============================================================================================ checkpoints
@@ -353,8 +354,8 @@ def begin_or_resume(folder: Path, model, optimizer, fresh: dict) -> dict:
 
 
 def train_loop(args, run: Path, model, tokenizer, optimizer, state: dict, share_done, step, after=None) -> dict:
-    """Steps until `share_done(state)` is 1; returns the last state. `step(state)` gives (new state, line of
-    metrics.jsonl, text to print or ""). Sets the learning rate, prints the time left, calls `after(state)`, writes a
+    """Steps until `share_done(state)` is 1; returns the last state. `step(state)` gives (new state, its
+    metrics, text to print or ""). Sets the learning rate, prints the time left, calls `after(state)`, writes a
     checkpoint every --checkpoint-every steps, and one before it ends on Ctrl-C or SIGTERM."""
     tell, asked_to_stop = metrics_reporter(args, run), on_stop()
     first, began = share_done(state), time.time()
@@ -362,11 +363,11 @@ def train_loop(args, run: Path, model, tokenizer, optimizer, state: dict, share_
         rate = learning_rate(args, done)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        state, line, text = step(state)
+        state, metrics, text = step(state)
         done = share_done(state)
         if ranks()[0] == 0:
-            append_jsonl(run / "metrics.jsonl", [{**line, "lr": rate}])
-            tell(line)
+            append_jsonl(run / "metrics.jsonl", [{**metrics, "lr": rate}])
+            tell(metrics)
         if text:
             left = duration((time.time() - began) / max(done - first, 1e-9) * max(0.0, 1 - done))
             print(f"{text}  {left} left", flush=True)

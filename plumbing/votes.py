@@ -2,12 +2,24 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import numpy as np
 
 EXACT_SUBSETS, SUBSET_DRAWS = 200_000, 100_000  # weighted votes: all subsets up to so many, else so many random ones
+
+
+def wins_vote(first: str, answers: Sequence[str | None], k: int, weights: Sequence[float] | None) -> float:
+    """Probability that `first` wins the vote of k of the answers, a tie counting 1/2; None has no vote."""
+    rivals = Counter(answers)
+    missing, right = rivals.pop(None, 0), rivals.pop(first, 0)
+    counted = {w for answer, w in zip(answers, weights or ()) if answer is not None}
+    if weights is None or len(counted) <= 1 or not right or not rivals:  # weights decide nothing
+        return plain_vote(right, missing, tuple(sorted(rivals.values())), k)
+    classes = [first, *rivals]
+    return weighted_vote(np.array([[w * (a == c) for c in classes] for a, w in zip(answers, weights)]), k)
 
 
 @cache

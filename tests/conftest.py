@@ -6,6 +6,7 @@ number of threads, everything discrete is the same (token ids, texts, boundaries
 number within `TOLERANCE`: `assert_same_content`.
 """
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -32,6 +33,12 @@ from plumbing.sampler import Sampler  # noqa: E402
 SHARED = ROOT.parent / "shared" / "data"  # real benchmarks, where they are at hand; tests that want them skip without
 TOLERANCE = 1e-4  # of a log-prob, a J, a loss of the embedded model in float32
 TIMING = ("seconds", "sampling_seconds", "update_seconds")  # the clock is promised by nobody
+
+
+def run_settings(out: Path, resume=False, overwrite=False, **settings) -> argparse.Namespace:
+    """Settings of a run in a folder, as a script's flags are parsed."""
+    every = {"model": "tiny", "tokenizer": None, "engine": "transformers", **settings}
+    return argparse.Namespace(out=out, resume=resume, overwrite=overwrite, **every)
 
 
 # ------------------------------------------------------------------------------------------------ what two runs share

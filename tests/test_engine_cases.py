@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import run_settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -142,18 +143,18 @@ def test_the_same_problems_and_weights_or_another_run(tmp_path, capsys):
 
 def test_a_folder_has_one_owner_and_a_killed_one_leaves_it(tmp_path, capsys):
     code = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = {sys.argv[0]!r}\n"
-        f"from pathlib import Path; from plumbing.runs import open_run\n"
-        f"open_run(Path({str(tmp_path / 'run')!r}), {{}}, False, False); print('open', flush=True); time.sleep(60)"
+        f"import sys, time; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; sys.argv[0] = {sys.argv[0]!r}\n"
+        f"from pathlib import Path; from conftest import run_settings; from plumbing.runs import open_run\n"
+        f"open_run(run_settings(Path({str(tmp_path / 'run')!r})), []); print('open', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout and other.stdout.readline() == "open\n"
     for resume, overwrite in ((True, False), (False, True)):
-        error = refused(capsys, runs.open_run, tmp_path / "run", {}, resume, overwrite)
+        error = refused(capsys, runs.open_run, run_settings(tmp_path / "run", resume, overwrite), [])
         assert "another process is writing there" in error
     other.kill()
     other.wait()
-    runs.open_run(tmp_path / "run", {}, True, False)
+    runs.open_run(run_settings(tmp_path / "run", resume=True), [])
 
 
 @pytest.mark.parametrize("damage", ["training.pt", "model.safetensors", "missing"])

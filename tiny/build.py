@@ -337,8 +337,8 @@ def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
             even = 1 / (30 - ruled_out)
             print(f"     J with {ruled_out:2d} of 30 ruled out: {np.mean(J):.3f}; 1 / {30 - ruled_out} = {even:.3f}")
     for n in LEVELS:
-        of_level = [right for right, trace in zip(at_budget, traces) if trace.problem["level"] == n]
-        print(f"     {n} candidates: pass@1 {np.mean(of_level):.3f}")
+        rights = [right for right, trace in zip(at_budget, traces) if trace.problem["level"] == n]
+        print(f"     {n} candidates: pass@1 {np.mean(rights):.3f}")
     return all(low <= value <= high for _, value, low, high in figures)
 
 
