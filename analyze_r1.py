@@ -38,7 +38,7 @@ from common import (
     vote_rate,
 )
 from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, parse_flags, positive_int, shared_flags, whole_number, with_model
+from plumbing.flags import add_common_flags, parse_flags, positive_int, quarters, shared_flags, whole_number, with_model
 from plumbing.models import THINK_END, Completion, encode, text_and_offsets
 from plumbing.report import Curve, Panel, cell, group_by, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, problem_key, short_name
@@ -58,7 +58,6 @@ DEFAULTS = {
     "max_steps": (49, 45, "the authors on AIME 2024; 49 on Omni-MATH, 99 in their regret study"),
     "episodes_per_point": (1, 3, "the authors on AIME 2024; 5 on Omni-MATH, 10 in their regret study"),
     "panel_episodes": (3, 3, "the authors' panels are one point wide"),
-    "budgets": ("64,128,192,256", "2048,4096,6144,8192", "up to the limit of a thought"),
     "batch_problems": (48, 8, "ours"),
 }
 VOTES = (1, 2, 4, 8)  # p of [maj@p]_j
@@ -86,9 +85,10 @@ def flags(argv=None) -> argparse.Namespace:
     args = parse_flags(parser, DEFAULTS, argv)
     if args.from_run:  # the settings that its records were made with
         settings = runs.settings_of(args.from_run, "--from", "analyze_r1.py", "episodes_per_point")
-        names = ("model", "max-steps", "episodes-per-point")
-        argv = sys.argv[1:] if argv is None else argv
-        args = parse_flags(parser, DEFAULTS, argv + [f"--{n}={settings[n.replace('-', '_')]}" for n in names])
+        made_with = [f"--{n}={settings[n.replace('-', '_')]}" for n in "model max-steps episodes-per-point".split()]
+        shown = [f"--panel-episodes={settings.get('panel_episodes', args.panel_episodes)}"]
+        shown.append(f"--budgets={','.join(map(str, settings.get('budgets') or quarters(settings['max_tokens'])))}")
+        args = parse_flags(parser, DEFAULTS, shown + (sys.argv[1:] if argv is None else argv) + made_with)
     name = short_name(str(args.traces or args.dataset))
     args.out = args.from_run or args.out or Path("runs") / f"analyze-{short_name(args.model)}-{name}"
     return args
@@ -160,7 +160,7 @@ def analyse(args) -> None:
 
 def episodes_by(args, group_size: int) -> Segmentation:
     """The published rule, with so many neighbours joined."""
-    return segmentation(args, max_steps=args.max_steps, group_size=group_size)
+    return segmentation(args, args.max_steps, group_size)
 
 
 # ---------------------------------------------------------------------------------------------- given responses
@@ -201,7 +201,7 @@ def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -
 def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str, marked: bool) -> Trace:
     """A trace of text that another model may have written, in the tokens of μ."""
     opened, thought, answer = data.split_response(response)
-    if opened and "<think>" not in tokenizer.decode(prompt[-8:]):  # else the template has opened the thought already
+    if opened and not models.thought_is_open(tokenizer, prompt):
         thought = "<think>\n" + thought
     ids = encode(tokenizer, thought)
     written = ids + (encode(tokenizer, THINK_END + answer) if answer is not None else [])
@@ -216,9 +216,13 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
     """The baseline of Figure 3: many whole answers of a model, in `direct.jsonl`."""
     file = run / "direct.jsonl"
     if file.exists():
-        model = runs.read_jsonl(file)[0].get("model")
-        if model != args.direct_model:
-            fail(f"--direct-model {args.direct_model}: {file} is of {model}; remove it or name another --out")
+        recorded = runs.read_jsonl(file)
+        model, count = recorded[0].get("model"), len(recorded) // len(group_by_problem(recorded))
+        if (model, count) != (args.direct_model, args.direct_samples):
+            fail(
+                f"--direct-model {args.direct_model}: {file} has {count} answers of {model} to a problem; remove it or "
+                "name another --out"
+            )
         return
     tokenizer = models.load_tokenizer(args.tokenizer or args.model)
     prompts, longest = prompts_of(args, tokenizer, problems)
@@ -353,14 +357,14 @@ def progress(records: list[dict]) -> dict | None:
     With n forced answers a J is off by √(J(1-J)/n), so part of the spread is noise; `noise` is that part's standard
     deviation, to be compared with `deviation`."""
     episodes = [
-        {"id": r["id"], "number": j + 1, "fifth": 5 * j // (len(r["J"]) - 1), "J": J, "gain": gain}
+        {"id": r["id"], "number": j + 1, "fifth": 5 * j // (len(r["J"]) - 1), "ends": ends, "gain": gain}
         for r in records
-        for j, (J, gain) in enumerate(zip(pairwise(r["J"]), np.diff(r["J"])))
+        for j, (ends, gain) in enumerate(zip(pairwise(r["J"]), np.diff(r["J"])))
     ]
     if not episodes:
         return None
     n = max((len(answers) for r in records for answers in r["forced"]), default=1)
-    gains, J = (np.array([episode[name] for episode in episodes]) for name in ("gain", "J"))
+    gains, J = (np.array([episode[name] for episode in episodes]) for name in ("gain", "ends"))  # [episodes], [., 2]
     edges = np.linspace(-1, 1, 2 * n + 2)
     by_number, by_fifth = (sorted(group_by(episodes, itemgetter(field)).items()) for field in ("number", "fifth"))
     return {

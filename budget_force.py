@@ -24,6 +24,7 @@ from common import (
     cut_at_budget,
     end_of_thought,
     forced_prompt,
+    last_paragraph_end,
     new_traces,
     normalized_regret,
     prompts_of,
@@ -117,8 +118,10 @@ def read_thoughts(args) -> list[list[dict]]:
     if not analysis.get("traces") and args.max_tokens != analysis["max_tokens"]:
         args.max_tokens = analysis["max_tokens"]
         print(f"training budget: {args.max_tokens} tokens, the --max-tokens of {args.thoughts}")
-    records = runs.load_records(args.thoughts / "records.jsonl")
-    return list(report.group_by_problem(records).values())[: args.limit]
+    rows = list(report.group_by_problem(runs.load_records(args.thoughts / "records.jsonl")).values())
+    if args.limit and args.limit < len(rows):
+        print(f"the first {args.limit} of the {len(rows)} problems of {args.thoughts} (--limit)")
+    return rows[: args.limit]
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -163,7 +166,7 @@ def answers_to(args, sampler: Sampler, traces: list[Trace], prompts, seeds) -> l
 def exploit(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, dict]]:
     """For each trace {budget: point}: what it is worth if it may use no more than the budget."""
     points = [{budget: uncut(args, trace, budget) for budget in args.budgets} for trace in traces]
-    too_long = [(t, budget) for t, by_budget in enumerate(points) for budget, point in by_budget.items() if not point]
+    too_long = [(t, budget) for t, by_budget in enumerate(points) for budget, p in by_budget.items() if not p]
     reserved = 0 if args.count == "thought" else args.answer_tokens
     cuts = [cut_at_budget(traces[t], max(0, budget - reserved), args.cut == "exact") for t, budget in too_long]
     prompts = [forced_prompt(sampler.tokenizer, traces[t], cut) for (t, _), cut in zip(too_long, cuts)]
@@ -242,9 +245,8 @@ def ended(tokenizer, thought: list[int]) -> list[int]:
 def drop_unfinished(tokenizer, thought: list[int], keep: int, first: int = 0) -> list[int]:
     """Without the unfinished last paragraph. Paragraph ends are looked for after place `first`; where there is none,
     the first `keep` tokens are what stays."""
-    text, offsets = text_and_offsets(tokenizer, thought)
-    ends = (b for b in range(len(thought), first, -1) if text[: offsets[b]].endswith("\n\n"))
-    return thought[: next(ends, keep)]
+    end = last_paragraph_end(*text_and_offsets(tokenizer, thought), first, len(thought))
+    return thought[: keep if end is None else end]
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -313,8 +315,11 @@ def compare(args, folders: list[Path]) -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     text = f"A budget counts {summary['counts']}; regret@{settings['max_tokens']} and less is inside the "
-    text += f"training budget, more is beyond. Extensions in the style of {settings['style']}, "
-    text += f"at most {settings['extension_tokens']} tokens each.\n\n" + report.metric_table(metrics)
+    limit = (
+        f"at most {settings['extension_tokens']} tokens each" if settings["style"] == "paper" else "within the former"
+    )
+    text += f"training budget, more is beyond. Extensions in the style of {settings['style']}, {limit}.\n\n"
+    text += report.metric_table(metrics)
     for count in ("truncated", "samples", "problems"):
         text += report.table_row(count, *(f"{run[count]:.3g}" for run in summary["runs"].values()))
     first = f"{recorded[0].name} on the same {problems} problems"

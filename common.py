@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -59,7 +59,7 @@ class Segmentation:
     markers: tuple[str, ...] = EPISODE_MARKERS
 
 
-def episode_spans(thought: str, how: Segmentation = Segmentation()) -> list[tuple[int, int]]:
+def episode_spans(thought: str, rule: Segmentation = Segmentation()) -> list[tuple[int, int]]:
     """Episodes of a thought as [start, end) character spans: the authors' published rule (Section 5).
 
     Paragraphs end at a blank line ("\\n\\n"). One that starts with a marker (a plain, case-sensitive `startswith`:
@@ -68,18 +68,18 @@ def episode_spans(thought: str, how: Segmentation = Segmentation()) -> list[tupl
     end at len(thought) and leave no gap: a separator belongs to the episode before it. An empty thought is one empty
     episode. Pass the thought only: markers in an answer would count. ValueError for max_steps < 0 or group_size < 1.
     """
-    if how.max_steps < 0 or how.group_size < 1:
-        raise ValueError(f"need max_steps >= 0 and group_size >= 1, got {how.max_steps} and {how.group_size}")
+    if rule.max_steps < 0 or rule.group_size < 1:
+        raise ValueError(f"need max_steps >= 0 and group_size >= 1, got {rule.max_steps} and {rule.group_size}")
     starts, opened, position = [0], 0, 0  # opened: the paragraph at which the current episode began
     for index, paragraph in enumerate(thought.split("\n\n")):
-        if len(starts) > how.max_steps:
+        if len(starts) > rule.max_steps:
             break
-        if index - opened > 2 and paragraph.startswith(how.markers):  # MRT 1: an episode z_j begins
+        if index - opened > 2 and paragraph.startswith(rule.markers):  # MRT 1: an episode z_j begins
             starts.append(position)
             opened = index
         position += len(paragraph) + len("\n\n")
-    starts = starts[:: how.group_size]
-    starts = starts[:: math.ceil(len(starts) / how.max_episodes)]
+    starts = starts[:: rule.group_size]
+    starts = starts[:: math.ceil(len(starts) / rule.max_episodes)]
     return list(zip(starts, [*starts[1:], len(thought)]))
 
 
@@ -164,7 +164,7 @@ class Trace:
         }
 
 
-def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completion, how=Segmentation()) -> Trace:
+def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completion, rule=Segmentation()) -> Trace:
     """Splits a completion at the end-of-thinking marker, and its thought into episodes.
 
     Without a marker in the vocabulary the whole completion is thought and answer at once. With one, a thought that
@@ -177,30 +177,30 @@ def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completi
         finished = marker in ids
         end = ids.index(marker) if finished else len(ids) - (completion.finish_reason == "stop")  # no end-of-turn token
         answer = completion.text[offsets[end + 1] :] if finished else None
-        opened = None if finished else thought_is_open(tokenizer, prompt)
+        opened = None if finished else thought_is_open(tokenizer, prompt + ids)
         if not finished and (opened is False or (opened is None and completion.finish_reason == "stop")):
             finished, end, answer = True, 0, completion.text  # it answers without a thought
     else:
         finished = completion.finish_reason == "stop"
         end, answer = len(ids) - finished, completion.text
-    boundaries = token_boundaries(completion, end, how)
+    boundaries = token_boundaries(completion, end, rule)
     return Trace(problem, prompt, completion, boundaries, finished, answer)
 
 
-def token_boundaries(completion: Completion, end: int, how: Segmentation) -> list[int]:
+def token_boundaries(completion: Completion, end: int, rule: Segmentation) -> list[int]:
     """Where the episodes of the first `end` tokens begin, and `end`; a token belongs to the episode it starts in."""
-    spans = episode_spans(completion.text[: completion.offsets[end]], how)
+    spans = episode_spans(completion.text[: completion.offsets[end]], rule)
     return sorted({min(bisect_left(completion.offsets, start), end) for start, _ in spans} | {0, end})
 
 
-def read_traces(tokenizer, problems, prompts, rows, how=Segmentation(), first: int = 0, prefixes=None):
+def read_traces(tokenizer, problems, prompts, rows, rule=Segmentation(), first: int = 0, prefixes=None):
     """The completions of each (problem, prompt) as graded traces, numbered from `first`: [problems][samples].
 
     `prefixes`: the beginnings of thoughts that the prompts end with. A model without an end-of-thinking marker may
     answer there already, so its completions are graded together with them.
     """
     groups = [
-        [read_trace(tokenizer, problem, prompt, completion, how) for completion in row]
+        [read_trace(tokenizer, problem, prompt, completion, rule) for completion in row]
         for problem, prompt, row in zip(problems, prompts, rows)
     ]
     for group, prefix in zip(groups, prefixes or [""] * len(groups)):
@@ -239,22 +239,22 @@ def end_of_thought(tokenizer, text: str) -> list[int]:
     return encode(tokenizer, ("" if text.endswith("\n") else "\n") + THINK_END)
 
 
-def sampled_success_rates(sampler, traces, n: int, max_tokens: int, temperature, top_p, seed: tuple) -> None:
+def set_sampled_J(sampler, traces, n: int, max_tokens: int, temperature, top_p, seed: tuple) -> None:
     """Sets each trace's J(μ|z_0:j) at every boundary: the share of right answers among n sampled forced ones; also
     sets `answer_tokens` and `forced`."""
-    places_of = prompts_of_mu(sampler.tokenizer, traces)
-    prompts = [list(prompt) for _, prompt in places_of]
+    owners_of = prompts_of_mu(sampler.tokenizer, traces)
+    prompts = [list(prompt) for _, prompt in owners_of]
     seeds = [(*seed, zlib.crc32(np.array(prompt, dtype="<i8").tobytes())) for prompt in prompts]
     rows = sampler.generate(prompts, max_tokens, seeds, n, temperature, top_p)
-    problems = [places[0][0].problem for places in places_of.values()]
-    for places, answers in zip(places_of.values(), read_answers(problems, rows)):
-        for trace, j in places:
+    problems = [owners[0][0].problem for owners in owners_of.values()]
+    for owners, answers in zip(owners_of.values(), read_answers(problems, rows)):
+        for trace, j in owners:
             trace.values[j] = success_rate(answers)  # MRT 3: J(μ|z_0:j) from sampled answers
             trace.answer_tokens[j] = float(np.mean([answer.tokens for answer in answers]))
             trace.forced[j] = answers
 
 
-def likelihood_success_rates(sampler: Sampler, traces: list[Trace]) -> None:
+def set_likelihood_J(sampler: Sampler, traces: list[Trace]) -> None:
     """Sets each trace's J(μ|z_0:j) at every boundary to P(gold answer | stop phrase, "Final Answer:** \\boxed{"): one
     forward pass over a trace and its boundaries, no sampled token.
 
@@ -262,21 +262,21 @@ def likelihood_success_rates(sampler: Sampler, traces: list[Trace]) -> None:
     μ answers in this form at once, as the embedded model does; for a model that explains first it is a proxy. The
     probabilities of several gold answers are added.
     """
-    tokenizer, places_of = sampler.tokenizer, prompts_of_mu(sampler.tokenizer, traces)
-    heads, tails, owners = [], [], []
-    for number, ((_, prompt), places) in enumerate(places_of.items()):
-        trace, j = places[0]
+    tokenizer, owners_of = sampler.tokenizer, prompts_of_mu(sampler.tokenizer, traces)
+    heads, tails, asked = [], [], []
+    for number, ((_, prompt), owners) in enumerate(owners_of.items()):
+        trace, j = owners[0]
         complete = trace.finished and j == len(trace.boundaries) - 1  # there the stop phrase's "1. **" is missing
         gold = trace.problem["answer"]
         for answer in gold if isinstance(gold, list) else [gold]:
             heads.append([*prompt, *encode(tokenizer, ("\n\n**" if complete else "") + ANSWER_CUE)])
             tails.append(encode(tokenizer, answer + "}"))
-            owners.append(number)
+            asked.append(number)
     # The sum over each prompt's gold answers:
-    J = np.bincount(owners, np.exp(sequence_logprobs(sampler, heads, tails)), len(places_of)).clip(max=1)
-    lengths = {owner: len(head) + len(tail) for owner, head, tail in zip(owners, heads, tails)}
-    for number, ((_, prompt), places) in enumerate(places_of.items()):
-        for trace, j in places:
+    J = np.bincount(asked, np.exp(sequence_logprobs(sampler, heads, tails)), len(owners_of)).clip(max=1)
+    lengths = {number: len(head) + len(tail) for number, head, tail in zip(asked, heads, tails)}
+    for number, ((_, prompt), owners) in enumerate(owners_of.items()):
+        for trace, j in owners:
             trace.values[j] = float(J[number])  # MRT 3: J(μ|z_0:j) from the gold answer's likelihood
             trace.answer_tokens[j] = float(lengths[number] - len(prompt))
 
@@ -287,7 +287,7 @@ def prompts_of_mu(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trac
 
     A model without an end-of-thinking marker has answered when it stops by itself: there J is the outcome.
     """
-    places_of: dict[tuple, list[tuple[Trace, int]]] = {}
+    owners_of: dict[tuple, list[tuple[Trace, int]]] = {}
     for trace in traces:
         count = len(trace.boundaries)
         trace.values, trace.answer_tokens = [trace.reward] * count, [0.0] * count
@@ -295,8 +295,8 @@ def prompts_of_mu(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trac
         answered = trace.finished and not thinks(tokenizer)
         for j, boundary in enumerate(trace.boundaries[: count - answered]):
             prompt = tuple(forced_prompt(tokenizer, trace, boundary))
-            places_of.setdefault((trace.problem["id"], prompt), []).append((trace, j))
-    return places_of
+            owners_of.setdefault((trace.problem["id"], prompt), []).append((trace, j))
+    return owners_of
 
 
 def cut_at_budget(trace: Trace, budget: int, exact: bool = False) -> int:
@@ -305,7 +305,12 @@ def cut_at_budget(trace: Trace, budget: int, exact: bool = False) -> int:
     end = min(budget, trace.boundaries[-1])
     if exact:
         return end
-    return next((b for b in range(end, 0, -1) if trace.prefix(b).endswith("\n\n")), end)
+    return last_paragraph_end(trace.completion.text, trace.completion.offsets, 0, end) or end
+
+
+def last_paragraph_end(text: str, offsets: list[int], first: int, last: int) -> int | None:
+    """The last token place after `first`, up to `last`, at which a paragraph of the text ends."""
+    return next((place for place in range(last, first, -1) if text[: offsets[place]].endswith("\n\n")), None)
 
 
 # ============================================================================================ 3 progress and regret
@@ -374,7 +379,7 @@ def additional_regret(maj: Sequence[tuple[float, float, float, float]], episodes
 # ============================================================================================ 4 grading, pass@k, maj@k
 
 
-def grade(response: str, gold: str) -> bool:
+def grade(response: str, gold: str | list[str]) -> bool:
     """Is the last box of `response` (what follows the thought) equal to the gold answer? False for no box and for
     hopeless or endless answers; ValueError for a gold that nothing can be compared with. The policy: docs/answers.md.
     """
@@ -422,7 +427,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
 
-def maj_at_k(answers: Sequence[str | None], gold: str, k: int, weights: Sequence[float] | None = None) -> float:
+def maj_at_k(answers: Sequence[Hashable], gold: Hashable, k: int, weights: Sequence[float] | None = None) -> float:
     """Probability that `gold` wins the vote of k of the n answers, drawn without replacement.
 
     answers: n canonical strings, None where there is none. weights: n positive vote weights (the paper: 2 ** mean
@@ -447,7 +452,7 @@ def group_advantages(rewards: torch.Tensor, normalize_std: bool = True) -> torch
 
     The std is the population's (a group of 1 gives 0, not NaN). A group whose rewards are equal up to rounding gets
     exactly 0: dividing rounding errors by a small std would make a signal of them. With the std, a rare success among
-    16 counts 3.87, without it 0.94: normalising weights hard and easy problems up.
+    16 counts 3.87, without it 0.94: normalising gives more weight to hard and to easy problems.
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
     std = rewards.std(-1, keepdim=True, unbiased=False)
@@ -464,7 +469,7 @@ def grpo_loss(
     ref_logprobs: torch.Tensor | None = None,
     kl: float = 0.0,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """-1/denominator · Σ_tokens min(ρ A, clip(ρ, 1-ε, 1+ε) A) + kl · k3, ρ = exp(logprob - old logprob).
+    """1/denominator · Σ_tokens [kl · k3 - min(ρ A, clip(ρ, 1-ε, 1+ε) A)], ρ = exp(logprob - old logprob).
 
     All tensors have one shape and hold only trained tokens: no prompt, no padding. The denominator is given: the
     trained tokens of the *whole* batch, fixed before the loop over micro-batches, so any split gives the same gradient.
@@ -488,9 +493,10 @@ def grpo_loss(
 # ========================================================================================== 6 prompts, samples, records
 
 
-def segmentation(args, **how) -> Segmentation:
-    """A Segmentation with the published markers and those of --markers; `how`: its other fields."""
-    return Segmentation(markers=(*EPISODE_MARKERS, *args.markers), **how)
+def segmentation(args, max_steps: int = 49, group_size: int = 1) -> Segmentation:
+    """A Segmentation with the published markers, those of --markers, and --max-episodes where a script has it."""
+    most = getattr(args, "max_episodes", Segmentation.max_episodes)
+    return Segmentation(max_steps, group_size, most, (*EPISODE_MARKERS, *args.markers))
 
 
 def prompts_of(args, tokenizer, problems: list[dict], more: int = 0) -> tuple[list[list[int]], int]:
@@ -506,15 +512,15 @@ def room_for_answer(tokenizer, answer_tokens: int) -> int:
     return len(encode(tokenizer, "\n\n" + STOP_PHRASE + ANSWER_CUE)) + answer_tokens
 
 
-def sample_traces(args, sampler: Sampler, problems, prompts, how=Segmentation(), first: int = 0):
+def sample_traces(args, sampler: Sampler, problems, prompts, rule=Segmentation(), first: int = 0):
     """Graded traces number `first` to --num-samples of each problem: [problems][samples]."""
     seeds, count = [(args.seed, problem_key(problem)) for problem in problems], args.num_samples - first
     rows = sampler.generate(prompts, args.max_tokens, seeds, count, args.temperature, args.top_p, first)
-    return read_traces(sampler.tokenizer, problems, prompts, rows, how, first)
+    return read_traces(sampler.tokenizer, problems, prompts, rows, rule, first)
 
 
 def new_traces(
-    args, file: Path, sampler: Sampler, problems, prompts, how=Segmentation(), given=None, forced=True, process=(0, 1)
+    args, file: Path, sampler: Sampler, problems, prompts, rule=Segmentation(), given=None, forced=True, process=(0, 1)
 ) -> Iterator[list[Trace]]:
     """The traces that a records.jsonl lacks, a batch of problems at a time: --num-samples a problem or those `given`,
     with J(μ) at every boundary if `forced`. `process`: this one's number and how many share the work."""
@@ -524,13 +530,13 @@ def new_traces(
         share = batch[rank::world]
         if given is None:
             inputs = [problems[i] for i in share], [prompts[i] for i in share]
-            groups = sample_traces(args, sampler, *inputs, how, first)
+            groups = sample_traces(args, sampler, *inputs, rule, first)
         else:
             groups = [given[i][first:] for i in share]
         traces = [trace for group in groups for trace in group]
         if forced:
             settings = args.forced_answers, args.answer_tokens, args.temperature, args.top_p
-            sampled_success_rates(sampler, traces, *settings, (args.seed, 1))
+            set_sampled_J(sampler, traces, *settings, (args.seed, 1))
         yield traces
 
 
@@ -569,10 +575,7 @@ def vote_rate(answers: list[dict], gold: str | list[str], k: int, weighted: bool
     """`maj_at_k` of recorded answers, of traces or forced ones. Boxes that are equal mathematically vote together; a
     vote counts 1 or, if weighted, 2^(mean token log-prob), as in the paper's analysis (Appendix D)."""
     classes = classes_of(tuple(a["boxed"] for a in answers), gold if isinstance(gold, str) else tuple(gold))
-    return maj_at_k(classes, "0", k, [2 ** a["mean_logprob"] for a in answers] if weighted else None)
+    return maj_at_k(classes, 0, k, [2 ** a["mean_logprob"] for a in answers] if weighted else None)
 
 
-@lru_cache(maxsize=100_000)
-def classes_of(answers: tuple[str | None, ...], gold: str | tuple[str, ...]) -> list[str | None]:
-    """`group_answers` as strings, "0" for right ones; cached, since every k needs them."""
-    return [None if number is None else str(number) for number in group_answers(answers, gold)]
+classes_of = lru_cache(maxsize=100_000)(group_answers)  # every k needs them; 0 are the right ones

@@ -19,7 +19,7 @@ import numpy as np
 
 from common import accuracy_at, new_traces, pass_rate, prompts_of, regret_at, segmentation, vote_rate
 from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, changed, each_in_its_folder, numbers, parse_flags, shared_flags
+from plumbing.flags import add_common_flags, changed, each_in_its_folder, numbers, parse_flags, quarters, shared_flags
 from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, short_name
 from plumbing.sampler import Sampler, open_sampler, pick_engine
@@ -35,7 +35,6 @@ DEFAULTS = {
     "top_p": (1.0, 0.95, "Appendix F"),
     "forced_answers": (4, 4, "ours"),
     "answer_tokens": (8, 1024, "ours"),
-    "budgets": ("64,128,192,256", "4096,8192,12288,16384", "Section 7"),
     "max_episodes": (32, 16, "ours; the authors' regret study joins episodes by tens"),
     "batch_problems": (64, 4, "ours"),
 }
@@ -51,15 +50,14 @@ def flags(argv=None) -> argparse.Namespace:
     shared_flags(parser, "forced answers, for the regret", "forced-answers answer-tokens max-episodes budgets")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), default="all")
-    flag("--k", help="k of pass@k and maj@k, as 1,2,4 (default: powers of 2 up to --num-samples)")
+    flag("--k", help="k of pass@k and maj@k, as 1,2,4 (default: powers of 2 up to the samples)")
     vote = "maj@k: votes count 1, or 2^(mean token log-prob) as in the paper's analysis"
     flag("--vote", choices=("plain", "likelihood"), default="plain", help=vote)
     flag("--compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base")
     args = parse_flags(parser, DEFAULTS, argv)
     args.out = args.out or Path("runs") / ("compare" if args.compare else f"eval-{label(args.model, args.dataset)}")
-    args.k = args.k or ",".join(str(2**i) for i in range(args.num_samples.bit_length()))
-    args.k = numbers("--k", args.k)
-    if not args.compare and max(args.k) > args.num_samples:
+    args.k = numbers("--k", args.k) if args.k else []
+    if not args.compare and max(args.k, default=1) > args.num_samples:
         fail(f"--k {max(args.k)}: more than the {args.num_samples} samples of a problem")
     return args
 
@@ -109,8 +107,7 @@ def sample(args, file: Path, sampler: Sampler, problems: list[dict], prompts: li
     forced = args.metric in ("regret", "all")
     if forced and file.exists() and not all(r["J"] for r in runs.load_records(file)):
         fail(f"--metric {args.metric}: the records in {file} were made without forced answers; use another --out")
-    how = segmentation(args, max_episodes=args.max_episodes)
-    for traces in new_traces(args, file, sampler, problems, prompts, how, forced=forced):
+    for traces in new_traces(args, file, sampler, problems, prompts, segmentation(args), forced=forced):
         runs.append_jsonl(file, [trace.record() for trace in traces])
     groups = group_by_problem(runs.load_records(file))
     return [record for problem in problems for record in groups[problem["id"]]]
@@ -122,7 +119,8 @@ def sample(args, file: Path, sampler: Sampler, problems: list[dict], prompts: li
 def problem_values(args, records: list[dict]) -> Values:
     """Each metric's value for each problem, in the order of the records."""
     groups = group_by_problem(records).values()
-    ks = [k for k in args.k if 1 < k <= min(map(len, groups))]
+    n = min(map(len, groups))
+    ks = [k for k in args.k or [2**i for i in range(n.bit_length())] if 1 < k <= n]
     values = {"pass@1": problem_means(records, lambda r: r["reward"])}
     if args.metric in ("pass@k", "all"):
         values |= {f"pass@{k}": np.array([pass_rate(group, k) for group in groups]) for k in ks}
@@ -176,6 +174,7 @@ def compare(args, folders: list[Path]) -> None:
     recorded = report.read_runs(folders, "evaluate.py", "top_p")
     for flag in report.differing_flags(recorded, SAME):
         print(f"warning: the runs differ in {flag}")
+    args.budgets = args.budgets or quarters(max(run.settings["max_tokens"] for run in recorded))
     datasets = list(dict.fromkeys(run.settings["dataset"] for run in recorded))
     text, summary, figures = (table_of_datasets(recorded, datasets) + "\n" if len(datasets) > 1 else ""), {}, []
     args.out.mkdir(parents=True, exist_ok=True)
@@ -183,26 +182,27 @@ def compare(args, folders: list[Path]) -> None:
         alike = [run for run in recorded if run.settings["dataset"] == dataset]
         report.keep_shared_problems(alike)
         stem = "" if len(datasets) == 1 else short_name(dataset) + "-"
-        part, summary[dataset] = compare_on_one(args, alike)
+        part, summary[dataset], drawn = compare_on_one(args, alike, stem)
         text += ("" if len(datasets) == 1 else f"## {dataset}\n\n") + part + "\n"
-        figures += [draw_anytime(args, alike, stem), draw_efficiency(args, alike, stem)]
+        figures += drawn
     report.write_summary(args.out, summary, text, f"figures: {', '.join(str(path) for path in figures if path)}")
 
 
-def compare_on_one(args, recorded: list[RecordedRun]) -> tuple[str, dict]:
-    """(Markdown, summary) of runs on the same problems; differences are to the first run."""
+def compare_on_one(args, recorded: list[RecordedRun], stem: str) -> tuple[str, dict, list[Path | None]]:
+    """(Markdown, summary, figures) of runs on the same problems; differences are to the first run."""
     values = {run.name: problem_values(args, run.records) for run in recorded}
     summaries = {run.name: summarise(args, run.records, values[run.name]) for run in recorded}
     differences = report.differences_to_first(values)
     text = table_of(summaries, differences)
     curves = {run.name: efficiency(args, run.records) for run in recorded}
+    figures = [draw_anytime(args, recorded, stem), draw_efficiency(args, curves, stem)]
     base, *others = curves
     ratios = {name: {metric: token_ratio(curves[base], curves[name], metric) for metric in SCORES} for name in others}
     for name, ratios_of_run in ratios.items():
         for metric, r in ratios_of_run.items():
             text += f"\nFor {metric} = {r['at']:.3f} {base} needs {r['ratio']:.2f} times the tokens of {name} "
             text += f"[{r['low']:.2f}, {r['high']:.2f}].\n"
-    return text, {"runs": summaries, "difference_to_first": differences, "token_ratio_to_first": ratios}
+    return text, {"runs": summaries, "difference_to_first": differences, "token_ratio_to_first": ratios}, figures
 
 
 def efficiency(args, records: list[dict]) -> dict[str, np.ndarray]:
@@ -257,8 +257,8 @@ def table_of_datasets(recorded: list[RecordedRun], datasets: list[str]) -> str:
 
 
 def draw_anytime(args, recorded: list[RecordedRun], stem: str) -> Path | None:
-    """Accuracy of an answer forced within each budget (the area above it is the regret), and the normalised regret.
-    None where the records hold no forced answers."""
+    """Accuracy of an answer forced within each budget, and the normalised regret, roughly the area above it. None where
+    the records hold no forced answers."""
     if not all(r["J"] for run in recorded for r in run.records):
         return None
     top = max(run.settings["max_tokens"] for run in recorded)
@@ -271,9 +271,8 @@ def draw_anytime(args, recorded: list[RecordedRun], stem: str) -> Path | None:
     return report.draw_panels(args.out / f"{stem}anytime.png", *panels, width=4.2)
 
 
-def draw_efficiency(args, recorded: list[RecordedRun], stem: str) -> Path:
+def draw_efficiency(args, efficiencies: dict[str, dict[str, np.ndarray]], stem: str) -> Path:
     """pass@k and maj@k against the tokens of k samples (Figures 7 and 8)."""
-    efficiencies = {run.name: efficiency(args, run.records) for run in recorded}
     panels = []
     for metric in SCORES:
         curves = [

@@ -13,7 +13,7 @@ rollouts start. l_FT is the outcome reward's objective, c_{j-1} the prefix befor
                                    traces, each episode's tokens are credited with that episode's progress
     --length-penalty w             the paper's third baseline (Arora & Zanette, arXiv 2502.04463)
 
-On a laptop, with the embedded model (seconds a step):
+On a laptop, with the embedded model (a minute or two on one core):
     python rl_mrt.py --bonus 0
     python rl_mrt.py --bonus 1                         # --variant online --progress log-likelihood
 On GPUs, with the paper's data and settings (Table 3):
@@ -39,13 +39,13 @@ from common import (
     group_advantages,
     grpo_loss,
     in_nats,
-    likelihood_success_rates,
     prompts_of,
     read_answers,
     read_trace,
     read_traces,
-    sampled_success_rates,
     segmentation,
+    set_likelihood_J,
+    set_sampled_J,
     success_rate,
 )
 from plumbing import data, models, report, runs, training
@@ -54,19 +54,19 @@ from plumbing.runs import fail, problem_key
 from plumbing.sampler import Sampler, open_sampler, pick_engine
 from plumbing.training import ranks, sum_over_ranks
 
-# flag: (default with the embedded model, with any other model, where the latter comes from)
+# flag: (default with the embedded model: the setting of experiments/findings.md; with any other; where that comes from)
 DEFAULTS = {
-    "variant": ("online", "prefix", "the paper's; tiny: what experiments/findings.md confirms"),
-    "dataset": ("tiny", "AI-MO/NuminaMath-1.5", "the paper: NuminaMath, release not named"),
+    "variant": ("online", "prefix", "the paper's"),
+    "dataset": ("tiny:30", "AI-MO/NuminaMath-1.5", "the paper: NuminaMath, release not named"),
     "split": ("train", "train", "Section 6"),
-    "limit": (None, 4000, "Section 6: 4,000 NuminaMath problems"),
-    "problems_per_step": (32, 64, "Table 3: a batch of 256 samples"),
+    "limit": (128, 4000, "Section 6: 4,000 NuminaMath problems"),
+    "problems_per_step": (4, 64, "Table 3: a batch of 256 samples"),
     "group_size": (8, 4, "Table 3"),
-    "max_tokens": (256, 16384, "the authors' runs of 1.5B models; Table 3 allows 24576"),
+    "max_tokens": (384, 16384, "the authors' runs of 1.5B models; Table 3 allows 24576"),
     "forced_answers": (4, 4, "v0.1; the prefix variant's m of Figure 6"),
     "answer_tokens": (8, 1024, "ours"),
     "temperature": (1.0, 0.9, "Table 3"),
-    "lr": (5e-4, 1e-6, "Table 3"),
+    "lr": (2.5e-4, 1e-6, "Table 3"),
     "schedule": ("constant", "cosine", "Table 3"),
     "warmup": (0.0, 0.1, "Table 3"),
     "weight_decay": (0.0, 0.01, "Table 3"),
@@ -109,8 +109,8 @@ def flags(argv=None) -> argparse.Namespace:
     flag = shared_flags(parser, "held-out problems", "eval-dataset eval-split eval-problems")
     flag("--eval-every", type=whole_number, default=10, help="steps between validations; 0: none")
     args = parse_flags(parser, DEFAULTS, argv)
-    informed = args.variant == "online" and runs.is_tiny(args.model)
-    args.progress = args.progress or ("log-likelihood" if informed else "sampled")
+    in_nats_by_default = args.variant == "online" and runs.is_tiny(args.model)
+    args.progress = args.progress or ("log-likelihood" if in_nats_by_default else "sampled")
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
     args.out = args.out or Path("runs") / f"rl-{runs.short_name(args.model)}-{kind}-seed{args.seed}"
     check_flags(args)
@@ -151,7 +151,9 @@ def main() -> None:
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
         return
-    train(args, run, model, open_sampler(args, tokenizer, longest, trained=model), problems, validation)
+    sampler = open_sampler(args, tokenizer, longest, trained=model)
+    train(args, run, model, sampler, problems, validation)
+    sampler.close()
 
 
 def check_engine(args, world: int) -> None:
@@ -169,8 +171,8 @@ def check_engine(args, world: int) -> None:
 
 Groups = list[list[Trace]]  # [problems][G]
 Advantages = list[list[np.ndarray]]  # [problems][G], each [tokens of the completion], those of the answer included
-# A seed is (--seed, step, purpose, …), with the purposes 0 rollouts, 1 forced answers; in the prefix variant 2 partial
-# rollouts (2, …, 3 those that stop there) and 4 those that go on. Validation has 99 for a step.
+# A seed is (--seed, step, purpose, …). Purposes: 0 rollouts, 1 forced answers; in the prefix variant 2 partial
+# rollouts, (2, …, 3) those that stop there, 4 those that go on. Validation has 99 instead of a step.
 
 
 def rollouts_grpo(args, sampler: Sampler, problems, prompts, seed: tuple) -> tuple[Groups, Advantages]:
@@ -185,9 +187,9 @@ def rollouts_online(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
     traces = [trace for group in groups for trace in group]
     if args.progress == "sampled":
         limits = {"n": args.forced_answers, "max_tokens": args.answer_tokens}
-        sampled_success_rates(sampler, traces, **limits, temperature=args.temperature, top_p=1.0, seed=(*seed, 1))
+        set_sampled_J(sampler, traces, **limits, temperature=args.temperature, top_p=1.0, seed=(*seed, 1))
     else:
-        likelihood_success_rates(sampler, traces)
+        set_likelihood_J(sampler, traces)
     for group, row in zip(groups, advantages):
         add_progress(row, group, args.bonus, scale_of(args))
     return groups, advantages
@@ -224,7 +226,8 @@ def rollouts_prefix(args, sampler: Sampler, problems, prompts, seed: tuple) -> t
     does better than stopping, going on is reinforced as a whole; where the prefix has the answer and thinking on loses
     it, it is pushed down.
     Why after the normalisation: all G rollouts share the prefix, so J(μ|c) is a constant of the group. In the reward,
-    r = f + α (f - J(μ|c)) is affine in f, and normalising takes the bonus away again: the update would be GRPO's.
+    r = f + α (f - J(μ|c)) is affine in f, and normalising takes the bonus away again: the update would be GRPO's (or,
+    with --no-std, 1 + α times it).
     What it does in expectation: J(μ|c) is only a baseline (it does not depend on what follows c), so the bonus adds
     weight on the outcome, from prefixes that end at random episodes, free of the group's std.
     """
@@ -252,9 +255,9 @@ def cut_rollouts(args, sampler: Sampler, problems, prompts, seeds) -> list[tuple
     """One partial rollout a problem and where it is cut: after a random number of its episodes, 0 included, all equally
     likely. It is sampled by the model as it is before the update (the old policy), and never trained on."""
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
-    how, cut = segmentation(args, max_episodes=args.max_episodes), []
+    rule, cut = segmentation(args), []
     for problem, prompt, (completion,), seed in zip(problems, prompts, rows, seeds):
-        trace = read_trace(sampler.tokenizer, problem, prompt, completion, how)
+        trace = read_trace(sampler.tokenizer, problem, prompt, completion, rule)
         ends = trace.boundaries
         if not (trace.finished and models.thinks(sampler.tokenizer)):
             ends = ends[:-1]  # the thought was cut off there, or holds the answer
@@ -268,8 +271,7 @@ def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple
     end-of-thinking marker answers in its thought, so there the prefix's text is graded with what follows."""
     seeds = [(*seed, problem["place"], problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
-    how = segmentation(args, max_episodes=args.max_episodes)
-    return read_traces(sampler.tokenizer, problems, prompts, rows, how, prefixes=prefixes)
+    return read_traces(sampler.tokenizer, problems, prompts, rows, segmentation(args), prefixes=prefixes)
 
 
 def outcome_advantages(args, groups: Groups) -> Advantages:
@@ -303,7 +305,7 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
     traces = [trace for group in groups for trace in group]
     flat = [advantage for row in advantages for advantage in row]
     examples = [(t.prompt + t.completion.token_ids, len(t.prompt), a) for t, a in zip(traces, flat)]
-    drawn = [torch.tensor(trace.completion.logprobs, device=device) for trace in traces]
+    sampled = [torch.tensor(trace.completion.logprobs, device=device) for trace in traces]
     # Of several updates a batch, update s trains the rollouts whose number, over all processes, is s modulo `steps`.
     numbers = np.array([trace.problem["place"] * args.group_size + trace.sample for trace in traces])
     steps = min(args.updates_per_batch, args.problems_per_step * args.group_size)
@@ -311,7 +313,7 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
     sums, gaps, norms = dict.fromkeys(("loss", "entropy", "clipped", "kl", "padded", "weight"), 0.0), [], []
     for step in range(steps):
         part = np.flatnonzero(numbers % steps == step)
-        denominator = sum_over_ranks([float(sum(len(drawn[i]) for i in part))])[0]  # before the loop
+        denominator = sum_over_ranks([float(sum(len(sampled[i]) for i in part))])[0]  # before the loop
         optimizer.zero_grad()
         # `order`: numbers of the batch's rollouts; `where` [B, T] marks the N trained tokens of `ids` [B, T]; what the
         # loss takes is [N], in the order of `where`.
@@ -321,12 +323,12 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
             if not order:  # padding: under FSDP every process must go through as many backward passes
                 (logprobs.sum() * 0.0).backward()
                 continue
-            sampled = torch.cat([drawn[i] for i in order])
-            before = torch.cat([old[i] for i in order]) if old else logprobs.detach()
+            sampler_logprobs = torch.cat([sampled[i] for i in order])
+            old_logprobs = torch.cat([old[i] for i in order]) if old else logprobs.detach()
             # Truncated importance weights: 1 where sampler and trainer agree, which round differently.
-            weight = (before - sampled).exp().clamp(max=args.is_cap)
+            weight = (old_logprobs - sampler_logprobs).exp().clamp(max=args.is_cap)
             ref = reference_logprobs(args, reference, ids, where)
-            loss, found = grpo_loss(logprobs, before, advantage * weight, denominator, args.clip, ref, args.kl)
+            loss, found = grpo_loss(logprobs, old_logprobs, advantage * weight, denominator, args.clip, ref, args.kl)
             if not torch.isfinite(loss):
                 names = ", ".join(sorted({traces[i].problem["id"] for i in order}))
                 raise FloatingPointError(f"the loss is {loss.item()} on samples of {names}")
@@ -335,12 +337,12 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
             found |= {"padded": ids.numel(), "weight": float(weight.sum())}
             sums = {name: total + found.get(name, 0.0) for name, total in sums.items()}
             if step == 0:  # sampler and trainer are still the same policy
-                gaps.append((logprobs.detach() - sampled).abs().cpu())
+                gaps.append((logprobs.detach() - sampler_logprobs).abs().cpu())
         if step == 0:
             gap = training.check_gap(gaps, models.pick_dtype(args.dtype))
         norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm))
-    lengths = [float(sum(map(len, drawn))), float(sum(len(ids) for ids, _, _ in examples))]
-    tokens, length, *totals = sum_over_ranks([*lengths, *sums.values()])
+    counts = [float(sum(map(len, sampled))), float(sum(len(ids) for ids, _, _ in examples))]
+    tokens, with_prompts, *totals = sum_over_ranks([*counts, *sums.values()])
     total = dict(zip(sums, totals))
     return {
         "loss": total["loss"] / tokens,
@@ -352,8 +354,8 @@ def update(args, model, reference, optimizer, groups: Groups, advantages: Advant
         "sampler_gap_mean": float(gap.mean()),
         "sampler_gap_max": float(gap.max()),
         "trained_tokens": int(tokens),
-        "update_tokens": int(length),
-        "padding_share": 1 - length / total["padded"],
+        "update_tokens": int(with_prompts),
+        "padding_share": 1 - with_prompts / total["padded"],
     }
 
 
@@ -389,15 +391,15 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
     def step(state: dict) -> tuple[dict, dict, str]:
         return one_step(args, run, model, reference, optimizer, sampler, problems, state)
 
-    def validate_now(state: dict) -> None:
+    def after_step(state: dict) -> None:
         if validation and (state["step"] % args.eval_every == 0 or share_done(state) >= 1):
             validate(args, run, sampler, validation, state)
-        if ranks()[0] == 0 and state["step"]:
+        if ranks()[0] == 0 and (state["step"] % args.checkpoint_every == 0 or share_done(state) >= 1):
             report.draw_training(run)
 
-    if state["step"] == 0:
-        validate_now(state)
-    state = training.train_loop(args, run, model, tokenizer, optimizer, state, share_done, step, validate_now)
+    if state["step"] == 0 and validation:
+        validate(args, run, sampler, validation, state)
+    state = training.train_loop(args, run, model, tokenizer, optimizer, state, share_done, step, after_step)
     training.save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
     training.save_model(run / "model", model, tokenizer)
     if ranks()[0] == 0:
@@ -421,12 +423,12 @@ def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, pro
         metrics = update(args, model, reference, optimizer, groups, advantages)
     except FloatingPointError as error:
         name = run / ("failed.jsonl" if rank == 0 else f"failed_{rank}.jsonl")
-        runs.append_jsonl(name, [{"step": step, "error": str(error)}, *records(step, groups)])
+        runs.append_jsonl(name, [{"step": step, "error": str(error)}, *records(step + 1, groups)])
         fail(f"step {step}: {error}; stopped in the update, its samples are in {name}")
     sampler.sync()
     groups = sorted(training.gather_over_ranks(groups), key=lambda group: group[0].problem["place"])
     if rank == 0:
-        runs.append_jsonl(run / "records.jsonl", records(step, groups))
+        runs.append_jsonl(run / "records.jsonl", records(step + 1, groups))
     sampled, computed = map(int, sum_over_ranks(spent))
     state = {
         "step": step + 1,
@@ -472,7 +474,8 @@ def rollout_stats(args, groups: Groups) -> dict[str, float]:
         stats["J_empty"], stats["J_end"] = mean(t.values[0] for t in traces), mean(t.values[-1] for t in traces)
         stats["progress_per_episode"] = mean(progress_in(np.asarray))
         if args.progress != "sampled":  # with a few sampled answers most differences of J are noise
-            stats["episodes_without_progress"] = mean(p < 0.05 for p in progress_in(scale_of(args)))  # 5 % of J in nats
+            # Less than 5 points of J or, in nats, 5 % of it; losses count, too.
+            stats["episodes_without_progress"] = mean(p < 0.05 for p in progress_in(scale_of(args)))
     return stats
 
 

@@ -13,7 +13,7 @@ Filters. Each keeps at most --per-problem traces of a problem.
            ties open, and summed over a whole trace progress telescopes to J(end) - J(empty), which says nothing of the
            path. So a trace is cut at the *first* prefix that attains its highest J: all the progress it makes, in the
            fewest tokens; what follows made none. It is kept if
-             it made progress:   J there > J(empty), else there is nothing to imitate (all prefixes equal);
+             it made progress:   J there > J(empty), else there is nothing to imitate;
              it is no luck:      J there ≥ --min-success, so the answer trained on is not one lucky guess of many;
              it is right:        the answer that follows the cut, and is trained on, is correct.
            Among the traces of a problem those with the highest J come first, then the shortest.
@@ -72,7 +72,6 @@ DEFAULTS = {
     "eval_split": ("test", "test", "ours"),
     "eval_problems": (96, 96, "ours"),
     "batch_problems": (96, 32, "ours"),
-    "budgets": ("64,128,192,256", "4096,8192,12288,16384", "Section 7"),
 }
 TITLES = {"outcome": "STaR", "mrt": "MRT-STaR"}
 
@@ -110,6 +109,7 @@ def main() -> None:
     ran_out = [not self_train(args, run, name, model, sampler, problems, held_out) for name in filters(args)]
     if ranks()[0] == 0:
         write_report(args, run)
+    sampler.close()
     if any(ran_out):
         raise SystemExit(3)
 
@@ -191,16 +191,16 @@ def evaluate(args, file: Path, sampler: Sampler, problems: list[dict]) -> None:
 
 def recorded_traces(args, file: Path, sampler: Sampler, problems: list[dict]) -> list[Trace]:
     """--num-samples traces a problem with J at every boundary: sampled, each process its share, and read back."""
-    tokenizer, how = sampler.tokenizer, segmentation(args, max_episodes=args.max_episodes)
+    tokenizer, rule = sampler.tokenizer, segmentation(args)
     prompts, _ = prompts_of(args, tokenizer, problems)
-    place = {problem["id"]: number for number, problem in enumerate(problems)}
-    for traces in new_traces(args, file, sampler, problems, prompts, how, process=ranks()):
+    order = {problem["id"]: i for i, problem in enumerate(problems)}
+    for traces in new_traces(args, file, sampler, problems, prompts, rule, process=ranks()):
         records = training.gather_over_ranks([trace.record() for trace in traces])
         if ranks()[0] == 0:
-            runs.append_jsonl(file, sorted(records, key=lambda r: place[r["id"]]))  # the order of a single process
+            runs.append_jsonl(file, sorted(records, key=lambda r: order[r["id"]]))  # the order of a single process
     training.wait_for_ranks()
-    records = sorted(runs.load_records(file), key=lambda r: (place[r["id"]], r["sample"])) if problems else []
-    return [trace_of(r, tokenizer, problems[place[r["id"]]], prompts[place[r["id"]]]) for r in records]
+    records = sorted(runs.load_records(file), key=lambda r: (order[r["id"]], r["sample"])) if problems else []
+    return [trace_of(r, tokenizer, problems[order[r["id"]]], prompts[order[r["id"]]]) for r in records]
 
 
 # ---------------------------------------------------------------------------------------------- the filter
@@ -251,8 +251,8 @@ def select(args, name: str, sampler: Sampler, traces: list[Trace], iteration: in
 
 
 def keep_right(traces: list[Trace]) -> dict[int, int]:
-    """Plain STaR: {number: end of the thought} of every trace whose own answer is right."""
-    return {t: trace.boundaries[-1] for t, trace in enumerate(traces) if trace.reward == 1}
+    """Plain STaR: {number: end of the thought} of every trace whose own answer is right and complete."""
+    return {t: trace.boundaries[-1] for t, trace in enumerate(traces) if trace.reward == 1 and trace.stopped}
 
 
 def keep_progress(traces: list[Trace], min_success: float) -> dict[int, int]:
@@ -284,7 +284,7 @@ def begin_example(args, tokenizer, number: int, trace: Trace, cut: int) -> Examp
     """Between a cut thought and its answer, still to be sampled, stands the end-of-thinking marker or μ's stop phrase.
     A complete thought with a right answer stays as it is."""
     complete = trace.finished and cut == trace.boundaries[-1]
-    if complete and trace.reward == 1:
+    if complete and trace.reward == 1 and trace.stopped:
         return Example(number, trace, cut, [], trace.completion.token_ids[cut:])
     if args.stop_phrase == "none":
         return Example(number, trace, cut, end_of_thought(tokenizer, trace.prefix(cut)), [])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import evaluate
-from common import Trace, accuracy_at, episode_spans, likelihood_success_rates, prompts_of, regret_at, sample_traces
+from common import Trace, accuracy_at, episode_spans, prompts_of, regret_at, sample_traces, set_likelihood_J
 from plumbing import data, models
 from plumbing.flags import numbers
 from plumbing.hf_engine import TransformersEngine
@@ -401,7 +401,7 @@ def traces_of(model: str) -> list[list[Trace]]:
     tokenizer, problems = models.load_tokenizer(model), data.problems_of(settings)
     sampler = Sampler(TransformersEngine(models.load_model(model, "cpu")), tokenizer)
     groups = sample_traces(settings, sampler, problems, prompts_of(settings, tokenizer, problems)[0])
-    likelihood_success_rates(sampler, [trace for group in groups for trace in group])
+    set_likelihood_J(sampler, [trace for group in groups for trace in group])
     return groups
 
 

@@ -18,14 +18,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rl_mrt
-from common import Trace, episode_progress, in_nats, likelihood_success_rates
+from common import Trace, episode_progress, in_nats, set_likelihood_J
 from plumbing import data, models, training
 
 
 def scored(args, sampler, problems, prompts, seed):
     """GRPO's rollouts and advantages, with J at every boundary."""
     groups, advantages = rl_mrt.rollouts_grpo(args, sampler, problems, prompts, seed)
-    likelihood_success_rates(sampler, [trace for group in groups for trace in group])
+    set_likelihood_J(sampler, [trace for group in groups for trace in group])
     return groups, advantages
 
 

@@ -331,14 +331,6 @@ def answers_equal(answer: str | None, gold: Gold) -> bool:
     return _verdict_on_any(answer, gold) == "right"
 
 
-def grade(response: str, gold: Gold) -> bool:
-    r"""Whether the last box of `response` (what follows the thought) holds the gold answer.
-
-    False for no box and for hopeless or endless answers; ValueError for a gold that cannot be parsed.
-    """
-    return answers_equal(extract_answer(response), gold)
-
-
 def group_answers(answers: Sequence[str | None], gold: Gold) -> list[int | None]:
     """Class of each answer under mathematical equality, for voting: None for no answer, 0 for right answers.
 

@@ -107,6 +107,11 @@ def numbers(flag: str, text: str) -> list[int]:
         fail(f"{flag}: {error}")
 
 
+def quarters(max_tokens: int) -> list[int]:
+    """The budgets that are looked at by default, as in Section 7."""
+    return sorted({max(1, max_tokens * part // 4) for part in (1, 2, 3, 4)})
+
+
 def non_negative(text: str) -> float:
     try:
         value = float(text)
@@ -126,7 +131,7 @@ SHARED = {
     "forced-answers": (positive_int, "sampled answers for each J(μ|prefix)"),
     "answer-tokens": (positive_int, "token limit of a forced answer"),
     "max-episodes": (positive_int, "in longer thoughts neighbouring episodes are joined"),
-    "budgets": (str, "token budgets C0, such as 512,1024"),
+    "budgets": (str, "token budgets C0, such as 512,1024 (default unless another is named: quarters of --max-tokens)"),
     "batch-problems": (positive_int, "problems sampled and recorded together"),
     "lr": (non_negative, "learning rate"),
     "warmup": (non_negative, "share of the run in which the learning rate rises"),
@@ -177,7 +182,9 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
             setattr(args, name, small if is_tiny(args.tokenizer or args.model.split(",")[0]) else large)
     args.markers = load_markers(args.markers) if args.markers else []
     if "budgets" in args:
-        args.budgets = numbers("--budgets", args.budgets)
+        compared = getattr(args, "compare", None)  # then the records say how long thoughts may be
+        given = numbers("--budgets", args.budgets) if args.budgets else []
+        args.budgets = given or ([] if compared else quarters(args.max_tokens))
     if getattr(args, "warmup", 0.0) >= 1:
         fail(f"--warmup {args.warmup}: is a share of the run, below 1")
     if getattr(args, "compare", None) and args.out and config_of(args.out):

@@ -267,7 +267,7 @@ def draw_panels(file: Path, *panels: Panel, rows=1, **layout) -> Path:
 
 
 def anytime_panels(accuracy: list[Curve], regret: list[Curve]) -> tuple[Panel, Panel]:
-    """Accuracy of the answer forced within each token budget, and the normalised regret, the area above it."""
+    """Accuracy of the answer forced within each token budget, and the normalised regret, roughly the area above it."""
     left = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then", "ylim": (0, 1)}
     right = {"xlabel": "token budget C0", "ylabel": "normalised regret", "xticks": regret[0].x}
     return Panel({**left, "xlim": (0, max(accuracy[0].x))}, accuracy), Panel(right, regret)

@@ -209,7 +209,7 @@ def open_run(args: argparse.Namespace, problems: list[dict], *may_change: str) -
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     about = {"script": script_name(), "versions": versions(), "device": device_name(), "command": sys.argv}
-    write_json(out / "config.json", {"settings": identity(args, *may_change), **about})
+    write_json(out / "config.json", {"settings": identity(args), **about})
     same_inputs(out, problems, args.tokenizer or args.model)
     return out
 

@@ -270,9 +270,9 @@ def load_newest(run: Path, model, optimizer) -> tuple[Path, dict] | None:
 
 def rewind(run: Path, step: int) -> None:
     """Drops the lines of steps after the checkpoint that a run resumes from; those steps are repeated."""
-    for name, first_lost in (("metrics.jsonl", step + 1), ("records.jsonl", step), ("validation.jsonl", step + 1)):
+    for name in ("metrics.jsonl", "records.jsonl", "validation.jsonl"):
         if (run / name).exists():
-            kept = [line for line in whole_lines(run / name) if step and json.loads(line)["step"] < first_lost]
+            kept = [line for line in whole_lines(run / name) if step and json.loads(line)["step"] <= step]
             write_text(run / name, "".join(kept))
 
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import cache
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 EXACT_SUBSETS, SUBSET_DRAWS = 200_000, 100_000  # weighted votes: all subsets up to so many, else so many random ones
 
 
-def wins_vote(first: str, answers: Sequence[str | None], k: int, weights: Sequence[float] | None) -> float:
+def wins_vote(first: Hashable, answers: Sequence[Hashable], k: int, weights: Sequence[float] | None) -> float:
     """Probability that `first` wins the vote of k of the answers, a tie counting 1/2; None has no vote."""
     rivals = Counter(answers)
     missing, right = rivals.pop(None, 0), rivals.pop(first, 0)

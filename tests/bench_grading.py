@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from math_verify import parse, verify
 
-from plumbing.answers import grade
+from common import grade
 
 
 def own_rows() -> list[dict]:

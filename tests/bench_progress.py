@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Segmentation, likelihood_success_rates, read_traces, sampled_success_rates
+from common import Segmentation, read_traces, set_likelihood_J, set_sampled_J
 from plumbing import data, flags, models, report, runs
 from plumbing.hf_engine import TransformersEngine
 from plumbing.sampler import Sampler
@@ -35,9 +35,9 @@ def main() -> None:
         """J's from so many sampled answers, or from the likelihood for none."""
         before, began = (sampler.sampled_tokens, sampler.computed_tokens), time.perf_counter()
         if answers:
-            sampled_success_rates(sampler, traces, answers, 8, 1.0, 1.0, (seed,))
+            set_sampled_J(sampler, traces, answers, 8, 1.0, 1.0, (seed,))
         else:
-            likelihood_success_rates(sampler, traces)
+            set_likelihood_J(sampler, traces)
         cost = sampler.sampled_tokens - before[0], sampler.computed_tokens - before[1], time.perf_counter() - began
         return np.concatenate([t.values for t in traces]), cost
 

@@ -75,6 +75,12 @@ def our_steps(steps: int, *flags: str) -> dict:
         command = [
             sys.executable,
             ROOT / "rl_mrt.py",
+            "--dataset",
+            "tiny",
+            "--limit",
+            525,
+            "--lr",
+            5e-4,
             "--steps",
             steps,
             "--eval-every",

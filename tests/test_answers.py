@@ -15,8 +15,9 @@ from conftest import ROOT, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import grade
 from plumbing import answers as grading
-from plumbing.answers import answers_equal, extract_answer, grade, grade_all, group_answers
+from plumbing.answers import answers_equal, extract_answer, grade_all, group_answers
 from plumbing.forms import parse
 
 CASES = [
@@ -330,7 +331,7 @@ def test_works_from_a_script_and_leaves_no_process(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "print('once')\nfrom plumbing import answers as grading\n"
-        "assert grading.grade(r'\\boxed{\\sqrt{8}}', r'2\\sqrt{2}')\n"
+        "assert grading.grade_all([(r'\\sqrt{8}', r'2\\sqrt{2}')]) == ['right']\n"
         "print(grading._idle[-1].process.pid)\n"
     )
     done = subprocess.run(

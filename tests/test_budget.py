@@ -1,6 +1,7 @@
 """budget_force.py: thoughts cut and extended on real tokens, without the bugs of the implementations people copy."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -214,6 +215,17 @@ def test_the_thoughts_of_one_model_are_not_given_to_several(capsys, monkeypatch,
     flags = ("--model", "a,b", "--out", tmp_path / "run", "--engine", "transformers")
     main = main_with(monkeypatch, budget_force, "--thoughts", analysis, *flags)
     assert "holds thoughts of --model a, not of a,b" in refusal(capsys, main)
+
+
+@pytest.mark.parametrize("limit, told", [(2, "the first 2 of the 3 problems"), (3, ""), (9, "")])
+def test_it_says_how_many_of_the_thoughts_are_taken(capsys, tmp_path, limit, told):
+    analysis = a_run(tmp_path / "analysis", "analyze_r1.py", model="tiny", episodes_per_point=1, max_tokens=256)
+    lines = [json.dumps({"id": str(i), "sample": 0}) + "\n" for i in range(3)]
+    (analysis / "records.jsonl").write_text("".join(lines))
+    args = options("--thoughts", analysis, "--limit", limit)
+    assert len(budget_force.read_thoughts(args)) == min(3, limit)
+    said = capsys.readouterr().out
+    assert told in said and bool(told) == ("--limit" in said)
 
 
 def test_thoughts_must_be_an_analysis_of_the_same_model(capsys, monkeypatch, tmp_path):

@@ -6,8 +6,9 @@ import json
 import pytest
 from conftest import SHARED
 
+from common import grade
 from plumbing import data
-from plumbing.answers import extract_answer, grade
+from plumbing.answers import extract_answer
 from plumbing.data import load_problems, load_responses, split_response
 from plumbing.flags import load_markers
 

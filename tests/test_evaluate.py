@@ -105,6 +105,20 @@ def test_compare_pairs_problems_and_makes_one_table_of_several_data_sets(tmp_pat
     assert summary["x.jsonl"]["difference_to_first"]["b-x"]["pass@1"]["mean"] == 0.5
 
 
+@pytest.mark.parametrize("max_tokens", [256, 1000, 16384])
+def test_what_is_compared_by_default_suits_the_records(tmp_path, max_tokens):
+    """Budgets are quarters of the longest thought, k goes up to the samples, whatever --model is by default."""
+    rows = [record(i, ["7"] * 16, tokens=max_tokens // 2) for i in range(3)]
+    rows = [[{**r, "J": [0.0, 1.0], "answer_tokens": [1.0, 1.0]} for r in of_problem] for of_problem in rows]
+    runs = [str(write_run(tmp_path / name, "x", name, rows, max_tokens=max_tokens)) for name in "ab"]
+    for flags, budgets in (((), [max_tokens * part // 4 for part in (1, 2, 3, 4)]), (("--budgets", "7,9"), [7, 9])):
+        args = options("--compare", *runs, *flags, "--out", str(tmp_path / "out"))
+        evaluate.compare(args, args.compare)
+        metrics = json.loads((tmp_path / "out" / "summary.json").read_text())["x"]["runs"]["a"]["metrics"]
+        assert [name for name in metrics if name.startswith("regret@")] == [f"regret@{b}" for b in budgets]
+        assert [name for name in metrics if name.startswith("maj@")] == ["maj@2", "maj@4", "maj@8", "maj@16"]
+
+
 def test_problems_with_one_id_and_different_texts_are_not_paired(tmp_path, capsys):
     other = [[{**r, "problem": "something else"} for r in record(i, ["7", "7"])] for i in range(4)]
     a = write_run(tmp_path / "a", "x", "a", [record(i, ["7", "3"]) for i in range(4)])

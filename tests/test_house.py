@@ -168,6 +168,6 @@ def test_the_marks_of_the_method_count_from_one():
     likelihood, sampled = (
         marks(ast.get_source_segment((ROOT / "common.py").read_text(encoding="utf-8"), node) or "")
         for node in sorted(tree_of(ROOT / "common.py").body, key=lambda node: getattr(node, "name", ""))
-        if getattr(node, "name", "") in ("likelihood_success_rates", "sampled_success_rates")
+        if getattr(node, "name", "") in ("set_likelihood_J", "set_sampled_J")
     )
     assert likelihood == sampled == [3]

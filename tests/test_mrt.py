@@ -9,7 +9,7 @@ import torch
 
 import common
 import rl_mrt
-from common import Segmentation, Trace, episode_progress, likelihood_success_rates, sampled_success_rates
+from common import Segmentation, Trace, episode_progress, set_likelihood_J, set_sampled_J
 from plumbing import data, models
 from plumbing.hf_engine import TransformersEngine
 from plumbing.models import Completion
@@ -264,9 +264,9 @@ def test_likelihood_agrees_with_many_sampled_answers(sampler, tokenizer, problem
     how = Segmentation(max_episodes=32)
     traces = [common.read_trace(tokenizer, p, q, c, how) for p, q, (c,) in zip(problems, prompts, rows)]
     common.grade_traces(traces)
-    sampled_success_rates(sampler, traces, 64, 8, 1.0, 1.0, (5,))
+    set_sampled_J(sampler, traces, 64, 8, 1.0, 1.0, (5,))
     sampled = np.concatenate([t.values for t in traces])
-    likelihood_success_rates(sampler, traces)
+    set_likelihood_J(sampler, traces)
     exact = np.concatenate([t.values for t in traces])
     assert len(exact) > 12 and np.ptp(exact) > 0.5
     error = np.sqrt(np.maximum(exact * (1 - exact), 0.01) / 64)

@@ -67,7 +67,7 @@ def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method
 
     records = jsonl(run / "records.jsonl")
     assert len(records) == 32
-    assert {(r["step"], r["sample"]) for r in records} == {(step, s) for step in range(2) for s in range(4)}
+    assert {(r["step"], r["sample"]) for r in records} == {(step, s) for step in (1, 2) for s in range(4)}
     for row in records:
         assert {"step", "id", "sample", "reward", "tokens", "text", "boundaries", "J", "prefix_J"} <= row.keys()
         assert row["id"].startswith("tiny-train-") and row["reward"] in (0, 1) and 1 <= row["tokens"] <= 80
@@ -78,8 +78,8 @@ def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method
 
     metrics = jsonl(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2]
-    for line, step in zip(metrics, range(2)):
-        mine = [r for r in records if r["step"] == step]
+    for line in metrics:
+        mine = [r for r in records if r["step"] == line["step"]]
         assert line["reward"] == pytest.approx(np.mean([r["reward"] for r in mine]))
         assert line["tokens"] == pytest.approx(np.mean([r["tokens"] for r in mine]))
         assert all(math.isfinite(v) for v in line.values())
@@ -229,7 +229,7 @@ def test_text_with_rare_line_ends_stays_on_one_line(tmp_path):
     runs.append_jsonl(tmp_path / "records.jsonl", rows)
     assert runs.load_records(tmp_path / "records.jsonl") == rows
     assert runs.read_jsonl(tmp_path / "records.jsonl") == rows
-    training.rewind(tmp_path, 2)
+    training.rewind(tmp_path, 1)
     assert runs.read_jsonl(tmp_path / "records.jsonl") == rows[:2]
 
 
@@ -307,9 +307,12 @@ def test_a_killed_analysis_resumes_to_the_same_records_and_can_be_redrawn(tmp_pa
     succeeded(execute(tmp_path, "analyze_r1.py", *flags, "--resume"))
     assert_same_bits(tmp_path / "run", straight_analysis)
     shutil.copytree(straight_analysis, tmp_path / "again")
+    more = ("--direct-model", "tiny", "--direct-samples", 5, "--out", "again", "--resume")
+    refused = execute(tmp_path, "analyze_r1.py", *ANALYSIS, *more)
+    assert refused.returncode == 2 and "has 4 answers of tiny to a problem" in refused.stderr
     for name in ("summary.json", "trace.html", *FIGURES):
         (tmp_path / "again" / name).unlink()
-    succeeded(execute(tmp_path, "analyze_r1.py", "--from", "again", "--budgets", "48,96", "--model", "/nowhere"))
+    succeeded(execute(tmp_path, "analyze_r1.py", "--from", "again", "--model", "/nowhere"))
     assert_same_bits(tmp_path / "again", straight_analysis, ("summary.json", "trace.html"))
     assert all(is_picture(tmp_path / "again" / name) for name in FIGURES)
 

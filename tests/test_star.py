@@ -10,7 +10,7 @@ from conftest import assert_same_bits, jsonl, kill_at_line, succeeded
 
 import common
 import star_mrt
-from common import Trace, sampled_success_rates
+from common import Trace, set_sampled_J
 from plumbing import fine_tuning, models
 from plumbing.hf_engine import TransformersEngine
 from plumbing.models import Completion
@@ -66,12 +66,19 @@ def test_plain_star_keeps_right_traces_whole():
     assert star_mrt.keep_right(traces) == {0: 2, 2: 1}
 
 
+def test_a_right_answer_that_the_limit_cut_after_its_box_is_not_trained(tokenizer):
+    cut = trace((0, 1))
+    cut.completion.finish_reason = "length"
+    assert star_mrt.keep_right([cut]) == {}
+    assert star_mrt.begin_example(options(), tokenizer, 0, cut, 1).answer == []  # to be sampled
+
+
 @pytest.fixture(scope="module")
 def sampled(model, tokenizer, problems, prompts):
     sampler = Sampler(TransformersEngine(model), tokenizer)
     groups = common.sample_traces(options(), sampler, problems, prompts)
     traces = [t for group in groups for t in group]
-    sampled_success_rates(sampler, traces, 8, 8, 1.0, 1.0, (0,))
+    set_sampled_J(sampler, traces, 8, 8, 1.0, 1.0, (0,))
     return sampler, traces
 
 

@@ -7,9 +7,9 @@ from common import (
     STOP_PHRASE,
     Segmentation,
     forced_prompt,
-    likelihood_success_rates,
     read_trace,
-    sampled_success_rates,
+    set_likelihood_J,
+    set_sampled_J,
 )
 from plumbing import data, models
 from plumbing.models import Completion
@@ -76,6 +76,15 @@ def test_a_thought_that_was_cut_has_no_answer_whatever_boxes_it_holds(tokenizer,
     assert not trace.finished and trace.answer is None and trace.reward == 0
 
 
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_a_thought_that_the_model_opens_itself_and_does_not_end_is_no_answer(tokenizer, finish):
+    """The prompt opens none; text without any marker, though, is an answer."""
+    opened = trace_of(tokenizer, "<think>\nso \\boxed{7}", finish)
+    assert not opened.finished and opened.answer is None and opened.boundaries[-1] > 0
+    plain = trace_of(tokenizer, "so \\boxed{7}", "stop")
+    assert plain.finished and plain.answer == "so \\boxed{7}" and plain.boundaries == [0]
+
+
 def test_only_what_follows_the_thought_is_graded(tokenizer):
     wrong = trace_of(tokenizer, "so \\boxed{7}</think>\n\n**Final Answer:** \\boxed{9}")
     right = trace_of(tokenizer, "so \\boxed{9}</think>\n\n**Final Answer:** \\boxed{7}")
@@ -117,8 +126,8 @@ def test_j_is_one_where_the_prefix_holds_the_answer_and_small_where_it_does_not(
     completion = completion_of(tokenizer, thought, "length")
     trace = read_trace(tokenizer, problem, prompt, completion, Segmentation(max_episodes=8))
     for estimate in (
-        lambda: sampled_success_rates(sampler, [trace], 16, 8, 1.0, 1.0, (0,)),
-        lambda: likelihood_success_rates(sampler, [trace]),
+        lambda: set_sampled_J(sampler, [trace], 16, 8, 1.0, 1.0, (0,)),
+        lambda: set_likelihood_J(sampler, [trace]),
     ):
         estimate()
         assert trace.values[0] < 0.3 and trace.values[1] < 0.3 and trace.values[2] > 0.9

@@ -45,9 +45,9 @@ from common import (
     STOP_PHRASE,
     Segmentation,
     forced_prompt,
-    likelihood_success_rates,
     read_traces,
-    sampled_success_rates,
+    set_likelihood_J,
+    set_sampled_J,
 )
 from plumbing.hf_engine import TransformersEngine
 from plumbing.models import THINK_END, encode, load_model, load_tokenizer, prompt_ids
@@ -299,11 +299,11 @@ def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
         prompts += [forced_prompt(tokenizer, trace, b) for b in trace.boundaries[1:-1]]
     for (answer,) in sampler.generate(prompts, 8, [(seed, i) for i in range(len(prompts))]):
         forced, formed = forced + 1, formed + bool(re.fullmatch(r"Final Answer:\*\* \\boxed\{\d+\}", answer.text))
-    sampled_success_rates(sampler, traces, 4, 8, 1.0, 1.0, (seed, 5))
+    set_sampled_J(sampler, traces, 4, 8, 1.0, 1.0, (seed, 5))
     for trace in traces:
         shown = f"x = {trace.problem['answer']} works"
         solved += [v for b, v in zip(trace.boundaries, trace.values) if shown in trace.prefix(b)]
-    likelihood_success_rates(sampler, traces)
+    set_likelihood_J(sampler, traces)
     guesses = []  # before a find: (candidates, number ruled out, J, 1 / number left)
     for trace in traces:
         n = trace.problem["level"]
