@@ -6,6 +6,7 @@ Apart from common.py because nothing in it is about MRT.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -88,9 +90,13 @@ def start_processes() -> tuple[int, int]:
 
 
 def end_processes() -> None:
-    """Before the interpreter exits: threads of the process group that still run then would abort it."""
+    """Before the interpreter exits: a thread of the process group that asks for its lock after that aborts the process.
+    The threads run as long as something refers to the group: here device meshes, which caches of torch keep."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    for mesh in [thing for thing in gc.get_objects() if isinstance(thing, DeviceMesh)]:
+        vars(mesh).get("_pg_registry", {}).clear()
+    gc.collect()
 
 
 def ranks() -> tuple[int, int]:

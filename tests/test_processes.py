@@ -193,3 +193,21 @@ def test_a_missing_reporter_is_told_at_once(capsys, monkeypatch):
 def test_importance_weights_are_one_for_the_same_policy_and_capped(model, tokenizer, alone):
     lines = jsonl(alone / "metrics.jsonl")
     assert all(line["importance_weight"] == pytest.approx(1, abs=1e-5) for line in lines)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists threads as Linux does")
+def test_no_thread_of_the_process_group_outlives_the_run(tmp_path):
+    """One that does may ask for the interpreter's lock after its end, and abort a run that is complete."""
+    (tmp_path / "wrapped.py").write_text(
+        "import atexit, runpy, sys\n"
+        "from pathlib import Path\n"
+        "def tell():  # registered first, it runs last\n"
+        "    names = {task.joinpath('comm').read_text().strip() for task in Path('/proc/self/task').iterdir()}\n"
+        "    sys.stderr.write(f'at the end: {sorted(names)}\\n')\n"
+        "atexit.register(tell)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"runpy.run_path({str(ROOT / 'rl_mrt.py')!r}, run_name='__main__')\n"
+    )
+    flags = (*FLAGS.split(), "--steps", "1", "--eval-every", "0", "--out", "run")
+    printed = finish(torchrun(tmp_path, 2, *flags, script=str(tmp_path / "wrapped.py")), tmp_path)
+    assert printed.count("at the end: ") == 2 and "gloo" not in printed
