@@ -165,7 +165,7 @@ def answers_to(args, sampler: Sampler, traces: list[Trace], prompts, seeds) -> l
 
 def exploit(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, dict]]:
     """For each trace {budget: point}: what it is worth if it may use no more than the budget."""
-    points = [{budget: uncut(args, trace, budget) for budget in args.budgets} for trace in traces]
+    points: list[dict] = [{budget: uncut(args, trace, budget) for budget in args.budgets} for trace in traces]
     too_long = [(t, budget) for t, by_budget in enumerate(points) for budget, p in by_budget.items() if not p]
     reserved = 0 if args.count == "thought" else args.answer_tokens
     cuts = [cut_at_budget(traces[t], max(0, budget - reserved), args.cut == "exact") for t, budget in too_long]
@@ -177,11 +177,11 @@ def exploit(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, dict]
     return points
 
 
-def uncut(args, trace: Trace, budget: int) -> dict:
-    """The point of a trace that ended by itself within the budget; empty if it did not."""
+def uncut(args, trace: Trace, budget: int) -> dict | None:
+    """The point of a trace that ended by itself within the budget; None if it did not."""
     end, total = trace.boundaries[-1], len(trace.completion.token_ids)
     if not trace.finished or (end if args.count == "thought" else total) > budget:
-        return {}
+        return None
     answered = {"thought_tokens": end, "J": trace.reward, "answer_tokens": float(total - end)}
     return {**answered, "forced": [], "cut": False}
 

@@ -492,14 +492,13 @@ def validate(args, run: Path, sampler: Sampler, problems: list[dict], state: dic
     traces = [trace for (trace,) in read_traces(tokenizer, share, prompts, rows)]
     sums = [sum(trace.reward for trace in traces), sum(len(trace.completion.token_ids) for trace in traces)]
     budgets = [args.max_tokens // 4, args.max_tokens // 2, args.max_tokens]
-    for budget in budgets:
-        cut = [i for i, t in enumerate(traces) if len(t.completion.token_ids) > budget or not t.stopped]
-        asked = [forced_prompt(tokenizer, traces[i], cut_at_budget(traces[i], budget)) for i in cut]
-        rows = sampler.generate(
-            asked, args.answer_tokens, [(*seeds[i], budget) for i in cut], temperature=args.temperature
-        )
-        right = {i: success_rate(answers) for i, answers in zip(cut, read_answers([share[i] for i in cut], rows))}
-        sums.append(sum(right.get(i, trace.reward) for i, trace in enumerate(traces)))
+    lengths = [len(trace.completion.token_ids) if trace.stopped else math.inf for trace in traces]
+    cut = [(i, budget) for i, length in enumerate(lengths) for budget in budgets if length > budget]
+    asked = [forced_prompt(tokenizer, traces[i], cut_at_budget(traces[i], budget)) for i, budget in cut]
+    forced_seeds = [(*seeds[i], budget) for i, budget in cut]
+    rows = sampler.generate(asked, args.answer_tokens, forced_seeds, temperature=args.temperature)
+    right = dict(zip(cut, map(success_rate, read_answers([share[i] for i, _ in cut], rows))))
+    sums += [sum(right.get((i, budget), t.reward) for i, t in enumerate(traces)) for budget in budgets]
     accuracy, tokens, *forced = (total / len(problems) for total in sum_over_ranks(sums))
     sampler.sampled_tokens, sampler.computed_tokens = counted
     metrics = {"step": state["step"], "sampled_tokens": state["sampled_tokens"], "accuracy": accuracy, "tokens": tokens}

@@ -184,7 +184,7 @@ def iterate(args, run: Path, name: str, iteration: int, model, sampler: Sampler,
 
 
 def evaluate(args, file: Path, sampler: Sampler, problems: list[dict]) -> None:
-    """Traces on held-out problems, once a model: the same seeds for every model."""
+    """Traces on held-out problems, once a model; seeds, and four forced answers, are the same for every run."""
     sampler.model.eval()
     recorded_traces(changed(args, seed=77, forced_answers=4), file, sampler, problems)
 
