@@ -326,8 +326,8 @@ def draw_training(run: Path) -> Path:
         rest.plot(thousands, [step[name] for step in steps], label=label)
     for axis in (accuracy, length, rest):
         axis.set_xlabel("sampled tokens (thousands)")
-    accuracy.legend(fontsize=7)
-    rest.legend()
+    for axis, columns in ((accuracy, 2), (rest, 3)):
+        axis.legend(fontsize=6, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1))
     return save_figure(figure, run / "progress.png")
 
 
