@@ -423,8 +423,8 @@ def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, pro
         metrics = update(args, model, reference, optimizer, groups, advantages)
     except FloatingPointError as error:
         name = run / ("failed.jsonl" if rank == 0 else f"failed_{rank}.jsonl")
-        runs.append_jsonl(name, [{"step": step, "error": str(error)}, *records(step + 1, groups)])
-        fail(f"step {step}: {error}; stopped in the update, its samples are in {name}")
+        runs.append_jsonl(name, [{"step": step + 1, "error": str(error)}, *records(step + 1, groups)])
+        fail(f"step {step + 1}: {error}; stopped in the update, its samples are in {name}")
     sampler.sync()
     groups = sorted(training.gather_over_ranks(groups), key=lambda group: group[0].problem["place"])
     if rank == 0:

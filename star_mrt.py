@@ -252,7 +252,12 @@ def select(args, name: str, sampler: Sampler, traces: list[Trace], iteration: in
 
 def keep_right(traces: list[Trace]) -> dict[int, int]:
     """Plain STaR: {number: end of the thought} of every trace whose own answer is right and complete."""
-    return {t: trace.boundaries[-1] for t, trace in enumerate(traces) if trace.reward == 1 and trace.stopped}
+    return {t: trace.boundaries[-1] for t, trace in enumerate(traces) if ends_right(trace)}
+
+
+def ends_right(trace: Trace) -> bool:
+    """Its own answer is right and complete: one that the limit cut after its box would teach not to end."""
+    return trace.reward == 1 and trace.stopped
 
 
 def keep_progress(traces: list[Trace], min_success: float) -> dict[int, int]:
@@ -284,7 +289,7 @@ def begin_example(args, tokenizer, number: int, trace: Trace, cut: int) -> Examp
     """Between a cut thought and its answer, still to be sampled, stands the end-of-thinking marker or μ's stop phrase.
     A complete thought with a right answer stays as it is."""
     complete = trace.finished and cut == trace.boundaries[-1]
-    if complete and trace.reward == 1 and trace.stopped:
+    if complete and ends_right(trace):
         return Example(number, trace, cut, [], trace.completion.token_ids[cut:])
     if args.stop_phrase == "none":
         return Example(number, trace, cut, end_of_thought(tokenizer, trace.prefix(cut)), [])

@@ -201,15 +201,14 @@ def open_run(args: argparse.Namespace, problems: list[dict], *may_change: str) -
     out = args.out
     if check_out(args, *may_change):
         repair(out)
-        same_inputs(out, problems, args.tokenizer or args.model)
-        return out
-    out.mkdir(parents=True, exist_ok=True)
-    own(out)
-    for path in out.iterdir():  # of the run to overwrite
-        if path.name != LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    about = {"script": script_name(), "versions": versions(), "device": device_name(), "command": sys.argv}
-    write_json(out / "config.json", {"settings": identity(args), **about})
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        own(out)
+        for path in out.iterdir():  # of the run to overwrite
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        about = {"script": script_name(), "versions": versions(), "device": device_name(), "command": sys.argv}
+        write_json(out / "config.json", {"settings": identity(args), **about})
     same_inputs(out, problems, args.tokenizer or args.model)
     return out
 
