@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common
-from plumbing import data, models
 from plumbing.hf_engine import TransformersEngine
 from plumbing.sampler import Sampler
+
+import common
+from plumbing import data, models
 
 
 def main() -> None:

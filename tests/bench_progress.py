@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Segmentation, read_traces, set_likelihood_J, set_sampled_J
-from plumbing import data, flags, models, report, runs
 from plumbing.hf_engine import TransformersEngine
 from plumbing.sampler import Sampler
+
+from common import Segmentation, read_traces, set_likelihood_J, set_sampled_J
+from plumbing import data, flags, models, report, runs
 
 
 def main() -> None:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from plumbing.models import Completion
+from plumbing.runs import ROOT, read_jsonl
 
 import rl_mrt
 from common import Trace
 from experiments import compare, gradient, report, variants
-from plumbing.models import Completion
-from plumbing.runs import ROOT, read_jsonl
 
 TOY = {
     "train": {"dataset": "tiny", "max-tokens": 64, "max-sampled-tokens": 2500, "eval-every": 1, "eval-problems": 3},

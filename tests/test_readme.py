@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from experiments import compare
-from plumbing.data import load_problems
-from plumbing.flags import read_config
-from plumbing.runs import json_line
+from run.data import load_problems
+from run.files import json_line
+from run.flags import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "configs/README.md", "experiments/findings.md"]

@@ -27,7 +27,9 @@ from conftest import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plumbing import report, runs, training
+from run import report, training
+from run.files import append_jsonl, read_jsonl
+from run.folder import load_records
 from tiny import problems as tiny
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -226,11 +228,11 @@ def test_text_with_rare_line_ends_stays_on_one_line(tmp_path):
     """Models write U+2028, U+0085 and form feeds; only a newline ends a record."""
     text = "a\u2028b\u2029c\x85d\x0ce\x1cf\r\ng\n\nh"
     rows = [{"step": step, "id": str(step), "sample": 0, "text": text} for step in range(3)]
-    runs.append_jsonl(tmp_path / "records.jsonl", rows)
-    assert runs.load_records(tmp_path / "records.jsonl") == rows
-    assert runs.read_jsonl(tmp_path / "records.jsonl") == rows
+    append_jsonl(tmp_path / "records.jsonl", rows)
+    assert load_records(tmp_path / "records.jsonl") == rows
+    assert read_jsonl(tmp_path / "records.jsonl") == rows
     training.rewind(tmp_path, 1)
-    assert runs.read_jsonl(tmp_path / "records.jsonl") == rows[:2]
+    assert read_jsonl(tmp_path / "records.jsonl") == rows[:2]
 
 
 def test_more_samples_are_added_to_those_there(tmp_path, execute, straight_evaluation):
