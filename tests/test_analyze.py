@@ -10,7 +10,7 @@ from conftest import SHARED
 
 import analyze_r1
 import common
-from common import Segmentation, set_sampled_J
+from common import Forcing, Segmentation, set_sampled_J
 from engine.tokens import encode, prompt_ids
 from plumbing import answers
 from run import data, report
@@ -169,7 +169,7 @@ def test_given_responses_of_every_kind(tokenizer, sampler, response, points, ans
     for b in trace.boundaries[1:-1]:
         assert trace.prefix(b).endswith("\n\n")
     common.grade_traces([trace])
-    set_sampled_J(sampler, [trace], 2, 6, 1.0, 1.0, (0,))
+    set_sampled_J(sampler, [trace], Forcing(2, 6), (0,))
     assert len(trace.values) == len(trace.boundaries) and all(len(row) == 2 for row in trace.forced)
 
 
@@ -242,7 +242,7 @@ def test_forced_answers_cost_tokens_linear_in_the_trace(tokenizer, sampler):
         trace = given(tokenizer, text)
         common.grade_traces([trace])
         before = sampler.computed_tokens
-        set_sampled_J(sampler, [trace], 2, 4, 1.0, 1.0, (0,))
+        set_sampled_J(sampler, [trace], Forcing(2, 4), (0,))
         computed.append(sampler.computed_tokens - before)
         requested.append(sum(len(common.forced_prompt(tokenizer, trace, b)) for b in trace.boundaries))
     assert computed[1] < 2.3 * computed[0] and requested[1] > 3.3 * requested[0]

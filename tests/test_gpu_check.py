@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 from conftest import PATIENCE, ROOT
-from plumbing.vllm_engine import vllm_or_why_not
 from transformers import Qwen2Config
 
+from engine.vllm_engine import vllm_or_why_not
 from experiments import gpu_check
-from plumbing import training
+from run import training
 
 
 def states(page: str) -> list[str]:

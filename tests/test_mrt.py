@@ -9,7 +9,7 @@ import torch
 
 import common
 import rl_mrt
-from common import Segmentation, Trace, episode_progress, set_likelihood_J, set_sampled_J
+from common import Forcing, Segmentation, Trace, episode_progress, set_likelihood_J, set_sampled_J
 from engine import models
 from engine.sampler import Sampler
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
@@ -265,7 +265,7 @@ def test_likelihood_agrees_with_many_sampled_answers(sampler, tokenizer, problem
     how = Segmentation(max_episodes=32)
     traces = [common.read_trace(tokenizer, p, q, c, how) for p, q, (c,) in zip(problems, prompts, rows)]
     common.grade_traces(traces)
-    set_sampled_J(sampler, traces, 64, 8, 1.0, 1.0, (5,))
+    set_sampled_J(sampler, traces, Forcing(64, 8), (5,))
     sampled = np.concatenate([t.J for t in traces])
     set_likelihood_J(sampler, traces)
     exact = np.concatenate([t.J for t in traces])

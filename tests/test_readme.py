@@ -1,6 +1,5 @@
 """The commands of README and docs run as they stand, at toy size; functions, figures and numbers are where they say."""
 
-import contextlib
 import importlib
 import json
 import re
@@ -51,7 +50,7 @@ SMALL = {
     "--max-tokens-per-batch": 2048,
 }
 SMALL_OF = {
-    "-m tiny.build": {"--problems": 3, "--steps": 2, "--batch": 2},
+    "-m tiny.build": {"--steps": 2, "--batch": 2},
     "star_mrt.py": {"--limit": 9, "--max-tokens": 192, "--forced-answers": 4},  # the filter keeps something
 }
 
@@ -125,13 +124,12 @@ def test_a_command_runs(monkeypatch, workplace, tmp_path, script, flags):
         earlier = at_toy_size("analyze_r1.py", "--out runs/ANALYSIS --overwrite", tmp_path)
         run(monkeypatch, workplace, "analyze_r1.py", earlier)
     command = at_toy_size(script, flags, tmp_path / "run")
-    with contextlib.suppress(SystemExit) if "--check" in flags else contextlib.nullcontext():
-        run(monkeypatch, workplace, script, command)  # --check: three problems are too few for its figures
+    run(monkeypatch, workplace, script, command)
 
 
 def test_the_models_of_the_demo_are_where_the_readme_says():
     config = read_config(ROOT / "experiments" / "demo.yaml")
-    jobs = compare.confirmation_jobs(types.SimpleNamespace(out=Path("runs/demo")), config)
+    jobs = compare.jobs_of(types.SimpleNamespace(out=Path("runs/demo")), config)
     models = {str(done.with_name("model")) for job in jobs for done, words in job if words[0] == "rl_mrt.py"}
     named = set(re.findall(r"runs/demo/confirm/[\w-]+/model", TEXT))
     assert named and named <= models

@@ -10,7 +10,7 @@ from conftest import assert_same_bits, jsonl, kill_at_line, succeeded
 
 import common
 import star_mrt
-from common import Trace, set_sampled_J
+from common import Forcing, Trace, set_sampled_J
 from engine import models
 from engine.sampler import Sampler
 from engine.tokens import THINK_END, Completion, encode
@@ -79,7 +79,7 @@ def sampled(model, tokenizer, problems, prompts):
     sampler = Sampler(TransformersEngine(model), tokenizer)
     groups = common.sample_traces(options(), sampler, problems, prompts)
     traces = [t for group in groups for t in group]
-    set_sampled_J(sampler, traces, 8, 8, 1.0, 1.0, (0,))
+    set_sampled_J(sampler, traces, Forcing(8, 8), (0,))
     return sampler, traces
 
 

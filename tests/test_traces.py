@@ -4,7 +4,7 @@ import pytest
 
 import common
 import engine.tokens
-from common import STOP_PHRASE, Segmentation, forced_prompt, read_trace, set_likelihood_J, set_sampled_J
+from common import STOP_PHRASE, Forcing, Segmentation, forced_prompt, read_trace, set_likelihood_J, set_sampled_J
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
 from run import data
 from tiny import problems as equations
@@ -120,7 +120,7 @@ def test_j_is_one_where_the_prefix_holds_the_answer_and_small_where_it_does_not(
     completion = completion_of(tokenizer, thought, "length")
     trace = read_trace(tokenizer, problem, prompt, completion, Segmentation(max_episodes=8))
     for estimate in (
-        lambda: set_sampled_J(sampler, [trace], 16, 8, 1.0, 1.0, (0,)),
+        lambda: set_sampled_J(sampler, [trace], Forcing(16, 8), (0,)),
         lambda: set_likelihood_J(sampler, [trace]),
     ):
         estimate()
