@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from test_bad_input import copy_of_tiny
+from test_gpu import LIMIT, gap, train_a_little
 
-from experiments.gpu_check import LIMIT, gap, train_a_little
 from plumbing import models
 from plumbing.hf_engine import TransformersEngine
 from plumbing.sampler import Sampler, pick_engine
