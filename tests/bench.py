@@ -135,7 +135,8 @@ def bench_progress(args) -> None:
             set_likelihood_J(sampler, traces)
         return np.concatenate([trace.values for trace in traces])
 
-    reference, rows = estimate(256, 1), []
+    many, rows = 256, []
+    reference = estimate(many, 1)
     for name, answers in {"1 sampled answer": 1, "4": 4, "16": 16, "likelihood": 0}.items():
         before = sampler.sampled_tokens, sampler.computed_tokens
         values, seconds = clocked(estimate, answers, 2)
@@ -143,7 +144,7 @@ def bench_progress(args) -> None:
         moments = f"{r:.4f}", f"{error.mean():+.4f}", f"{error.var():.4f}", f"{np.sqrt((error**2).mean()):.4f}"
         tokens = sampler.sampled_tokens - before[0], sampler.computed_tokens - before[1]
         rows.append([name, *moments, *(f"{count:,}" for count in tokens), f"{seconds:.1f}"])
-    print(f"{len(traces)} traces, {len(reference)} prefixes, reference: 256 sampled answers each\n")
+    print(f"{len(traces)} traces, {len(reference)} prefixes, reference: {many} sampled answers each\n")
     columns = "estimator, correlation, bias, variance, RMS error, sampled tokens, computed tokens, seconds"
     print(report.markdown(columns.split(", "), rows))
 
@@ -172,6 +173,7 @@ def one_update(variant: str, tokens: int = 4096) -> dict[str, float]:
     where[:, 0] = False
     advantage = torch.randn(int(where.sum()))
     model(ids[:, :8]).logits.sum().backward()  # gradients exist, libraries are warm
+    model.zero_grad(set_to_none=False)
     if variant == "TRL":
         from trl.trainer.utils import selective_log_softmax
     before, began, computing = peak_mib(), time.perf_counter(), time.process_time()
@@ -290,7 +292,7 @@ def main() -> None:
     parser.add_argument("--trl-python", metavar="PYTHON", help="adds TRL's row to update and trl")
     args = parser.parse_args()
     for name in args.names:
-        print(f"## {name}\n", flush=True)
+        print(f"\n## {name}\n", flush=True)
         BENCHES[name](args)
 
 
