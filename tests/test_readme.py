@@ -216,7 +216,7 @@ def follow(monkeypatch):
         (block,) = [
             b for b in re.findall(r"```python\n(.*?)```", TEXTS["CONTRIBUTING.md"], re.S) if name in b.split("\n")[0]
         ]
-        there = {**vars(common), "re": re}
+        there = {**vars(common)}
         exec(block, there)
         monkeypatch.setattr(common, name, there[name])
 
