@@ -107,7 +107,7 @@ def refusal(capsys, call, *args, **kwargs) -> str:
         end_in_one_line(lambda: call(*args, **kwargs))
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1 and len(line) > 8, line
-    return line
+    return line.rstrip("\n")
 
 
 # ------------------------------------------------------------------------------------------------ the embedded model

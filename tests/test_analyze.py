@@ -84,7 +84,7 @@ def test_votes_at_each_boundary_are_exact(by_hand):
     assert analyze_r1.votes(learns, "weighted")[1] == pytest.approx([0.5, (1 + 2 * 0.5) / 6, 0, 0])
 
 
-def test_panels_count_their_traces_and_a_trace_that_ended_keeps_its_value(by_hand):
+def test_panels_count_their_traces_and_a_trace_that_ended_keeps_its_value(by_hand, monkeypatch):
     summary = analyze_r1.summarise(options("--panel-episodes", "3"), by_hand)
     (panel,) = summary["panels"]
     assert (panel["traces"], panel["problems"], panel["episodes"]) == (3, 2, [1, 3])
@@ -94,7 +94,8 @@ def test_panels_count_their_traces_and_a_trace_that_ended_keeps_its_value(by_han
     assert means == pytest.approx([0, ((0.5 + 0) / 2 + 1) / 2, ((1 + 0) / 2 + 1) / 2, ((1 + 0) / 2 + 0) / 2])
     assert panel["tokens"][1] == pytest.approx([4, 4 + (10 / 2 + 10) / 2, 4 + (20 / 2 + 20) / 2, 4 + (20 / 2 + 40) / 2])
     assert panel["tokens"][8][0] == 32
-    narrow = analyze_r1.summarise(options("--panel-episodes", "1"), by_hand)["panels"]
+    monkeypatch.setattr(analyze_r1, "PANEL", 1)
+    narrow = analyze_r1.summarise(options(), by_hand)["panels"]
     assert [(p["episodes"], p["traces"]) for p in narrow] == [([1, 1], 1), ([2, 2], 1), ([3, 3], 1)]
 
 
@@ -171,7 +172,7 @@ def test_given_responses_of_every_kind(tokenizer, sampler, response, points, ans
         assert trace.prefix(b).endswith("\n\n")
     common.grade_traces([trace])
     set_sampled_J(sampler, [trace], Forcing(2, 6), (0,))
-    assert len(trace.values) == len(trace.boundaries) and all(len(row) == 2 for row in trace.forced)
+    assert len(trace.J) == len(trace.boundaries) and all(len(row) == 2 for row in trace.forced)
 
 
 def test_five_hundred_episodes_stop_at_the_limit_and_are_grouped(tokenizer):

@@ -49,14 +49,14 @@ def test_rule_3_padding_changes_neither_loss_nor_gradient_whatever_it_holds(mode
     g = torch.Generator().manual_seed(0)
     examples = []
     for length in (5, 9, 14, 23):
-        advantage = torch.randn(length - 3, generator=g).tolist()
+        advantage = torch.randn(1, length - 3, generator=g).numpy()
         examples.append((torch.randint(0, 600, (length,), generator=g).tolist(), 3, advantage))
-    tokens = sum(len(row) for *_, row in examples)
+    tokens = sum(row.size for *_, row in examples)
 
     def loss_and_gradient(limit):
         net.zero_grad()
         total = 0.0
-        for order, ids, where, advantage in training.micro_batches(examples, limit, "cpu"):
+        for order, ids, where, (advantage,) in training.micro_batches(examples, range(4), limit, "cpu"):
             for row, i in enumerate(order):
                 ids[row, len(examples[i][0]) :] = filler
             logp, _ = token_logprobs(net, ids, where)
