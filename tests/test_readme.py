@@ -108,6 +108,8 @@ def at_toy_size(script: str, text: str, out: Path) -> list[str]:
         flags += ["--num-samples", "8"]
     if "--out" not in words or script == "-m tiny.build":
         flags += ["--out", str(out)]
+    if script in MAIN and not {"--from", "--resume"} & {*words}:  # another command may have made a run there
+        flags.append("--overwrite")
     return flags
 
 
@@ -117,13 +119,10 @@ def test_every_script_has_a_command():
 
 @pytest.mark.parametrize("script, flags", COMMANDS, ids=[f"{script} {flags}" for script, flags in COMMANDS])
 def test_a_command_runs(monkeypatch, workplace, tmp_path, script, flags):
-    if "--compare" in flags:
-        for name in ("runs/EVAL_A", "runs/EVAL_B"):
-            earlier = at_toy_size("evaluate.py", f"--out {name} --overwrite", tmp_path)
-            run(monkeypatch, workplace, "evaluate.py", earlier)
-    if "--thoughts" in flags:
-        earlier = at_toy_size("analyze_r1.py", "--out runs/ANALYSIS --overwrite", tmp_path)
-        run(monkeypatch, workplace, "analyze_r1.py", earlier)
+    for flag, maker in (("--compare", script), ("--thoughts", "analyze_r1.py")):
+        for name in re.findall(r"runs/\S+", flags.partition(flag)[2].partition(" --")[0]):  # the runs it names
+            earlier = at_toy_size(maker, f"--out {name}", tmp_path)
+            run(monkeypatch, workplace, maker, earlier)
     command = at_toy_size(script, flags, tmp_path / "run")
     with contextlib.suppress(SystemExit) if "--check" in flags else contextlib.nullcontext():
         run(monkeypatch, workplace, script, command)  # --check: three problems are too few for its figures
