@@ -132,6 +132,13 @@ def test_the_alpha_that_equals_theirs():
         torch.testing.assert_close(group_advantages(outcome + 1.6 * (outcome - 0.3)), alone, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("G, shown", [(4, 1.15), (8, 1.07)])
+def test_the_std_of_a_group(G, shown):
+    rewards = (torch.arange(G) < G // 2).double()
+    theirs = (rewards - rewards.mean()) / (rewards.std() + 1e-4)  # torch's default: unbiased
+    assert float(group_advantages(rewards[None])[0, 0] / theirs[0]) == pytest.approx(shown, abs=0.005)
+
+
 def test_stopping_and_going_on_in_one_group():
     """Figure 6: G rollouts that go on, m that stop, normalised together, and our prefix variant with α = m / (G σ)."""
     G, m, q, J = 8, 4, 0.25, 0.5
