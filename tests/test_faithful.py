@@ -152,7 +152,8 @@ def test_stopping_and_going_on_in_one_group():
 
 def test_what_the_axis_of_the_regret_changes():
     """Counting P tokens of the prompt at every point: P / C0 · (J_end - J_0 / 2)."""
-    tokens, J = np.array([50.0, 1000, 2000, 3000]), [0.1, 0.2, 0.25, 0.3]
+    J, tokens = [0.1, 0.2, 0.25, 0.3], [50.0, 1000, 2000, 3000]
+    moved = [t + 200 for t in tokens]
     for budget, shown in ((4096, 0.012), (16384, 0.003)):
-        change = normalized_regret(tokens + 200, J, budget) - normalized_regret(tokens, J, budget)
+        change = normalized_regret(moved, J, budget) - normalized_regret(tokens, J, budget)
         assert change == pytest.approx(200 / budget * (0.3 - 0.1 / 2), abs=1e-9) == pytest.approx(shown, abs=5e-4)
