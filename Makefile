@@ -22,7 +22,7 @@ lint: .venv/ready
 	$(PY) -m pyright --pythonpath $(PY)
 
 results: .venv/ready
-	$(PY) -m experiments.compare $(if $(MAP),--map)
+	$(PY) -m experiments.compare
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests

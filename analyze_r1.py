@@ -23,72 +23,78 @@ import numpy as np
 from common import (
     Segmentation,
     Trace,
-    accuracy_at,
     additional_regret,
     episode_spans,
     grade_traces,
+    read_traces,
+    token_boundaries,
+)
+from engine.sampler import pick_engine
+from engine.tokens import THINK_END, Completion, encode, prompt_ids, text_and_offsets, thinks, thought_is_open
+from run import data, folder, report
+from run.files import append_jsonl, end_in_one_line, fail, json_line, read_jsonl, write_text
+from run.flags import add_group, new_parser, parse_flags, positive_int, quarters, whole_number, with_model
+from run.folder import short_name
+from run.report import Curve, Panel, cell, group_by, group_by_problem, interval, mean_interval, problem_means
+from run.traces import (
+    DIRECT,
+    accuracy_at,
+    context_of,
     new_traces,
     pass_rate,
+    problem_key,
     prompts_of,
-    read_traces,
     regret_at,
     room_for_answer,
+    sampler_of,
     segmentation,
-    token_boundaries,
+    tokenizer_of,
     vote_rate,
 )
-from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, parse_flags, positive_int, quarters, shared_flags, whole_number, with_model
-from plumbing.models import THINK_END, Completion, encode, text_and_offsets
-from plumbing.report import Curve, Panel, cell, group_by, group_by_problem, interval, mean_interval, problem_means
-from plumbing.runs import fail, problem_key, short_name
-from plumbing.sampler import context_of, open_sampler, pick_engine
 
-# flag: (default with the embedded model, with any other model, where the latter comes from)
-DEFAULTS = {
-    "dataset": ("tiny", "HuggingFaceH4/aime_2024", "Section 5; its other set is 40 problems of Omni-MATH"),
-    "split": ("test", "train", "the only one of that set"),
-    "limit": (96, None, "all"),
-    "num_samples": (4, 4, "Appendix D: thoughts a problem"),
-    "max_tokens": (256, 8192, "Appendix D"),
-    "temperature": (1.0, 0.7, "Appendix D"),
-    "top_p": (1.0, 1.0, "Appendix D"),
-    "forced_answers": (8, 8, "Appendix D: 8 a boundary"),
-    "answer_tokens": (8, 4096, "Appendix D"),
-    "max_steps": (49, 45, "the authors on AIME 2024; 49 on Omni-MATH, 99 in their regret study"),
-    "episodes_per_point": (1, 3, "the authors on AIME 2024; 5 on Omni-MATH, 10 in their regret study"),
-    "panel_episodes": (3, 3, "the authors' panels are one point wide"),
-    "batch_problems": (48, 8, "ours"),
-}
 VOTES = (1, 2, 4, 8)  # p of [maj@p]_j
+PANEL = 3  # episodes of a trace that share a panel
 # Between a run and its --resume these may change.
-MAY_CHANGE = ("budgets", "panel_episodes", "from_run", "direct_model", "direct_samples")
+MAY_CHANGE = ("budgets", "from_run", "direct_model", "direct_samples")
 
 
 def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_flags(parser)
-    flag = shared_flags(parser, "thoughts", "num-samples max-tokens temperature top-p batch-problems")
+    # Each flag: name, default with the embedded model, with any other, where the latter comes from.
+    parser = new_parser(
+        __doc__,
+        dataset=("tiny", "HuggingFaceH4/aime_2024", "Section 5; its other set is 40 problems of Omni-MATH"),
+        split=("test", "train", "the only one of that set"),
+        limit=(96, None, "all"),
+    )
+    flag = add_group(parser, "thoughts")
+    flag("num-samples", 4, 4, "Appendix D: thoughts a problem")
+    flag("max-tokens", 256, 8192, "Appendix D")
+    flag("temperature", 1.0, 0.7, "Appendix D")
+    flag("top-p", 1.0, 1.0, "Appendix D")
+    flag("batch-problems", 48, 8, "ours")
     given = "given responses instead of sampled ones: problem, answer, response; any number a problem"
-    flag("--traces", type=Path, metavar="FILE.jsonl", help=given)
-    flag("--max-steps", type=whole_number, help="episodes opened at most")
+    flag("traces", type=Path, metavar="FILE.jsonl", help=given)
+    on_aime = "the authors on AIME 2024; 49 on Omni-MATH, 99 in their regret study"
+    flag("max-steps", 49, 45, on_aime, type=whole_number, help="episodes opened at most")
+    on_aime = "the authors on AIME 2024; 5 on Omni-MATH, 10 in their regret study"
     joined = "neighbours joined; answers are forced at the ends of the groups"
-    flag("--episodes-per-point", type=positive_int, help=joined)
-    shared_flags(parser, "forced answers (μ)", "forced-answers answer-tokens")
-    flag = parser.add_argument_group("direct baseline").add_argument
-    flag("--direct-model", help="model that answers without episodes (Appendix D: Qwen2.5-32B-Instruct)")
-    flag("--direct-samples", type=positive_int, default=32, help="its answers (Appendix D: 32)")
-    flag = shared_flags(parser, "what is shown", "budgets")
-    flag("--dry-run", action="store_true", help="only tell the number of requests and tokens, at most")
-    flag("--panel-episodes", type=positive_int, help="width of a panel, in episodes of a trace")
-    flag("--from", dest="from_run", type=Path, metavar="RUN", help="redraw an earlier run, without a model")
-    args = parse_flags(parser, DEFAULTS, argv)
+    flag("episodes-per-point", 1, 3, on_aime, type=positive_int, help=joined)
+    flag = add_group(parser, "forced answers (μ)")
+    flag("forced-answers", 8, 8, "Appendix D: 8 a boundary")
+    flag("answer-tokens", 8, 4096, "Appendix D")
+    flag = add_group(parser, "direct baseline")
+    flag("direct-model", help="model that answers without episodes (Appendix D: Qwen2.5-32B-Instruct)")
+    flag("direct-samples", 32, 32, "Appendix D", type=positive_int, help="its answers")
+    flag = add_group(parser, "what is shown")
+    flag("budgets")
+    flag("dry-run", action="store_true", help="only tell the number of requests and tokens, at most")
+    flag("from", dest="from_run", type=Path, metavar="RUN", help="redraw an earlier run, without a model")
+    args = parse_flags(parser, argv)
     if args.from_run:  # the settings that its records were made with
-        settings = runs.settings_of(args.from_run, "--from", "analyze_r1.py", "episodes_per_point")
+        settings = folder.settings_of(args.from_run, "--from", "analyze_r1.py", "episodes_per_point")
         made_with = [f"--{n}={settings[n.replace('-', '_')]}" for n in "model max-steps episodes-per-point".split()]
-        shown = [f"--panel-episodes={settings.get('panel_episodes', args.panel_episodes)}"]
-        shown.append(f"--budgets={','.join(map(str, settings.get('budgets') or quarters(settings['max_tokens'])))}")
-        args = parse_flags(parser, DEFAULTS, shown + (sys.argv[1:] if argv is None else argv) + made_with)
+        shown = [f"--budgets={','.join(map(str, settings.get('budgets') or quarters(settings['max_tokens'])))}"]
+        args = parse_flags(parser, shown + (sys.argv[1:] if argv is None else argv) + made_with)
     name = short_name(str(args.traces or args.dataset))
     args.out = args.from_run or args.out or Path("runs") / f"analyze-{short_name(args.model)}-{name}"
     return args
@@ -136,23 +142,23 @@ def plan(problems: int, boundaries: int, args, prompt=150, phrase=50, block=16) 
 def analyse(args) -> None:
     """Thoughts, sampled or given, with J(μ) at their boundaries, in records.jsonl; the direct baseline's answers."""
     args.engine = pick_engine(args.engine)
-    runs.check_out(args, *MAY_CHANGE)
-    tokenizer = models.load_tokenizer(args.tokenizer or args.model)
+    folder.check_out(args, *MAY_CHANGE)
+    tokenizer = tokenizer_of(args)
     if args.traces:
         problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
-        prompts = [models.prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
+        prompts = [prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
         given, longest = read_given(args, tokenizer, problems, prompts, responses)
     else:
         problems, given = data.problems_of(args), None
         prompts, longest = prompts_of(args, tokenizer, problems)
     direct = with_model(args, args.direct_model) if args.direct_model else None
     if direct:
-        models.load_tokenizer(direct.tokenizer or direct.model)  # a wrong name is told now
-    run = runs.open_run(args, problems, *MAY_CHANGE)
-    file, sampler, single = run / "records.jsonl", open_sampler(args, tokenizer, longest), episodes_by(args, 1)
+        tokenizer_of(direct)  # a wrong name is told now
+    run = folder.open_run(args, problems, *MAY_CHANGE)
+    file, sampler, single = run / "records.jsonl", sampler_of(args, tokenizer, longest), episodes_by(args, 1)
     for traces in new_traces(args, file, sampler, problems, prompts, episodes_by(args, args.episodes_per_point), given):
         episodes = [len(episode_spans(trace.prefix(trace.boundaries[-1]), single)) for trace in traces]
-        runs.append_jsonl(file, [{**trace.record(), "episodes": n} for trace, n in zip(traces, episodes)])
+        append_jsonl(file, [{**trace.record(), "episodes": n} for trace, n in zip(traces, episodes)])
     sampler.close()
     if direct:
         answer_directly(direct, run, problems)
@@ -201,13 +207,13 @@ def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -
 def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str, marked: bool) -> Trace:
     """A trace of text that another model may have written, in the tokens of μ."""
     opened, thought, answer = data.split_response(response)
-    if opened and not models.thought_is_open(tokenizer, prompt):
+    if opened and not thought_is_open(tokenizer, prompt):
         thought = "<think>\n" + thought
     ids = encode(tokenizer, thought)
     written = ids + (encode(tokenizer, THINK_END + answer) if answer is not None else [])
     completion = Completion(written, [], "length" if marked and answer is None else "stop")
     completion.text, completion.offsets = text_and_offsets(tokenizer, written)
-    finished = answer is not None and models.thinks(tokenizer)
+    finished = answer is not None and thinks(tokenizer)
     boundaries = token_boundaries(completion, len(ids), episodes_by(args, args.episodes_per_point))
     return Trace(problem, prompt, completion, boundaries, finished, answer if marked else response)
 
@@ -216,7 +222,7 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
     """The baseline of Figure 3: many whole answers of a model, in `direct.jsonl`."""
     file = run / "direct.jsonl"
     if file.exists():
-        recorded = runs.read_jsonl(file)
+        recorded = read_jsonl(file)
         model, count = recorded[0].get("model"), len(recorded) // len(group_by_problem(recorded))
         if (model, count) != (args.direct_model, args.direct_samples):
             fail(
@@ -224,14 +230,14 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
                 "name another --out"
             )
         return
-    tokenizer = models.load_tokenizer(args.tokenizer or args.model)
+    tokenizer = tokenizer_of(args)
     prompts, longest = prompts_of(args, tokenizer, problems)
-    sampler = open_sampler(args, tokenizer, longest)
-    seeds = [(args.seed, 2, problem_key(problem)) for problem in problems]
+    sampler = sampler_of(args, tokenizer, longest)
+    seeds = [(args.seed, DIRECT, problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, args.max_tokens, seeds, args.direct_samples, args.temperature, args.top_p)
     groups = read_traces(tokenizer, problems, prompts, rows)
-    lines = [runs.json_line({**trace.record(), "model": args.model}) for group in groups for trace in group]
-    runs.write_text(file, "".join(lines))
+    lines = [json_line({**trace.record(), "model": args.model}) for group in groups for trace in group]
+    write_text(file, "".join(lines))
     sampler.close()
 
 
@@ -240,14 +246,14 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
 
 def write_report(args, run: Path) -> None:
     """summary.json, summary.md, the figures and the page, from the records alone."""
-    records = runs.load_records(run / "records.jsonl")
+    records = folder.load_records(run / "records.jsonl")
     if not records:
         fail(f"{run}: the records hold no trace")
     for record in records:
         record["maj"] = {kind: votes(record, kind) for kind in ("weighted", "plain")}
     summary = summarise(args, records)
     if (run / "direct.jsonl").exists():
-        summary["direct"] = direct_summary(runs.load_records(run / "direct.jsonl"))
+        summary["direct"] = direct_summary(folder.load_records(run / "direct.jsonl"))
     figures = [draw_scaling(summary, run), draw_budgets(summary, run), draw_progress(summary, run)]
     page = report.write_page(records, run / "trace.html")
     report.write_summary(run, summary, table(summary), f"figures: {', '.join(map(str, figures))}   page: {page}")
@@ -294,11 +300,11 @@ def summarise(args, records: list[dict]) -> dict:
 def panels(args, records: list[dict]) -> list[dict]:
     """[maj@p]_j by the number of episodes of a trace (Figure 3). Within a panel a trace that has ended keeps its last
     value, so every point is over the same traces."""
-    width, shown = args.panel_episodes, []
-    for number, traces in sorted(group_by(records, lambda r: (r["episodes"] - 1) // width).items()):
+    shown = []
+    for number, traces in sorted(group_by(records, lambda r: (r["episodes"] - 1) // PANEL).items()):
         points = range(max(len(r["J"]) for r in traces))
         panel = {
-            "episodes": [number * width + 1, (number + 1) * width],
+            "episodes": [number * PANEL + 1, (number + 1) * PANEL],
             "traces": len(traces),
             "problems": len(group_by_problem(traces)),
             "after_episodes": [j * args.episodes_per_point for j in points],
@@ -488,4 +494,4 @@ def draw_progress(summary: dict, run: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    end_in_one_line(main)

@@ -23,64 +23,65 @@ from common import (
     Trace,
     cut_at_budget,
     end_of_thought,
+    force_answers,
     forced_prompt,
     last_paragraph_end,
-    new_traces,
     normalized_regret,
-    prompts_of,
-    read_answers,
     success_rate,
+)
+from engine.sampler import Sampler, pick_engine
+from engine.tokens import THINK_END, encode, text_and_offsets, thinks
+from run import data, folder, report
+from run.files import append_jsonl, end_in_one_line, fail
+from run.flags import add_group, each_in_its_folder, new_parser, parse_flags, positive_int, whole_number
+from run.folder import short_name
+from run.report import Curve, Panel, Values, interval, problem_means
+from run.traces import (
+    FORCED_BUDGET,
+    forcing_of,
+    new_traces,
+    problem_key,
+    prompts_of,
+    sampler_of,
+    tokenizer_of,
     trace_curve,
     trace_of,
 )
-from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, each_in_its_folder, parse_flags, positive_int, shared_flags, whole_number
-from plumbing.models import THINK_END, encode, text_and_offsets
-from plumbing.report import Curve, Panel, Values, interval, problem_means
-from plumbing.runs import fail, problem_key, short_name
-from plumbing.sampler import Sampler, open_sampler, pick_engine
 
-# flag: (default with the embedded model, with any other model, where the latter comes from)
-DEFAULTS = {
-    "dataset": ("tiny", "yentinglin/aime_2025", "Appendix F"),
-    "split": ("test", "train", "the only one of that set"),
-    "limit": (40, 15, "Appendix F: 15 problems"),
-    "num_samples": (4, 16, "Appendix F"),
-    "max_tokens": (256, 16384, "Appendix F"),
-    "temperature": (1.0, 0.6, "Appendix F"),
-    "top_p": (1.0, 0.95, "Appendix F"),
-    "forced_answers": (8, 8, "Appendix F: 8 a point"),
-    "answer_tokens": (8, 4096, "Appendix F"),
-    "extension_tokens": (32, 2048, "Appendix F"),
-    "budgets": ("32,64,96,128,192,256", "2048,4096,8192,12288,16384", "Section 7 has the last four"),
-    "batch_problems": (64, 4, "ours"),
-}
-STRINGS = "Wait,But wait,Alternatively,But hold on"  # in turn (Appendix F)
-COUNTED = {"thought": "the thought", "total": "the thought and its answer"}  # by a budget
+STRINGS = "Wait,But wait,Alternatively,But hold on"
 
 
 def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_flags(parser)
-    flag = shared_flags(parser, "thoughts", "num-samples max-tokens temperature top-p batch-problems")
+    # Each flag: name, default with the embedded model, with any other, where the latter comes from.
+    parser = new_parser(
+        __doc__,
+        dataset=("tiny", "yentinglin/aime_2025", "Appendix F"),
+        split=("test", "train", "the only one of that set"),
+        limit=(40, 15, "Appendix F: 15 problems"),
+    )
+    flag = add_group(parser, "thoughts")
+    flag("num-samples", 4, 16, "Appendix F")
+    flag("max-tokens", 256, 16384, "Appendix F")
+    flag("temperature", 1.0, 0.6, "Appendix F")
+    flag("top-p", 1.0, 0.95, "Appendix F")
+    flag("batch-problems", 64, 4, "ours")
     given = "thoughts of an analyze_r1.py run of the same model, with J at their episodes; its --max-tokens holds"
-    flag("--thoughts", type=Path, metavar="RUN", help=given)
-    shared_flags(parser, "answers", "forced-answers answer-tokens")
-    flag = shared_flags(parser, "exploit", "budgets")
-    cut = "at the last paragraph end within the budget, or at the very token"
-    flag("--cut", choices=("paragraph", "exact"), default="paragraph", help=cut)
-    count = "what a budget counts: the thought, or the thought and its answer"
-    flag("--count", choices=("thought", "total"), default="thought", help=count)
-    flag = parser.add_argument_group("extrapolate").add_argument
-    flag("--extensions", type=whole_number, default=8, help="continuations of a thought")
-    flag("--answer-every", type=positive_int, default=2, help="extensions between answers")
-    flag("--strings", default=STRINGS, help="continue strings, in turn")
-    flag("--extension-tokens", type=positive_int, help="limit of one extension")
+    flag("thoughts", type=Path, metavar="RUN", help=given)
+    flag = add_group(parser, "answers")
+    flag("forced-answers", 8, 8, "Appendix F: 8 a point")
+    flag("answer-tokens", 8, 4096, "Appendix F")
+    flag = add_group(parser, "exploit")
+    flag("budgets", "32,64,96,128,192,256", "2048,4096,8192,12288,16384", "Section 7 has the last four")
+    flag = add_group(parser, "extrapolate")
+    flag("extensions", 8, 8, "Appendix F", type=whole_number, help="continuations of a thought")
+    flag("answer-every", 2, 2, "Appendix F", type=positive_int, help="extensions between answers")
+    flag("strings", STRINGS, STRINGS, "Appendix F", help="continue strings, in turn")
+    flag("extension-tokens", 32, 2048, "Appendix F", type=positive_int, help="limit of one extension")
     style = "paper: a new line and a string, a limit for each extension, an unfinished last paragraph is dropped; "
     style += "s1: 'Wait' at the very end, all within --max-tokens"
-    flag("--style", choices=("paper", "s1"), default="paper", help=style)
-    flag("--compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
-    args = parse_flags(parser, DEFAULTS, argv)
+    flag("style", choices=("paper", "s1"), default="paper", help=style)
+    flag("compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
+    args = parse_flags(parser, argv)
     name = "compare" if args.compare else "models" if "," in args.model else short_name(args.model)
     args.out = args.out or Path("runs") / f"budget-{name}"
     args.strings = ["Wait"] if args.style == "s1" else args.strings.split(",")
@@ -98,8 +99,8 @@ def main() -> None:
     names = args.model.split(",")
     forcings = each_in_its_folder(args, [short_name(name) for name in names], [{"model": name} for name in names])
     for one in forcings:  # what can be refused at once is
-        runs.check_out(one, "compare")
-        if not models.thinks(models.load_tokenizer(one.tokenizer or one.model)):
+        folder.check_out(one, "compare")
+        if not thinks(tokenizer_of(one)):
             fail(f"--model {one.model}: has no {THINK_END} in its vocabulary, so no thought to cut or to extend")
     if thoughts is not None:
         problems = [{"problem": r["problem"], "answer": r["gold"], "id": r["id"]} for r, *_ in thoughts]
@@ -112,13 +113,13 @@ def main() -> None:
 
 def read_thoughts(args) -> list[list[dict]]:
     """The records of --thoughts, a row a problem; their token limit becomes --max-tokens."""
-    analysis = runs.settings_of(args.thoughts, "--thoughts", "analyze_r1.py", "episodes_per_point")
+    analysis = folder.settings_of(args.thoughts, "--thoughts", "analyze_r1.py", "episodes_per_point")
     if analysis["model"] != args.model:
         fail(f"--thoughts {args.thoughts}: holds thoughts of --model {analysis['model']}, not of {args.model}")
     if not analysis.get("traces") and args.max_tokens != analysis["max_tokens"]:
         args.max_tokens = analysis["max_tokens"]
         print(f"training budget: {args.max_tokens} tokens, the --max-tokens of {args.thoughts}")
-    rows = list(report.group_by_problem(runs.load_records(args.thoughts / "records.jsonl")).values())
+    rows = list(report.group_by_problem(folder.load_records(args.thoughts / "records.jsonl")).values())
     if args.limit and args.limit < len(rows):
         print(f"the first {args.limit} of the {len(rows)} problems of {args.thoughts} (--limit)")
     return rows[: args.limit]
@@ -129,7 +130,7 @@ def read_thoughts(args) -> list[list[dict]]:
 
 def force(args, problems: list[dict], thoughts: list[list[dict]] | None) -> None:
     """One model: writes a record a trace, as each batch of problems is done; those recorded are not made again."""
-    tokenizer = models.load_tokenizer(args.tokenizer or args.model)
+    tokenizer = tokenizer_of(args)
     strings = max(len(encode(tokenizer, "\n" + string)) for string in args.strings)
     more = args.extensions * (args.extension_tokens + strings) if args.style == "paper" else 0
     prompts, longest = prompts_of(args, tokenizer, problems, more)
@@ -137,50 +138,48 @@ def force(args, problems: list[dict], thoughts: list[list[dict]] | None) -> None
         [trace_of(record, tokenizer, problem, prompt) for record in row]
         for problem, prompt, row in zip(problems, prompts, thoughts)
     ]
-    run = runs.open_run(args, problems, "compare")
-    file, sampler = run / "records.jsonl", open_sampler(args, tokenizer, longest)
+    run = folder.open_run(args, problems, "compare")
+    file, sampler = run / "records.jsonl", sampler_of(args, tokenizer, longest)
     for traces in new_traces(args, file, sampler, problems, prompts, given=given, forced=False):
         points = zip(traces, exploit(args, sampler, traces), extrapolate(args, sampler, traces))
-        runs.append_jsonl(file, [{**trace.record(), "exploit": e, "extrapolate": x} for trace, e, x in points])
+        append_jsonl(file, [{**trace.record(), "exploit": e, "extrapolate": x} for trace, e, x in points])
     sampler.close()
 
 
 def seed_of(args, trace: Trace) -> tuple[int, ...]:
     """What seeds what is sampled for a trace: the same whichever other problems are in the batch."""
-    return args.seed, 3, problem_key(trace.problem), trace.sample
+    return args.seed, FORCED_BUDGET, problem_key(trace.problem), trace.sample
 
 
-def point(thought_tokens: int, answers: list[ForcedAnswer], **more) -> dict:
+def point(problem: dict, thought_tokens: int, answers: list[ForcedAnswer], **more) -> dict:
     """A point of a trace's curve: its thought has so many tokens, and these are the answers given then."""
     tokens = float(np.mean([answer.tokens for answer in answers]))
-    curve_point = {"thought_tokens": thought_tokens, "J": success_rate(answers), "answer_tokens": tokens}
+    curve_point = {"thought_tokens": thought_tokens, "J": success_rate(problem, answers), "answer_tokens": tokens}
     return {**curve_point, "forced": [asdict(answer) for answer in answers], **more}
 
 
 def answers_to(args, sampler: Sampler, traces: list[Trace], prompts, seeds) -> list[list[ForcedAnswer]]:
-    """--forced-answers of a model that goes on from each trace's prompt; only what follows the prompt is graded."""
-    rows = sampler.generate(prompts, args.answer_tokens, seeds, args.forced_answers, args.temperature, args.top_p)
-    return read_answers([trace.problem for trace in traces], rows)
+    """--forced-answers of a model that goes on from each trace's prompt."""
+    return force_answers(sampler, [trace.problem for trace in traces], prompts, forcing_of(args), seeds)
 
 
 def exploit(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, dict]]:
     """For each trace {budget: point}: what it is worth if it may use no more than the budget."""
-    points: list[dict] = [{budget: uncut(args, trace, budget) for budget in args.budgets} for trace in traces]
+    points: list[dict] = [{budget: uncut(trace, budget) for budget in args.budgets} for trace in traces]
     too_long = [(t, budget) for t, by_budget in enumerate(points) for budget, p in by_budget.items() if not p]
-    reserved = 0 if args.count == "thought" else args.answer_tokens
-    cuts = [cut_at_budget(traces[t], max(0, budget - reserved), args.cut == "exact") for t, budget in too_long]
+    cuts = [cut_at_budget(traces[t], budget) for t, budget in too_long]
     prompts = [forced_prompt(sampler.tokenizer, traces[t], cut) for (t, _), cut in zip(too_long, cuts)]
     seeds = [(*seed_of(args, traces[t]), 0, budget) for t, budget in too_long]
     answers = answers_to(args, sampler, [traces[t] for t, _ in too_long], prompts, seeds)
     for (t, budget), cut, forced in zip(too_long, cuts, answers):
-        points[t][budget] = point(cut, forced, cut=True)
+        points[t][budget] = point(traces[t].problem, cut, forced, cut=True)
     return points
 
 
-def uncut(args, trace: Trace, budget: int) -> dict | None:
-    """The point of a trace that ended by itself within the budget; None if it did not."""
+def uncut(trace: Trace, budget: int) -> dict | None:
+    """The point of a trace whose thought ended by itself within the budget; None if it did not."""
     end, total = trace.boundaries[-1], len(trace.completion.token_ids)
-    if not trace.finished or (end if args.count == "thought" else total) > budget:
+    if not trace.finished or end > budget:
         return None
     answered = {"thought_tokens": end, "J": trace.reward, "answer_tokens": float(total - end)}
     return {**answered, "forced": [], "cut": False}
@@ -203,7 +202,7 @@ def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, d
             prompts = [trace.prompt + ended(tokenizer, thought) for trace, thought in zip(traces, thoughts)]
             seeds = [(*seed_of(args, trace), 1, w) for trace in traces]
             for t, answers in enumerate(answers_to(args, sampler, traces, prompts, seeds)):
-                points[t][w] = point(len(thoughts[t]), answers, generated=generated[t])
+                points[t][w] = point(traces[t].problem, len(thoughts[t]), answers, generated=generated[t])
         if w < args.extensions:
             thoughts, new = extend(args, sampler, traces, thoughts, w)
             generated = [before + more for before, more in zip(generated, new)]
@@ -291,7 +290,7 @@ def regret_budgets(settings: dict) -> list[int]:
 
 
 SAME = (  # settings in which runs that are compared may not differ
-    "budgets max_tokens extension_tokens extensions answer_every style strings count cut forced_answers answer_tokens "
+    "budgets max_tokens extension_tokens extensions answer_every style strings forced_answers answer_tokens "
     "temperature top_p"
 ).split()
 
@@ -305,7 +304,6 @@ def compare(args, folders: list[Path]) -> None:
     values = {run.name: problem_values(settings, run.records) for run in recorded}
     metrics = {run: {name: interval(v) for name, v in by_name.items()} for run, by_name in values.items()}
     summary = {
-        "counts": COUNTED[settings["count"]],
         "training_budget": settings["max_tokens"],
         "budgets": settings["budgets"],
         "regret_budgets": regret_budgets(settings),
@@ -314,7 +312,7 @@ def compare(args, folders: list[Path]) -> None:
         "difference_to_first": report.differences_to_first(values),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    text = f"A budget counts {summary['counts']}; regret@{settings['max_tokens']} and less is inside the "
+    text = f"A budget counts the thought; regret@{settings['max_tokens']} and less is inside the "
     limit = (
         f"at most {settings['extension_tokens']} tokens each" if settings["style"] == "paper" else "within the former"
     )
@@ -350,7 +348,7 @@ def draw_accuracy(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
         cut.append(Curve(budgets, [means[f"within {b}"] for b in budgets], name))
         tokens = [means[f"tokens, {w} extensions"]["mean"] for w in points]
         extended.append(Curve(tokens, [means[f"{w} extensions"] for w in points], style="o--"))
-    left = {"xlabel": f"budget (tokens of {COUNTED[settings['count']]})", "ylabel": "accuracy", "title": "thoughts cut"}
+    left = {"xlabel": "budget (tokens of the thought)", "ylabel": "accuracy", "title": "thoughts cut"}
     times = ", ".join(map(str, points))
     right = {"xlabel": "mean tokens of thought and answer", "title": f"thoughts extended {times} times"}
     panels = Panel(left, cut, tokens=True), Panel(right, extended, tokens=True)
@@ -358,4 +356,4 @@ def draw_accuracy(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    end_in_one_line(main)

@@ -1,12 +1,11 @@
-"""common.py: what MRT is made of, top to bottom in the order data flows. The five scripts share this and plumbing/.
+"""common.py: the paper. What MRT is made of, top to bottom in the order data flows; the five scripts share it.
 
     problem → prompt → completion → thought | answer → episodes → forced answers (μ) → J → progress → advantage → loss
 
 1 traces and episodes · 2 forced answers and J(μ) · 3 progress and regret · 4 grading, pass@k, maj@k · 5 the GRPO loss
-· 6 prompts, samples and records, as every script has them: not needed to understand the method.
 
 `# MRT 1` to `# MRT 7` mark where the method stands, here and in the scripts; `grep -n "# MRT" *.py` lists it. The rest
-is what any reinforcement learning of a reasoner needs; what is more general still is in plumbing/.
+is what any reinforcement learning of a reasoner needs; engine/ samples and scores, grading/ decides what is right.
 "Section", "Eq.", "Def.", "Fig.", "Table" and "Appendix" refer to arXiv 2503.07572.
 """
 
@@ -15,19 +14,15 @@ from __future__ import annotations
 import math
 import zlib
 from bisect import bisect_left
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from plumbing.answers import extract_answer, grade_all, group_answers
-from plumbing.hf_engine import sequence_logprobs
-from plumbing.models import THINK_END, Completion, encode, prompt_ids, text_and_offsets, thinks, thought_is_open
-from plumbing.runs import problem_key, unrecorded
-from plumbing.sampler import Sampler, check_lengths
+from engine.sampler import Sampler
+from engine.tokens import THINK_END, Completion, encode, thinks, thought_is_open
+from plumbing.answers import extract_answer, grade_all
 from plumbing.votes import wins_vote
 
 # The forced-termination phrase of the authors' public code: what turns the model into the meta-prover μ.
@@ -117,7 +112,7 @@ class Trace:
     sample: int = 0  # number among the traces of its problem
     verdict: str = "none"  # right, wrong, none (no answer) or timeout
     reward: float = 0.0  # outcome: 1 if the answer is right
-    values: list[float] = field(default_factory=list)  # J(μ) at the boundaries, where estimated
+    J: list[float] = field(default_factory=list)  # J(μ) at the boundaries, where estimated
     answer_tokens: list[float] = field(default_factory=list)  # mean tokens of the forced answers there
     forced: list[list[ForcedAnswer]] = field(default_factory=list)  # those answers, where sampled
     prefix_J: float | None = None  # J(μ|c) of a prefix c of the thought at the end of `prompt`, if there is one
@@ -154,7 +149,7 @@ class Trace:
             "boxed": extract_answer(self.answer or ""),
             "verdict": self.verdict,
             "reward": self.reward,
-            "J": self.values,
+            "J": self.J,
             "answer_tokens": self.answer_tokens,
             "prefix_J": self.prefix_J,
             "forced": [[asdict(answer) for answer in answers] for answers in self.forced],
@@ -239,19 +234,35 @@ def end_of_thought(tokenizer, text: str) -> list[int]:
     return encode(tokenizer, ("" if text.endswith("\n") else "\n") + THINK_END)
 
 
-def set_sampled_J(sampler, traces, n: int, max_tokens: int, temperature, top_p, seed: tuple) -> None:
+@dataclass(frozen=True)
+class Forcing:
+    """How answers are forced from μ: n of them at a prefix, of at most `max_tokens`."""
+
+    n: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+def set_sampled_J(sampler: Sampler, traces: list[Trace], forcing: Forcing, seed: tuple[int, ...]) -> None:
     """Sets each trace's J(μ|z_0:j) at every boundary: the share of right answers among n sampled forced ones; also
     sets `answer_tokens` and `forced`."""
     owners_of = prompts_of_mu(sampler.tokenizer, traces)
     prompts = [list(prompt) for _, prompt in owners_of]
     seeds = [(*seed, zlib.crc32(np.array(prompt, dtype="<i8").tobytes())) for prompt in prompts]
-    rows = sampler.generate(prompts, max_tokens, seeds, n, temperature, top_p)
     problems = [owners[0][0].problem for owners in owners_of.values()]
-    for owners, answers in zip(owners_of.values(), read_answers(problems, rows)):
+    rows = force_answers(sampler, problems, prompts, forcing, seeds)
+    for problem, owners, answers in zip(problems, owners_of.values(), rows):
         for trace, j in owners:
-            trace.values[j] = success_rate(answers)  # MRT 3: J(μ|z_0:j) from sampled answers
+            trace.J[j] = success_rate(problem, answers)  # MRT 3: J(μ|z_0:j) from sampled answers
             trace.answer_tokens[j] = float(np.mean([answer.tokens for answer in answers]))
             trace.forced[j] = answers
+
+
+def force_answers(sampler: Sampler, problems: list[dict], prompts, forcing: Forcing, seeds) -> list[list[ForcedAnswer]]:
+    """Sampled and graded answers to each prompt of μ, [prompts][n]; only what follows the prompt is graded."""
+    rows = sampler.generate(prompts, forcing.max_tokens, seeds, forcing.n, forcing.temperature, forcing.top_p)
+    return read_answers(problems, rows)
 
 
 def set_likelihood_J(sampler: Sampler, traces: list[Trace]) -> None:
@@ -273,11 +284,11 @@ def set_likelihood_J(sampler: Sampler, traces: list[Trace]) -> None:
             tails.append(encode(tokenizer, answer + "}"))
             asked.append(number)
     # The sum over each prompt's gold answers:
-    J = np.bincount(asked, np.exp(sequence_logprobs(sampler, heads, tails)), len(owners_of)).clip(max=1)
+    J = np.bincount(asked, np.exp(sampler.score(heads, tails)), len(owners_of)).clip(max=1)
     lengths = {number: len(head) + len(tail) for number, head, tail in zip(asked, heads, tails)}
     for number, ((_, prompt), owners) in enumerate(owners_of.items()):
         for trace, j in owners:
-            trace.values[j] = float(J[number])  # MRT 3: J(μ|z_0:j) from the gold answer's likelihood
+            trace.J[j] = float(J[number])  # MRT 3: J(μ|z_0:j) from the gold answer's likelihood
             trace.answer_tokens[j] = float(lengths[number] - len(prompt))
 
 
@@ -290,7 +301,7 @@ def prompts_of_mu(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trac
     owners_of: dict[tuple, list[tuple[Trace, int]]] = {}
     for trace in traces:
         count = len(trace.boundaries)
-        trace.values, trace.answer_tokens = [trace.reward] * count, [0.0] * count
+        trace.J, trace.answer_tokens = [trace.reward] * count, [0.0] * count
         trace.forced = [[] for _ in range(count)]
         answered = trace.finished and not thinks(tokenizer)
         for j, boundary in enumerate(trace.boundaries[: count - answered]):
@@ -299,12 +310,9 @@ def prompts_of_mu(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trac
     return owners_of
 
 
-def cut_at_budget(trace: Trace, budget: int, exact: bool = False) -> int:
-    """The last paragraph end of the thought within `budget` tokens; the budget itself where there is none, or if
-    `exact`."""
+def cut_at_budget(trace: Trace, budget: int) -> int:
+    """The last paragraph end of the thought within `budget` tokens; the budget itself where there is none."""
     end = min(budget, trace.boundaries[-1])
-    if exact:
-        return end
     return last_paragraph_end(trace.completion.text, trace.completion.offsets, 0, end) or end
 
 
@@ -386,16 +394,17 @@ def grade(response: str, gold: str | list[str]) -> bool:
     return grade_all([(extract_answer(response), gold)]) == ["right"]
 
 
+def reward(problem: dict, text: str) -> float:
+    """The reward of an answer's text, as a trace's outcome and in J from sampled answers: 1 if it is right, else 0.
+    CONTRIBUTING.md says how to put another here."""
+    return float(grade(text, problem["answer"]))
+
+
 def grade_traces(traces: list[Trace]) -> None:
-    """Sets `verdict` and `reward`, the 0/1 outcome, of every trace."""
+    """Sets `verdict` and `reward` of every trace."""
     verdicts = grade_all([(extract_answer(trace.answer or ""), trace.problem["answer"]) for trace in traces])
-    for trace, verdict in zip(traces, verdicts):
-        trace.verdict, trace.reward = verdict, reward_of(verdict)
-
-
-def reward_of(verdict: str) -> float:
-    """The reward of an answer, as the outcome of a trace and in J from sampled answers: 1 if it is right, else 0."""
-    return float(verdict == "right")
+    for trace, verdict in zip(traces, verdicts):  # all at once; `reward` finds them decided
+        trace.verdict, trace.reward = verdict, reward(trace.problem, trace.answer or "")
 
 
 def read_answers(problems: list[dict], rows: list[list[Completion]]) -> list[list[ForcedAnswer]]:
@@ -411,8 +420,9 @@ def read_answers(problems: list[dict], rows: list[list[Completion]]) -> list[lis
     ]
 
 
-def success_rate(answers: list[ForcedAnswer]) -> float:
-    return sum(reward_of(answer.verdict) for answer in answers) / len(answers)
+def success_rate(problem: dict, answers: list[ForcedAnswer]) -> float:
+    """J of forced answers to a problem: their mean reward."""
+    return sum(reward(problem, answer.text) for answer in answers) / len(answers)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -488,94 +498,3 @@ def grpo_loss(
         per_token = per_token + kl * k3
         sums["kl"] = float(k3.detach().sum())
     return per_token.sum() / denominator, sums
-
-
-# ========================================================================================== 6 prompts, samples, records
-
-
-def segmentation(args, max_steps: int = 49, group_size: int = 1) -> Segmentation:
-    """A Segmentation with the published markers, those of --markers, and --max-episodes where a script has it."""
-    most = getattr(args, "max_episodes", Segmentation.max_episodes)
-    return Segmentation(max_steps, group_size, most, (*EPISODE_MARKERS, *args.markers))
-
-
-def prompts_of(args, tokenizer, problems: list[dict], more: int = 0) -> tuple[list[list[int]], int]:
-    """The prompts of the problems, and the tokens of the longest with a thought (and `more`) and a forced answer after
-    it; ends the run if they exceed the model's context."""
-    prompts = [prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
-    room = args.max_tokens + more + room_for_answer(tokenizer, args.answer_tokens)
-    return prompts, check_lengths(args, problems, prompts, room)
-
-
-def room_for_answer(tokenizer, answer_tokens: int) -> int:
-    """Tokens that a forced answer may add to a thought: the stop phrase and the answer."""
-    return len(encode(tokenizer, "\n\n" + STOP_PHRASE + ANSWER_CUE)) + answer_tokens
-
-
-def sample_traces(args, sampler: Sampler, problems, prompts, rule=Segmentation(), first: int = 0):
-    """Graded traces number `first` to --num-samples of each problem: [problems][samples]."""
-    seeds, count = [(args.seed, problem_key(problem)) for problem in problems], args.num_samples - first
-    rows = sampler.generate(prompts, args.max_tokens, seeds, count, args.temperature, args.top_p, first)
-    return read_traces(sampler.tokenizer, problems, prompts, rows, rule, first)
-
-
-def new_traces(
-    args, file: Path, sampler: Sampler, problems, prompts, rule=Segmentation(), given=None, forced=True, process=(0, 1)
-) -> Iterator[list[Trace]]:
-    """The traces that a records.jsonl lacks, a batch of problems at a time: --num-samples a problem or those `given`,
-    with J(μ) at every boundary if `forced`. `process`: this one's number and how many share the work."""
-    counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
-    rank, world = process
-    for batch, first in unrecorded(file, problems, counts, args.batch_problems, sampler):
-        share = batch[rank::world]
-        if given is None:
-            inputs = [problems[i] for i in share], [prompts[i] for i in share]
-            groups = sample_traces(args, sampler, *inputs, rule, first)
-        else:
-            groups = [given[i][first:] for i in share]
-        traces = [trace for group in groups for trace in group]
-        if forced:
-            settings = args.forced_answers, args.answer_tokens, args.temperature, args.top_p
-            set_sampled_J(sampler, traces, *settings, (args.seed, 1))
-        yield traces
-
-
-def trace_of(record: dict, tokenizer, problem: dict, prompt: list[int]) -> Trace:
-    """The trace of a record, with the very tokens that were sampled; their log-probs are not kept."""
-    ids = record["token_ids"]
-    completion = Completion(ids, [], record["finish"], *text_and_offsets(tokenizer, ids))
-    kept = {name: record[name] for name in ("boundaries", "finished", "answer", "sample", "verdict", "reward")}
-    forced = [[ForcedAnswer(**answer) for answer in answers] for answers in record["forced"]]
-    values = {"values": record["J"], "answer_tokens": record["answer_tokens"], "forced": forced}
-    return Trace(problem, prompt, completion, **kept, **values)
-
-
-def trace_curve(record: dict) -> tuple[list[float], list[float]]:
-    """(tokens, J) at the boundaries of a recorded trace: prefix tokens + mean tokens of the answers forced there."""
-    return [b + a for b, a in zip(record["boundaries"], record["answer_tokens"])], record["J"]
-
-
-def regret_at(record: dict, budget: float) -> float:
-    """`normalized_regret` of a recorded trace."""
-    return normalized_regret(*trace_curve(record), budget)
-
-
-def accuracy_at(record: dict, budget: float) -> float:
-    """J at the last boundary of a recorded trace whose forced answer fits the budget; 0 before the first."""
-    tokens, J = trace_curve(record)
-    return next((value for spent, value in zip(tokens[::-1], J[::-1]) if spent <= budget), 0.0)
-
-
-def pass_rate(records: list[dict], k: int) -> float:
-    """`pass_at_k` of one problem's recorded traces."""
-    return pass_at_k(len(records), sum(r["verdict"] == "right" for r in records), k)
-
-
-def vote_rate(answers: list[dict], gold: str | list[str], k: int, weighted: bool = False) -> float:
-    """`maj_at_k` of recorded answers, of traces or forced ones. Boxes that are equal mathematically vote together; a
-    vote counts 1 or, if weighted, 2^(mean token log-prob), as in the paper's analysis (Appendix D)."""
-    classes = classes_of(tuple(a["boxed"] for a in answers), gold if isinstance(gold, str) else tuple(gold))
-    return maj_at_k(classes, 0, k, [2 ** a["mean_logprob"] for a in answers] if weighted else None)
-
-
-classes_of = lru_cache(maxsize=100_000)(group_answers)  # every k needs them; 0 are the right ones

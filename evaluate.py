@@ -12,49 +12,59 @@ are paired on the same problems.
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
 
-from common import accuracy_at, new_traces, pass_rate, prompts_of, regret_at, segmentation, vote_rate
-from plumbing import data, models, report, runs
-from plumbing.flags import add_common_flags, changed, each_in_its_folder, numbers, parse_flags, quarters, shared_flags
-from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
-from plumbing.runs import fail, short_name
-from plumbing.sampler import Sampler, open_sampler, pick_engine
-from plumbing.votes import EXACT_SUBSETS, SUBSET_DRAWS
+from engine.models import load_tokenizer
+from engine.sampler import Sampler, pick_engine
+from run import data, folder, report
+from run.files import append_jsonl, end_in_one_line, fail
+from run.flags import add_group, changed, each_in_its_folder, new_parser, numbers, parse_flags, quarters
+from run.folder import short_name
+from run.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
+from run.traces import (
+    accuracy_at,
+    new_traces,
+    pass_rate,
+    prompts_of,
+    regret_at,
+    sampler_of,
+    segmentation,
+    tokenizer_of,
+    vote_rate,
+    weights_of,
+)
 
-# flag: (default with the embedded model, with any other model, where the latter comes from)
-DEFAULTS = {
-    "dataset": ("tiny", "HuggingFaceH4/aime_2024", "Table 1"),
-    "split": ("test", "test", "a set with one split is taken whatever it is called"),
-    "num_samples": (8, 20, "Table 1"),
-    "max_tokens": (256, 16384, "Table 1"),
-    "temperature": (1.0, 0.6, "Appendix F"),
-    "top_p": (1.0, 0.95, "Appendix F"),
-    "forced_answers": (4, 4, "ours"),
-    "answer_tokens": (8, 1024, "ours"),
-    "max_episodes": (32, 16, "ours; the authors' regret study joins episodes by tens"),
-    "batch_problems": (64, 4, "ours"),
-}
 SAME = ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes")  # of runs to be compared
 SCORES = ("pass@k", "maj@k")
-MAY_CHANGE = ("metric", "k", "budgets", "num_samples", "compare", "limit", "vote")  # between a run and its --resume
+MAY_CHANGE = ("metric", "k", "budgets", "num_samples", "compare", "limit")  # between a run and its --resume
 
 
 def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_flags(parser)
-    shared_flags(parser, "sampling", "num-samples max-tokens temperature top-p batch-problems")
-    shared_flags(parser, "forced answers, for the regret", "forced-answers answer-tokens max-episodes budgets")
-    flag = parser.add_argument_group("evaluation").add_argument
-    flag("--metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), default="all")
-    flag("--k", help="k of pass@k and maj@k, as 1,2,4 (default: powers of 2 up to the samples)")
-    vote = "maj@k: votes count 1, or 2^(mean token log-prob) as in the paper's analysis"
-    flag("--vote", choices=("plain", "likelihood"), default="plain", help=vote)
-    flag("--compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base")
-    args = parse_flags(parser, DEFAULTS, argv)
+    # Each flag: name, default with the embedded model, with any other, where the latter comes from.
+    parser = new_parser(
+        __doc__,
+        dataset=("tiny", "HuggingFaceH4/aime_2024", "Table 1"),
+        split=("test", "test", "a set with one split is taken whatever it is called"),
+        limit=(),
+    )
+    flag = add_group(parser, "sampling")
+    flag("num-samples", 8, 20, "Table 1")
+    flag("max-tokens", 256, 16384, "Table 1")
+    flag("temperature", 1.0, 0.6, "Appendix F")
+    flag("top-p", 1.0, 0.95, "Appendix F")
+    flag("batch-problems", 64, 4, "ours")
+    flag = add_group(parser, "forced answers, for the regret")
+    flag("forced-answers", 4, 4, "ours")
+    flag("answer-tokens", 8, 1024, "ours")
+    flag("max-episodes", 32, 16, "ours; the authors' regret study joins episodes by tens")
+    flag("budgets")
+    flag = add_group(parser, "evaluation")
+    flag("metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), default="all")
+    flag("k", help="k of pass@k and maj@k, as 1,2,4 (default: powers of 2 up to the samples)")
+    flag("compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base")
+    args = parse_flags(parser, argv)
     args.out = args.out or Path("runs") / ("compare" if args.compare else f"eval-{label(args.model, args.dataset)}")
     args.k = numbers("--k", args.k) if args.k else []
     if not args.compare and max(args.k, default=1) > args.num_samples:
@@ -77,8 +87,8 @@ def main() -> None:
     settings = [{"model": model, "dataset": dataset} for model, dataset in pairs]
     evaluations = each_in_its_folder(args, [label(*pair) for pair in pairs], settings)
     for one in evaluations:  # what can be refused at once is, before anything large is fetched
-        runs.check_out(one, *MAY_CHANGE)
-        models.load_tokenizer(one.tokenizer or one.model)
+        folder.check_out(one, *MAY_CHANGE)
+        load_tokenizer(weights_of(one))
     datasets = dict.fromkeys(one.dataset for one in evaluations)
     problems = {dataset: data.problems_of(changed(args, dataset=dataset)) for dataset in datasets}
     for model in dict.fromkeys(one.model for one in evaluations):
@@ -90,13 +100,13 @@ def main() -> None:
 def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, list[dict]]) -> None:
     """One model, loaded once, on every data set: samples, then summary.json and summary.md."""
     first = evaluations[0]
-    tokenizer = models.load_tokenizer(first.tokenizer or first.model)
+    tokenizer = tokenizer_of(first)
     prompts = {one.dataset: prompts_of(one, tokenizer, problems[one.dataset]) for one in evaluations}
-    sampler = open_sampler(first, tokenizer, max(longest for _, longest in prompts.values()))
+    sampler = sampler_of(first, tokenizer, max(longest for _, longest in prompts.values()))
     for one in evaluations:
-        run = runs.open_run(one, problems[one.dataset], *MAY_CHANGE)
+        run = folder.open_run(one, problems[one.dataset], *MAY_CHANGE)
         records = sample(one, run / "records.jsonl", sampler, problems[one.dataset], prompts[one.dataset][0])
-        summary = summarise(one, records, problem_values(one, records))
+        summary = summarise(records, problem_values(one, records))
         report.write_summary(run, summary, table_of({run.name: summary}, {}), f"records: {run / 'records.jsonl'}")
     sampler.close()
 
@@ -105,11 +115,11 @@ def sample(args, file: Path, sampler: Sampler, problems: list[dict], prompts: li
     """The records, one a trace, in the order of the problems. What is recorded already is not made again: a run goes on
     where it stopped, and more samples are added to those there."""
     forced = args.metric in ("regret", "all")
-    if forced and file.exists() and not all(r["J"] for r in runs.load_records(file)):
+    if forced and file.exists() and not all(r["J"] for r in folder.load_records(file)):
         fail(f"--metric {args.metric}: the records in {file} were made without forced answers; use another --out")
     for traces in new_traces(args, file, sampler, problems, prompts, segmentation(args), forced=forced):
-        runs.append_jsonl(file, [trace.record() for trace in traces])
-    groups = group_by_problem(runs.load_records(file))
+        append_jsonl(file, [trace.record() for trace in traces])
+    groups = group_by_problem(folder.load_records(file))
     return [record for problem in problems for record in groups[problem["id"]]]
 
 
@@ -125,7 +135,7 @@ def problem_values(args, records: list[dict]) -> Values:
     if args.metric in ("pass@k", "all"):
         values |= {f"pass@{k}": np.array([pass_rate(group, k) for group in groups]) for k in ks}
     if args.metric in ("maj@k", "all"):
-        values |= {f"maj@{k}": np.array([vote_of(args, group, k) for group in groups]) for k in ks}
+        values |= {f"maj@{k}": np.array([vote_of(group, k) for group in groups]) for k in ks}
     values["tokens"] = problem_means(records, lambda r: r["tokens"])
     if args.metric in ("regret", "all") and all(r["J"] for r in records):
         values |= {f"regret@{b}": problem_means(records, regret_at, b) for b in args.budgets}
@@ -133,23 +143,18 @@ def problem_values(args, records: list[dict]) -> Values:
     return values
 
 
-def vote_of(args, group: list[dict], k: int) -> float:
-    """maj@k of one problem's records, with the votes of --vote."""
-    return vote_rate(group, group[0]["gold"], k, weighted=args.vote == "likelihood")
+def vote_of(group: list[dict], k: int) -> float:
+    """maj@k of one problem's records."""
+    return vote_rate(group, group[0]["gold"], k)
 
 
-def summarise(args, records: list[dict], values: Values) -> dict:
+def summarise(records: list[dict], values: Values) -> dict:
     """Every metric with its 95 % interval, from `problem_values`; counts; what went wrong."""
     metrics, counts = {name: interval(of_problems) for name, of_problems in values.items()}, report.counts_of(records)
-    n = max(map(len, group_by_problem(records).values()))
-    for name, metric in metrics.items():
-        if name.startswith("maj@") and args.vote == "likelihood" and math.comb(n, int(name[4:])) > EXACT_SUBSETS:
-            metric["draw_error"] = 0.5 / math.sqrt(SUBSET_DRAWS * counts["problems"])  # of drawing subsets, at most
     progress = [change for r in records for change in np.diff(r["J"])]
     return {
         **counts,
         "progress_per_episode": float(np.mean(progress)) if progress else None,
-        "vote": args.vote,
         "metrics": metrics,
     }
 
@@ -191,10 +196,10 @@ def compare(args, folders: list[Path]) -> None:
 def compare_on_one(args, recorded: list[RecordedRun], stem: str) -> tuple[str, dict, list[Path | None]]:
     """(Markdown, summary, figures) of runs on the same problems; differences are to the first run."""
     values = {run.name: problem_values(args, run.records) for run in recorded}
-    summaries = {run.name: summarise(args, run.records, values[run.name]) for run in recorded}
+    summaries = {run.name: summarise(run.records, values[run.name]) for run in recorded}
     differences = report.differences_to_first(values)
     text = table_of(summaries, differences)
-    curves = {run.name: efficiency(args, run.records) for run in recorded}
+    curves = {run.name: efficiency(run.records) for run in recorded}
     figures = [draw_anytime(args, recorded, stem), draw_efficiency(args, curves, stem)]
     base, *others = curves
     ratios = {name: {metric: token_ratio(curves[base], curves[name], metric) for metric in SCORES} for name in others}
@@ -205,7 +210,7 @@ def compare_on_one(args, recorded: list[RecordedRun], stem: str) -> tuple[str, d
     return text, {"runs": summaries, "difference_to_first": differences, "token_ratio_to_first": ratios}, figures
 
 
-def efficiency(args, records: list[dict]) -> dict[str, np.ndarray]:
+def efficiency(records: list[dict]) -> dict[str, np.ndarray]:
     """Tokens and scores of k = 1 … n samples, for each problem: {"tokens", "pass@k", "maj@k"}: [problems, ks]."""
     groups = group_by_problem(records).values()
     n = min(map(len, groups))
@@ -213,7 +218,7 @@ def efficiency(args, records: list[dict]) -> dict[str, np.ndarray]:
     return {
         "tokens": np.outer(problem_means(records, lambda r: r["tokens"]), ks),
         "pass@k": np.array([[pass_rate(group, k) for k in ks] for group in groups]),
-        "maj@k": np.array([[vote_of(args, group, k) for k in ks] for group in groups]),
+        "maj@k": np.array([[vote_of(group, k) for k in ks] for group in groups]),
     }
 
 
@@ -284,4 +289,4 @@ def draw_efficiency(args, efficiencies: dict[str, dict[str, np.ndarray]], stem: 
 
 
 if __name__ == "__main__":
-    main()
+    end_in_one_line(main)

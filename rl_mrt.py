@@ -25,101 +25,113 @@ import argparse
 import importlib.util
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 
 from common import (
+    Forcing,
     Trace,
     cut_at_budget,
     episode_progress,
+    force_answers,
     forced_prompt,
     group_advantages,
     grpo_loss,
     in_nats,
-    prompts_of,
-    read_answers,
     read_trace,
     read_traces,
-    segmentation,
     set_likelihood_J,
     set_sampled_J,
     success_rate,
 )
-from plumbing import data, models, report, runs, training
-from plumbing.flags import add_common_flags, non_negative, parse_flags, positive_int, shared_flags, whole_number
-from plumbing.runs import fail, problem_key
-from plumbing.sampler import Sampler, open_sampler, pick_engine
-from plumbing.training import ranks, sum_over_ranks
+from engine import models
+from engine.logprobs import token_logprobs
+from engine.processes import gather_over_ranks, ranks, start_processes, sum_over_ranks
+from engine.sampler import Sampler, Spent, pick_engine
+from engine.served_engine import is_served
+from engine.tokens import THINK_END, prompt_ids, thinks
+from run import data, folder, report, training
+from run.files import append_jsonl, end_in_one_line, fail, read_jsonl, write_json
+from run.flags import add_group, new_parser, non_negative, parse_flags, positive_int, whole_number
+from run.traces import (
+    FORCED,
+    GOING_ON,
+    PARTIAL,
+    ROLLOUT,
+    STOPPED,
+    VALIDATION,
+    forcing_of,
+    problem_key,
+    prompts_of,
+    sampler_of,
+    segmentation,
+)
 
-# flag: (default with the embedded model: the setting of experiments/findings.md; with any other; where that comes from)
-DEFAULTS = {
-    "variant": ("online", "prefix", "the paper's"),
-    "dataset": ("tiny:30", "AI-MO/NuminaMath-1.5", "the paper: NuminaMath, release not named"),
-    "split": ("train", "train", "Section 6"),
-    "limit": (128, 4000, "Section 6: 4,000 NuminaMath problems"),
-    "problems_per_step": (4, 64, "Table 3: a batch of 256 samples"),
-    "group_size": (8, 4, "Table 3"),
-    "max_tokens": (384, 16384, "the authors' runs of 1.5B models; Table 3 allows 24576"),
-    "forced_answers": (4, 4, "v0.1; the prefix variant's m of Figure 6"),
-    "answer_tokens": (8, 1024, "ours"),
-    "temperature": (1.0, 0.9, "Table 3"),
-    "lr": (2.5e-4, 1e-6, "Table 3"),
-    "schedule": ("constant", "cosine", "Table 3"),
-    "warmup": (0.0, 0.1, "Table 3"),
-    "weight_decay": (0.0, 0.01, "Table 3"),
-    "kl": (0.0, 0.04, "not published; the default of the trainer the authors built on"),
-    "max_episodes": (32, 6, "the authors' online variant"),
-    "max_grad_norm": (1.0, 1.0, "usual"),
-    "max_tokens_per_batch": (4096, 32768, "ours"),
-    "checkpoint_every": (10, 10, "ours"),
-    "eval_split": ("validation", "validation", "ours"),
-    "eval_problems": (96, 96, "ours"),
-}
+MAX_WEIGHT = 2.0  # importance weights between sampler and trainer are capped there
 
 
 def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_flags(parser)
-    flag = shared_flags(parser, "MRT", "forced-answers answer-tokens max-episodes")
-    flag("--bonus", type=non_negative, default=1.0, help="α of Eq. 2; 0 is GRPO (default 1: the authors' v0.1)")
-    flag("--variant", choices=("prefix", "online"))
+    # Each flag: name, default with the embedded model (the setting of experiments/findings.md), with any other, source.
+    parser = new_parser(
+        __doc__,
+        dataset=("tiny:30", "AI-MO/NuminaMath-1.5", "the paper: NuminaMath, release not named"),
+        split=("train", "train", "Section 6"),
+        limit=(128, 4000, "Section 6: 4,000 NuminaMath problems"),
+    )
+    flag = add_group(parser, "MRT")
+    flag("bonus", 1.0, 1.0, "the authors' v0.1", type=non_negative, help="α of Eq. 2; 0 is GRPO")
+    flag("variant", "online", "prefix", "the paper's", choices=("prefix", "online"))
     estimate = "J by sampled forced answers, by the gold answer's likelihood, or that in nats (default: log-likelihood "
     estimate += "for tiny online, else sampled, as the authors)"
-    flag("--progress", choices=("sampled", "likelihood", "log-likelihood"), help=estimate)
-    flag = shared_flags(parser, "GRPO", "max-tokens temperature")
-    flag("--problems-per-step", type=positive_int)
-    flag("--group-size", type=positive_int, help="G rollouts a problem")
-    flag("--no-std", action="store_true", help="advantages without the division by the group's std")
-    flag("--length-penalty", type=non_negative, default=0.0, help="weight w in [0, 1), 0: none")
-    flag("--clip", type=non_negative, default=0.2, help="ε of the ratio's clipping (PPO's)")
-    flag("--kl", type=non_negative, help="β of the k3 penalty to the initial model; 0: no copy kept")
-    flag("--is-cap", type=non_negative, default=2.0, help="cap of importance weights between sampler and trainer")
-    flag("--updates-per-batch", type=positive_int, default=1, help="optimiser steps a batch")
-    shared = "lr warmup weight-decay max-grad-norm max-tokens-per-batch checkpoint-every"
-    flag = shared_flags(parser, "optimisation", shared)
-    flag("--steps", type=positive_int, help="default: one pass over the problems")
-    flag("--max-sampled-tokens", type=positive_int, help="stop after so many, forced answers included")
-    flag("--schedule", choices=("constant", "cosine"))
-    flag("--keep", type=positive_int, default=1, help="checkpoints kept")
-    flag("--report-to", choices=("wandb", "trackio", "tensorboard"), help="metrics also go there")
-    flag("--dry-run", action="store_true", help="print the plan and a memory estimate, load no weights")
-    flag = shared_flags(parser, "held-out problems", "eval-dataset eval-split eval-problems")
-    flag("--eval-every", type=whole_number, default=10, help="steps between validations; 0: none")
-    args = parse_flags(parser, DEFAULTS, argv)
-    in_nats_by_default = args.variant == "online" and runs.is_tiny(args.model)
+    flag("progress", choices=("sampled", "likelihood", "log-likelihood"), help=estimate)
+    flag("forced-answers", 4, 4, "v0.1; the prefix variant's m of Figure 6")
+    flag("answer-tokens", 8, 1024, "ours")
+    flag("max-episodes", 32, 6, "the authors' online variant")
+    flag = add_group(parser, "GRPO")
+    flag("max-tokens", 384, 16384, "the authors' runs of 1.5B models; Table 3 allows 24576")
+    flag("temperature", 1.0, 0.9, "Table 3")
+    flag("problems-per-step", 4, 64, "Table 3: a batch of 256 samples", type=positive_int)
+    flag("group-size", 8, 4, "Table 3", type=positive_int, help="G rollouts a problem")
+    flag("length-penalty", type=non_negative, default=0.0, help="weight w in [0, 1), 0: none")
+    flag("clip", 0.2, 0.2, "PPO's", type=non_negative, help="ε of the ratio's clipping")
+    beta = "not published; the default of the trainer the authors built on"
+    flag("kl", 0.0, 0.04, beta, type=non_negative, help="β of the k3 penalty to the initial model; 0: no copy kept")
+    flag("updates-per-batch", type=positive_int, default=1, help="optimiser steps a batch")
+    flag = add_group(parser, "optimisation")
+    flag("steps", type=positive_int, help="default: one pass over the problems")
+    flag("max-sampled-tokens", type=positive_int, help="stop after so many, forced answers included")
+    flag("lr", 2.5e-4, 1e-6, "Table 3")
+    flag("schedule", "constant", "cosine", "Table 3", choices=("constant", "cosine"))
+    flag("warmup", 0.0, 0.1, "Table 3")
+    flag("weight-decay", 0.0, 0.01, "Table 3")
+    flag("max-grad-norm", 1.0, 1.0, "usual")
+    flag("max-tokens-per-batch", 4096, 32768, "ours")
+    flag("checkpoint-every", 10, 10, "ours")
+    flag("report-to", choices=("wandb", "trackio", "tensorboard"), help="metrics also go there")
+    flag("dry-run", action="store_true", help="print the plan and a memory estimate, load no weights")
+    flag = add_group(parser, "held-out problems")
+    flag("eval-dataset")
+    flag("eval-split", "validation", "validation", "ours")
+    flag("eval-problems", 96, 96, "ours")
+    flag("eval-every", 10, 10, "ours", type=whole_number, help="steps between validations; 0: none")
+    args = parse_flags(parser, argv)
+    in_nats_by_default = args.variant == "online" and models.is_tiny(args.model)
     args.progress = args.progress or ("log-likelihood" if in_nats_by_default else "sampled")
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
-    args.out = args.out or Path("runs") / f"rl-{runs.short_name(args.model)}-{kind}-seed{args.seed}"
+    args.out = args.out or Path("runs") / f"rl-{folder.short_name(args.model)}-{kind}-seed{args.seed}"
     check_flags(args)
     return args
 
 
 def check_flags(args) -> None:
-    if args.group_size == 1 and not args.no_std:
-        fail("--group-size 1: a group of one has no spread to normalise by; use a larger group or --no-std")
+    if args.group_size == 1:
+        fail("--group-size 1: a group of one has no spread to normalise by")
     if args.bonus > 0 and args.variant == "prefix" and args.progress != "sampled":
         fail(f"--progress {args.progress} needs --variant online: prefix samples its answers")
     if args.length_penalty >= 1:
@@ -134,24 +146,24 @@ def check_flags(args) -> None:
 
 def main() -> None:
     args = flags()
-    _, world = training.start_processes()
+    _, world = start_processes()
     check_engine(args, world)
-    runs.check_out(args)
+    folder.check_out(args)
     tokenizer = models.load_tokenizer(args.model)  # small: a wrong --model is reported before a data set is fetched
     problems = data.problems_of(args)
     validation = data.held_out_of(args) if args.eval_every else []
-    if not models.thinks(tokenizer):
-        print(f"{args.model} has no {models.THINK_END}: its whole completion is the thought, and should end with a box")
+    if not thinks(tokenizer):
+        print(f"{args.model} has no {THINK_END}: its whole completion is the thought, and should end with a box")
     _, longest = prompts_of(args, tokenizer, problems + validation)
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
         return
     model = models.load_model(args.model, models.pick_device())
-    run = training.open_run_once(args, problems)
+    run = folder.open_run_once(args, problems)
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
         return
-    sampler = open_sampler(args, tokenizer, longest, trained=model)
+    sampler = sampler_of(args, tokenizer, longest, trained=model)
     train(args, run, model, sampler, problems, validation)
     sampler.close()
 
@@ -160,92 +172,108 @@ def check_engine(args, world: int) -> None:
     """Picks the engine; ends the run if it, or the number of processes, does not suit."""
     if args.problems_per_step < world:
         fail(f"--problems-per-step {args.problems_per_step}: fewer than the {world} processes")
-    if runs.is_served(args.engine):
+    if is_served(args.engine):
         fail("--engine: a server keeps the weights it has loaded, so it cannot sample from a model in training")
     args.engine = pick_engine(args.engine)
     if world > 1 and args.engine == "vllm" and args.bonus and args.progress != "sampled":
         fail(f"--progress {args.progress}: vllm scores in a single process only; several need --engine transformers")
 
 
-# ---------------------------------------------------------------------------------------------- rollouts and credit
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def train(args, run: Path, model, sampler: Sampler, problems: list[dict], validation: list[dict]) -> None:
+    """All steps. Under torchrun every process samples and trains its share of a step's problems; rank 0 writes."""
+    rank, world = ranks()
+    dtype, recompute = models.pick_dtype(args.dtype), not models.is_tiny(args.model)
+    score = training.prepare(model, dtype, sampler.ways, recompute)
+    initial = models.load_model(args.model, model.device) if args.kl > 0 else None
+    reference = partial(token_logprobs, initial, way=sampler.ways.update) if initial else None
+    optimizer = training.adamw(args, model)
+    counts = {"sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
+    length = args.steps or (math.inf if args.max_sampled_tokens else math.ceil(len(problems) / args.problems_per_step))
+    most = args.max_sampled_tokens or math.inf
+    steps = training.Steps(args, run, model, sampler.tokenizer, optimizer, counts, length, most)
+    goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{length} steps"
+    rollouts_a_step = f"{args.problems_per_step} × {args.group_size} rollouts a step"
+    print(f"{method(args)}: {len(problems)} problems, {rollouts_a_step}, {goal}")
+    if steps.state["step"]:
+        sampler.sync()
+    elif validation:
+        validate(args, run, sampler, validation, steps.state)
+    rollouts = ROLLOUTS[args.variant if args.bonus else "grpo"]
+
+    for step in steps:
+        drawn = training.draw_problems(problems, args.problems_per_step, step, args.seed)[rank::world]
+        with sampler.counting() as spent:
+            groups = rollouts(args, sampler, drawn, (args.seed, step))
+        advantages = advantages_of(args, groups)
+        sampler.pause()
+        try:
+            metrics = update(args, model, score, reference, optimizer, groups, advantages)
+        except FloatingPointError as error:
+            give_up(run, step, groups, error)
+        sampler.sync()  # what is sampled next is sampled from the new weights
+        record(args, steps, groups, metrics, spent)
+        if validation and steps.due(args.eval_every):
+            validate(args, run, sampler, validation, steps.state)
+        if rank == 0 and steps.due(args.checkpoint_every):
+            report.draw_training(run)
+        steps.checkpoint()
+
+    training.save_checkpoint(run, model, sampler.tokenizer, optimizer, steps.state)
+    training.save_model(run / "model", model, sampler.tokenizer)
+    if rank == 0:
+        write_json(run / "summary.json", {"method": method(args), **read_jsonl(run / "metrics.jsonl")[-1]})
+    print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
+
+
+def method(args) -> str:
+    return "GRPO (bonus 0)" if args.bonus == 0 else f"MRT {args.variant}, bonus {args.bonus:g}"
+
+
+# ---------------------------------------------------------------------------------------------- rollouts
 
 Groups = list[list[Trace]]  # [problems][G]
 Advantages = list[list[np.ndarray]]  # [problems][G], each [tokens of the completion], those of the answer included
-# A seed is (--seed, step, purpose, …). Purposes: 0 rollouts, 1 forced answers; in the prefix variant 2 partial
-# rollouts, (2, …, 3) those that stop there, 4 those that go on. Validation has 99 instead of a step.
 
 
-def rollouts_grpo(args, sampler: Sampler, problems, prompts, seed: tuple) -> tuple[Groups, Advantages]:
-    """GRPO: every token of a trace has the trace's advantage."""
-    groups = sample_groups(args, sampler, problems, prompts, args.max_tokens, (*seed, 0))
-    return groups, outcome_advantages(args, groups)
+def rollouts_grpo(args, sampler: Sampler, problems, seed: tuple) -> Groups:
+    """GRPO: G traces a problem."""
+    return sample_groups(
+        args, sampler, problems, prompts_to(args, sampler, problems), args.max_tokens, (*seed, ROLLOUT)
+    )
 
 
-def rollouts_online(args, sampler: Sampler, problems, prompts, seed: tuple) -> tuple[Groups, Advantages]:
-    """MRT online: GRPO's traces, plus J(μ) at every boundary, plus credit for progress where it was made."""
-    groups, advantages = rollouts_grpo(args, sampler, problems, prompts, seed)
+def rollouts_online(args, sampler: Sampler, problems, seed: tuple) -> Groups:
+    """MRT online: GRPO's traces, with J(μ) at every boundary."""
+    groups = rollouts_grpo(args, sampler, problems, seed)
     traces = [trace for group in groups for trace in group]
     if args.progress == "sampled":
-        limits = {"n": args.forced_answers, "max_tokens": args.answer_tokens}
-        set_sampled_J(sampler, traces, **limits, temperature=args.temperature, top_p=1.0, seed=(*seed, 1))
+        set_sampled_J(sampler, traces, forcing_of(args), (*seed, FORCED))
     else:
         set_likelihood_J(sampler, traces)
-    for group, row in zip(groups, advantages):
-        add_progress(row, group, args.bonus, scale_of(args))
-    return groups, advantages
+    return groups
 
 
-def scale_of(args) -> Callable:
-    """What turns J into the unit that progress is measured in."""
-    return in_nats if args.progress == "log-likelihood" else np.asarray
-
-
-def add_progress(advantages: list[np.ndarray], group: list[Trace], bonus: float, scale=np.asarray) -> None:
-    """Adds α · (progress of a token's episode - mean progress of the group's episodes) to a group's advantages, in
-    place. `scale` turns J, [k + 1], into what progress, [k], is measured in.
-
-    Why each episode: over a whole trace Σ_j r_prg telescopes to J(end) - J(empty), which says nothing about the path.
-    Credited to its own episode, progress is an advantage with J(μ | prefix) as its baseline.
-    Why the answer's tokens, too: the mean is a second baseline, and what follows the thought makes no progress, so it
-    gets 0 - mean. Taken from the thought alone, the mean would be a fee for each episode that ending the thought
-    avoids: a length penalty in disguise.
-    Why no std: where no episode makes progress, it would blow the noise of J up to a signal.
-    """
-    progress = [episode_progress(scale(trace.values)) for trace in group]
-    mean = np.concatenate(progress).mean() if any(map(len, progress)) else 0.0
-    for advantage, trace, gains in zip(advantages, group, progress):
-        thought = advantage[: trace.boundaries[-1]]  # a view: its tokens are those of `advantage`
-        thought += bonus * np.repeat(gains, np.diff(trace.boundaries))  # MRT 5: + α · r_prg(z_j; c_{j-1})
-        advantage -= bonus * mean
-
-
-def rollouts_prefix(args, sampler: Sampler, problems, prompts, seed: tuple) -> tuple[Groups, Advantages]:
-    """MRT as in Figure 6: cut a partial rollout, m rollouts stop there, G go on: A = A_GRPO(f) + α (f - J(μ|c)).
-
-    Here z is all that follows the cut, and the outcome f stands for J(μ | z, c): the model has answered. Where going on
-    does better than stopping, going on is reinforced as a whole; where the prefix has the answer and thinking on loses
-    it, it is pushed down.
-    Why after the normalisation: all G rollouts share the prefix, so J(μ|c) is a constant of the group. In the reward,
-    r = f + α (f - J(μ|c)) is affine in f, and normalising takes the bonus away again: the update would be GRPO's (or,
-    with --no-std, 1 + α times it).
-    What it does in expectation: J(μ|c) is only a baseline (it does not depend on what follows c), so the bonus adds
-    weight on the outcome, from prefixes that end at random episodes, free of the group's std.
-    """
-    seeds = [(*seed, 2, problem["place"], problem_key(problem)) for problem in problems]
+def rollouts_prefix(args, sampler: Sampler, problems, seed: tuple) -> Groups:
+    """MRT as in Figure 6: cut a partial rollout after some of its episodes, its prefix c; m rollouts stop there, which
+    gives J(μ|c), and G go on. Each group shares its prefix; a trace is what follows it."""
+    prompts, seeds = (
+        prompts_to(args, sampler, problems),
+        [(*seed, PARTIAL, p["place"], problem_key(p)) for p in problems],
+    )
     cut = cut_rollouts(args, sampler, problems, prompts, seeds)
     stops = [forced_prompt(sampler.tokenizer, trace, end) for trace, end in cut]
-    rows = sampler.generate(stops, args.answer_tokens, [(*s, 3) for s in seeds], args.forced_answers, args.temperature)
+    answers = force_answers(sampler, problems, stops, forcing_of(args), [(*s, STOPPED) for s in seeds])
     contexts = [prompt + trace.completion.token_ids[:end] for prompt, (trace, end) in zip(prompts, cut)]
     prefixes = [trace.prefix(end) for trace, end in cut]
     limits = [args.max_tokens - end for _, end in cut]
-    groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, 4), prefixes)
-    advantages = outcome_advantages(args, groups)
-    for group, row, answers in zip(groups, advantages, read_answers(problems, rows)):
-        J = success_rate(answers)  # of the m rollouts that stop: J(μ|c)
-        for trace, advantage in zip(group, row):
-            trace.prefix_J = J
-            advantage += args.bonus * (trace.reward - J)  # MRT 6: + α · r_prg(z; c) = α (f - J(μ|c))
-    return groups, advantages
+    groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, GOING_ON), prefixes)
+    for problem, group, stopped in zip(problems, groups, answers):
+        for trace in group:
+            trace.prefix_J = success_rate(problem, stopped)
+    return groups
 
 
 ROLLOUTS = {"grpo": rollouts_grpo, "online": rollouts_online, "prefix": rollouts_prefix}
@@ -259,7 +287,7 @@ def cut_rollouts(args, sampler: Sampler, problems, prompts, seeds) -> list[tuple
     for problem, prompt, (completion,), seed in zip(problems, prompts, rows, seeds):
         trace = read_trace(sampler.tokenizer, problem, prompt, completion, rule)
         ends = trace.boundaries
-        if not (trace.finished and models.thinks(sampler.tokenizer)):
+        if not (trace.finished and thinks(sampler.tokenizer)):
             ends = ends[:-1]  # the thought was cut off there, or holds the answer
         ends = [end for end in ends if end + args.answer_tokens <= args.max_tokens] or [0]  # with room to answer
         cut.append((trace, ends[int(np.random.default_rng(seed).integers(len(ends)))]))
@@ -274,13 +302,29 @@ def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple
     return read_traces(sampler.tokenizer, problems, prompts, rows, segmentation(args), prefixes=prefixes)
 
 
+def prompts_to(args, sampler: Sampler, problems: list[dict]) -> list[list[int]]:
+    return [prompt_ids(sampler.tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
+
+
+# ---------------------------------------------------------------------------------------------- advantages
+
+
+def advantages_of(args, groups: Groups) -> Advantages:
+    """A = A_GRPO + α · credit of every token; with --bonus 0 it is GRPO's."""
+    advantages = outcome_advantages(args, groups)
+    if args.bonus:
+        credits = [prefix_credit(g) if args.variant == "prefix" else episode_credit(g, scale_of(args)) for g in groups]
+        advantages = [[a + args.bonus * c for a, c in zip(*rows)] for rows in zip(advantages, credits)]
+    return advantages
+
+
 def outcome_advantages(args, groups: Groups) -> Advantages:
     """GRPO's advantage of each trace, given to each of its tokens; --length-penalty weighs its outcome."""
     rewards = torch.tensor([[trace.reward for trace in group] for group in groups], dtype=torch.float64)
     lengths = [[len(trace.completion.token_ids) for trace in group] for group in groups]
     if args.length_penalty:
         rewards = penalise_length(rewards, torch.tensor(lengths, dtype=torch.float64), args.length_penalty)
-    outcome = group_advantages(rewards, not args.no_std).tolist()
+    outcome = group_advantages(rewards).tolist()
     return [[np.full(tokens, a) for tokens, a in zip(*row)] for row in zip(lengths, outcome)]
 
 
@@ -295,159 +339,151 @@ def penalise_length(rewards: torch.Tensor, lengths: torch.Tensor, weight: float)
     return rewards * (1 - weight * torch.sigmoid(z))
 
 
+def scale_of(args) -> Callable:
+    """What turns J into the unit that progress is measured in."""
+    return in_nats if args.progress == "log-likelihood" else np.asarray
+
+
+def episode_credit(group: list[Trace], scale=np.asarray) -> list[np.ndarray]:
+    """MRT online: progress of a token's episode - mean progress of the group's episodes, [tokens] for each trace.
+    `scale` turns J, [k + 1], into what progress, [k], is measured in.
+
+    Why each episode: over a whole trace Σ_j r_prg telescopes to J(end) - J(empty), which says nothing about the path.
+    Credited to its own episode, progress is an advantage with J(μ | prefix) as its baseline.
+    Why the answer's tokens, too: the mean is a second baseline, and what follows the thought makes no progress, so it
+    gets 0 - mean. Taken from the thought alone, the mean would be a fee for each episode that ending the thought
+    avoids: a length penalty in disguise.
+    Why no std: where no episode makes progress, it would blow the noise of J up to a signal.
+    """
+    progress = [episode_progress(scale(trace.J)) for trace in group]
+    mean = np.concatenate(progress).mean() if any(map(len, progress)) else 0.0
+    credits = []
+    for trace, gains in zip(group, progress):
+        thought = np.repeat(gains, np.diff(trace.boundaries))  # MRT 5: r_prg(z_j; c_{j-1}), to the tokens of z_j
+        answer = np.zeros(len(trace.completion.token_ids) - len(thought))
+        credits.append(np.concatenate([thought, answer]) - mean)
+    return credits
+
+
+def prefix_credit(group: list[Trace]) -> list[np.ndarray]:
+    """MRT as in Figure 6: f - J(μ|c), the same for every token that follows the prefix c.
+
+    Here z is all that follows the cut, and the outcome f stands for J(μ | z, c): the model has answered. Where going on
+    does better than stopping, going on is reinforced as a whole; where the prefix has the answer and thinking on loses
+    it, it is pushed down.
+    Why after the normalisation: all G rollouts share the prefix, so J(μ|c) is a constant of the group. In the reward,
+    r = f + α (f - J(μ|c)) is affine in f, and normalising takes the bonus away again: the update would be GRPO's.
+    What it does in expectation: J(μ|c) is only a baseline (it does not depend on what follows c), so the bonus adds
+    weight on the outcome, from prefixes that end at random episodes, free of the group's std.
+    """
+    return [
+        np.full(len(trace.completion.token_ids), trace.reward - (trace.prefix_J or 0.0))  # MRT 6: r_prg(z; c)
+        for trace in group
+    ]
+
+
 # ---------------------------------------------------------------------------------------------- the update
 
 
-def update(args, model, reference, optimizer, groups: Groups, advantages: Advantages) -> dict[str, float]:
+def update(args, model, score, reference, optimizer, groups: Groups, advantages: Advantages) -> dict[str, float]:
     """One or more optimiser steps on the sampled tokens; returns the update's metrics. With several processes each has
-    its own groups; counts, denominators and metrics are over all of them, and so is the gradient."""
-    score, device = training.scorer(model, models.token_logprobs), model.device
-    traces = [trace for group in groups for trace in group]
-    flat = [advantage for row in advantages for advantage in row]
-    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), a) for t, a in zip(traces, flat)]
-    sampled = [torch.tensor(trace.completion.logprobs, device=device) for trace in traces]
-    # Of several updates a batch, update s trains the rollouts whose number, over all processes, is s modulo `steps`.
-    numbers = np.array([trace.problem["place"] * args.group_size + trace.sample for trace in traces])
-    steps = min(args.updates_per_batch, args.problems_per_step * args.group_size)
-    old = training.old_logprobs(args, score, examples, device) if steps > 1 else None
-    sums, gaps, norms = dict.fromkeys(("loss", "entropy", "clipped", "kl", "padded", "weight"), 0.0), [], []
-    for step in range(steps):
-        part = np.flatnonzero(numbers % steps == step)
-        denominator = sum_over_ranks([float(sum(len(sampled[i]) for i in part))])[0]  # before the loop
+    its own groups; denominators and metrics are over all of them, and so is the gradient."""
+    traces, dtype, device = [t for group in groups for t in group], models.pick_dtype(args.dtype), model.device
+    columns = [np.stack([a, t.completion.logprobs]) for t, a in zip(traces, (a for row in advantages for a in row))]
+    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), c) for t, c in zip(traces, columns)]
+    parts = parts_of(args, traces)
+    if len(parts) > 1:
+        examples = training.with_old_logprobs(args, score, examples, device)
+    sums, gaps, norms = Counter(), [], []
+    for part in parts:
+        denominator = sum_over_ranks([float(sum(columns[i].shape[1] for i in part))])[0]  # before the loop
         optimizer.zero_grad()
-        # `order`: numbers of the batch's rollouts; `where` [B, T] marks the N trained tokens of `ids` [B, T]; what the
-        # loss takes is [N], in the order of `where`.
-        for order, ids, where, advantage in training.batches_of(examples, part, args.max_tokens_per_batch, device):
-            with models.autocast(models.pick_dtype(args.dtype)):
+        for numbers, ids, where, (advantage, sampled, *old) in training.micro_batches(
+            examples, part, args.max_tokens_per_batch, device
+        ):
+            with models.autocast(dtype):
                 logprobs, entropies = score(ids, where, args.temperature)
-            if not order:  # padding: under FSDP every process must go through as many backward passes
-                (logprobs.sum() * 0.0).backward()
-                continue
-            sampler_logprobs = torch.cat([sampled[i] for i in order])
-            old_logprobs = torch.cat([old[i] for i in order]) if old else logprobs.detach()
+                ref = reference_logprobs(args, reference, ids, where)
+            before = old[0] if old else logprobs.detach()
             # Truncated importance weights: 1 where sampler and trainer agree, which round differently.
-            weight = (old_logprobs - sampler_logprobs).exp().clamp(max=args.is_cap)
-            ref = reference_logprobs(args, reference, ids, where)
-            loss, found = grpo_loss(logprobs, old_logprobs, advantage * weight, denominator, args.clip, ref, args.kl)
+            weight = (before - sampled).exp().clamp(max=MAX_WEIGHT)
+            loss, found = grpo_loss(logprobs, before, advantage * weight, denominator, args.clip, ref, args.kl)
+            (loss * ranks()[1] * bool(numbers)).backward()  # FSDP takes the mean of the processes' gradients
+            if not numbers:
+                continue
             if not torch.isfinite(loss):
-                names = ", ".join(sorted({traces[i].problem["id"] for i in order}))
+                names = ", ".join(sorted({traces[i].problem["id"] for i in numbers}))
                 raise FloatingPointError(f"the loss is {loss.item()} on samples of {names}")
-            (loss * ranks()[1]).backward()  # FSDP takes the mean of the processes' gradients
-            found |= {"loss": loss.item() * denominator, "entropy": float(entropies.sum())}
-            found |= {"padded": ids.numel(), "weight": float(weight.sum())}
-            sums = {name: total + found.get(name, 0.0) for name, total in sums.items()}
-            if step == 0:  # sampler and trainer are still the same policy
-                gaps.append((logprobs.detach() - sampler_logprobs).abs().cpu())
-        if step == 0:
-            gap = training.check_gap(gaps, models.pick_dtype(args.dtype))
+            sums.update(found | {"loss": loss.item() * denominator, "entropy": float(entropies.sum())})
+            sums.update({"padded": ids.numel(), "weight": float(weight.sum())})
+            if part is parts[0]:  # sampler and trainer are still the same policy
+                gaps.append((logprobs.detach() - sampled).abs().cpu())
+        if part is parts[0]:
+            gap = training.check_gap(gaps, dtype)
         norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm))
-    counts = [float(sum(map(len, sampled))), float(sum(len(ids) for ids, _, _ in examples))]
-    tokens, with_prompts, *totals = sum_over_ranks([*counts, *sums.values()])
-    total = dict(zip(sums, totals))
+    counted = {"tokens": sum(c.shape[1] for c in columns), "with_prompts": sum(len(ids) for ids, _, _ in examples)}
+    names = ("tokens", "with_prompts", "loss", "entropy", "clipped", "kl", "padded", "weight")
+    total = dict(zip(names, sum_over_ranks([float({**sums, **counted}.get(name, 0.0)) for name in names])))
     return {
-        "loss": total["loss"] / tokens,
+        **{name: total[name] / total["tokens"] for name in ("loss", "entropy", "kl")},
         "grad_norm": float(np.mean(norms)),
-        "entropy": total["entropy"] / tokens,
-        "clip_share": total["clipped"] / tokens,
-        "kl": total["kl"] / tokens,
-        "importance_weight": total["weight"] / tokens,
+        "clip_share": total["clipped"] / total["tokens"],
+        "importance_weight": total["weight"] / total["tokens"],
         "sampler_gap_mean": float(gap.mean()),
         "sampler_gap_max": float(gap.max()),
-        "trained_tokens": int(tokens),
-        "update_tokens": int(with_prompts),
-        "padding_share": 1 - with_prompts / total["padded"],
+        "trained_tokens": int(total["tokens"]),
+        "update_tokens": int(total["with_prompts"]),
+        "padding_share": 1 - total["with_prompts"] / total["padded"],
     }
+
+
+def parts_of(args, traces: list[Trace]) -> list[list[int]]:
+    """The traces of each of --updates-per-batch optimiser steps: step s trains the rollouts whose number in the whole
+    batch, over all processes, is s modulo the steps."""
+    steps = min(args.updates_per_batch, args.problems_per_step * args.group_size)
+    numbers = [trace.problem["place"] * args.group_size + trace.sample for trace in traces]
+    return [[i for i, number in enumerate(numbers) if number % steps == step] for step in range(steps)]
 
 
 def reference_logprobs(args, reference, ids, where) -> torch.Tensor | None:
     """Log-probs [N] under the initial model; None without the KL penalty."""
     if reference is None:
         return None
-    with torch.no_grad(), models.autocast(models.pick_dtype(args.dtype)):
-        return models.token_logprobs(reference, ids, where, args.temperature)[0]
+    with torch.no_grad():
+        return reference(ids, where, args.temperature)[0]
 
 
-# ---------------------------------------------------------------------------------------------- the run
+# ---------------------------------------------------------------------------------------------- what is recorded
 
 
-def train(args, run: Path, model, sampler: Sampler, problems: list[dict], validation: list[dict]) -> None:
-    """All steps. Under torchrun every process samples its share of a step's problems; rank 0 writes."""
-    tokenizer, recompute = sampler.tokenizer, not runs.is_tiny(args.model)
-    training.prepare(model, models.pick_dtype(args.dtype), models.token_logprobs, recompute)
-    reference = models.load_model(args.model, model.device) if args.kl > 0 else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    fresh = {"step": 0, "sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
-    state = training.begin_or_resume(run, model, optimizer, fresh)
-    if state["step"]:
-        sampler.sync()
-    steps = args.steps or (math.inf if args.max_sampled_tokens else math.ceil(len(problems) / args.problems_per_step))
-    method = "GRPO (bonus 0)" if args.bonus == 0 else f"MRT {args.variant}, bonus {args.bonus:g}"
-    goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
-    print(f"{method}: {len(problems)} problems, {args.problems_per_step} × {args.group_size} rollouts a step, {goal}")
-
-    def share_done(state: dict) -> float:
-        return max(state["step"] / steps, state["sampled_tokens"] / (args.max_sampled_tokens or math.inf))
-
-    def step(state: dict) -> tuple[dict, dict, str]:
-        return one_step(args, run, model, reference, optimizer, sampler, problems, state)
-
-    def after_step(state: dict) -> None:
-        if validation and (state["step"] % args.eval_every == 0 or share_done(state) >= 1):
-            validate(args, run, sampler, validation, state)
-        if ranks()[0] == 0 and (state["step"] % args.checkpoint_every == 0 or share_done(state) >= 1):
-            report.draw_training(run)
-
-    if state["step"] == 0 and validation:
-        validate(args, run, sampler, validation, state)
-    state = training.train_loop(args, run, model, tokenizer, optimizer, state, share_done, step, after_step)
-    training.save_checkpoint(run, model, tokenizer, optimizer, state, args.keep)
-    training.save_model(run / "model", model, tokenizer)
+def record(args, steps: training.Steps, groups: Groups, metrics: dict, spent: Spent) -> None:
+    """The step's traces in records.jsonl, its metrics in metrics.jsonl, a line on the screen."""
+    update_seconds = time.time() - steps.step_began - spent.seconds
+    groups = sorted(gather_over_ranks(groups), key=lambda group: group[0].problem["place"])
+    step = steps.state["step"]
     if ranks()[0] == 0:
-        runs.write_json(run / "summary.json", {"method": method, **runs.read_jsonl(run / "metrics.jsonl")[-1]})
-    print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
-
-
-def one_step(args, run: Path, model, reference, optimizer, sampler: Sampler, problems, state) -> tuple[dict, dict, str]:
-    """Rollouts and their update; returns (the run's new state, the step's metrics, what is printed)."""
-    (rank, world), step, began = ranks(), state["step"], time.time()
-    batch = training.problems_of_step(problems, args.problems_per_step, step, args.seed)[rank::world]
-    prompts = [models.prompt_ids(sampler.tokenizer, problem["problem"], args.chat_template_kwargs) for problem in batch]
-    rollouts = ROLLOUTS[args.variant if args.bonus else "grpo"]
-    counted = sampler.sampled_tokens, sampler.computed_tokens
-    model.eval()
-    groups, advantages = rollouts(args, sampler, batch, prompts, (args.seed, step))
-    spent = [sampler.sampled_tokens - counted[0], sampler.computed_tokens - counted[1]]
-    sampled_after = time.time()
-    sampler.pause()
-    try:
-        metrics = update(args, model, reference, optimizer, groups, advantages)
-    except FloatingPointError as error:
-        name = run / ("failed.jsonl" if rank == 0 else f"failed_{rank}.jsonl")
-        runs.append_jsonl(name, [{"step": step + 1, "error": str(error)}, *records(step + 1, groups)])
-        fail(f"step {step + 1}: {error}; stopped in the update, its samples are in {name}")
-    sampler.sync()
-    groups = sorted(training.gather_over_ranks(groups), key=lambda group: group[0].problem["place"])
-    if rank == 0:
-        runs.append_jsonl(run / "records.jsonl", records(step + 1, groups))
-    sampled, computed = map(int, sum_over_ranks(spent))
-    state = {
-        "step": step + 1,
-        "sampled_tokens": state["sampled_tokens"] + sampled,
-        "computed_tokens": state["computed_tokens"] + computed,
-        "seconds": state["seconds"] + time.time() - began,
-    }
-    seconds = {"sampling_seconds": sampled_after - began, "update_seconds": time.time() - sampled_after}
-    metrics = {**state, **rollout_stats(args, groups), **metrics, **seconds}
+        append_jsonl(steps.run / "records.jsonl", records(step, groups))
+    sampled, computed = map(int, sum_over_ranks([spent.sampled_tokens, spent.computed_tokens]))
+    stats = {**rollout_stats(args, groups), **metrics}
+    seconds = {"sampling_seconds": spent.seconds, "update_seconds": update_seconds}
     text = (
-        f"step {metrics['step']:4d}  right {metrics['reward']:.3f}  tokens {metrics['tokens']:6.1f}  truncated "
-        f"{metrics['truncated']:.2f}  loss {metrics['loss']:+.4f}  sampled {metrics['sampled_tokens'] / 1e3:,.0f}k "
-        f"tokens  {metrics['sampling_seconds']:.1f} + {metrics['update_seconds']:.1f} s"
+        f"step {step + 1:4d}  right {stats['reward']:.3f}  tokens {stats['tokens']:6.1f}  truncated "
+        f"{stats['truncated']:.2f}  loss {stats['loss']:+.4f}  sampled "
+        f"{(steps.state['sampled_tokens'] + sampled) / 1e3:,.0f}k tokens  {spent.seconds:.1f} + {update_seconds:.1f} s"
     )
-    return state, metrics, text
+    counts = {"sampled_tokens": sampled, "computed_tokens": computed, "seconds": time.time() - steps.step_began}
+    steps.record({**stats, **seconds}, text, **counts)
 
 
 def records(step: int, groups: Groups) -> list[dict]:
-    return [{"step": step, **trace.record()} for group in groups for trace in group]
+    return [{"step": step + 1, **trace.record()} for group in groups for trace in group]
+
+
+def give_up(run: Path, step: int, groups: Groups, error: FloatingPointError) -> NoReturn:
+    """Keeps the samples of an update that failed, and ends the run."""
+    name = run / ("failed.jsonl" if ranks()[0] == 0 else f"failed_{ranks()[0]}.jsonl")
+    append_jsonl(name, [{"step": step + 1, "error": str(error)}, *records(step, groups)])
+    fail(f"step {step + 1}: {error}; stopped in the update, its samples are in {name}")
 
 
 def rollout_stats(args, groups: Groups) -> dict[str, float]:
@@ -457,7 +493,7 @@ def rollout_stats(args, groups: Groups) -> dict[str, float]:
         return float(np.mean(list(values)))
 
     def progress_in(scale: Callable) -> list[float]:
-        return [progress for trace in traces for progress in episode_progress(scale(trace.values))] or [0.0]
+        return [progress for trace in traces for progress in episode_progress(scale(trace.J))] or [0.0]
 
     traces = [trace for group in groups for trace in group]
     stats = {
@@ -471,7 +507,7 @@ def rollout_stats(args, groups: Groups) -> dict[str, float]:
         stats["J_prefix"] = mean(t.prefix_J for t in traces)
         stats["progress_of_going_on"] = stats["reward"] - stats["J_prefix"]
     elif args.bonus:
-        stats["J_empty"], stats["J_end"] = mean(t.values[0] for t in traces), mean(t.values[-1] for t in traces)
+        stats["J_empty"], stats["J_end"] = mean(t.J[0] for t in traces), mean(t.J[-1] for t in traces)
         stats["progress_per_episode"] = mean(progress_in(np.asarray))
         if args.progress != "sampled":  # with a few sampled answers most differences of J are noise
             # Less than 5 points of J or, in nats, 5 % of it; losses count, too.
@@ -482,31 +518,27 @@ def rollout_stats(args, groups: Groups) -> dict[str, float]:
 def validate(args, run: Path, sampler: Sampler, problems: list[dict], state: dict) -> None:
     """Accuracy and tokens on validation problems, one trace each, and the accuracy had the thoughts been stopped at a
     few budgets (traces that end within a budget count as they are). Its tokens are not counted as the run's."""
-    (rank, world), tokenizer = ranks(), sampler.tokenizer
-    counted = sampler.sampled_tokens, sampler.computed_tokens
-    sampler.model.eval()
+    rank, world = ranks()
     share = problems[rank::world]  # none where there are fewer problems than processes
-    seeds = [(args.seed, 99, problem_key(problem)) for problem in share]
-    prompts = [models.prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs) for problem in share]
+    seeds, prompts = [(args.seed, VALIDATION, problem_key(p)) for p in share], prompts_to(args, sampler, share)
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
-    traces = [trace for (trace,) in read_traces(tokenizer, share, prompts, rows)]
-    sums = [sum(trace.reward for trace in traces), sum(len(trace.completion.token_ids) for trace in traces)]
+    traces = [trace for (trace,) in read_traces(sampler.tokenizer, share, prompts, rows)]
     budgets = [args.max_tokens // 4, args.max_tokens // 2, args.max_tokens]
-    lengths = [len(trace.completion.token_ids) if trace.stopped else math.inf for trace in traces]
-    cut = [(i, budget) for i, length in enumerate(lengths) for budget in budgets if length > budget]
-    asked = [forced_prompt(tokenizer, traces[i], cut_at_budget(traces[i], budget)) for i, budget in cut]
-    forced_seeds = [(*seeds[i], budget) for i, budget in cut]
-    rows = sampler.generate(asked, args.answer_tokens, forced_seeds, temperature=args.temperature)
-    right = dict(zip(cut, map(success_rate, read_answers([share[i] for i, _ in cut], rows))))
-    sums += [sum(right.get((i, budget), t.reward) for i, t in enumerate(traces)) for budget in budgets]
-    accuracy, tokens, *forced = (total / len(problems) for total in sum_over_ranks(sums))
-    sampler.sampled_tokens, sampler.computed_tokens = counted
+    spent = [len(trace.completion.token_ids) if trace.stopped else math.inf for trace in traces]
+    cut = [(i, budget) for i, tokens in enumerate(spent) for budget in budgets if tokens > budget]
+    asked = [forced_prompt(sampler.tokenizer, traces[i], cut_at_budget(traces[i], budget)) for i, budget in cut]
+    forcing = Forcing(1, args.answer_tokens, args.temperature)
+    answers = force_answers(sampler, [share[i] for i, _ in cut], asked, forcing, [(*seeds[i], b) for i, b in cut])
+    forced = {(i, budget): success_rate(share[i], a) for (i, budget), a in zip(cut, answers)}
+    sums = [sum(trace.reward for trace in traces), sum(len(trace.completion.token_ids) for trace in traces)]
+    sums += [sum(forced.get((i, budget), t.reward) for i, t in enumerate(traces)) for budget in budgets]
+    accuracy, tokens, *by_budget = (total / len(problems) for total in sum_over_ranks(sums))
     metrics = {"step": state["step"], "sampled_tokens": state["sampled_tokens"], "accuracy": accuracy, "tokens": tokens}
     if rank == 0:
-        runs.append_jsonl(run / "validation.jsonl", [{**metrics, "forced": dict(zip(budgets, forced))}])
-    text = "  ".join(f"forced at {budget}: {right:.3f}" for budget, right in zip(budgets, forced))
+        append_jsonl(run / "validation.jsonl", [{**metrics, "forced": dict(zip(budgets, by_budget))}])
+    text = "  ".join(f"forced at {budget}: {right:.3f}" for budget, right in zip(budgets, by_budget))
     print(f"  validation after {state['step']} steps: right {accuracy:.3f}  tokens {tokens:.1f}  {text}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    end_in_one_line(main)

@@ -29,71 +29,70 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (
-    Trace,
-    end_of_thought,
-    forced_prompt,
+from common import Trace, end_of_thought, read_answers
+from engine import models
+from engine.processes import gather_over_ranks, ranks, start_processes, wait_for_ranks
+from engine.sampler import Sampler, pick_engine
+from engine.tokens import THINK_END, thinks
+from run import data, folder, report, training
+from run.files import append_jsonl, end_in_one_line, fail, json_line, write_json, write_text
+from run.flags import add_group, changed, new_parser, parse_flags, positive_int
+from run.report import Curve, Panel, Values, interval, problem_means
+from run.traces import (
+    CHOSEN,
     new_traces,
+    problem_key,
     prompts_of,
-    read_answers,
     regret_at,
+    sampler_of,
     segmentation,
+    tokenizer_of,
     trace_of,
+    weights_of,
 )
-from plumbing import data, models, report, runs, training
-from plumbing.fine_tuning import fine_tune
-from plumbing.flags import add_common_flags, changed, parse_flags, positive_int, shared_flags
-from plumbing.report import Curve, Panel, Values, interval, problem_means
-from plumbing.runs import fail, problem_key
-from plumbing.sampler import Sampler, open_sampler, pick_engine
-from plumbing.training import ranks
 
-# flag: (default with the embedded model, with any other model, where the latter comes from)
-DEFAULTS = {
-    "dataset": ("tiny", "AI-MO/NuminaMath-1.5", "the paper: NuminaMath, release not named"),
-    "split": ("train", "train", "Section 6"),
-    "limit": (192, 10000, "Section 6"),
-    "filter": ("both", "mrt", "mrt, outcome or both"),
-    "num_samples": (4, 4, "not published"),
-    "max_tokens": (256, 16384, "Table 2"),
-    "temperature": (1.0, 0.7, "the authors' script of Section 5"),
-    "top_p": (1.0, 1.0, "the authors' script of Section 5"),
-    "forced_answers": (8, 20, "the authors' code"),
-    "answer_tokens": (8, 4096, "the authors' script of Section 5"),
-    "max_episodes": (32, 16, "ours; longer thoughts: neighbours are joined"),
-    "lr": (3e-4, 1e-6, "Table 2"),
-    "batch_size": (32, 256, "Table 2"),
-    "epochs": (2, 3, "Table 2"),
-    "warmup": (0.1, 0.1, "Table 2"),
-    "weight_decay": (0.0, 0.0, "not published"),
-    "max_grad_norm": (1.0, 1.0, "usual"),
-    "max_tokens_per_batch": (4096, 32768, "ours"),
-    "checkpoint_every": (50, 50, "ours"),
-    "eval_split": ("test", "test", "ours"),
-    "eval_problems": (96, 96, "ours"),
-    "batch_problems": (96, 32, "ours"),
-}
 TITLES = {"outcome": "STaR", "mrt": "MRT-STaR"}
 
 
 def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_flags(parser)
-    flag = shared_flags(parser, "MRT", "forced-answers answer-tokens max-episodes")
-    flag("--filter", choices=("mrt", "outcome", "both"))
-    flag("--iterations", type=positive_int, default=2)
-    flag("--min-success", type=float, default=0.5, help="J that the prefix kept must have")
-    flag("--per-problem", type=positive_int, default=2, help="traces kept of a problem")
-    flag("--stop-phrase", choices=("none", "masked", "trained"), default="none")
-    shared_flags(parser, "sampling", "num-samples max-tokens temperature top-p batch-problems")
-    shared = "lr warmup weight-decay max-grad-norm max-tokens-per-batch checkpoint-every"
-    flag = shared_flags(parser, "fine-tuning", shared)
-    flag("--schedule", choices=("constant", "cosine"), default="cosine")
-    flag("--batch-size", type=positive_int, help="examples of an optimiser step")
-    flag("--epochs", type=positive_int)
-    shared_flags(parser, "held-out problems", "eval-dataset eval-split eval-problems budgets")
-    args = parse_flags(parser, DEFAULTS, argv)
-    args.out = args.out or Path("runs") / f"star-{runs.short_name(args.model)}-{args.filter}-seed{args.seed}"
+    # Each flag: name, default with the embedded model, with any other, where the latter comes from.
+    parser = new_parser(
+        __doc__,
+        dataset=("tiny", "AI-MO/NuminaMath-1.5", "the paper: NuminaMath, release not named"),
+        split=("train", "train", "Section 6"),
+        limit=(192, 10000, "Section 6"),
+    )
+    flag = add_group(parser, "MRT")
+    flag("filter", "both", "mrt", "mrt, outcome or both", choices=("mrt", "outcome", "both"))
+    flag("iterations", 2, 2, "not published", type=positive_int)
+    flag("min-success", 0.5, 0.5, "ours", type=float, help="J that the prefix kept must have")
+    flag("per-problem", 2, 2, "ours", type=positive_int, help="traces kept of a problem")
+    flag("forced-answers", 8, 20, "the authors' code")
+    flag("answer-tokens", 8, 4096, "the authors' script of Section 5")
+    flag("max-episodes", 32, 16, "ours; longer thoughts: neighbours are joined")
+    flag = add_group(parser, "sampling")
+    flag("num-samples", 4, 4, "not published")
+    flag("max-tokens", 256, 16384, "Table 2")
+    flag("temperature", 1.0, 0.7, "the authors' script of Section 5")
+    flag("top-p", 1.0, 1.0, "the authors' script of Section 5")
+    flag("batch-problems", 96, 32, "ours")
+    flag = add_group(parser, "fine-tuning")
+    flag("lr", 3e-4, 1e-6, "Table 2")
+    flag("batch-size", 32, 256, "Table 2", type=positive_int, help="examples of an optimiser step")
+    flag("epochs", 2, 3, "Table 2", type=positive_int)
+    flag("warmup", 0.1, 0.1, "Table 2")
+    flag("schedule", "cosine", "cosine", "ours", choices=("constant", "cosine"))
+    flag("weight-decay", 0.0, 0.0, "not published")
+    flag("max-grad-norm", 1.0, 1.0, "usual")
+    flag("max-tokens-per-batch", 4096, 32768, "ours")
+    flag("checkpoint-every", 50, 50, "ours")
+    flag = add_group(parser, "held-out problems")
+    flag("eval-dataset")
+    flag("eval-split", "test", "test", "ours")
+    flag("eval-problems", 96, 96, "ours")
+    flag("budgets")
+    args = parse_flags(parser, argv)
+    args.out = args.out or Path("runs") / f"star-{folder.short_name(args.model)}-{args.filter}-seed{args.seed}"
     if not 0 <= args.min_success <= 1:
         fail(f"--min-success {args.min_success}: must be between 0 and 1")
     if args.temperature == 0:
@@ -103,10 +102,11 @@ def flags(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     args = flags()
-    training.start_processes()
+    start_processes()
     run, model, sampler, problems, held_out = prepare(args)
+    score = training.prepare(model, models.pick_dtype(args.dtype), sampler.ways, not models.is_tiny(weights_of(args)))
     evaluate(args, run / "base.jsonl", sampler, held_out)
-    ran_out = [not self_train(args, run, name, model, sampler, problems, held_out) for name in filters(args)]
+    ran_out = [not self_train(args, run, name, model, score, sampler, problems, held_out) for name in filters(args)]
     if ranks()[0] == 0:
         write_report(args, run)
     sampler.close()
@@ -117,75 +117,76 @@ def main() -> None:
 def prepare(args):
     """(folder of the run, model, its sampler, problems, held-out problems), what is cheap to refuse first."""
     args.engine = pick_engine(args.engine)
-    runs.check_out(args)
-    weights = args.tokenizer or args.model  # of a served model the name says nothing
-    tokenizer = models.load_tokenizer(weights)
-    if not models.thinks(tokenizer):
-        fail(f"--model {args.model}: has no {models.THINK_END} in its vocabulary, so no thought to cut")
+    folder.check_out(args)
+    tokenizer = tokenizer_of(args)
+    if not thinks(tokenizer):
+        fail(f"--model {args.model}: has no {THINK_END} in its vocabulary, so no thought to cut")
     problems, held_out = data.problems_of(args), data.held_out_of(args)
     _, longest = prompts_of(args, tokenizer, problems + held_out)
-    model = models.load_model(weights, models.pick_device())
-    run = training.open_run_once(args, problems + held_out)
-    sampler = open_sampler(args, tokenizer, longest, trained=model)
-    recompute = not runs.is_tiny(weights)
-    training.prepare(model, models.pick_dtype(args.dtype), models.token_logprobs, recompute)
-    return run, model, sampler, problems, held_out
+    model = models.load_model(weights_of(args), models.pick_device())
+    run = folder.open_run_once(args, problems + held_out)
+    return run, model, sampler_of(args, tokenizer, longest, trained=model), problems, held_out
 
 
 def filters(args) -> list[str]:
     return ["outcome", "mrt"] if args.filter == "both" else [args.filter]
 
 
-def self_train(args, run: Path, name: str, model, sampler: Sampler, problems, held_out) -> bool:
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def self_train(args, run: Path, name: str, model, score, sampler: Sampler, problems, held_out) -> bool:
     """The iterations of one filter; False if it left nothing to train on. What is done already is not repeated."""
-    folder, tokenizer = run / name, sampler.tokenizer
-    folder.mkdir(exist_ok=True)
+    place, tokenizer = run / name, sampler.tokenizer
+    place.mkdir(exist_ok=True)
     if name != filters(args)[0]:  # every filter starts from the base
-        training.load_weights(model, runs.resolve_model(args.tokenizer or args.model))
+        training.load_weights(model, models.resolve_model(weights_of(args)))
         sampler.sync()
+
     for iteration in range(1, args.iterations + 1):
-        final = folder / f"model_{iteration}"
+        final = place / f"model_{iteration}"
         if final.exists():
             training.load_weights(model, final)
-        elif not iterate(args, run, name, iteration, model, sampler, problems):
-            return False
         else:
+            print(f"== {name}, iteration {iteration} of {args.iterations}")
+            traces = sample(args, run, name, iteration, sampler, problems)  # with J at every boundary
+            examples = select(args, name, sampler, traces, iteration)
+            tuning = None
+            if examples:
+                sampler.pause()
+                rows = [example.fine_tuned() for example in examples]
+                tuning = training.fine_tune(args, place / f"tuning_{iteration}", model, score, tokenizer, rows)
+            record(place, iteration, tokenizer, traces, examples, tuning)
+            if not examples:
+                return False
             training.save_model(final, model, tokenizer)
-        sampler.sync()
-        evaluate(args, folder / f"evaluation_{iteration}.jsonl", sampler, held_out)
+        sampler.sync()  # the next traces are those of the new model
+        evaluate(args, place / f"evaluation_{iteration}.jsonl", sampler, held_out)
     return True
 
 
-def iterate(args, run: Path, name: str, iteration: int, model, sampler: Sampler, problems) -> bool:
-    """Samples, filter, fine-tuning in place; False if the filter kept nothing."""
-    folder, tokenizer = run / name, sampler.tokenizer
-    print(f"== {name}, iteration {iteration} of {args.iterations}")
-    # The first iteration samples from the base: the same traces for every filter.
-    file = run / "samples_1.jsonl" if iteration == 1 else folder / f"samples_{iteration}.jsonl"
-    seed = (args.seed + 1) * 1000 + iteration
-    traces = recorded_traces(changed(args, seed=seed), file, sampler, problems)
-    examples = select(args, name, sampler, traces, iteration)
-    about = {"iteration": iteration, **describe(traces, examples)}
+def record(place: Path, iteration: int, tokenizer, traces: list[Trace], examples: list["Example"], tuning) -> None:
+    """What an iteration kept and how it was trained: selected_N.jsonl, iteration_N.json, a line on the screen."""
+    if not examples:
+        print(f"the filter {place.name} kept no trace in iteration {iteration}: nothing to train on")
+    about = {"iteration": iteration, **describe(traces, examples), **(tuning or {})}
     if ranks()[0] == 0:
-        selected = [runs.json_line(example.record(tokenizer)) for example in examples]
-        runs.write_text(folder / f"selected_{iteration}.jsonl", "".join(selected))
-    if examples:
-        sampler.pause()
-        rows = [example.fine_tuned() for example in examples]
-        about |= fine_tune(args, folder / f"tuning_{iteration}", model, tokenizer, rows)
-    else:
-        print(f"the filter {name} kept no trace in iteration {iteration}: nothing to train on; see {file}")
-    if ranks()[0] == 0:
-        runs.write_json(folder / f"iteration_{iteration}.json", about)
-    return bool(examples)
+        lines = [json_line(example.record(tokenizer)) for example in examples]
+        write_text(place / f"selected_{iteration}.jsonl", "".join(lines))
+        write_json(place / f"iteration_{iteration}.json", about)
 
 
 # ---------------------------------------------------------------------------------------------- samples
 
 
+def sample(args, run: Path, name: str, iteration: int, sampler: Sampler, problems: list[dict]) -> list[Trace]:
+    """The traces of an iteration. The first samples from the base: the same traces for every filter."""
+    file = run / "samples_1.jsonl" if iteration == 1 else run / name / f"samples_{iteration}.jsonl"
+    return recorded_traces(changed(args, seed=(args.seed + 1) * 1000 + iteration), file, sampler, problems)
+
+
 def evaluate(args, file: Path, sampler: Sampler, problems: list[dict]) -> None:
     """Traces on held-out problems, once a model; seeds, and four forced answers, are the same for every run."""
-    sampler.model.eval()
     recorded_traces(changed(args, seed=77, forced_answers=4), file, sampler, problems)
 
 
@@ -195,11 +196,11 @@ def recorded_traces(args, file: Path, sampler: Sampler, problems: list[dict]) ->
     prompts, _ = prompts_of(args, tokenizer, problems)
     order = {problem["id"]: i for i, problem in enumerate(problems)}
     for traces in new_traces(args, file, sampler, problems, prompts, rule, process=ranks()):
-        records = training.gather_over_ranks([trace.record() for trace in traces])
+        records = gather_over_ranks([trace.record() for trace in traces])
         if ranks()[0] == 0:
-            runs.append_jsonl(file, sorted(records, key=lambda r: order[r["id"]]))  # the order of a single process
-    training.wait_for_ranks()
-    records = sorted(runs.load_records(file), key=lambda r: (order[r["id"]], r["sample"])) if problems else []
+            append_jsonl(file, sorted(records, key=lambda r: order[r["id"]]))  # the order of a single process
+    wait_for_ranks()
+    records = sorted(folder.load_records(file), key=lambda r: (order[r["id"]], r["sample"])) if problems else []
     return [trace_of(r, tokenizer, problems[order[r["id"]]], prompts[order[r["id"]]]) for r in records]
 
 
@@ -215,28 +216,26 @@ class Example:
     cut: int  # tokens of the thought that stay
     ending: list[int]
     answer: list[int]
-    ending_weight: float = 1.0
 
-    def fine_tuned(self) -> tuple[list[int], int, list[float]]:
-        """As `plumbing.fine_tuning` takes it. The prompt is not trained, and a masked stop phrase has weight 0."""
-        thought = self.trace.completion.token_ids[: self.cut]
-        weights = [1.0] * self.cut + [self.ending_weight] * len(self.ending) + [1.0] * len(self.answer)
-        return self.trace.prompt + thought + self.ending + self.answer, len(self.trace.prompt), weights
+    def fine_tuned(self) -> training.Example:
+        """All but the prompt is trained, with weight 1."""
+        written = self.trace.completion.token_ids[: self.cut] + self.ending + self.answer
+        return self.trace.prompt + written, len(self.trace.prompt), np.ones((1, len(written)))
 
     @property
     def episodes(self) -> int:
         return self.trace.boundaries.index(self.cut)
 
     def record(self, tokenizer) -> dict:
-        ids, first, weights = self.fine_tuned()
+        ids, first, _ = self.fine_tuned()
         return {
             "id": self.trace.problem["id"],
             "trace": self.number,
             "cut": self.cut,
             "episodes": self.episodes,
-            "J": self.trace.values[self.episodes],
-            "J_empty": self.trace.values[0],
-            "tokens": len(weights),
+            "J": self.trace.J[self.episodes],
+            "J_empty": self.trace.J[0],
+            "tokens": len(ids) - first,
             "text": tokenizer.decode(ids[first:]),
         }
 
@@ -247,7 +246,7 @@ def select(args, name: str, sampler: Sampler, traces: list[Trace], iteration: in
     if ranks()[0] == 0:
         cuts = keep_right(traces) if name == "outcome" else keep_progress(traces, args.min_success)
         examples = first_of_problem(add_answers(args, sampler, traces, cuts, iteration), args.per_problem)
-    return training.gather_over_ranks(examples)
+    return gather_over_ranks(examples)
 
 
 def keep_right(traces: list[Trace]) -> dict[int, int]:
@@ -264,20 +263,20 @@ def keep_progress(traces: list[Trace], min_success: float) -> dict[int, int]:
     """MRT: {number: cut} of every trace with progress, best first. The cut is the first prefix with the highest J."""
     cuts = {}
     for t, trace in enumerate(traces):
-        best = int(np.argmax(trace.values))  # MRT 7: the first of equals: all of the progress in the fewest tokens
-        if trace.values[best] > trace.values[0] and trace.values[best] >= min_success:
+        best = int(np.argmax(trace.J))  # MRT 7: the first of equals: all of the progress in the fewest tokens
+        if trace.J[best] > trace.J[0] and trace.J[best] >= min_success:
             cuts[t] = trace.boundaries[best]
-    return dict(sorted(cuts.items(), key=lambda c: (-max(traces[c[0]].values), c[1], c[0])))
+    return dict(sorted(cuts.items(), key=lambda c: (-max(traces[c[0]].J), c[1], c[0])))
 
 
 def add_answers(args, sampler: Sampler, traces: list[Trace], cuts: dict[int, int], iteration: int) -> list[Example]:
     """Each cut trace with an ending and a right answer, the first of --forced-answers sampled after the ending; without
     those for which none is right."""
-    examples = [begin_example(args, sampler.tokenizer, number, traces[number], cut) for number, cut in cuts.items()]
+    examples = [begin_example(sampler.tokenizer, number, traces[number], cut) for number, cut in cuts.items()]
     asked = [example for example in examples if not example.answer]
     problems = [example.trace.problem for example in asked]
     prompts = [example.fine_tuned()[0] for example in asked]
-    seeds = [(args.seed, 4, iteration, problem_key(example.trace.problem), example.number) for example in asked]
+    seeds = [(args.seed, CHOSEN, iteration, problem_key(example.trace.problem), example.number) for example in asked]
     rows = sampler.generate(prompts, args.answer_tokens, seeds, args.forced_answers, args.temperature, args.top_p)
     for example, completions, answers in zip(asked, rows, read_answers(problems, rows)):
         ended = [(c, answer) for c, answer in zip(completions, answers) if c.finish_reason == "stop"]
@@ -285,16 +284,12 @@ def add_answers(args, sampler: Sampler, traces: list[Trace], cuts: dict[int, int
     return [example for example in examples if example.answer]
 
 
-def begin_example(args, tokenizer, number: int, trace: Trace, cut: int) -> Example:
-    """Between a cut thought and its answer, still to be sampled, stands the end-of-thinking marker or μ's stop phrase.
-    A complete thought with a right answer stays as it is."""
-    complete = trace.finished and cut == trace.boundaries[-1]
-    if complete and ends_right(trace):
+def begin_example(tokenizer, number: int, trace: Trace, cut: int) -> Example:
+    """Between a cut thought and its answer, still to be sampled, stands the end-of-thinking marker. A complete thought
+    with a right answer stays as it is."""
+    if trace.finished and cut == trace.boundaries[-1] and ends_right(trace):
         return Example(number, trace, cut, [], trace.completion.token_ids[cut:])
-    if args.stop_phrase == "none":
-        return Example(number, trace, cut, end_of_thought(tokenizer, trace.prefix(cut)), [])
-    ending = forced_prompt(tokenizer, trace, cut)[len(trace.prompt) + cut :]  # the marker alone if complete
-    return Example(number, trace, cut, ending, [], 0.0 if args.stop_phrase == "masked" and not complete else 1.0)
+    return Example(number, trace, cut, end_of_thought(tokenizer, trace.prefix(cut)), [])
 
 
 def first_of_problem(examples: list[Example], count: int) -> list[Example]:
@@ -309,8 +304,8 @@ def first_of_problem(examples: list[Example], count: int) -> list[Example]:
 
 def describe(traces: list[Trace], examples: list[Example]) -> dict:
     """What a filter keeps, for the table."""
-    tokens, episodes = [len(e.fine_tuned()[2]) for e in examples], [e.episodes for e in examples]
-    progress = sum(e.trace.values[e.episodes] - e.trace.values[0] for e in examples) / max(1, sum(episodes))
+    tokens, episodes = [e.fine_tuned()[2].size for e in examples], [e.episodes for e in examples]
+    progress = sum(e.trace.J[e.episodes] - e.trace.J[0] for e in examples) / max(1, sum(episodes))
     problems, mean = len({e.trace.problem["id"] for e in examples}), float(np.mean(tokens or [0]))
     print(
         f"kept {len(examples)} of {len(traces)} traces, {problems} problems, {mean:.0f} tokens on average, "
@@ -361,7 +356,7 @@ def write_report(args, run: Path) -> None:
 
 def values_of(args, file: Path) -> Values:
     """Each metric for each held-out problem."""
-    records = runs.load_records(file)
+    records = folder.load_records(file)
     values = {"right": problem_means(records, lambda r: r["reward"])}
     values["tokens"] = problem_means(records, lambda r: r["tokens"])
     return values | {f"regret@{b}": problem_means(records, regret_at, b) for b in args.budgets}
@@ -381,4 +376,4 @@ def draw(args, summary: dict, run: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    end_in_one_line(main)

@@ -1,8 +1,6 @@
 """experiments/compare.py: does MRT beat outcome-reward RL, and when? Sections 6 and 7 on the embedded model.
 
     python -m experiments.compare             # the confirmation: fixed before it ran, on problems nothing was chosen by
-    python -m experiments.compare --map       # where its settings come from: methods × shapes of a step × learning
-                                              # rates × lengths of a thought, on validation problems
     python -m experiments.compare --report    # tables and figures again, from the runs that are there
 
 Everything is a command of the scripts with the settings of experiments/compare.yaml, one process a core, and is printed
@@ -21,10 +19,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from engine.models import ROOT
 from experiments import report
-from experiments.report import Place, cell_folder, folder, places_of
-from plumbing.flags import positive_int, read_config
-from plumbing.runs import ROOT, config_of, duration, fail
+from experiments.report import folder
+from run.files import fail
+from run.flags import positive_int, read_config
+from run.folder import config_of, duration
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -32,9 +32,7 @@ def flags(argv=None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=ROOT / "experiments" / "compare.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--pages", type=Path, help="folder of tables and figures (default: pages/ in --out)")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--map", action="store_true", help="the map alone")
-    what.add_argument("--report", action="store_true", help="no run: tables and figures from those that are there")
+    parser.add_argument("--report", action="store_true", help="no run: tables and figures from those that are there")
     parser.add_argument("--jobs", type=positive_int, default=os.cpu_count(), help="processes at once")
     args = parser.parse_args(argv)
     args.pages = args.pages or args.out / "pages"
@@ -44,9 +42,7 @@ def flags(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = flags()
     config = read_config(args.config)
-    failed = 0
-    if not args.report:
-        failed = run_all(args, map_jobs(args, config) if args.map else confirmation_jobs(args, config))
+    failed = 0 if args.report else run_all(args, jobs_of(args, config))
     report.write_report(args, config)
     if failed:
         fail(f"of the commands {failed} failed, see above; what they would have made is left out")
@@ -64,20 +60,8 @@ def command(script: str, out: Path, *settings: dict) -> tuple[Path, list[str]]:
     return out / "summary.json", [*shlex.split(script), *words]
 
 
-def training(config, place: Place, out: Path) -> tuple[Path, list[str]]:
-    problems, group = place.shape.split("x")
-    settings = {"problems-per-step": problems, "group-size": group, "lr": place.lr, "seed": place.seed}
-    settings["max-tokens"] = place.max_tokens
-    return command(config["methods"][place.method]["command"], out, config["train"], settings)
-
-
-def map_jobs(args, config) -> list[Job]:
-    """A training for each cell of the map; its validations are what the map shows."""
-    return [[training(config, place, cell_folder(args, place))] for place in places_of(config)]
-
-
-def confirmation_jobs(args, config) -> list[Job]:
-    """Every method with its setting of the map, and self-training with both filters; each model on test problems."""
+def jobs_of(args, config) -> list[Job]:
+    """A training of each method and seed, and self-training with both filters; each model on test problems."""
     jobs: list[Job] = []
     for seed in range(max(config["confirm"]["seeds"].values())):
         for method in (m for m, count in config["confirm"]["seeds"].items() if seed < count):
@@ -91,9 +75,7 @@ def confirmation_jobs(args, config) -> list[Job]:
                 models = {"test": run / "outcome" / last, "test-mrt": run / "mrt" / last}
                 job = [command("star_mrt.py", run, config["star"], {"seed": seed})]
             else:
-                setting = config["methods"][method]
-                place = Place(seed, method, setting["shape"], setting["lr"], config["train"]["max-tokens"])
-                job = [training(config, place, run)]
+                job = [command(config["methods"][method], run, config["train"], {"seed": seed})]
             for test, model in models.items():
                 where = {"model": model, "seed": seed}
                 job.append(command("evaluate.py", run / test, config["confirm"]["evaluate"], where))

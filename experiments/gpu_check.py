@@ -28,9 +28,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rl_mrt
 from common import Trace
-from plumbing import data, models, runs, training
-from plumbing.sampler import Sampler, open_sampler
-from plumbing.vllm_engine import vllm_or_why_not
+from engine import models
+from engine.logprobs import token_logprobs
+from engine.models import ROOT
+from engine.sampler import Sampler, open_sampler
+from engine.tokens import Completion, prompt_ids
+from engine.vllm_engine import vllm_or_why_not
+from run import data, training
+from run.files import fail, read_jsonl, write_text
+from run.folder import device_name, versions
 
 LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.3}  # nats between vLLM's log-prob of a token and the trainer's
 TRAINING = "--bonus 1 --variant online --progress sampled --problems-per-step 4 --group-size 4 --max-tokens 128 "
@@ -48,7 +54,7 @@ GIB = 2**30
 
 
 def devices(args) -> Iterator[str]:
-    yield ", ".join(f"{name} {version}" for name, version in runs.versions().items())
+    yield ", ".join(f"{name} {version}" for name, version in versions().items())
     works, why_not = vllm_or_why_not()
     yield f"{works or why_not}; {platform.platform()}, {os.cpu_count()} cores"
     for number in range(torch.cuda.device_count()):
@@ -115,7 +121,7 @@ def real_update(args) -> Iterator[str]:
     with torch.device(models.pick_device()):
         model: Any = Qwen2ForCausalLM(config)
     reference = copy.deepcopy(model).eval()
-    training.prepare(model, dtype, models.token_logprobs, recompute=True)
+    training.prepare(model, dtype, token_logprobs, recompute=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     groups = [[random_trace(model, place, length, dtype) for _ in range(2)] for place in range(2)]
     advantages = [[np.random.default_rng(0).normal(size=len(t.completion.token_ids)) for t in g] for g in groups]
@@ -123,7 +129,7 @@ def real_update(args) -> Iterator[str]:
     settings = rl_mrt.flags(["--model", "random", *sizes])
     weights = count - config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * config.hidden_size * length
-    peak = next((tflops for name, tflops in PEAKS.items() if name in runs.device_name()), None)
+    peak = next((tflops for name, tflops in PEAKS.items() if name in device_name()), None)
     for name in ("first", "second"):
         began = time.perf_counter()
         metrics = rl_mrt.update(settings, model, reference, optimizer, groups, advantages)
@@ -146,7 +152,7 @@ def two_processes(args) -> Iterator[str]:
     exact = ("--engine", "transformers", "--dtype", "float32")
     yield from train(args, "one", *exact)
     yield from train(args, "two", *exact, launcher=TORCHRUN)
-    alone, two = (runs.read_jsonl(args.out / name / "metrics.jsonl") for name in ("one", "two"))
+    alone, two = (read_jsonl(args.out / name / "metrics.jsonl") for name in ("one", "two"))
     for name in ("reward", "tokens", "loss", "grad_norm"):
         if not np.allclose([a[name] for a in alone], [b[name] for b in two], rtol=1e-4, atol=1e-4):
             raise SystemExit(f"{name} differs between one process and two")
@@ -159,7 +165,7 @@ def two_processes(args) -> Iterator[str]:
 
 def train(args, name: str, *flags: str, launcher: tuple[str, ...] = ()) -> Iterator[str]:
     """Two steps of the real command on the embedded model, and what its metrics say."""
-    command = [sys.executable, *launcher, str(runs.ROOT / "rl_mrt.py"), *TRAINING.split(), *flags]
+    command = [sys.executable, *launcher, str(ROOT / "rl_mrt.py"), *TRAINING.split(), *flags]
     command += ["--out", str(args.out / name), "--overwrite"]
     print("$", shlex.join(command), flush=True)
     if code := subprocess.run(command).returncode:
@@ -168,7 +174,7 @@ def train(args, name: str, *flags: str, launcher: tuple[str, ...] = ()) -> Itera
     told += (
         "sampler and trainer differ by at most {sampler_gap_max:.1e}, {sampling_seconds:.1f} + {update_seconds:.1f} s"
     )
-    for metrics in runs.read_jsonl(args.out / name / "metrics.jsonl"):
+    for metrics in read_jsonl(args.out / name / "metrics.jsonl"):
         yield f"{name}, {told.format(**metrics)}"
 
 
@@ -177,7 +183,7 @@ def embedded_model_in_vllm() -> tuple[Any, list[list[int]], float]:
     tokenizer, model = models.load_tokenizer("tiny"), models.load_model("tiny", models.pick_device())
     sampler = open_sampler(SimpleNamespace(engine="vllm", model="tiny", dtype="auto"), tokenizer, 400, trained=model)
     problems = data.load_problems("tiny", "validation", 12)
-    prompts = [models.prompt_ids(tokenizer, problem["problem"]) for problem in problems]
+    prompts = [prompt_ids(tokenizer, problem["problem"]) for problem in problems]
     return sampler, prompts, LIMIT[models.pick_dtype("auto")]
 
 
@@ -198,7 +204,7 @@ def logprobs_after(model, ids: list[int], first: int, dtype: torch.dtype, temper
     row = torch.tensor([ids], device=model.device)
     where = (torch.arange(len(ids), device=model.device) >= first)[None]
     with torch.no_grad(), models.autocast(dtype):
-        return models.token_logprobs(model, row, where, temperature)[0].cpu()
+        return token_logprobs(model, row, where, temperature)[0].cpu()
 
 
 def train_a_little(model, prompts: list[list[int]], steps: int = 3, lr: float = 1e-3) -> None:
@@ -220,7 +226,7 @@ def used_memory() -> float:
 def random_trace(model, place: int, length: int, dtype: torch.dtype) -> Trace:
     """Random tokens with the log-probs that the model gives them, as a sampler would hand them over."""
     ids = torch.randint(0, model.config.vocab_size, (length,)).tolist()
-    completion = models.Completion(ids[64:], logprobs_after(model, ids, 64, dtype).tolist(), "length")
+    completion = Completion(ids[64:], logprobs_after(model, ids, 64, dtype).tolist(), "length")
     return Trace({"id": str(place), "place": place}, ids[:64], completion, [0], False, None)
 
 
@@ -253,7 +259,7 @@ def run_stage(command: list[str], found: Path, seconds: float) -> tuple[str, str
     log, ended = found.with_suffix(".log"), f"It took longer than {seconds:g} s and was ended."
     found.write_text("", encoding="utf-8")
     with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=runs.ROOT, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
         try:
             ended = f"It ended with code {process.wait(seconds)}."
         except subprocess.TimeoutExpired:
@@ -275,7 +281,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, help="this stage alone, in this process")
     args = parser.parse_args()
     if not (args.toy or torch.cuda.is_available()):
-        runs.fail("no GPU that PyTorch can use; --toy checks what a CPU can")
+        fail("no GPU that PyTorch can use; --toy checks what a CPU can")
     args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.stage:
@@ -291,7 +297,7 @@ def main() -> None:
         parts.append(f"## {number}. {title}: {state}, {time.time() - began:.0f} s\n\n{text}")
         print(parts[-1], flush=True)
         counts = ", ".join(f"{states.count(s)} {s}" for s in ("ok", "skipped", "FAILED") if s in states)
-        runs.write_text(args.out / "report.md", "\n".join([f"# GPU check: {counts}\n", *parts]))
+        write_text(args.out / "report.md", "\n".join([f"# GPU check: {counts}\n", *parts]))
     print(f"The page is {args.out / 'report.md'}; paste it into an issue, whatever it says.")
     raise SystemExit("FAILED" in states)
 

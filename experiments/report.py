@@ -4,24 +4,25 @@ Intervals are 95 %, over seeds and problems at once: both are drawn again, seeds
 methods together. They are not corrected for the number of comparisons.
 """
 
-import itertools
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 import evaluate
-from common import Trace, accuracy_at, episode_spans, prompts_of, regret_at, sample_traces, set_likelihood_J
-from plumbing import data, models
-from plumbing.flags import numbers
-from plumbing.hf_engine import TransformersEngine
-from plumbing.models import THINK_END
-from plumbing.report import cell, draw_curve, group_by_problem, markdown, save_figure, subplots, tokens_to_reach
-from plumbing.runs import load_records, read_jsonl, write_json, write_text
-from plumbing.sampler import Sampler
+from common import Trace, episode_spans, set_likelihood_J
+from engine import models
+from engine.sampler import Sampler
+from engine.tokens import THINK_END
+from engine.transformers_engine import TransformersEngine
+from run import data
+from run.files import read_jsonl, write_json, write_text
+from run.flags import numbers
+from run.folder import load_records
+from run.report import cell, draw_curve, group_by_problem, markdown, save_figure, subplots, tokens_to_reach
+from run.traces import accuracy_at, prompts_of, regret_at, sample_traces
 
 DRAWS = 2000
 Values = dict[str, np.ndarray]  # {metric: [seeds, problems, …]} of one method
@@ -37,28 +38,10 @@ def folder(args, method: str, seed: int) -> Path:
     return args.out / "confirm" / f"{slug(method)}-seed{seed}"
 
 
-class Place(NamedTuple):
-    """Of a training in the map; `shape` is problems × rollouts of a step, as 8x4."""
-
-    seed: int
-    method: str
-    shape: str
-    lr: float
-    max_tokens: int
-
-
-def cell_folder(args, place: Place) -> Path:
-    name = f"{slug(place.method)}-{place.shape}-lr{place.lr:g}-{place.max_tokens}-seed{place.seed}"
-    return args.out / "map" / name
-
-
 def write_report(args, config) -> None:
     """summary.json with every number, tables.md with the tables, and the figures, of what is there."""
     args.pages.mkdir(parents=True, exist_ok=True)
     tables: dict[str, Table] = {}
-    if "map" in config and (cells := map_cells(args, config)):
-        tables["The map: pass@1 on validation problems"] = map_table(config, cells)
-        draw_map(config, cells, args.pages)
     values = {method: read_values(args, config, method) for method in config["confirm"]["seeds"]}
     values["MRT-STaR"] = read_values(args, config, "STaR", "test-mrt")
     values = {method: measured for method, measured in values.items() if measured}
@@ -81,82 +64,6 @@ def write_report(args, config) -> None:
     for title, reference in (("Self-training", "STaR"), ("Reinforcement learning", "GRPO")):
         for name, differences in tables.get(f"{title}: difference to {reference}", {}).items():
             print(in_words(name, reference, differences))
-
-
-# ---------------------------------------------------------------------------------------------- the map
-
-Cells = dict[str, dict[tuple[str, float, int], list[float]]]  # method → (shape, lr, tokens) → accuracy of each seed
-
-
-def places_of(config) -> Iterator[Place]:
-    """Every training of the map, one grid after the other, whole seeds first."""
-    for grid in config["map"]["grids"]:
-        seeds = config["map"]["seeds"]
-        yield from itertools.starmap(
-            Place, itertools.product(seeds, *(grid[name] for name in ("methods", "shapes", "lrs", "max-tokens")))
-        )
-
-
-def map_cells(args, config) -> Cells:
-    """A cell's accuracy is the mean of the last three validations: one alone has the noise of 96 answers."""
-    cells: Cells = {}
-    for place in places_of(config):
-        run = cell_folder(args, place)
-        if (run / "summary.json").exists():
-            last = [validation["accuracy"] for validation in read_jsonl(run / "validation.jsonl")[-3:]]
-            cells.setdefault(place.method, {}).setdefault(place[2:], []).append(float(np.mean(last)))
-    return cells
-
-
-def map_table(config, cells: Cells) -> Table:
-    """Mean over seeds, the best cell of each method at the standard length marked, and the seeds themselves."""
-    rows: Table = {}
-    for method, places in cells.items():
-        settings = [place for place in places if place[2] == config["train"]["max-tokens"]]
-        best = max(settings, key=lambda place: np.mean(places[place]))
-        for (shape, lr, tokens), seeds in places.items():
-            row = rows.setdefault(f"{method}, {shape}, {tokens} tokens", {})
-            mark = "**" if (shape, lr, tokens) == best and len(places) > 1 else ""
-            row[f"lr {lr:g}"] = f"{mark}{np.mean(seeds):.2f}{mark} ({', '.join(f'{s:.2f}' for s in sorted(seeds))})"
-    columns = sorted({column for row in rows.values() for column in row}, key=lambda c: float(c.split()[1]))
-    return {name: {column: row.get(column, "–") for column in columns} for name, row in rows.items()}
-
-
-def draw_map(config, cells: Cells, pages: Path) -> None:
-    """Accuracy, a line a method through the means, a dot a seed: against the learning rate, a panel a shape; and, where
-    it was varied, against the length of a thought."""
-    standard = config["train"]["max-tokens"]
-    shapes = list(dict.fromkeys(place.shape for place in places_of(config)))
-    varied = len({place.max_tokens for place in places_of(config)}) > 1
-    figure, axes = subplots(len(shapes) + varied, 2.7, 3.2, sharey=True)
-    for number, (method, places) in enumerate(cells.items()):
-        for axis, shape in zip(axes, shapes):
-            alike = [place for place in places if place[0] == shape and place[2] == standard]
-            draw_cells(axis, {place[1]: places[place] for place in alike}, f"C{number}", method)
-        if varied:
-            setting = config["methods"][method]
-            alike = [place for place in places if place[:2] == (setting.get("shape"), setting.get("lr"))]
-            draw_cells(axes[-1], {place[2]: places[place] for place in alike}, f"C{number}", method)
-    for axis, shape in zip(axes, shapes):
-        axis.set(xlabel="learning rate", title=f"{shape.replace('x', ' problems × ')} rollouts a step", xscale="log")
-        rates = sorted({place.lr for place in places_of(config)})
-        axis.set_xticks(rates, [f"{rate:.1e}" for rate in rates])
-        axis.minorticks_off()
-    if varied:
-        axes[-1].set(xlabel="tokens of a completion, at most", title="each method's best shape and rate")
-        axes[-1].set_xticks(sorted({place.max_tokens for place in places_of(config)}))
-    axes[0].set(ylabel="accuracy, validation problems")
-    max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(fontsize=7, loc="lower center")
-    save_figure(figure, pages / "map.png")
-
-
-def draw_cells(axis, cells: dict[float, list[float]], color: str, label: str) -> None:
-    """Accuracies of the seeds at each x; nothing where only one x was tried."""
-    if len(cells) > 1:
-        xs = sorted(cells)
-        axis.plot(xs, [np.mean(cells[x]) for x in xs], color=color, label=label)
-        for x in xs:
-            axis.plot([x] * len(cells[x]), cells[x], "o", color=color, markersize=3, alpha=0.5)
 
 
 # ---------------------------------------------------------------------------------------------- the confirmation
@@ -380,7 +287,7 @@ def draw_method(args, config) -> None:
     before, after = traces_of("tiny"), traces_of(str(trained)) if trained.exists() else []
     traces = {"before training": before[0][0]}
     for untrained, finished in zip(before, after):
-        clear = [trace for trace in untrained if 5 <= len(trace.values) - 1 <= 7 and is_telling(trace)]
+        clear = [trace for trace in untrained if 5 <= len(trace.J) - 1 <= 7 and is_telling(trace)]
         right = sorted((trace for trace in finished if trace.reward), key=lambda t: len(t.completion.token_ids))
         if clear and right and is_telling(middle := right[len(right) // 2]):
             traces = {"before training": clear[0], "after MRT-STaR": middle}
@@ -407,12 +314,12 @@ def traces_of(model: str) -> list[list[Trace]]:
 
 def is_telling(trace: Trace) -> bool:
     """It is right, not by a lucky first try, and J has risen by the second episode."""
-    J = trace.values
+    J = trace.J
     return trace.finished and trace.reward == 1 and len(J) > 3 and J[0] < 0.2 and 1.2 * J[0] < max(J[1:3]) < 0.9
 
 
 def draw_trace(axis, trace: Trace) -> None:
-    ends, values = trace.boundaries, trace.values
+    ends, values = trace.boundaries, trace.J
     thought = trace.prefix(ends[-1])
     texts = [thought[start:end] for start, end in episode_spans(thought)]
     axis.fill_between(ends, values, 1, step="post", color="grey", alpha=0.15, linewidth=0)

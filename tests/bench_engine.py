@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from plumbing import data, models, runs
 from plumbing.hf_engine import TransformersEngine
 from plumbing.sampler import Sampler
 from plumbing.vllm_engine import VllmEngine, vllm_or_why_not
+
+from plumbing import data, models, runs
 
 
 def plain_generate(model, tokenizer, prompts, max_tokens) -> int:

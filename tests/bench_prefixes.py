@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common
-from plumbing import data, models
 from plumbing.hf_engine import TransformersEngine
 from plumbing.sampler import Sampler
+
+import common
+from plumbing import data, models
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
     print(f"{len(traces)} traces, {sum(map(len, asked))} boundaries, {requested:,} prompt tokens, 4 answers each")
 
     began = time.perf_counter()
-    common.set_sampled_J(sampler, traces, 4, 8, 1.0, 1.0, (0,))
+    common.set_sampled_J(sampler, traces, Forcing(4, 8), (0,))
     shared, computed = time.perf_counter() - began, sampler.computed_tokens - sampler.sampled_tokens
     print(f"shared prefixes, one call   {computed:10,} prompt tokens computed {shared:8.1f} s")
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Segmentation, read_traces, set_likelihood_J, set_sampled_J
-from plumbing import data, flags, models, report, runs
 from plumbing.hf_engine import TransformersEngine
 from plumbing.sampler import Sampler
+
+from common import Segmentation, read_traces, set_likelihood_J, set_sampled_J
+from plumbing import data, flags, models, report, runs
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
         """J's from so many sampled answers, or from the likelihood for none."""
         before, began = (sampler.sampled_tokens, sampler.computed_tokens), time.perf_counter()
         if answers:
-            set_sampled_J(sampler, traces, answers, 8, 1.0, 1.0, (seed,))
+            set_sampled_J(sampler, traces, Forcing(answers, 8), (seed,))
         else:
             set_likelihood_J(sampler, traces)
         cost = sampler.sampled_tokens - before[0], sampler.computed_tokens - before[1], time.perf_counter() - began

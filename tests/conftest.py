@@ -26,9 +26,12 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from plumbing import data, models  # noqa: E402
-from plumbing.hf_engine import TransformersEngine  # noqa: E402
-from plumbing.sampler import Sampler  # noqa: E402
+from engine import models  # noqa: E402
+from engine.sampler import Sampler  # noqa: E402
+from engine.tokens import prompt_ids  # noqa: E402
+from engine.transformers_engine import TransformersEngine  # noqa: E402
+from run import data  # noqa: E402
+from run.files import end_in_one_line  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"  # real benchmarks, where they are at hand; tests that want them skip without
 TOLERANCE = 1e-4  # of a log-prob, a J, a loss of the embedded model in float32
@@ -97,6 +100,16 @@ def assert_same_weights(run: Path, other: Path, tolerance: float) -> None:
         torch.testing.assert_close(weights, theirs[name], atol=tolerance, rtol=0)
 
 
+def refusal(capsys, call, *args, **kwargs) -> str:
+    """What a user reads of a call that must be refused, as a script would end: one line on stderr, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        end_in_one_line(lambda: call(*args, **kwargs))
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1 and len(line) > 8, line
+    return line
+
+
 # ------------------------------------------------------------------------------------------------ the embedded model
 
 
@@ -124,7 +137,7 @@ def problems():
 
 @pytest.fixture(scope="session")
 def prompts(tokenizer, problems):
-    return [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    return [prompt_ids(tokenizer, p["problem"]) for p in problems]
 
 
 # ------------------------------------------------------------------------------------------------ real processes

@@ -10,8 +10,10 @@ from conftest import SHARED
 
 import analyze_r1
 import common
-from common import Segmentation, set_sampled_J
-from plumbing import answers, data, models, report
+from common import Forcing, Segmentation, set_sampled_J
+from engine.tokens import encode, prompt_ids
+from plumbing import answers
+from run import data, report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -139,7 +141,7 @@ EPISODES = STEPS + "".join(f"Wait, again {i}.\n\nno.\n\nstill no.\n\n" for i in 
 
 def given(tokenizer, response, *flags, marked=True):
     args, row = options(*flags), {"problem": "What is 3 + 4?", "answer": "7", "id": "0"}
-    return analyze_r1.given_trace(args, tokenizer, row, models.prompt_ids(tokenizer, row["problem"]), response, marked)
+    return analyze_r1.given_trace(args, tokenizer, row, prompt_ids(tokenizer, row["problem"]), response, marked)
 
 
 @pytest.mark.parametrize(
@@ -161,13 +163,13 @@ def test_given_responses_of_every_kind(tokenizer, sampler, response, points, ans
         assert len(trace.boundaries) == points
     assert trace.boundaries[0] == 0 and trace.boundaries == sorted(set(trace.boundaries))
     rest = trace.completion.token_ids[trace.boundaries[-1] :]  # marker and answer count as tokens of the trace
-    assert rest[:1] == (models.encode(tokenizer, "</think>") if trace.finished else [])
+    assert rest[:1] == (encode(tokenizer, "</think>") if trace.finished else [])
     assert answers.extract_answer(trace.answer or "") == answer
     assert trace.completion.text.replace("<think>", "").strip() == response.replace("<think>", "").strip()
     for b in trace.boundaries[1:-1]:
         assert trace.prefix(b).endswith("\n\n")
     common.grade_traces([trace])
-    set_sampled_J(sampler, [trace], 2, 6, 1.0, 1.0, (0,))
+    set_sampled_J(sampler, [trace], Forcing(2, 6), (0,))
     assert len(trace.values) == len(trace.boundaries) and all(len(row) == 2 for row in trace.forced)
 
 
@@ -199,7 +201,7 @@ def test_windows_line_ends_and_scattered_rows(tmp_path):
 def test_unusable_responses_are_told_and_a_problem_without_any_is_kept(tokenizer, tmp_path, capsys):
     args = options("--traces", "r.jsonl")
     problems = [{"problem": p, "answer": "1", "id": str(i)} for i, p in enumerate("ABC")]
-    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    prompts = [prompt_ids(tokenizer, p["problem"]) for p in problems]
     responses = [["fine</think>\\boxed{1}", " "], ["  "], ["word " * 5000 + "</think>1"]]
     groups, longest = analyze_r1.read_given(args, tokenizer, problems, prompts, responses)
     said = capsys.readouterr().out
@@ -240,7 +242,7 @@ def test_forced_answers_cost_tokens_linear_in_the_trace(tokenizer, sampler):
         trace = given(tokenizer, text)
         common.grade_traces([trace])
         before = sampler.computed_tokens
-        set_sampled_J(sampler, [trace], 2, 4, 1.0, 1.0, (0,))
+        set_sampled_J(sampler, [trace], Forcing(2, 4), (0,))
         computed.append(sampler.computed_tokens - before)
         requested.append(sum(len(common.forced_prompt(tokenizer, trace, b)) for b in trace.boundaries))
     assert computed[1] < 2.3 * computed[0] and requested[1] > 3.3 * requested[0]

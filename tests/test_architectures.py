@@ -6,13 +6,15 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from plumbing import training
-from plumbing.hf_engine import TransformersEngine, self_check, sequence_logprobs
-from plumbing.models import autocast, check_update, load_model, token_logprobs, without_noise
-from plumbing.sampler import Sampler
+from engine.logprobs import token_logprobs, way_to_update, without_noise
+from engine.models import autocast, load_model
+from engine.sampler import Sampler
+from engine.transformers_engine import TransformersEngine, ways_of
+from run import training
 
 SIZES = dict(
     hidden_size=32,
@@ -139,8 +141,8 @@ def test_engine_update_and_likelihood_equal_the_plain_forward(name, tokenizer, c
     kind, sizes, settings, ways = MODELS[name]
     model = build(kind, sizes, settings, tokenizer)
     sampler = Sampler(TransformersEngine(model), tokenizer)
-    self_check(sampler.engine, model)
-    assert (model.samples, model.scores_chunks, model.packs) == ways
+    found = sampler.ways
+    assert (found.sample, found.update == "chunks", found.score == "shared") == ways
     told = capsys.readouterr().out
     assert told.count("\n") == (0 if ways == FAST else 1) and (not told or kind in told)
     assert re.fullmatch(r"(.*takes plain paths: .*\((.*: (off by [\d.]+ nats|not possible with its code))\)\n)?", told)
@@ -166,7 +168,7 @@ def test_engine_update_and_likelihood_equal_the_plain_forward(name, tokenizer, c
     gradient = {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
     model.zero_grad()
     model.train()  # what it switches on must not show
-    got, _ = token_logprobs(model, ids, where)
+    got, _ = token_logprobs(model, ids, where, way=found.update)
     got.mean().backward()
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
     for n, weights in model.named_parameters():
@@ -175,24 +177,19 @@ def test_engine_update_and_likelihood_equal_the_plain_forward(name, tokenizer, c
 
     tails = [rng.integers(0, 650, 1 + i % 4).tolist() for i in range(7)]
     sums = [float(plain(model, p + t).detach()[0, len(p) - 1 :].sum()) for p, t in zip(prompts, tails)]
-    np.testing.assert_allclose(sequence_logprobs(sampler, prompts, tails), sums, atol=1e-3)
+    np.testing.assert_allclose(sampler.score(prompts, tails), sums, atol=1e-3)
 
 
 def test_a_model_that_is_not_causal_is_refused_in_one_line(tokenizer, capsys):
     sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
     model = build("bert", sizes, {}, tokenizer)
-    with pytest.raises(SystemExit) as ended:
-        self_check(TransformersEngine(model), model)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith("error: bert") and error.count("\n") == 1
+    assert refusal(capsys, ways_of, model).startswith("error: bert")
 
 
 def test_a_model_whose_forward_fails_is_refused_in_one_line(tokenizer, capsys):
     model = build("qwen2", SIZES, {}, tokenizer)
     model.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(SystemExit) as ended:
-        self_check(TransformersEngine(model), model)
-    assert ended.value.code == 2 and "its own forward fails: division by zero" in capsys.readouterr().err
+    assert "its own forward fails: division by zero" in refusal(capsys, ways_of, model)
 
 
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line(tokenizer, capsys):
@@ -201,10 +198,8 @@ def test_a_model_that_cannot_be_trained_is_refused_in_one_line(tokenizer, capsys
     models = [build(kind, sizes, settings, tokenizer), build("qwen2", SIZES, {}, tokenizer)]
     models[1].get_submodule("model.layers.0").register_full_backward_hook(lambda *_: 1 / 0)
     for model, why in zip(models, ("its forward pass changes its weights", "its backward pass fails: division")):
-        with pytest.raises(SystemExit) as ended:
-            training.prepare(model, torch.float32, token_logprobs, recompute=False)
-        error = capsys.readouterr().err
-        assert ended.value.code == 2 and f"cannot be trained: {why}" in error and error.count("\n") == 1
+        line = refusal(capsys, training.prepare, model, torch.float32, ways_of(model), recompute=False)
+        assert f"cannot be trained: {why}" in line
 
 
 def test_gpt2_with_its_padding_token_at_the_end_of_a_row_says_nothing(tokenizer):
@@ -235,8 +230,8 @@ def test_a_window_of_any_size_is_tried(defect, dtype, tokenizer):
     if defect:
         model.get_submodule("model.layers.0").register_forward_pre_hook(forget_window, with_kwargs=True)
     with autocast(dtype):
-        check_update(model)
-    assert model.scores_chunks is not defect and model.config.sliding_window == 1000
+        way, _ = way_to_update(model)
+    assert way == ("rows" if defect else "chunks") and model.config.sliding_window == 1000
 
 
 @pytest.mark.parametrize("factor, batches", [(1.0, True), (1.1, False)])
@@ -247,8 +242,8 @@ def test_a_moderate_defect_shows_in_bf16(factor, batches):
         lambda _module, _args, output: (output[0] * factor if len(output[0]) > 1 else output[0], *output[1:])
     )
     with autocast(torch.bfloat16):
-        check_update(model)
-    assert model.scores_chunks is batches
+        way, _ = way_to_update(model)
+    assert way == ("chunks" if batches else "rows")
 
 
 @pytest.mark.parametrize("kind, settings", [("qwen2", {"attention_dropout": 0.3}), ("opt", {"dropout": 0.3})])
@@ -258,7 +253,6 @@ def test_gradient_checkpointing_recomputes_layers_and_their_noise_stays_off(kind
     ids = torch.randint(0, 650, (2, 12))
     where = torch.ones_like(ids, dtype=torch.bool)
     where[:, 0] = False
-    token_logprobs(model, ids, where)  # the check of the model, which is not to be counted
     runs = []
     for recompute in (False, True):
         if recompute:

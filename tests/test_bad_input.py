@@ -7,28 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_settings
+from conftest import refusal, run_settings
 
 import analyze_r1
 import budget_force
 import evaluate
 import rl_mrt
 import star_mrt
-from plumbing import data, models, runs
+from engine import models
+from engine.tokens import prompt_ids
+from run import data
+from run.folder import held, open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD_ROW = {"problem": "1 + 1 = ?", "answer": "2"}
-
-
-def refusal(capsys, call, *args) -> str:
-    """The message of a call that must end the program: one line on stderr, exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(*args)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) > len("error: "), lines
-    return lines[0]
 
 
 def parser_refusal(capsys, call, argv: list[str]) -> str:
@@ -61,8 +53,8 @@ def a_run(folder: Path, script: str | None = None, **settings) -> Path:
     """A folder as a run leaves it, with something to lose; `script` if not this process's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script or sys.argv[0]])
-        runs.open_run(run_settings(folder, **settings), [])
-    runs.held.pop().release()  # that run has ended
+        open_run(run_settings(folder, **settings), [])
+    held.pop().release()  # that run has ended
     write(folder / "metrics.jsonl", '{"step": 1}\n')
     return folder
 
@@ -190,7 +182,7 @@ def test_what_takes_the_place_of_a_chat_template_is_said_once(capsys, tmp_path):
     tokenizer = models.load_tokenizer(str(folder))
     models.load_tokenizer(str(folder))
     assert capsys.readouterr().out == f"{folder} has no chat template: its prompt is the bare problem\n"
-    assert models.prompt_ids(tokenizer, "What?") == tokenizer.encode("What?\n\n")
+    assert prompt_ids(tokenizer, "What?") == tokenizer.encode("What?\n\n")
 
 
 def test_a_model_folder_without_weights(capsys, tmp_path):
@@ -322,18 +314,18 @@ def test_settings_of_an_evaluation_that_make_no_sense(capsys, argv):
 def test_a_run_is_neither_mixed_with_another_nor_lost(capsys, tmp_path):
     run = a_run(tmp_path / "run", bonus=0.0, lr=1e-3)
     before = {f.name: f.read_bytes() for f in run.iterdir()}
-    message = refusal(capsys, runs.open_run, run_settings(run, bonus=0.0, lr=1e-3), [])
+    message = refusal(capsys, open_run, run_settings(run, bonus=0.0, lr=1e-3), [])
     assert str(run) in message and "--resume" in message and "--overwrite" in message
-    message = refusal(capsys, runs.open_run, run_settings(run, resume=True, bonus=1.0, lr=1e-3), [])
+    message = refusal(capsys, open_run, run_settings(run, resume=True, bonus=1.0, lr=1e-3), [])
     assert "--bonus 0.0 (now 1.0)" in message and "--lr" not in message
     assert {f.name: f.read_bytes() for f in run.iterdir()} == before
-    runs.open_run(run_settings(run, resume=True, bonus=0.0, lr=1e-3), [])
+    open_run(run_settings(run, resume=True, bonus=0.0, lr=1e-3), [])
     assert {f.name: f.read_bytes() for f in run.iterdir()} == before
 
 
 def test_overwrite_replaces_a_run(tmp_path):
     run = a_run(tmp_path / "run", bonus=0.0)
-    runs.open_run(run_settings(run, overwrite=True, bonus=1.0), [])
+    open_run(run_settings(run, overwrite=True, bonus=1.0), [])
     assert {f.name for f in run.iterdir()} == {".lock", "config.json", "inputs.json"}
     assert json.loads((run / "config.json").read_text())["settings"]["bonus"] == 1.0
 
@@ -351,16 +343,14 @@ def test_what_is_not_a_run_is_never_touched(capsys, tmp_path, what, resume, over
         if what != "thesis":
             write(folder / "config.json", '{"settings": {"mod' if what == "broken" else "[1, 2]")
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    assert str(folder) in refusal(capsys, runs.open_run, run_settings(folder, resume, overwrite), [])
+    assert str(folder) in refusal(capsys, open_run, run_settings(folder, resume, overwrite), [])
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_output_folder_that_is_a_file(capsys, tmp_path, overwrite):
     write(tmp_path / "out", "notes")
-    assert str(tmp_path / "out") in refusal(
-        capsys, runs.open_run, run_settings(tmp_path / "out", overwrite=overwrite), []
-    )
+    assert str(tmp_path / "out") in refusal(capsys, open_run, run_settings(tmp_path / "out", overwrite=overwrite), [])
     assert (tmp_path / "out").read_text() == "notes"
 
 
@@ -514,7 +504,7 @@ def test_the_run_of_another_script_is_not_overwritten(tmp_path, capsys):
     """`evaluate.py --model runs/a/model --out runs/a --overwrite` would delete the model that it evaluates."""
     run = a_run(tmp_path / "run", script="another.py")
     with pytest.raises(SystemExit) as stop:
-        runs.open_run(run_settings(run, overwrite=True), [])
+        open_run(run_settings(run, overwrite=True), [])
     assert stop.value.code == 2 and "another.py" in capsys.readouterr().err
     assert (run / "metrics.jsonl").exists()
 

@@ -5,15 +5,14 @@ import json
 
 import numpy as np
 import pytest
-from conftest import same_content
-from test_bad_input import a_run, main_with, refusal
+from conftest import refusal, same_content
+from test_bad_input import a_run, main_with
 
 import budget_force
 import common
-from plumbing import models
-from plumbing.hf_engine import TransformersEngine
-from plumbing.models import Completion
-from plumbing.sampler import Sampler
+from engine.sampler import Sampler
+from engine.tokens import THINK_END, Completion, encode, text_and_offsets
+from engine.transformers_engine import TransformersEngine
 
 
 class Watched(Sampler):
@@ -58,7 +57,7 @@ def traces(watched, problems, prompts):
 def test_one_thought_serves_all_budgets_and_is_told_to_stop_only_where_it_was_cut(watched, traces, cut):
     budgets = [10, 40, 120]
     results = budget_force.exploit(options("--budgets", "10,40,120", "--cut", cut), watched, traces)
-    phrase = models.encode(watched.tokenizer, common.STOP_PHRASE)
+    phrase = encode(watched.tokenizer, common.STOP_PHRASE)
     asked = {tuple(prompt) for prompt in watched.calls[0][0]}
     assert len(watched.calls) == 1  # all budgets of all traces in one call
     for trace, of in zip(traces, results):
@@ -91,8 +90,8 @@ def test_a_budget_of_thought_and_answer_is_never_exceeded(watched, traces):
 def test_only_what_follows_the_thought_is_graded(watched, tokenizer, problems, prompts):
     """A thought that boxes the right answer over and over, and an answer of one token, which can hold no box."""
     text = f"so \\boxed{{{problems[0]['answer']}}}.\n\n" * 10
-    ids = models.encode(tokenizer, text)
-    completion = Completion(ids, [], "length", *models.text_and_offsets(tokenizer, ids))
+    ids = encode(tokenizer, text)
+    completion = Completion(ids, [], "length", *text_and_offsets(tokenizer, ids))
     trace = common.read_trace(tokenizer, problems[0], prompts[0], completion)
     args = options("--answer-tokens", "1", "--budgets", "20,40", "--extensions", "2", "--extension-tokens", "4")
     for of in (budget_force.exploit(args, watched, [trace])[0], budget_force.extrapolate(args, watched, [trace])[0]):
@@ -107,7 +106,7 @@ def test_extensions_continue_the_very_tokens_and_no_budget_restarts(watched, tok
     args = options("--style", style, "--extensions", "6", "--extension-tokens", "20")
     before = watched.sampled_tokens
     results = budget_force.extrapolate(args, watched, traces)
-    marker = models.encode(tokenizer, models.THINK_END)[0]
+    marker = encode(tokenizer, THINK_END)[0]
     answering = [call for call in watched.calls if not call[2]]
     thinking = [call for call in watched.calls if call[2]]
     assert [list(of) for of in results] == [[0, 2, 4, 6]] * len(traces) and len(answering) == 4
@@ -129,7 +128,7 @@ def test_extensions_continue_the_very_tokens_and_no_budget_restarts(watched, tok
         if style == "s1":
             assert all(len(thought) <= args.max_tokens for thought in thoughts)
         else:
-            string = max(len(models.encode(tokenizer, "\n" + s)) for s in args.strings)
+            string = max(len(encode(tokenizer, "\n" + s)) for s in args.strings)
             growth = np.diff([len(thought) for thought in thoughts])
             assert all(0 <= g <= 2 * (args.extension_tokens + string) for g in growth)
     generated = sum(of[6]["generated"] - t.boundaries[-1] for of, t in zip(results, traces))
@@ -144,14 +143,14 @@ def test_the_strings_come_in_turn_and_a_cut_paragraph_is_dropped(watched, tokeni
     for prompts, string in zip(thinking, ["Wait", "But wait", "Alternatively", "But hold on", "Wait"]):
         assert all(tokenizer.decode(prompt).endswith("\n" + string) for prompt in prompts)
     text = "first.\n\nsecond, which is not fini"
-    kept = budget_force.drop_unfinished(tokenizer, models.encode(tokenizer, text), 99, 0)
+    kept = budget_force.drop_unfinished(tokenizer, encode(tokenizer, text), 99, 0)
     assert tokenizer.decode(kept) == "first.\n\n"
-    whole = models.encode(tokenizer, "first.\n\n")
-    start = whole + models.encode(tokenizer, "\nWait")  # "\n\n\nWait": the string's own line is no paragraph end
-    for added, kept in ((", and so", whole), (", done.\n\nand", start + models.encode(tokenizer, ", done.\n\n"))):
-        more = start + models.encode(tokenizer, added)
+    whole = encode(tokenizer, "first.\n\n")
+    start = whole + encode(tokenizer, "\nWait")  # "\n\n\nWait": the string's own line is no paragraph end
+    for added, kept in ((", and so", whole), (", done.\n\nand", start + encode(tokenizer, ", done.\n\n"))):
+        more = start + encode(tokenizer, added)
         assert budget_force.drop_unfinished(tokenizer, more, len(whole), len(start)) == kept
-    one = models.encode(tokenizer, "only one paragraph")
+    one = encode(tokenizer, "only one paragraph")
     assert budget_force.drop_unfinished(tokenizer, one, len(one), 0) == one
 
 
@@ -162,7 +161,7 @@ def test_results_do_not_depend_on_the_batch(watched, traces):
 
 
 def test_a_stop_token_ends_a_completion_and_belongs_to_it(watched, tokenizer, prompts):
-    marker = models.encode(tokenizer, models.THINK_END)[0]
+    marker = encode(tokenizer, THINK_END)[0]
     rows = watched.generate(prompts, 250, [(0, i) for i in range(len(prompts))], stop=[marker])
     ended = [c for (c,) in rows if c.finish_reason == "stop"]
     assert ended and all(c.token_ids[-1] == marker and c.token_ids.count(marker) == 1 for c in ended)
@@ -199,7 +198,7 @@ def test_regret_budgets_go_on_where_extensions_may_reach():
 
 
 def test_a_model_without_a_thinking_marker_is_refused(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "thinks", lambda _: False)
+    monkeypatch.setattr(budget_force, "thinks", lambda _: False)
     main = main_with(monkeypatch, budget_force, "--out", tmp_path / "run", "--engine", "transformers")
     assert "has no </think>" in refusal(capsys, main) and not (tmp_path / "run").exists()
 

@@ -4,13 +4,13 @@ import gzip
 import json
 
 import pytest
-from conftest import SHARED
+from conftest import SHARED, refusal
 
 from common import grade
-from plumbing import data
 from plumbing.answers import extract_answer
-from plumbing.data import load_problems, load_responses, split_response
-from plumbing.flags import load_markers
+from run import data
+from run.data import load_problems, load_responses, split_response
+from run.flags import load_markers
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "half, as a fraction?", "answer": r"\frac{1}{2}"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -20,15 +20,6 @@ def write(path, rows):
     text = rows if isinstance(rows, str) else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return str(path)
-
-
-def refusal(capsys, load, *args, **kwargs):
-    """What a user reads who gave bad input: one line, exit code 2."""
-    with pytest.raises(SystemExit) as end:
-        load(*args, **kwargs)
-    message = capsys.readouterr().err
-    assert end.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
-    return message
 
 
 def chat(*texts):

@@ -11,24 +11,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import run_settings
+from conftest import refusal, run_settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from plumbing import flags, runs, training
-from plumbing.hf_engine import TransformersEngine, self_check
-from plumbing.models import encode, load_model, load_tokenizer, prompt_ids, text_and_offsets, thinks, thought_is_open
-from plumbing.sampler import Sampler
+from engine.models import ROOT, load_model, load_tokenizer
+from engine.sampler import Sampler
+from engine.tokens import encode, prompt_ids, text_and_offsets, thinks, thought_is_open
+from engine.transformers_engine import TransformersEngine, ways_of
+from run import flags, training
+from run.folder import open_run, same_inputs
 
-ROOT = runs.ROOT
-
-
-def refused(capsys, call, *args) -> str:
-    with pytest.raises(SystemExit) as ended:
-        call(*args)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    return error
+ROOT = ROOT
 
 
 def byte_fallback(metaspace: bool):
@@ -87,7 +81,7 @@ def test_template_arguments_and_a_template_that_raises(capsys):
     t.chat_template = "{{ messages[0]['content'] }}{% if mood is defined %}{{ mood }}{% endif %}"
     assert t.decode(prompt_ids(t, "1+1?", {"mood": "!"})) == "1+1?!"
     t.chat_template = "{{ raise_exception('a system message is needed') }}"
-    assert "its chat template fails: a system message is needed" in refused(capsys, prompt_ids, t, "1+1?")
+    assert "its chat template fails: a system message is needed" in refusal(capsys, prompt_ids, t, "1+1?")
 
 
 def test_a_base_models_prompt_has_its_beginning_and_no_end(tokenizer):
@@ -104,76 +98,72 @@ def test_a_base_models_prompt_has_its_beginning_and_no_end(tokenizer):
 def test_python_only_tokenizers_and_adapters_are_refused(tmp_path, capsys):
     ByT5Tokenizer().save_pretrained(tmp_path / "byt5")
     (tmp_path / "byt5" / "config.json").write_text('{"model_type": "llama"}')
-    assert "Python only" in refused(capsys, load_tokenizer, str(tmp_path / "byt5"))
+    assert "Python only" in refusal(capsys, load_tokenizer, str(tmp_path / "byt5"))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    assert "is an adapter" in refused(capsys, load_tokenizer, str(tmp_path / "adapter"))
+    assert "is an adapter" in refusal(capsys, load_tokenizer, str(tmp_path / "adapter"))
 
 
 def test_weights_that_are_nan_end_a_run_before_and_while_it_samples(tokenizer, prompts, capsys):
     model = load_model("tiny", "cpu")
     engine = TransformersEngine(model)
-    self_check(engine, model)
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.down_proj").weight[3, 5] = math.nan
     for temperature in (0.0, 1.0):
         sampler = Sampler(engine, tokenizer)
-        assert "not finite" in refused(capsys, sampler.generate, prompts[:2], 3, [(0,), (1,)], 1, temperature)
-    del model.samples, model.scores_chunks, model.packs
-    assert "not finite" in refused(capsys, self_check, engine, model)
+        assert "not finite" in refusal(capsys, sampler.generate, prompts[:2], 3, [(0,), (1,)], 1, temperature)
+    assert "not finite" in refusal(capsys, ways_of, model)
 
 
 def test_a_setting_given_twice_is_refused(tmp_path, capsys):
     for lines in ("steps: 1\nlr: 1e-4\nsteps: 7\n", "group-size: 2\ngroup_size: 8\n"):
         (tmp_path / "c.yaml").write_text(lines)
-        assert "is set twice" in refused(capsys, flags.read_config, tmp_path / "c.yaml")
+        assert "is set twice" in refusal(capsys, flags.read_config, tmp_path / "c.yaml")
 
 
 def test_the_same_problems_and_weights_or_another_run(tmp_path, capsys):
     problems = [{"id": str(i), "problem": f"{i}+{i}?", "answer": str(2 * i)} for i in range(3)]
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "model.safetensors").write_bytes(b"1")
-    runs.same_inputs(tmp_path, problems[:2], str(tmp_path / "m"))
-    runs.same_inputs(tmp_path, problems, str(tmp_path / "m"))  # one more
+    same_inputs(tmp_path, problems[:2], str(tmp_path / "m"))
+    same_inputs(tmp_path, problems, str(tmp_path / "m"))  # one more
     changed = [*problems[:2], {**problems[2], "answer": "7"}]
-    assert "other problems" in refused(capsys, runs.same_inputs, tmp_path, changed, str(tmp_path / "m"))
+    assert "other problems" in refusal(capsys, same_inputs, tmp_path, changed, str(tmp_path / "m"))
     (tmp_path / "m" / "model.safetensors").write_bytes(b"2")
-    assert "other weights" in refused(capsys, runs.same_inputs, tmp_path, problems, str(tmp_path / "m"))
+    assert "other weights" in refusal(capsys, same_inputs, tmp_path, problems, str(tmp_path / "m"))
 
 
 def test_a_folder_has_one_owner_and_a_killed_one_leaves_it(tmp_path, capsys):
     code = (
         f"import sys, time; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; sys.argv[0] = {sys.argv[0]!r}\n"
-        f"from pathlib import Path; from conftest import run_settings; from plumbing.runs import open_run\n"
+        f"from pathlib import Path; from conftest import run_settings; from run.folder import open_run\n"
         f"open_run(run_settings(Path({str(tmp_path / 'run')!r})), []); print('open', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout and other.stdout.readline() == "open\n"
     for resume, overwrite in ((True, False), (False, True)):
-        error = refused(capsys, runs.open_run, run_settings(tmp_path / "run", resume, overwrite), [])
+        error = refusal(capsys, open_run, run_settings(tmp_path / "run", resume, overwrite), [])
         assert "another process is writing there" in error
     other.kill()
     other.wait()
-    runs.open_run(run_settings(tmp_path / "run", resume=True), [])
+    open_run(run_settings(tmp_path / "run", resume=True), [])
 
 
 @pytest.mark.parametrize("damage", ["training.pt", "model.safetensors", "missing"])
-def test_a_cut_checkpoint_gives_way_to_the_newest_whole_one(tmp_path, tokenizer, damage, capsys):
+def test_only_the_newest_checkpoint_stays_and_a_cut_one_is_named(tmp_path, tokenizer, damage, capsys):
     model = load_model("tiny", "cpu")
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (1, 2):
-        training.save_checkpoint(tmp_path, model, tokenizer, optimizer, {"step": step}, keep=2)
+        training.save_checkpoint(tmp_path, model, tokenizer, optimizer, {"step": step})
     newest = tmp_path / "checkpoints" / "step_000002"
+    assert [newest] == list(newest.parent.iterdir())
+    assert training.load_checkpoint(newest, model, optimizer) == {"step": 2}
     if damage == "missing":
         (newest / "training.pt").unlink()
     else:
         os.truncate(newest / damage, 5000)
-    found = training.load_newest(tmp_path, model, optimizer)
-    assert found and found[1] == {"step": 1}
-    assert f"{newest} cannot be read (" in capsys.readouterr().out
-    for path in (tmp_path / "checkpoints").iterdir():
-        (path / "training.pt").unlink()
-    assert "no other checkpoint" in refused(capsys, training.load_newest, tmp_path, model, optimizer)
+    line = refusal(capsys, training.load_checkpoint, newest, model, optimizer)
+    assert f"{newest} cannot be read (" in line and "--overwrite" in line
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -198,5 +188,5 @@ def test_positions_that_move_are_told(capsys):
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     sizes = dict(vocab_size=704, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=20, rope_parameters=rope)).eval()
-    self_check(TransformersEngine(model), model)
+    ways_of(model)
     assert "beyond 20 tokens its positions depend" in capsys.readouterr().out

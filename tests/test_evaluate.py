@@ -9,7 +9,7 @@ import pytest
 import common
 import evaluate
 from evaluate import token_ratio
-from plumbing.report import tokens_to_reach
+from run.report import tokens_to_reach
 
 
 def options(*flags):

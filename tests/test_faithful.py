@@ -16,7 +16,7 @@ import evaluate
 import rl_mrt
 import star_mrt
 from common import group_advantages, normalized_regret
-from plumbing.data import load_problems
+from run.data import load_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {f"{script.__name__}.py": script for script in (analyze_r1, budget_force, evaluate, rl_mrt, star_mrt)}

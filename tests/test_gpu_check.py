@@ -9,9 +9,9 @@ import torch
 from conftest import PATIENCE, ROOT
 from transformers import Qwen2Config
 
+from engine.vllm_engine import vllm_or_why_not
 from experiments import gpu_check
-from plumbing import training
-from plumbing.vllm_engine import vllm_or_why_not
+from run import training
 
 
 def states(page: str) -> list[str]:

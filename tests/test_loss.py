@@ -3,14 +3,17 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import common
+import engine.logprobs
+import engine.tokens
 from common import Segmentation, group_advantages, grpo_loss
-from plumbing import models, training
-from plumbing.models import token_logprobs
+from engine.logprobs import token_logprobs
+from run import training
 
 
 def random_tokens(count=40, seed=0):
@@ -152,32 +155,25 @@ def plain_logprobs(model, ids, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("side", ["none", "right", "left"])
-def test_rule_10_log_probs_equal_a_plain_forward(model, tokenizer, side, temperature):
+@pytest.mark.parametrize("padded", [False, True])
+def test_rule_10_log_probs_equal_a_plain_forward(model, tokenizer, padded, temperature):
     eos = tokenizer.eos_token_id
-    rows = [[5, 9, eos, 300, 301, 302, eos], [400, eos, eos, 17, 18]]  # end-of-turn ids inside the prompt
-    first = [3, 3]
-    width = 7 if side == "none" else 10
-    for keep in [[0], [1]] if side == "none" else [[0, 1]]:
-        ids = torch.full((len(keep), len(rows[keep[0]]) if side == "none" else width), eos)
-        where, attention = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids)
-        for r, i in enumerate(keep):
-            start = width - len(rows[i]) if side == "left" else 0
-            ids[r, start : start + len(rows[i])] = torch.tensor(rows[i])
-            where[r, start + first[i] : start + len(rows[i])] = True
-            attention[r, start : start + len(rows[i])] = 1
+    rows, first = [[5, 9, eos, 300, 301, 302, eos], [400, eos, eos, 17, 18]], 3  # end-of-turn ids inside the prompt
+    for keep in [rows] if padded else [[row] for row in rows]:
+        width = 10 if padded else len(keep[0])
+        ids = torch.tensor([row + [eos] * (width - len(row)) for row in keep])
+        where = torch.tensor([[first <= i < len(row) for i in range(width)] for row in keep])
         with torch.no_grad():
-            got, entropy = token_logprobs(
-                model, ids, where, temperature, attention_mask=attention if side == "left" else None
-            )
-            expected = torch.cat([plain_logprobs(model, rows[i], temperature)[first[i] - 1 :] for i in keep])
+            got, entropy = token_logprobs(model, ids, where, temperature)
+            expected = torch.cat([plain_logprobs(model, row, temperature)[first - 1 :] for row in keep])
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
         assert (entropy > 0).all()
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_rule_10_chunks_change_neither_values_nor_gradients(tied, chunk):
+def test_rule_10_chunks_change_neither_values_nor_gradients(tied, chunk, monkeypatch):
+    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", 50 * chunk)
     torch.manual_seed(1)
     shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     config = Qwen2Config(vocab_size=50, num_key_value_heads=1, tie_word_embeddings=tied, **shape)
@@ -185,7 +181,7 @@ def test_rule_10_chunks_change_neither_values_nor_gradients(tied, chunk):
     ids = torch.randint(0, 50, (3, 8))
     where = torch.rand(3, 8) > 0.4
     where[:, 0] = False
-    logp, _ = token_logprobs(net, ids, where, 0.8, chunk=chunk)
+    logp, _ = token_logprobs(net, ids, where, 0.8)
     logp.sum().backward()
     got = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
@@ -216,10 +212,11 @@ def test_rules_11_and_12_the_sampled_ids_are_the_trained_ids_and_a_chosen_end_of
         for p, q, row in zip(problems, prompts, rows)
         for c in row
     ]
-    monkeypatch.setattr(models, "_encode", forbidden)  # under every name it is imported by
-    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), [0.0] * len(t.completion.token_ids)) for t in traces]
+    monkeypatch.setattr(engine.tokens, "_encode", forbidden)  # under every name it is imported by
+    columns = [np.zeros((1, len(t.completion.token_ids))) for t in traces]
+    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), c) for t, c in zip(traces, columns)]
     seen = 0
-    for order, ids, where, advantages in training.micro_batches(examples, 600, "cpu"):
+    for order, ids, where, (advantages,) in training.micro_batches(examples, range(len(examples)), 600, "cpu"):
         for row, i in enumerate(order):
             assert ids[row][where[row]].tolist() == traces[i].completion.token_ids
             seen += 1
@@ -228,9 +225,17 @@ def test_rules_11_and_12_the_sampled_ids_are_the_trained_ids_and_a_chosen_end_of
 
 
 def test_micro_batches_keep_every_example_once_under_the_limit():
-    examples = [([1] * n, 1, [0.0] * (n - 1)) for n in (3, 50, 7, 7, 20, 90, 4)]
+    examples = [([1] * n, 1, np.zeros((1, n - 1))) for n in (3, 50, 7, 7, 20, 90, 4)]
     seen = []
-    for order, ids, _, _ in training.micro_batches(examples, 60, "cpu"):
+    for order, ids, _, _ in training.micro_batches(examples, range(1, 7), 60, "cpu"):
         assert ids.numel() <= 60 or len(order) == 1
         seen += order
-    assert sorted(seen) == list(range(7))
+    assert sorted(seen) == list(range(1, 7))
+
+
+def test_the_worked_example_of_a_micro_batch():
+    examples = [([7, 8, 9, 4, 2], 2, np.full((1, 3), 0.5)), ([7, 8, 3], 2, np.full((1, 1), -0.1))]
+    ((numbers, ids, where, columns),) = training.micro_batches(examples, range(2), 99, "cpu")
+    assert numbers == [0, 1] and ids.tolist() == [[7, 8, 9, 4, 2], [7, 8, 3, 0, 0]]
+    assert where.int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]]
+    torch.testing.assert_close(columns, torch.tensor([[0.5, 0.5, 0.5, -0.1]]))

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import plumbing.votes
 from common import (
     EPISODE_MARKERS,
     Segmentation,
@@ -26,8 +27,7 @@ from common import (
     pass_at_k,
     split_episodes,
 )
-from plumbing import votes
-from plumbing.report import bootstrap_interval
+from run.report import bootstrap_interval
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # skipped where it is absent
 
@@ -303,7 +303,7 @@ def test_maj_at_k_monte_carlo(monkeypatch):
     rng = np.random.default_rng(0)
     shuffled = [[answers[i] for i in rng.permutation(24)] for _ in range(41)]  # the same subsets of other answers
     assert maj_at_k(shuffled.pop(), "1", k, weights) != value
-    monkeypatch.setattr(votes, "SUBSET_DRAWS", 500)
+    monkeypatch.setattr(plumbing.votes, "SUBSET_DRAWS", 500)
     few = [maj_at_k(order, "1", k, weights) for order in shuffled]
     assert np.std(few) == pytest.approx(0.5 / math.sqrt(500), rel=0.5)  # the stated error
 

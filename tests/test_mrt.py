@@ -9,11 +9,12 @@ import torch
 
 import common
 import rl_mrt
-from common import Segmentation, Trace, episode_progress, set_likelihood_J, set_sampled_J
-from plumbing import data, models
-from plumbing.hf_engine import TransformersEngine
-from plumbing.models import Completion
-from plumbing.sampler import Sampler
+from common import Forcing, Segmentation, Trace, episode_progress, set_likelihood_J, set_sampled_J
+from engine import models
+from engine.sampler import Sampler
+from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
+from engine.transformers_engine import TransformersEngine
+from run import data
 
 
 def options(*flags):
@@ -75,7 +76,7 @@ def test_progress_in_nats_is_what_an_episode_tells_of_the_answer():
     rl_mrt.add_progress(rows, group, 1.0, scale=common.in_nats)
     credit, mean = np.log([3, 10]), np.log(30) / 2
     np.testing.assert_allclose(rows[0], [*np.repeat(credit - mean, 2), -mean], atol=1e-12)
-    assert group[0].values == J  # what is recorded is J itself
+    assert group[0].J == J  # what is recorded is J itself
     np.testing.assert_allclose(common.in_nats([0.9, 0.0]), np.log([0.9, 1e-3]))  # bounded
 
 
@@ -88,13 +89,13 @@ def scripted(monkeypatch, prefix_right, going_on_right):
     args = options("--bonus", "1", "--variant", "prefix", "--forced-answers", "4")
     tokenizer = models.load_tokenizer("tiny")
     problems = data.load_problems("tiny", "validation", 1)
-    prompts = [models.prompt_ids(tokenizer, problems[0]["problem"])]
+    prompts = [prompt_ids(tokenizer, problems[0]["problem"])]
     gold = problems[0]["answer"]
 
     def completion(text, right):
         text += f"</think>\n\n**Final Answer:** \\boxed{{{gold if right else 'wrong'}}}"
-        ids = models.encode(tokenizer, text) + [tokenizer.eos_token_id]
-        text, offsets = models.text_and_offsets(tokenizer, ids)
+        ids = encode(tokenizer, text) + [tokenizer.eos_token_id]
+        text, offsets = text_and_offsets(tokenizer, ids)
         return Completion(ids, [0.0] * len(ids), "stop", text, offsets)
 
     calls = []
@@ -148,7 +149,7 @@ def test_prefix_variant_trains_only_what_follows_the_prefix(monkeypatch):
 
 def test_prefixes_leave_room_to_answer_and_end_where_an_episode_does(sampler, tokenizer):
     problems = data.load_problems("tiny", "train", 24)
-    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    prompts = [prompt_ids(tokenizer, p["problem"]) for p in problems]
     args = options("--bonus", "1", "--variant", "prefix", "--group-size", "2", "--max-tokens", "60")
     groups, _ = rl_mrt.rollouts_prefix(args, sampler, placed(problems), prompts, (0, 0))
     cuts = [len(group[0].prompt) - len(prompt) for group, prompt in zip(groups, prompts)]
@@ -164,7 +165,7 @@ def test_without_a_thinking_marker_the_prefix_is_graded_with_what_follows(sample
         monkeypatch.setattr(module, "thinks", lambda _: False)
     args = options("--bonus", "1")
     problems = data.load_problems("tiny", "validation", 1)
-    prompts = [models.prompt_ids(tokenizer, problems[0]["problem"])]
+    prompts = [prompt_ids(tokenizer, problems[0]["problem"])]
     groups = rl_mrt.sample_groups(
         args, sampler, placed(problems), prompts, 1, (0,), [f"so \\boxed{{{problems[0]['answer']}}}"]
     )
@@ -178,7 +179,7 @@ def one_update(model, tokenizer, args, seed=0):
     model = copy.deepcopy(model)
     sampler = Sampler(TransformersEngine(model), tokenizer)
     problems = data.load_problems("tiny", "train", args.problems_per_step)
-    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    prompts = [prompt_ids(tokenizer, p["problem"]) for p in problems]
     rollouts = rl_mrt.rollouts_grpo if args.bonus == 0 else rl_mrt.rollouts_online
     groups, advantages = rollouts(args, sampler, placed(problems), prompts, (seed, 0))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -211,7 +212,7 @@ def test_bonus_zero_is_grpo_token_for_token(model, tokenizer):
 def test_bonus_zero_ignores_the_variant_and_a_bonus_does_not(model, tokenizer, variant):
     sampler = Sampler(TransformersEngine(model), tokenizer)
     problems = data.load_problems("tiny", "train", 4)
-    prompts = [models.prompt_ids(tokenizer, p["problem"]) for p in problems]
+    prompts = [prompt_ids(tokenizer, p["problem"]) for p in problems]
     args = options("--bonus", "1", "--variant", variant)
     rollouts = {"online": rl_mrt.rollouts_online, "prefix": rl_mrt.rollouts_prefix}[variant]
     _, with_bonus = rollouts(args, sampler, placed(problems), prompts, (0, 0))
@@ -264,10 +265,10 @@ def test_likelihood_agrees_with_many_sampled_answers(sampler, tokenizer, problem
     how = Segmentation(max_episodes=32)
     traces = [common.read_trace(tokenizer, p, q, c, how) for p, q, (c,) in zip(problems, prompts, rows)]
     common.grade_traces(traces)
-    set_sampled_J(sampler, traces, 64, 8, 1.0, 1.0, (5,))
-    sampled = np.concatenate([t.values for t in traces])
+    set_sampled_J(sampler, traces, Forcing(64, 8), (5,))
+    sampled = np.concatenate([t.J for t in traces])
     set_likelihood_J(sampler, traces)
-    exact = np.concatenate([t.values for t in traces])
+    exact = np.concatenate([t.J for t in traces])
     assert len(exact) > 12 and np.ptp(exact) > 0.5
     error = np.sqrt(np.maximum(exact * (1 - exact), 0.01) / 64)
     assert (np.abs(sampled - exact) < 5 * error + 0.02).all()

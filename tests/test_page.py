@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from plumbing.report import write_page
+from run.report import write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><b>& \u2028 \\boxed{</b>"

@@ -19,13 +19,14 @@ from conftest import (
     assert_same_content,
     assert_same_weights,
     jsonl,
+    refusal,
     same_content,
     succeeded,
 )
-from test_bad_input import parser_refusal, refusal
+from test_bad_input import parser_refusal
 
 import rl_mrt
-from plumbing import training
+from run import training
 
 # Five problems a step: two and three processes have uneven shares, and batches of different numbers and sizes.
 FLAGS = (

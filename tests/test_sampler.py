@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from plumbing import hf_engine as sampling
-from plumbing.hf_engine import TransformersEngine, pack_prefixes, pack_tensors, sequence_logprobs
-from plumbing.models import encode, text_and_offsets
-from plumbing.sampler import Sampler
+from engine.prefixes import pack_prefixes, pack_tensors
+from engine.sampler import Sampler
+from engine.tokens import encode, text_and_offsets
+from engine.transformers_engine import TransformersEngine, draw
 
 
 def keys(prompts, seed=0):
@@ -56,13 +56,13 @@ def test_draws_follow_the_distribution():
     """A chi-square test of 20,000 draws, and no token without probability is ever drawn."""
     logits = torch.tensor([[-math.inf, 0.0, 1.0, -1.0, 2.0, -math.inf]])
     uniform = torch.from_numpy(np.random.default_rng(0).random(20_000))
-    token, _ = sampling.draw(logits.expand(20_000, -1), uniform, 1.0, 1.0)
+    token, _ = draw(logits.expand(20_000, -1), uniform, 1.0, 1.0)
     counts = torch.bincount(token, minlength=6).double()
     expected = logits[0].double().softmax(-1) * 20_000
     assert counts[0] == counts[5] == 0
     assert float(((counts - expected) ** 2 / expected)[1:5].sum()) < 16.3  # 99.9 % of χ² with 3 degrees of freedom
     for u in (0.0, 1 - 2**-53):
-        token, logprob = sampling.draw(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0)
+        token, logprob = draw(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0)
         assert torch.isfinite(logprob).all() and token.item() in (1, 4)
 
 
@@ -122,7 +122,7 @@ def test_packed_rows_give_the_hidden_states_of_separate_rows(model):
 def test_sequence_log_probs_equal_a_plain_forward(model, sampler, uneven):
     heads = [p[:k] for p in uneven for k in (3, 6, len(p))]
     tails = [[5, 6, 7, 8][: 1 + i % 4] for i in range(len(heads))]
-    got = sequence_logprobs(sampler, heads, tails)
+    got = sampler.score(heads, tails)
     for head, tail, value in zip(heads, tails, got):
         with torch.no_grad():
             logp = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)

@@ -27,8 +27,9 @@ from conftest import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plumbing import report, runs, training
-from tiny import problems as tiny
+from run import report, training
+from run.files import append_jsonl, read_jsonl
+from run.folder import load_records
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -226,11 +227,11 @@ def test_text_with_rare_line_ends_stays_on_one_line(tmp_path):
     """Models write U+2028, U+0085 and form feeds; only a newline ends a record."""
     text = "a\u2028b\u2029c\x85d\x0ce\x1cf\r\ng\n\nh"
     rows = [{"step": step, "id": str(step), "sample": 0, "text": text} for step in range(3)]
-    runs.append_jsonl(tmp_path / "records.jsonl", rows)
-    assert runs.load_records(tmp_path / "records.jsonl") == rows
-    assert runs.read_jsonl(tmp_path / "records.jsonl") == rows
+    append_jsonl(tmp_path / "records.jsonl", rows)
+    assert load_records(tmp_path / "records.jsonl") == rows
+    assert read_jsonl(tmp_path / "records.jsonl") == rows
     training.rewind(tmp_path, 1)
-    assert runs.read_jsonl(tmp_path / "records.jsonl") == rows[:2]
+    assert read_jsonl(tmp_path / "records.jsonl") == rows[:2]
 
 
 def test_more_samples_are_added_to_those_there(tmp_path, execute, straight_evaluation):
@@ -385,41 +386,3 @@ def test_budget_forcing_goes_on_from_the_thoughts_of_an_analysis(tmp_path, execu
     ours, theirs = jsonl(tmp_path / "run/records.jsonl"), jsonl(tmp_path / "analysis/records.jsonl")
     for name in ("id", "sample", "J", "forced", "token_ids", "answer", "boxed"):
         assert [r[name] for r in ours] == [r[name] for r in theirs], name
-
-
-# ------------------------------------------------------------------------------------------------ the embedded model
-
-
-def test_tiny_shows_a_problem_and_a_trace(tmp_path, execute):
-    printed = succeeded(execute(tmp_path, "tiny.build", "--show", 1))
-    assert printed.count("Find x between 1 and ") == 1 and "(mod 61)" in printed
-    assert "<think>\nOkay, " in printed and "</think>" in printed and "\\boxed{" in printed
-
-
-def test_tiny_splits_share_no_equation():
-    splits = (*tiny.SPLITS, "final")
-    equations = {split: {tuple(p["id"].split("-")[3:]) for p in tiny.problems(split)} for split in splits}
-    assert sum(map(len, equations.values())) == len(set.union(*equations.values()))
-    assert all(len(e) > 100 for e in equations.values())
-
-
-@pytest.mark.parametrize("split", [*tiny.SPLITS, "final"])
-def test_every_tiny_problem_has_exactly_one_solution_in_range(split):
-    problems = tiny.problems(split)
-    assert len({p["id"] for p in problems}) == len({p["problem"] for p in problems}) == len(problems)
-    for problem in problems:
-        words = problem["problem"].replace("(mod 61).", "").split()  # Find x between 1 and n such that x² + b ≡ r
-        n, b, r = int(words[5]), int(words[10]), int(words[12])
-        assert n == problem["level"]
-        assert [x for x in range(1, n + 1) if (x * x + b) % 61 == r] == [int(problem["answer"])]
-
-
-def test_tiny_levels_come_in_equal_shares():
-    first = [p["level"] for p in tiny.problems("train")[:60]]
-    assert {level: first.count(level) for level in tiny.LEVELS} == {10: 20, 20: 20, 30: 20}
-    assert {p["level"] for p in tiny.problems("test", (2, 25))} == {2, 25}
-
-
-def test_the_stored_model_is_small(model):
-    assert sum(p.numel() for p in model.parameters()) <= 1_000_000
-    assert sum(f.stat().st_size for f in (ROOT / "tiny").rglob("*")) <= 2_000_000

@@ -20,17 +20,20 @@ import numpy as np
 import pytest
 import torch
 import urllib3
-from test_bad_input import main_with, parser_refusal, refusal
+from conftest import refusal
+from test_bad_input import main_with, parser_refusal
 
 import analyze_r1
 import evaluate
 import rl_mrt
 from common import STOP_PHRASE
-from plumbing import served_engine
-from plumbing.hf_engine import TransformersEngine, sequence_logprobs
-from plumbing.models import encode, token_logprobs
-from plumbing.sampler import Sampler
-from plumbing.served_engine import ServedEngine, find_model
+from engine import served_engine
+from engine.logprobs import token_logprobs
+from engine.sampler import Sampler
+from engine.served_engine import ServedEngine
+from engine.served_engine import find_served as find_model
+from engine.tokens import encode
+from engine.transformers_engine import TransformersEngine
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-open-sesame"
@@ -281,15 +284,15 @@ def test_a_server_of_text_alone_works_with_one_warning(serve, sampler, tokenizer
             np.mean(b.logprobs), abs=1e-2
         )
         assert a.finish_reason == "length" or a.token_ids[-1] == tokenizer.eos_token_id
-    line = refusal(capsys, sequence_logprobs, served, prompts, [[60]] * len(prompts))
+    line = refusal(capsys, served.score, prompts, [[60]] * len(prompts))
     assert "gives no log-probs of a prompt's tokens" in line
 
 
 def test_likelihoods_are_those_of_the_model(serve, sampler, tokenizer, prompts):
     tails = [encode(tokenizer, f"{i}}}") for i in range(len(prompts))]
     served = over(serve(), tokenizer)
-    theirs = sequence_logprobs(sampler, prompts, tails)
-    np.testing.assert_allclose(sequence_logprobs(served, prompts, tails), theirs, atol=1e-4)
+    theirs = sampler.score(prompts, tails)
+    np.testing.assert_allclose(served.score(prompts, tails), theirs, atol=1e-4)
     assert served.computed_tokens == sum(map(len, [*prompts, *tails]))
 
 
@@ -464,9 +467,7 @@ def test_vllm_gives_the_tokens_and_log_probs_of_transformers(real, sampler, toke
                 np.testing.assert_allclose(c.logprobs, logprobs, atol=1e-4)
     tails = [encode(tokenizer, f"{i}}}") for i in range(len(prompts))]
     heads = [prompt + row[0].token_ids[:20] for prompt, row in zip(prompts, greedy)]
-    np.testing.assert_allclose(
-        sequence_logprobs(real, heads, tails), sequence_logprobs(sampler, heads, tails), atol=1e-4
-    )
+    np.testing.assert_allclose(real.score(heads, tails), sampler.score(heads, tails), atol=1e-4)
 
 
 @needs_vllm

@@ -10,11 +10,12 @@ from conftest import assert_same_bits, jsonl, kill_at_line, succeeded
 
 import common
 import star_mrt
-from common import Trace, set_sampled_J
-from plumbing import fine_tuning, models
-from plumbing.hf_engine import TransformersEngine
-from plumbing.models import Completion
-from plumbing.sampler import Sampler
+from common import Forcing, Trace, set_sampled_J
+from engine import models
+from engine.sampler import Sampler
+from engine.tokens import THINK_END, Completion, encode
+from engine.transformers_engine import TransformersEngine
+from run.training import fine_tuning_step
 
 
 def options(*flags):
@@ -26,7 +27,7 @@ def trace(values, right=1.0, finished=True, name="p"):
     ids = list(range(300, 300 + len(values) - 1)) + [9] * finished
     completion = Completion(ids, [], "stop" if finished else "length", "x" * len(ids), list(range(len(ids) + 1)))
     t = Trace({"id": name, "problem": "?", "answer": "7"}, [1, 2], completion, list(range(len(values))), finished, None)
-    t.reward, t.values, t.answer_tokens = right, list(values), [1.0] * len(values)
+    t.reward, t.J, t.answer_tokens = right, list(values), [1.0] * len(values)
     return t
 
 
@@ -78,7 +79,7 @@ def sampled(model, tokenizer, problems, prompts):
     sampler = Sampler(TransformersEngine(model), tokenizer)
     groups = common.sample_traces(options(), sampler, problems, prompts)
     traces = [t for group in groups for t in group]
-    set_sampled_J(sampler, traces, 8, 8, 1.0, 1.0, (0,))
+    set_sampled_J(sampler, traces, Forcing(8, 8), (0,))
     return sampler, traces
 
 
@@ -95,9 +96,9 @@ def test_examples_are_the_sampled_tokens_and_end_in_a_right_answer(sampled, phra
         assert ids[:first] == t.prompt and len(ids) - first == len(weights) == row["tokens"]
         assert ids[first : first + row["cut"]] == t.completion.token_ids[: row["cut"]]
         assert ids[-1] == tokenizer.eos_token_id
-        answer = tokenizer.decode(ids[first:]).rsplit(models.THINK_END, 1)[1]
+        answer = tokenizer.decode(ids[first:]).rsplit(THINK_END, 1)[1]
         assert common.grade(answer, t.problem["answer"])
-        told = models.encode(tokenizer, common.STOP_PHRASE)
+        told = encode(tokenizer, common.STOP_PHRASE)
         inside = any(ids[i : i + len(told)] == told for i in range(len(ids)))
         whole = row["cut"] == t.boundaries[-1] and t.finished
         assert inside == (phrase != "none" and not whole)
@@ -131,7 +132,7 @@ def test_one_step_has_the_gradient_of_a_plain_transformers_forward(model, sample
         total, count = total + loss * tokens, count + tokens
     (total / count).backward()
     args = options("--max-tokens-per-batch", 300, "--max-grad-norm", 0)
-    value = fine_tuning.train_step(args, ours, torch.optim.SGD(ours.parameters(), lr=0.0), examples)
+    value = fine_tuning_step(args, ours, torch.optim.SGD(ours.parameters(), lr=0.0), examples)
     assert value == pytest.approx((total / count).item(), abs=1e-5)
     for a, b in zip(ours.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)

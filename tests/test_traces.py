@@ -3,16 +3,10 @@
 import pytest
 
 import common
-from common import (
-    STOP_PHRASE,
-    Segmentation,
-    forced_prompt,
-    read_trace,
-    set_likelihood_J,
-    set_sampled_J,
-)
-from plumbing import data, models
-from plumbing.models import Completion
+import engine.tokens
+from common import STOP_PHRASE, Forcing, Segmentation, forced_prompt, read_trace, set_likelihood_J, set_sampled_J
+from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
+from run import data
 from tiny import problems as equations
 from tiny.build import line
 
@@ -23,8 +17,8 @@ TWO_EPISODES = (
 
 
 def completion_of(tokenizer, text, finish="stop"):
-    ids = models.encode(tokenizer, text) + [tokenizer.eos_token_id] * (finish == "stop")
-    got, offsets = models.text_and_offsets(tokenizer, ids)
+    ids = encode(tokenizer, text) + [tokenizer.eos_token_id] * (finish == "stop")
+    got, offsets = text_and_offsets(tokenizer, ids)
     assert got == text
     return Completion(ids, [0.0] * len(ids), finish, got, offsets)
 
@@ -45,7 +39,7 @@ def test_episodes_are_contiguous_token_spans_that_cover_the_thought(tokenizer):
     first, second = (text_between(trace, a, b) for a, b in zip(trace.boundaries, trace.boundaries[1:]))
     assert first + second == TWO_EPISODES and second.startswith("Wait, try x = 7")
     assert trace.answer == "\n\n**Final Answer:** \\boxed{7}"
-    assert trace.completion.token_ids[trace.boundaries[-1]] == models.encode(tokenizer, "</think>")[0]
+    assert trace.completion.token_ids[trace.boundaries[-1]] == encode(tokenizer, "</think>")[0]
 
 
 def test_every_sampled_trace_splits_as_its_text_does(tokenizer, sampler, problems, prompts):
@@ -118,7 +112,7 @@ def test_the_stop_phrase_stands_after_exactly_one_blank_line(tokenizer, ending):
 def test_j_is_one_where_the_prefix_holds_the_answer_and_small_where_it_does_not(sampler, tokenizer):
     problem = next(p for p in data.load_problems("tiny", "test") if p["level"] == 30)
     _, _, _, b, x = problem["id"].split("-")
-    prompt = models.prompt_ids(tokenizer, problem["problem"])
+    prompt = prompt_ids(tokenizer, problem["problem"])
     target = (int(x) ** 2 + int(b)) % equations.PRIME
     miss = [y for y in range(1, 31) if y != int(x)][:3]
     thought = "Okay, " + "".join(line(y, int(b), target) for y in miss)
@@ -126,16 +120,16 @@ def test_j_is_one_where_the_prefix_holds_the_answer_and_small_where_it_does_not(
     completion = completion_of(tokenizer, thought, "length")
     trace = read_trace(tokenizer, problem, prompt, completion, Segmentation(max_episodes=8))
     for estimate in (
-        lambda: set_sampled_J(sampler, [trace], 16, 8, 1.0, 1.0, (0,)),
+        lambda: set_sampled_J(sampler, [trace], Forcing(16, 8), (0,)),
         lambda: set_likelihood_J(sampler, [trace]),
     ):
         estimate()
-        assert trace.values[0] < 0.3 and trace.values[1] < 0.3 and trace.values[2] > 0.9
+        assert trace.J[0] < 0.3 and trace.J[1] < 0.3 and trace.J[2] > 0.9
         assert all(n <= 8 for n in trace.answer_tokens)
 
 
 def test_only_a_model_that_does_not_think_is_asked_for_a_box(tokenizer, monkeypatch):
     problem = "Find x between 1 and 10 such that x² + 6 ≡ 26 (mod 61)."
-    assert tokenizer.decode(models.prompt_ids(tokenizer, problem)) == f"<|user|>{problem}<|assistant|><think>\n"
-    monkeypatch.setattr(models, "thinks", lambda _: False)
-    assert "within \\boxed{}." in tokenizer.decode(models.prompt_ids(tokenizer, problem))
+    assert tokenizer.decode(prompt_ids(tokenizer, problem)) == f"<|user|>{problem}<|assistant|><think>\n"
+    monkeypatch.setattr(engine.tokens, "thinks", lambda _: False)
+    assert "within \\boxed{}." in tokenizer.decode(prompt_ids(tokenizer, problem))

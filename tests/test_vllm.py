@@ -17,11 +17,12 @@ import pytest
 import torch
 from test_bad_input import copy_of_tiny
 
+from engine import models
+from engine.sampler import Sampler, pick_engine
+from engine.tokens import encode, prompt_ids
+from engine.transformers_engine import TransformersEngine
+from engine.vllm_engine import VllmEngine, vllm_or_why_not
 from experiments.gpu_check import LIMIT, gap, train_a_little
-from plumbing import models
-from plumbing.hf_engine import TransformersEngine
-from plumbing.sampler import Sampler, pick_engine
-from plumbing.vllm_engine import VllmEngine, vllm_or_why_not
 
 ROOT = Path(__file__).resolve().parents[1]
 works, why_not = vllm_or_why_not()
@@ -59,8 +60,8 @@ def keys(prompts):
 def long_prompts(tokenizer, prompts):
     """One prefix of over 100 tokens, several ends."""
     lines = "".join(f"Okay, try x = {i}: {i}² ≡ 3, + 17 ≡ 20 vs 5: no.\n\n" for i in range(1, 9))
-    prefix = prompts[0] + models.encode(tokenizer, lines)
-    return [prefix + models.encode(tokenizer, end) for end in ("", "Wait,", "Alternatively,", "But hold on,")]
+    prefix = prompts[0] + encode(tokenizer, lines)
+    return [prefix + encode(tokenizer, end) for end in ("", "Wait,", "Alternatively,", "But hold on,")]
 
 
 @needs_vllm
@@ -154,7 +155,7 @@ def test_many_prompts_with_seeds_fill_the_token_limit_of_a_step(pair, long_promp
 def test_prefixes_are_computed_once(pair, tokenizer, prompts):
     """Forced answers at the boundaries of a trace: all but the last block of each prefix comes from the cache."""
     drawn, _ = pair
-    trace = (prompts[1] + models.encode(tokenizer, "Wait, check x = 3: 3² ≡ 9, + 27 ≡ 36 vs 30: no.\n\n") * 30)[:390]
+    trace = (prompts[1] + encode(tokenizer, "Wait, check x = 3: 3² ≡ 9, + 27 ≡ 36 vs 30: no.\n\n") * 30)[:390]
     asked = [trace[:end] for end in range(60, 390, 10)]
     before = drawn.computed_tokens - drawn.sampled_tokens
     drawn.generate(asked, 1, keys(asked), n=4)
@@ -169,7 +170,7 @@ def test_a_real_model_gives_the_same_greedy_tokens_and_log_probs():
     tokenizer, model = models.load_tokenizer(str(SMOLLM2)), models.load_model(str(SMOLLM2), "cpu")
     engine = VllmEngine(str(SMOLLM2), FP32, 400, model)
     samplers = Sampler(engine, tokenizer), Sampler(TransformersEngine(model), tokenizer)
-    prompts = [models.prompt_ids(tokenizer, q) for q in ("What is 7 · 8?", "Name three prime numbers above 10.")]
+    prompts = [prompt_ids(tokenizer, q) for q in ("What is 7 · 8?", "Name three prime numbers above 10.")]
     ours, theirs = (s.generate(prompts, 40, keys(prompts), temperature=0) for s in samplers)
     assert [c.token_ids for (c,) in ours] == [c.token_ids for (c,) in theirs]
     assert gap(samplers[0], prompts, max_tokens=30) < 1e-4

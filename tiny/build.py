@@ -22,15 +22,14 @@ waste well over half of their tokens, give up early and go on after the answer i
 answers are right) but not the strategy, which is what reinforcement learning is to change. Its μ is informed: forced
 to answer, it guesses among the candidates that its thought has not ruled out, so J rises as the thought learns.
 
-    python -m tiny.build --check             # figures that the stored model's samples must meet
     python -m tiny.build --rebuild           # warm-start it again from scratch (about 35 minutes on two cores)
-    python -m tiny.build --show 3            # print problems and traces of the warm start
+
+tests/test_tiny.py has the figures that its samples must meet.
 """
 
 import argparse
 import math
 import random
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -40,20 +39,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from common import (
-    ANSWER_CUE,
-    STOP_PHRASE,
-    Segmentation,
-    forced_prompt,
-    read_traces,
-    set_likelihood_J,
-    set_sampled_J,
-)
-from plumbing.hf_engine import TransformersEngine
-from plumbing.models import THINK_END, encode, load_model, load_tokenizer, prompt_ids
-from plumbing.runs import problem_key
-from plumbing.sampler import Sampler
-from tiny.problems import LEVELS, PRIME, equations, pose, problems
+from common import ANSWER_CUE, STOP_PHRASE
+from engine.tokens import THINK_END, encode, prompt_ids
+from tiny.problems import LEVELS, PRIME, equations, pose
 
 HERE = Path(__file__).resolve().parent
 OPENINGS = ("Wait, ", "Alternatively, ", "But hold on, ")
@@ -259,115 +247,19 @@ def rebuild(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
     print(f"written to {out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.2f} MB")
 
 
-# ------------------------------------------------------------------------------------------------ acceptance
-
-LINE = re.compile(r"(?:try|check) x = (\d+): (\d+)² ≡ (\d+), \+ (\d+) ≡ (\d+) vs (\d+): (no\.|yes, x = (\d+) works\.)$")
-
-
-def check(model: str, count: int, seed: int, max_tokens: int = 256) -> bool:
-    """Prints what the model does on validation problems when it samples, next to what is wanted."""
-    tokenizer = load_tokenizer(model)
-    sampler = Sampler(TransformersEngine(load_model(model, "cpu")), tokenizer)
-    rows = problems("validation")[:count]
-    prompts = [prompt_ids(tokenizer, r["problem"]) for r in rows]
-    began = time.time()
-    seeds = [(seed, problem_key(r)) for r in rows]
-    sampled = sampler.generate(prompts, 2 * max_tokens, seeds, n=4)
-    rate = sampler.sampled_tokens / (time.time() - began)
-    traces = [
-        t for group in read_traces(tokenizer, rows, prompts, sampled, Segmentation(max_episodes=64)) for t in group
-    ]
-    lines = valid = found = right_after = useful = recheck = doubt = 0
-    for trace in traces:
-        n, b, x = (int(part) for part in trace.problem["id"].split("-")[2:])
-        thought = trace.prefix(trace.boundaries[-1])
-        for start, end in zip(trace.boundaries, trace.boundaries[1:]):
-            episode = trace.prefix(end)[len(trace.prefix(start)) :]
-            useful, recheck = useful + ("try x" in episode), recheck + ("check x" in episode and "try x" not in episode)
-            doubt += "x = " not in episode
-        paragraphs = thought.split("\n\n")[:-1]  # the last may be cut
-        for paragraph in paragraphs:
-            if "x = " in paragraph:
-                body = re.sub(r"^(Okay|Wait|Alternatively|But hold on), ", "", paragraph)
-                lines, m = lines + 1, LINE.fullmatch(body)
-                valid += bool(m) and f"{body}\n\n" == line(int(m[1]), b, (x * x + b) % PRIME, body.split()[0])
-        if trace.finished and f"x = {x} works" in thought:
-            found, right_after = found + 1, right_after + trace.reward
-    solved, forced, formed = [], 0, 0
-    prompts = [forced_prompt(tokenizer, t, b) for t in traces for b in t.boundaries[: 1 if t.finished else None]]
-    for trace in traces:
-        prompts += [forced_prompt(tokenizer, trace, b) for b in trace.boundaries[1:-1]]
-    for (answer,) in sampler.generate(prompts, 8, [(seed, i) for i in range(len(prompts))]):
-        forced, formed = forced + 1, formed + bool(re.fullmatch(r"Final Answer:\*\* \\boxed\{\d+\}", answer.text))
-    set_sampled_J(sampler, traces, 4, 8, 1.0, 1.0, (seed, 5))
-    for trace in traces:
-        shown = f"x = {trace.problem['answer']} works"
-        solved += [v for b, v in zip(trace.boundaries, trace.values) if shown in trace.prefix(b)]
-    set_likelihood_J(sampler, traces)
-    guesses = []  # before a find: (candidates, number ruled out, J, 1 / number left)
-    for trace in traces:
-        n = trace.problem["level"]
-        for boundary, J in zip(trace.boundaries, trace.values):
-            tried = set(re.findall(r"try x = (\d+)", trace.prefix(boundary)))
-            if trace.problem["answer"] not in tried:
-                guesses.append((n, len(tried), J, 1 / (n - len(tried))))
-    late = [(J, even) for n, k, J, even in guesses if 2 * k >= n]
-    informed = sum(J for J, _ in late) / max(1e-9, sum(even for _, even in late))
-    at_budget = [t.reward * (len(t.completion.token_ids) <= max_tokens) for t in traces]
-    lengths = [len(t.completion.token_ids) for t in traces]
-    episodes = max(1, useful + recheck + doubt)
-    figures = [
-        ("valid lines", valid / max(1, lines), 0.95, 1),
-        ("right answer after a find", right_after / max(1, found), 0.95, 1),
-        ("J(μ) at prefixes that hold the solution", float(np.mean(solved)), 0.95, 1),
-        ("J before a find · candidates left, half of them ruled out", informed, 0.8, 1.2),
-        ("forced answers well-formed", formed / forced, 0.98, 1),
-        (f"pass@1 within {max_tokens} tokens", float(np.mean(at_budget)), 0.3, 0.65),
-        ("episodes that try", useful / episodes, 0.2, 0.6),
-        ("episodes that re-check", recheck / episodes, 0.15, 0.6),
-        ("episodes that doubt", doubt / episodes, 0.15, 0.6),
-        (f"traces beyond {max_tokens} tokens", float(np.mean(np.array(lengths) > max_tokens)), 0.02, 0.5),
-    ]
-    for name, value, low, high in figures:
-        print(f"{'ok  ' if low <= value <= high else 'MISS'} {name:58s} {value:.3f}   wanted {low} to {high}")
-    print(f"     {len(traces)} traces, {lines} lines, mean {np.mean(lengths):.0f} tokens, {rate:,.0f} sampled tokens/s")
-    for ruled_out in range(0, 30, 3):
-        J = [value for n, k, value, _ in guesses if (n, k) == (30, ruled_out)]
-        if len(J) >= 20:
-            even = 1 / (30 - ruled_out)
-            print(f"     J with {ruled_out:2d} of 30 ruled out: {np.mean(J):.3f}; 1 / {30 - ruled_out} = {even:.3f}")
-    for n in LEVELS:
-        rights = [right for right, trace in zip(at_budget, traces) if trace.problem["level"] == n]
-        print(f"     {n} candidates: pass@1 {np.mean(rights):.3f}")
-    return all(low <= value <= high for _, value, low, high in figures)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--rebuild", action="store_true", help="warm-start the model from scratch and store it in --out"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="print the sampled behaviour; exit 1 if it is not as wanted"
-    )
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N problems and warm-start traces")
-    parser.add_argument("--model", default="tiny", help="--check: another model for these problems")
-    parser.add_argument("--problems", type=int, default=128, help="--check: validation problems, 4 traces each")
+    parser.add_argument("--rebuild", action="store_true", help="store it in --out; without this flag nothing is done")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
-    if not (args.rebuild or args.check or args.show):
-        parser.print_help()
-    rng = random.Random(args.seed)
-    for problem in rng.sample(problems("train"), args.show):
-        print(problem["problem"], "\n\n<think>\n", *warm_start_text(problem, rng)[:3], "\n" + "-" * 80 + "\n", sep="")
     if args.rebuild:
         rebuild(args.steps, args.batch, args.lr, args.seed, args.out)
-    if args.check and not check(args.model, args.problems, args.seed):
-        raise SystemExit(1)
+    else:
+        parser.print_help()
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ from pathlib import Path
 FILE = Path(__file__).resolve().parent / "problems.jsonl.gz"
 PRIME = 61  # 1²…30² are different modulo 61, so every problem has exactly one solution
 LEVELS = (10, 20, 30)  # difficulty: the number of candidates
-SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}  # and "final", see `final_problems`
+SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}
 
 
 def equations(split: str) -> list[tuple[int, int]]:
     """The equations (b, x) of a split, in a fixed shuffled order. An equation belongs to one split whatever the
     difficulty, so the splits are disjoint by construction."""
-    if split not in SPLITS:
-        raise ValueError(f"--split {split}: the tiny problems have {', '.join(SPLITS)}, final")
     pairs = [(b, x) for b in range(PRIME) for x in range(1, 31)]
     random.Random(PRIME).shuffle(pairs)
     start = round(sum(list(SPLITS.values())[: list(SPLITS).index(split)]) * len(pairs))
@@ -43,12 +41,6 @@ def problems(split: str, levels: tuple[int, ...] = LEVELS) -> list[dict]:
     An equation is used at most once, at one level, so problems are independent. Levels take turns, so the first n
     hold them in equal shares; within a level the solution is uniform, since level n is drawn with weight 1/n.
     """
-    if not levels or not all(2 <= level <= 30 for level in levels):
-        raise ValueError("--dataset tiny:N,…: each N is a number of candidates from 2 to 30")
-    if split == "final":
-        if not set(levels) <= set(LEVELS):
-            raise ValueError(f"--split final: has problems of {LEVELS} candidates")
-        return [p for p in final_problems() if p["level"] in levels]
     rng = random.Random(split)
     rows: dict[int, list[dict]] = {n: [] for n in levels}
     for b, x in equations(split):
@@ -58,28 +50,11 @@ def problems(split: str, levels: tuple[int, ...] = LEVELS) -> list[dict]:
     return [rows[n][i] for i in range(min(map(len, rows.values()))) for n in levels]
 
 
-def final_problems(per_level: int = 36) -> list[dict]:
-    """Problems by which nothing was ever chosen: the equations of validation and test that none of their problems
-    uses. Each level has equally many solutions in each of 1-10, 11-20 and 21-30 that it allows."""
-    unused: list[list[tuple[int, int]]] = [[], [], []]
-    for split in ("validation", "test"):
-        used = {p["id"].split("-", 3)[3] for p in problems(split)}
-        for b, x in equations(split):
-            if f"{b}-{x}" not in used:
-                unused[(x - 1) // 10].append((b, x))
-    rows = []
-    for n in LEVELS:
-        ranges = unused[: n // 10]
-        chosen = [pairs.pop() for _ in range(per_level // len(ranges)) for pairs in ranges]
-        rows.append([pose(b, x, n, "final") for b, x in chosen])
-    return [problem for turn in zip(*rows) for problem in turn]
-
-
 def rows() -> list[dict]:
     """Every problem once, with its split and its place in each subset that has it: `mixed`, which is `tiny`, and
     one per level."""
     by_id: dict[str, dict] = {}
-    for split in (*SPLITS, "final"):
+    for split in SPLITS:
         for subset, levels in (("mixed", LEVELS), *((str(n), (n,)) for n in LEVELS)):
             for place, problem in enumerate(problems(split, levels)):
                 row = by_id.setdefault(problem["id"], {**problem, "split": split, "place": {}})

@@ -7,20 +7,37 @@ import contextlib
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import urllib3
 from transformers import GenerationConfig
 from urllib3.exceptions import HTTPError
 
-from plumbing.models import Completion, stop_token_ids
-from plumbing.runs import fail, first_line, resolve_model
+from engine import Refused, first_line
+from engine.models import resolve_model
+from engine.tokens import Completion, stop_token_ids
 
 RETRIES = urllib3.Retry(backoff_factor=0.5, backoff_max=30, retry_after_max=60, raise_on_status=False)
 RETRIES = RETRIES.new(allowed_methods=None, status_forcelist=(408, 429, 500, 502, 503, 504))
 # Beyond OpenAI's fields: ids are returned, </think> is kept, a model's own defaults do not override the flags.
 EXTRAS = {"return_token_ids": True, "skip_special_tokens": False, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PROBE = "Wait, 7 · 8 = 56."
+
+
+@dataclass(frozen=True)
+class Served:
+    """A served model: its name there, the Hub id or folder that it was loaded from, the most tokens of a prompt and its
+    completion where known, and how many requests it is sent at a time."""
+
+    name: str
+    weights: str
+    context: int | None = None
+    concurrency: int = 64
+
+
+def is_served(engine: str) -> bool:
+    return engine.startswith("http")
 
 
 def connect(url: str, connections: int = 1) -> urllib3.PoolManager:
@@ -47,28 +64,26 @@ def ask(pool: urllib3.PoolManager, url: str, body: dict | None = None, tries: in
     raise HTTPError(f"{url}: {reason}", reply.status)
 
 
-def find_model(url: str, model: str | None) -> tuple[str, str, int | None]:
-    """(served name, the Hub id or folder that it was loaded from, its context or None) of `model`, or of the only one
-    there is. A server out of reach, a wrong key, or a name that is not served ends the program."""
+def find_served(url: str, model: str | None) -> Served:
+    """The model of that name, or the only one there is. Refused: a server out of reach, a wrong key, another name."""
     try:
         served = {m["id"]: m for m in ask(connect(url), f"{url}/models", tries=3).get("data") or []}
     except HTTPError as error:
         if error.args[1] != 404 or not model:
-            fail(f"--engine {error.args[0]}")
-        return model, model, None  # a server that lists no models
+            raise Refused(f"--engine {error.args[0]}") from error
+        return Served(model, model)  # a server that lists no models
     name = model or ", ".join(name for name, entry in served.items() if not entry.get("parent"))  # not its adapters
     if name not in served:
-        fail(f"--model {model or 'is not given'}: {url} serves {', '.join(list(served)[:8])}")
-    return name, served[name].get("root") or name, served[name].get("max_model_len")
+        raise Refused(f"--model {model or 'is not given'}: {url} serves {', '.join(list(served)[:8])}")
+    return Served(name, served[name].get("root") or name, served[name].get("max_model_len"))
 
 
 class ServedEngine:
-    """A served model as a sampler. `context`: most tokens of a prompt and its completion, where known; `concurrency`:
-    requests at a time; `heir`: the engine that samples once a model is trained, as a server keeps its weights."""
+    """A served model as a sampler, and for likelihoods where the server gives log-probs of a prompt's tokens."""
 
-    def __init__(self, url: str, name: str, tokenizer, context: int | None = None, concurrency: int = 64, heir=None):
-        self.url, self.name, self.tokenizer, self.context, self.concurrency = url, name, tokenizer, context, concurrency
-        self.pool, self.heir, self.model, self.prompt_tokens = connect(url, concurrency), heir, heir and heir.model, 0
+    def __init__(self, url: str, served: Served, tokenizer):
+        self.url, self.served, self.tokenizer = url, served, tokenizer
+        self.pool, self.prompt_tokens, name = connect(url, served.concurrency), 0, served.name
         self.generation_config = None
         with contextlib.suppress(OSError):
             self.generation_config = GenerationConfig.from_pretrained(resolve_model(tokenizer.name_or_path))
@@ -78,20 +93,20 @@ class ServedEngine:
                 break
             except HTTPError as error:
                 if error.args[1] not in (400, 422) or not self.extras:
-                    fail(f"--engine {error.args[0]}")
+                    raise Refused(f"--engine {error.args[0]}") from error
         ours, theirs = tokenizer.encode(PROBE, add_special_tokens=False), probe.get("prompt_token_ids") or []
         self.ids = bool(theirs and probe.get("token_ids"))
         if self.ids and theirs[-len(ours) :] != ours:
-            fail(f"--tokenizer {tokenizer.name_or_path}: {name} at {url} has another one")
+            raise Refused(f"--tokenizer {tokenizer.name_or_path}: {name} at {url} has another one")
         notes = "" if usage.get("prompt_tokens_details") else "; cached tokens are not reported, so count as computed"
         notes += "; log-probs are of temperature 1" * (sum(cold) < -0.1)
-        print(f"engine: {name} at {url}, {concurrency} requests at a time{notes}")
+        print(f"engine: {name} at {url}, {served.concurrency} requests at a time{notes}")
         if not self.ids:
             print(f"warning: {url} takes and gives only text; its tokens may not be those that were drawn")
 
     def complete(self, prompt: list[int] | str, limit: int, **how) -> tuple[dict, list[float], dict]:
         """(choice, its log-probs, usage) of one request."""
-        body = {"model": self.name, "prompt": prompt, "max_tokens": limit, "logprobs": 1, **self.extras, **how}
+        body = {"model": self.served.name, "prompt": prompt, "max_tokens": limit, "logprobs": 1, **self.extras, **how}
         reply = ask(self.pool, f"{self.url}/completions", body)
         choice = (reply.get("choices") or [{}])[0]
         if choice.get("finish_reason") not in ("stop", "length"):
@@ -101,8 +116,8 @@ class ServedEngine:
     def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
         """One request a sample. Of a trace's prefixes the longest goes first: the cache then holds the others."""
         most = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0)
-        if most > (self.context or most):  # the server might shorten the limit silently
-            raise ValueError(f"{most} tokens of a prompt and its completion exceed the server's {self.context}")
+        if most > (self.served.context or most):  # the server might shorten the limit silently
+            raise ValueError(f"{most} tokens of a prompt and its completion exceed the server's {self.served.context}")
         order = sorted(range(len(prompts)), key=prompts.__getitem__, reverse=True)
         jobs = [(prompts[p], limits[p], (*seeds[p], s), stop_ids, temperature, top_p) for p in order for s in samples]
         drawn = iter(self.at_once(self.draw, jobs))
@@ -126,7 +141,10 @@ class ServedEngine:
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         return Completion(ids, logprobs, choice["finish_reason"]), usage.get("prompt_tokens", len(prompt)) - cached
 
-    def score(self, head: list[int], tail: list[int]) -> float:
+    def score(self, heads: list[list[int]], tails: list[list[int]]) -> tuple[np.ndarray, int]:
+        return np.array(self.at_once(self.score_one, list(zip(heads, tails)))), sum(map(len, [*heads, *tails]))
+
+    def score_one(self, head: list[int], tail: list[int]) -> float:
         """log P(tail | head); the server computes the head anew. Raises HTTPError if it returns no such log-probs."""
         logprobs = self.complete([*head, *tail], 1, echo=True)[1] if self.ids else []
         if len(logprobs) != len(head) + len(tail) + 1:
@@ -135,16 +153,15 @@ class ServedEngine:
 
     def at_once(self, function, requests: list[tuple]) -> list:
         """The results in order; the first request that fails for good ends the run."""
-        with ThreadPoolExecutor(self.concurrency) as threads:
+        with ThreadPoolExecutor(self.served.concurrency) as threads:
             try:
                 return list(threads.map(lambda request: function(*request), requests))
             except HTTPError as error:
-                fail(f"--engine {error.args[0]}; what is recorded stays, --resume goes on from there")
+                raise Refused(
+                    f"--engine {error.args[0]}; what is recorded stays, --resume goes on from there"
+                ) from error
 
     def pause(self) -> None: ...
-
-    def sync(self) -> None:
-        fail(f"--engine {self.url}: keeps the weights it has loaded and cannot sample from a model in training")
 
     def close(self) -> None:
         self.pool.clear()

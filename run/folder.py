@@ -1,4 +1,4 @@
-"""What a run of any script has: messages, files, records, a folder, progress."""
+"""The folder of a run: who owns it, what it was made with, its records; progress of long work."""
 
 from __future__ import annotations
 
@@ -17,104 +17,22 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-ROOT = Path(__file__).resolve().parents[1]
-
-# ============================================================================================ messages and files
-
-
-def fail(message: str) -> NoReturn:
-    """Bad input: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The records of a JSON-lines file; a malformed line ends the run with its number."""
-    if not path.is_file():
-        fail(f"{path}: no such file")
-    rows = parse_lines(path, path.read_bytes())
-    if not rows:
-        fail(f"{path}: empty, expected one JSON object a line")
-    return rows
-
-
-def parse_lines(path: Path, data: bytes) -> list[dict]:
-    """The objects of JSON lines, which end at newlines alone: text may hold U+2028. `path` is for error messages."""
-    rows = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except json.JSONDecodeError as error:
-            fail(f"{path}, line {number}: not JSON ({error.msg})")
-        except UnicodeDecodeError as error:
-            fail(f"{path}, line {number}: not UTF-8 ({error.reason})")
-        if not isinstance(row, dict):
-            fail(f"{path}, line {number}: expected an object, found {type(row).__name__}")
-        rows.append(row)
-    return rows
-
-
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that end with a newline; a crash can only have cut the last."""
-    with path.open("rb") as lines:  # bytes: the cut may be within a character, and text may hold U+2028 and the like
-        return [line.decode() for line in lines if line.endswith(b"\n")]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes all or nothing: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
-
-
-def write_json(path: Path, value) -> None:
-    """As `write_text`; a number that is not finite becomes null, as JSON has none."""
-    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def problem_key(problem: dict) -> int:
-    """An integer for a problem, to seed its samples with."""
-    return zlib.crc32(problem["id"].encode())
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def resolve_model(model: str) -> str:
-    """`tiny` is the folder of the embedded reasoner; anything else is left as it is."""
-    return str(ROOT / "tiny") if model == "tiny" else model
+from engine import first_line
+from engine.models import ROOT, resolve_model
+from engine.processes import ranks, wait_for_ranks
+from engine.served_engine import is_served
+from run.files import checksum, fail, repair, whole_lines, write_json
 
 
 def short_name(path: str) -> str:
     """What a model, a data set or a list of either is called in the names of runs: NAME for runs/NAME/model."""
     path = path.strip("/").removesuffix("/model").removesuffix(".jsonl")
     return path.replace(",", "+").split("/")[-1].replace(":", "")
-
-
-def is_served(engine: str) -> bool:
-    return engine.startswith("http")
-
-
-def is_tiny(model: str) -> bool:
-    """The embedded model, or one trained from it: `build_model` of tiny/build.py marks its configuration."""
-    config = Path(resolve_model(model)) / "config.json"
-    try:
-        return config.is_file() and "embedded_reasoner" in json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
-        fail(f"--model {model}: its config.json is not JSON")
-
-
-# ============================================================================================ the folder
 
 
 def script_name() -> str:
@@ -213,6 +131,15 @@ def open_run(args: argparse.Namespace, problems: list[dict], *may_change: str) -
     return out
 
 
+def open_run_once(args, problems: list[dict]) -> Path:
+    """`open_run` by one process, once all have looked at the folder."""
+    wait_for_ranks()
+    if ranks()[0] == 0:
+        open_run(args, problems)
+    wait_for_ranks()
+    return args.out
+
+
 def same_inputs(run: Path, problems: list[dict], model: str) -> None:
     """Ends a run that is continued with other problems under the same ids, or with other weights in its model's folder
     than it began with (`inputs.json`); problems may be added."""
@@ -226,38 +153,6 @@ def same_inputs(run: Path, problems: list[dict], model: str) -> None:
     if weights != recorded["weights"] and file.exists():
         fail(f"--out {run}: the run there began with other weights in {model}")
     write_json(file, {"weights": weights, "problems": {**recorded["problems"], **digests}})
-
-
-def checksum(path: Path) -> str:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"
-
-
-def json_line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def append_jsonl(path: Path, rows: list[dict]) -> None:
-    """Appends one line a row, all or nothing: until all are written `NAME.begin` holds the file's old size."""
-    begin = path.with_name(path.name + ".begin")
-    begin.write_text(str(path.stat().st_size if path.exists() else 0))
-    with path.open("a", encoding="utf-8") as out:
-        out.write("".join(map(json_line, rows)))
-    begin.unlink()
-
-
-def repair(folder: Path) -> None:
-    """Removes what a crash left half written: the lines of an unfinished `append_jsonl`, a line without an end."""
-    for begin in folder.rglob("*.jsonl.begin"):
-        file, size = begin.with_suffix(""), begin.read_text()
-        if file.exists() and size:
-            os.truncate(file, int(size))
-        begin.unlink()
-    for file in folder.rglob("*.jsonl"):
-        write_text(file, "".join(whole_lines(file)))
 
 
 def load_records(file: Path) -> list[dict]:
@@ -299,6 +194,10 @@ class Clock:
         print(f"{done} of {self.total} {self.what}  {rate:,.0f} tokens/s  {left} left", flush=True)
 
 
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
 def versions() -> dict[str, str]:
     """Versions of what a result depends on, and the commit of this checkout where git knows it."""
     installed = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -316,10 +215,6 @@ def versions() -> dict[str, str]:
 
 def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def metrics_reporter(args: argparse.Namespace, run: Path) -> Callable[[dict], object]:

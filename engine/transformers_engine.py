@@ -1,11 +1,9 @@
-"""A transformers model as a sampler and as a scorer, in batches that share prefixes; needs no other library."""
+"""A transformers model as a sampler, in batches that share prefixes; needs no other library."""
 
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from contextlib import suppress
 from itertools import groupby, islice
 from typing import Any
 
@@ -14,60 +12,46 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from plumbing.models import (
-    Completion,
-    autocast,
-    body_of,
-    check_update,
-    head,
-    name_of,
-    off,
-    probes,
-    rms,
-    same_positions,
-    say_once,
-    tolerance,
-    truth,
-    with_short_windows,
-)
-from plumbing.runs import fail
-from plumbing.served_engine import ServedEngine
-from plumbing.training import full_weights
+from engine import Refused
+from engine.checks import Ways, name_of, off, probes, rms, same_positions, tolerance, truth, with_short_windows
+from engine.logprobs import head, way_to_update
+from engine.models import autocast, say_once
+from engine.prefixes import Pack, own_masks, pack_prefixes, packed_states, score_sequences, way_to_score
+from engine.processes import full_weights
+from engine.tokens import Completion
+
+MAX_ROWS = 512  # of a batch
 
 
 class TransformersEngine:
     """A transformers model as a sampler. In training it is the trained model itself, so no weights are handed over; or,
     where that is sharded over processes, a whole copy that follows `trained`.
 
-    `model.samples`: the fastest way to sample that `check_sampling` finds equal to the model's plain forward:
-    "shared" (below), "cached" (transformers' own `generate`, prompts of one length at a time) or "uncached".
-
-    All prompts of a call are sampled together: prompts that share a prefix (a problem's samples, the forced answers
-    along a trace) compute it once, batches hold similar lengths and drop finished rows, and the cache grows without
-    copying.
+    By the way "shared", all prompts of a call are sampled together: prompts that share a prefix (a problem's samples,
+    the forced answers along a trace) compute it once, batches hold similar lengths and drop finished rows, and the
+    cache grows without copying.
     """
 
-    def __init__(self, model, dtype: torch.dtype = torch.float32, max_rows: int = 512, trained=None):
-        self.model, self.dtype, self.max_rows, self.trained = model, dtype, max_rows, trained
+    def __init__(self, model, dtype: torch.dtype = torch.float32, trained=None, ways: Ways | None = None):
+        self.model, self.dtype, self.trained = model, dtype, trained
+        self.ways = ways or ways_of(model, dtype, trained)
         self.generation_config = model.generation_config
         self.prompt_tokens = 0
 
     @torch.inference_mode()
     def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
-        if not hasattr(self.model, "samples"):
-            say_once(check_sampling(self.model, self))
         self.model.eval()
         done: list[list[Completion]] = [[] for _ in prompts]
         longest = max(map(len, prompts), default=1) + max(limits, default=1)
-        way = self.model.samples if longest <= same_positions(self.model) else "uncached"
+        way = self.ways.sample if longest <= same_positions(self.model) else "uncached"
         if way != "shared":
             self._generate_plainly(way, done, prompts, limits, seeds, stop_ids, samples, temperature, top_p)
             return done
         # The memory for the cache limits a batch's rows; a prompt's n samples are split only if they alone exceed it.
         memory = torch.cuda.mem_get_info()[1] // 4 if self.model.device.type == "cuda" else 3 << 30
-        rows = max(1, min(self.max_rows, memory // (cache_bytes_of_a_token(self.model.config) * longest)))
+        rows = max(1, min(MAX_ROWS, memory // (cache_bytes_of_a_token(self.model.config) * longest)))
         for start in range(samples.start, samples.stop, rows):
             numbers = range(start, min(samples.stop, start + rows))
             room = max(1, rows // len(numbers))
@@ -116,8 +100,10 @@ class TransformersEngine:
             model.generation_config = stock
         return drawn
 
-    def pause(self) -> None:
-        pass
+    def score(self, heads: list[list[int]], tails: list[list[int]]) -> tuple[np.ndarray, int]:
+        return score_sequences(self.model, self.dtype, self.ways.score, heads, tails)
+
+    def pause(self) -> None: ...
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -126,8 +112,7 @@ class TransformersEngine:
             for name, weights in full_weights(self.trained):
                 copies[name].copy_(weights)
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...
 
     def _decode(self, packs: list[Pack], seeds, limits, stop_ids, samples: range, temperature: float, top_p: float):
         """Runs the packed prompts once, then draws token by token; yields (prompt number, Completion)."""
@@ -193,7 +178,7 @@ class TransformersEngine:
 
 def finite(completion: Completion) -> Completion:
     if not np.isfinite(completion.logprobs).all():
-        fail("the model's logits are not finite (a weight is NaN or infinite, or the arithmetic overflows)")
+        raise Refused("the model's logits are not finite (a weight is NaN or infinite, or the arithmetic overflows)")
     return completion
 
 
@@ -223,104 +208,6 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
     return token.squeeze(-1), logprobs.gather(-1, token).squeeze(-1)
 
 
-@dataclass
-class Pack:
-    """Token sequences that share prefixes, as one row without repetition. `paths[s]` are the columns of the row that
-    hold sequence s, in order; a token sees the earlier tokens of its own path and nothing else."""
-
-    token_ids: list[int]
-    positions: list[int]
-    paths: dict[int, list[int]]
-
-    @property
-    def longest(self) -> int:
-        return max(self.positions) + 1
-
-
-def pack_prefixes(sequences: list[list[int]], most: int | None = None) -> list[Pack]:
-    """Packs sequences that share at least half of their tokens with a neighbour in sorted order, `most` to a pack.
-
-    Sorting makes the sequences a depth-first walk of their prefix tree, so what a sequence shares with any earlier one
-    it shares with the one before it: the tokens to compute grow linearly in traces and boundaries.
-    """
-    packs: list[Pack] = []
-    before: list[int] = []
-    previous = 0
-    for s in sorted(range(len(sequences)), key=sequences.__getitem__):
-        ids = sequences[s]
-        shared = next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
-        if not packs or 2 * shared < len(ids) or len(packs[-1].paths) == most:
-            packs.append(Pack([], [], {}))
-            shared, path = 0, []
-        else:
-            path = packs[-1].paths[previous][:shared]
-        path = path + list(range(len(packs[-1].token_ids), len(packs[-1].token_ids) + len(ids) - shared))
-        packs[-1].token_ids += ids[shared:]
-        packs[-1].positions += range(shared, len(ids))
-        packs[-1].paths[s] = path
-        before, previous = ids, s
-    return packs
-
-
-def pack_tensors(packs: list[Pack], device):
-    """(ids [B, L], mask [B, 1, L, L] or None where no path branches, positions [B, L])."""
-    width = max(len(pack.token_ids) for pack in packs)
-    ids = torch.zeros(len(packs), width, dtype=torch.long)
-    positions = torch.zeros(len(packs), width, dtype=torch.long)
-    for b, pack in enumerate(packs):
-        ids[b, : len(pack.token_ids)] = torch.tensor(pack.token_ids)
-        positions[b, : len(pack.positions)] = torch.tensor(pack.positions)
-    if all(path == list(range(len(path))) for pack in packs for path in pack.paths.values()):
-        return ids.to(device), None, torch.arange(width, device=device)[None].expand(len(packs), -1)
-    mask = torch.eye(width, dtype=torch.bool).repeat(len(packs), 1, 1)
-    for b, pack in enumerate(packs):
-        seen = 0
-        for path in pack.paths.values():  # in the order of packing: the tokens from `seen` on are new
-            new = [i for i, place in enumerate(path) if place >= seen]
-            if new:
-                rows = torch.tensor(path[new[0] :])
-                mask[b, rows[:, None], torch.tensor(path[: new[0]], dtype=torch.long)[None]] = True
-                mask[b, rows[:, None], rows[None]] = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
-                seen = path[-1] + 1
-    return ids.to(device), mask[:, None].to(device), positions.to(device)
-
-
-def packed_states(model, packs: list[Pack], cache=None):
-    """The output of the model's body for ids [packs, columns], its own masks taken over positions and within paths."""
-    ids, paths, positions = pack_tensors(packs, model.device)
-    body = partial(body_of(model), ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
-    if paths is None:
-        return body()
-
-    def along_paths(stock, *, mask_function, **options):
-        if stock is sdpa_mask and mask_function is causal_mask_function:
-            return paths
-
-        def inside(b, h, q, kv):
-            path: Any = paths
-            path = path if q.ndim == 4 else path[b, 0, q, kv]  # flex attention asks for one pair at a time
-            return mask_function(b, h, positions[b, q], positions[b, kv]) & path
-
-        return stock(mask_function=inside, **{**options, "attention_mask": None, "allow_is_causal_skip": False})
-
-    with own_masks(model, along_paths):  # without a mask, positions that restart would pass for new sequences
-        return body(attention_mask=torch.ones_like(ids))
-
-
-@contextmanager
-def own_masks(model, make):
-    """Inside, `make(stock, mask_function=…, …)` makes the masks that the model asks transformers for: the model says
-    which one each layer needs (causal, with a window, in chunks: `mask_function`), and `stock`, transformers' own
-    function, in which form its attention takes it."""
-    name = model.config.get_text_config()._attn_implementation
-    stock = ALL_MASK_ATTENTION_FUNCTIONS[name]
-    ALL_MASK_ATTENTION_FUNCTIONS[name] = partial(make, stock)
-    try:
-        yield
-    finally:
-        ALL_MASK_ATTENTION_FUNCTIONS[name] = stock
-
-
 class GrowingLayer(DynamicLayer):
     """A transformers cache layer with free room at its end, so that a token is written in place; the stock layer
     copies the whole cache at every token. Row r starts as the columns `columns[r]` of row `source[r]` of `layer`."""
@@ -345,122 +232,53 @@ class GrowingLayer(DynamicLayer):
         self.buffers = [buffer[rows] for buffer in self.buffers]
 
 
-@torch.inference_mode()
-def sequence_logprobs(sampler, heads: list[list[int]], tails: list[list[int]]) -> np.ndarray:
-    """log P(tail | head) for each pair, [pairs]; shared prefixes are computed once."""
-    if isinstance(sampler.engine, ServedEngine):
-        sampler.computed_tokens += sum(map(len, [*heads, *tails]))
-        return np.array(sampler.engine.at_once(sampler.engine.score, list(zip(heads, tails))))
-    model, dtype = sampler.model, sampler.engine.dtype
-    if not hasattr(model, "packs"):
-        say_once(check_likelihood(model, dtype))
-    longest = max((len(h) + len(t) for h, t in zip(heads, tails)), default=0)
-    shared = model.packs and longest <= same_positions(model)
-    sums, computed = (packed_logprobs if shared else row_logprobs)(model, dtype, heads, tails)
-    sampler.computed_tokens += computed
-    if np.isnan(sums).any():
-        fail("the model's logits are not finite (a weight is NaN or infinite, or the arithmetic overflows)")
-    return sums
+# ============================================================================================ the start check
 
 
-def packed_logprobs(model, dtype: torch.dtype, heads, tails) -> tuple[np.ndarray, int]:
-    """(log P(tail | head) of each pair, tokens computed), shared prefixes once."""
-    model.eval()
-    out, computed = np.zeros(len(heads)), 0
-    packs = sorted(pack_prefixes([h + t for h, t in zip(heads, tails)]), key=lambda p: len(p.token_ids))
-    while packs:
-        batch = [packs.pop()]
-        width = len(batch[0].token_ids)
-        while packs and (len(batch) + 1) * width <= 16_384:
-            batch.append(packs.pop())
-        with autocast(dtype):
-            output = packed_states(model, batch)
-        computed += sum(len(pack.token_ids) for pack in batch)
-        items = [(b, s, path) for b, pack in enumerate(batch) for s, path in pack.paths.items()]
-        row = torch.tensor([b for b, s, _ in items for _ in tails[s]], device=model.device)
-        column = torch.tensor([c for _, s, path in items for c in path[-len(tails[s]) - 1 : -1]], device=model.device)
-        target = torch.tensor([t for _, s, _ in items for t in tails[s]], device=model.device)
-        owner = np.array([s for _, s, _ in items for _ in tails[s]])
-        with autocast(dtype):
-            logits = head(model, output.last_hidden_state[row, column], type(output)).float()
-        logprobs = logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
-        np.add.at(out, owner, logprobs.double().cpu().numpy())
-    return out, computed
-
-
-def row_logprobs(model, dtype: torch.dtype, heads, tails) -> tuple[np.ndarray, int]:
-    """As `packed_logprobs`, one plain forward a pair."""
-    model.eval()
-    out = np.zeros(len(heads))
-    for i, (first, tail) in enumerate(zip(heads, tails)):
-        with autocast(dtype):
-            logprobs = truth(model, first + tail)[-len(tail) :]
-        out[i] = float(logprobs.gather(-1, torch.tensor(tail, device=model.device)[:, None]).double().sum())
-    return out, sum(map(len, heads)) + sum(map(len, tails))
-
-
-# ============================================================================================ is it the model's own?
-
-
-def self_check(engine, model) -> None:
-    """Before anything is sampled, compares engine, update and likelihood with the plain forward of the same sequences;
-    what differs takes the plain path and says so, and the run ends where that differs, too."""
-    with autocast(engine.dtype):
-        notes = [check_update(model)]
-    notes.append(check_likelihood(engine.model, engine.dtype))
-    if isinstance(engine, TransformersEngine):
-        notes.append(check_sampling(engine.model, engine))
-    if any(notes):
-        say_once(f"{name_of(model)} takes plain paths: {'; '.join(filter(None, notes))}")
+def ways_of(model, dtype: torch.dtype = torch.float32, trained=None, samples: bool = True) -> Ways:
+    """Before anything is sampled, compares updates, likelihoods and samples with the plain forward of the same
+    sequences. What differs takes the plain path and says so; a model whose plain path differs, too, is refused.
+    `trained`: the model that is updated, where `model` is its copy; `samples`: False where another engine samples."""
+    versions = [weights._version for weights in model.parameters()]
+    with autocast(dtype):
+        update, slow_update = way_to_update(trained or model)
+    score, slow_score = way_to_score(model, dtype)
+    sample, slow_sample = way_to_sample(model, dtype) if samples else ("", "")
+    if notes := [note for note in (slow_update, slow_score, slow_sample) if note]:
+        say_once(f"{name_of(model)} takes plain paths: {'; '.join(notes)}")
+    return Ways(sample, update, score, versions == [weights._version for weights in model.parameters()])
 
 
 @torch.inference_mode()
 @with_short_windows
-def check_sampling(model, engine: TransformersEngine) -> str:
-    """Sets `model.samples` to the fastest way whose greedy tokens and log-probs are those of plain forwards; returns a
-    note if it is a slow one."""
-    prompt_tokens, gaps = engine.prompt_tokens, {}
+def way_to_sample(model, dtype: torch.dtype) -> tuple[str, str]:
+    """(`Ways.sample`: the fastest way whose greedy tokens and log-probs are those of plain forwards, a note if it is a
+    slow one)."""
+    gaps, prompts = {}, probes(model)
     model.eval()
-    prompts = probes(model)
-    with autocast(engine.dtype):
+    with autocast(dtype):
         limit = tolerance(model, prompts[0])
-    for model.samples in ("shared", "cached", "uncached"):
-        gaps[model.samples] = math.inf
+    for way in ("shared", "cached", "uncached"):
+        gaps[way] = math.inf
         with suppress(Exception):
+            engine = TransformersEngine(model, dtype, ways=Ways(way, "rows", "rows"))
             rows = engine.generate(prompts, [5, 4, 5, 3, 5, 4], [(i,) for i in range(6)], [], range(1), 0.0, 1.0)
             off_by = []
             for prompt, (c,) in zip(prompts, rows):
-                with autocast(engine.dtype):
+                with autocast(dtype):
                     expected = truth(model, prompt + c.token_ids)[len(prompt) - 1 :]
                 chosen = expected.gather(-1, torch.tensor(c.token_ids, device=model.device)[:, None])[:, 0]
                 reported = torch.tensor(c.logprobs, device=model.device)
                 off_by.append((chosen - reported).abs() + (expected.amax(-1) - chosen))
-            gaps[model.samples] = rms(torch.cat(off_by))
-        if gaps[model.samples] <= limit:
+            gaps[way] = rms(torch.cat(off_by))
+        if gaps[way] <= limit:
             break
     else:
         ways = "; ".join(f"{way}: {off(gap)}" for way, gap in gaps.items())
-        fail(f"{name_of(model)}: no way to sample from it equals its plain forward ({ways}); try --engine vllm")
-    engine.prompt_tokens = prompt_tokens
-    if model.samples == "shared":
-        return ""
-    cache = "" if model.samples == "cached" else " without a cache"
-    return f"transformers' generate samples{cache} (shared prefixes: {off(gaps['shared'])})"
-
-
-@torch.inference_mode()
-@with_short_windows
-def check_likelihood(model, dtype: torch.dtype) -> str:
-    """Sets `model.packs`: may sequences that share prefixes be scored as one row? Returns a note if not."""
-    model.eval()
-    heads = probes(model)
-    tails = [heads[-1][: 1 + i % 3] for i in range(len(heads))]
-    with autocast(dtype):
-        limit = tolerance(model, heads[0])
-    expected, _ = row_logprobs(model, dtype, heads, tails)
-    gap = math.inf
-    with suppress(Exception):
-        sums, _ = packed_logprobs(model, dtype, heads, tails)
-        gap = rms(torch.from_numpy((sums - expected) / [len(tail) for tail in tails]))
-    model.packs = gap <= limit
-    return "" if model.packs else f"likelihoods take one forward a boundary (shared prefixes: {off(gap)})"
+        raise Refused(
+            f"{name_of(model)}: no way to sample from it equals its plain forward ({ways}); try --engine vllm"
+        )
+    if way == "shared":
+        return way, ""
+    cache = "" if way == "cached" else " without a cache"
+    return way, f"transformers' generate samples{cache} (shared prefixes: {off(gaps['shared'])})"

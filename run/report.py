@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from plumbing.runs import fail, load_records, read_jsonl, settings_of, write_json, write_text
+from run.files import fail, read_jsonl, write_json, write_text
+from run.folder import load_records, settings_of
 
 # ============================================================================================ numbers
 

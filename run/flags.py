@@ -8,58 +8,66 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from plumbing.runs import config_of, fail, first_line, is_served, is_tiny
-from plumbing.served_engine import find_model
+from engine import first_line
+from engine.models import is_tiny
+from engine.served_engine import find_served, is_served
+from run.files import fail
+from run.folder import config_of
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that mean the same in every script."""
-    data = parser.add_argument_group("model and data")
-    data.add_argument("--model", help="Hub id, folder, tiny (the embedded reasoner; default) or a served name")
-    dataset = (
-        "Hub id, file, tiny or tiny:30 (10, 20 or 30 candidates); default: tiny, or the paper's with another model"
-    )
-    data.add_argument("--dataset", help=dataset)
-    data.add_argument("--split", help="split of the data set, or a part of one like test[100:200]")
-    data.add_argument("--limit", type=positive_int, help="use only so many problems, from the first")
-    data.add_argument("--problem-column", help="column of the problem, or outer.inner; default: one of the usual names")
-    data.add_argument("--answer-column", help="column of the gold answer, likewise")
-    data.add_argument("--skip-unusable", action="store_true", help="leave out rows of a file that cannot be used")
+def new_parser(doc: str | None, dataset: tuple, split: tuple, limit: tuple) -> argparse.ArgumentParser:
+    """A parser with the flags that mean the same in every script; the script's own defaults as in `add_group`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = add_group(parser, "model and data")
+    flag("model", help="Hub id, folder, tiny (the embedded reasoner; default) or a served name")
+    flag("dataset", *dataset, help="Hub id, file, tiny or tiny:30 (10, 20 or 30 candidates)")
+    flag("split", *split, help="split of the data set, or a part of one like test[100:200]")
+    flag("limit", *limit, type=positive_int, help="use only so many problems, from the first")
+    flag("problem-column", help="column of the problem, or outer.inner; default: one of the usual names")
+    flag("answer-column", help="column of the gold answer, likewise")
+    flag("skip-unusable", action="store_true", help="leave out rows of a file that cannot be used")
     template = """arguments of the chat template, such as '{"enable_thinking": false}'"""
-    data.add_argument("--chat-template-kwargs", type=json_object, metavar="JSON", help=template)
+    flag("chat-template-kwargs", type=json_object, metavar="JSON", help=template)
     markers = "phrases, one a line, that open an episode besides the published ones"
-    data.add_argument("--markers", type=Path, metavar="FILE", help=markers)
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--engine",
-        type=engine_name,
-        default="auto",
-        help="what samples: vllm, transformers, or the address of a server like http://127.0.0.1:8000/v1, its key in "
-        "OPENAI_API_KEY (default: vllm if it is installed and finds a device)",
-    )
-    run.add_argument("--tokenizer", help="that of a served model: Hub id or folder (default: what the server loaded)")
-    run.add_argument("--concurrency", type=positive_int, default=64, help="requests to a server at a time (64)")
+    flag("markers", type=Path, metavar="FILE", help=markers)
+    flag = add_group(parser, "run")
+    engine = "what samples: vllm, transformers, or the address of a server like http://127.0.0.1:8000/v1, its key in "
+    engine += "OPENAI_API_KEY (default: vllm if it is installed and finds a device)"
+    flag("engine", type=engine_name, default="auto", help=engine)
+    flag("tokenizer", help="that of a served model: Hub id or folder (default: what the server loaded)")
+    flag("concurrency", type=positive_int, default=64, help="requests to a server at a time (64)")
     dtype = "precision; auto: bfloat16 on a GPU, float32 on a CPU"
-    run.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help=dtype)
-    run.add_argument("--seed", type=whole_number, default=0)
-    run.add_argument("--out", type=Path, help="folder of the run; default: runs/ and a name made from the settings")
-    run.add_argument("--config", type=Path, help="YAML file of defaults; flags override it")
-    again = run.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
-    again.add_argument("--overwrite", action="store_true", help="discard the run in --out and start again")
+    flag("dtype", choices=("auto", "bfloat16", "float32"), default="auto", help=dtype)
+    flag("seed", type=whole_number, default=0)
+    flag("out", type=Path, help="folder of the run; default: runs/ and a name made from the settings")
+    flag("config", type=Path, help="YAML file of defaults; flags override it")
+    flag("resume", action="store_true", help="go on where the run in --out stopped")
+    flag("overwrite", action="store_true", help="discard the run in --out and start again")
+    return parser
 
 
-def shared_flags(parser: argparse.ArgumentParser, title: str, names: str):
-    """Adds a group with the named flags of `SHARED`; returns the group's `add_argument` for the script's own."""
-    add = parser.add_argument_group(title).add_argument
-    for name in names.split():
-        kind, text = SHARED[name]
-        add(f"--{name}", type=kind, help=text)
-    return add
+def add_group(parser: argparse.ArgumentParser, title: str) -> Callable:
+    """Adds a group of flags; returns `flag(name, tiny, other, source, **as of add_argument)`: the defaults with the
+    embedded model and with any other, and where the second comes from. Type and help of a name in `SHARED` are there.
+    """
+    group = parser.add_argument_group(title)
+
+    def flag(name: str, tiny=None, other=None, source: str = "", **more) -> None:
+        if name in SHARED:
+            more["type"], more["help"] = SHARED[name]
+        if source:
+            values = f"{tiny}" if tiny == other else f"{tiny} for tiny, else {other}"
+            more["help"] = f"{more.get('help', '')} (default: {values}; {source})".strip()
+        action: Any = group.add_argument(f"--{name}", **more)
+        action.by_model = (tiny, other)
+
+    return flag
 
 
 def engine_name(text: str) -> str:
@@ -122,7 +130,7 @@ def non_negative(text: str) -> float:
     return value
 
 
-# Flags that mean the same in every script that has them; their defaults are in the scripts' DEFAULTS.
+# Flags that mean the same in every script that has them.
 SHARED = {
     "num-samples": (positive_int, "traces per problem"),
     "max-tokens": (positive_int, "budget of a completion, thought and answer"),
@@ -145,15 +153,9 @@ SHARED = {
 }
 
 
-def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], argv: list[str] | None = None):
-    """Parses flags over the settings of a --config file, if one is given, over the script's defaults.
-
-    defaults: flag → (default with the embedded model, default with any other, where the second comes from).
-    """
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
+    """Parses flags over the settings of a --config file, if one is given, over the script's defaults."""
     actions = {action.dest: action for action in parser._actions}
-    for name, (small, large, source) in defaults.items():
-        values = f"{small}" if small == large else f"{small} for tiny, else {large}"
-        actions[name].help = f"{actions[name].help or ''} (default: {values}; {source})".strip()
     known, _ = parser.parse_known_args(argv)
     if known.config:
         from_file = []
@@ -177,9 +179,12 @@ def parse_flags(parser: argparse.ArgumentParser, defaults: dict[str, tuple], arg
     if is_served(args.engine) and not any(getattr(args, flag, None) for flag in ("compare", "from_run", "dry_run")):
         ask_server(args)
     args.model = args.model or "tiny"
-    for name, (small, large, _) in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, small if is_tiny(args.tokenizer or args.model.split(",")[0]) else large)
+    tiny = is_tiny(args.tokenizer or args.model.split(",")[0])
+    for name, action in actions.items():
+        if getattr(args, name, "") is None:
+            setattr(args, name, getattr(action, "by_model", (None, None))[not tiny])
+    if args.resume and args.overwrite:
+        fail("--resume and --overwrite: not both")
     args.markers = load_markers(args.markers) if args.markers else []
     if "budgets" in args:
         compared = getattr(args, "compare", None)  # then the records say how long thoughts may be
@@ -221,12 +226,12 @@ def each_in_its_folder(args: argparse.Namespace, names: list[str], settings: lis
 
 def ask_server(args) -> None:
     """Sets --model, --tokenizer and the context of a served model to what the server at --engine says."""
-    models = [find_model(args.engine, model) for model in (args.model.split(",") if args.model else [None])]
-    args.model = ",".join(name for name, _, _ in models)
-    if not args.tokenizer and models[0][1].startswith("/") and not Path(models[0][1]).is_dir():
-        fail(f"--engine {args.engine}: has loaded {models[0][1]}, which is not here; name its --tokenizer")
-    args.tokenizer = args.tokenizer or models[0][1]
-    args.context = min((context for _, _, context in models if context), default=None)
+    models = [find_served(args.engine, model) for model in (args.model.split(",") if args.model else [None])]
+    args.model, weights = ",".join(model.name for model in models), models[0].weights
+    if not args.tokenizer and weights.startswith("/") and not Path(weights).is_dir():
+        fail(f"--engine {args.engine}: has loaded {weights}, which is not here; name its --tokenizer")
+    args.tokenizer = args.tokenizer or weights
+    args.context = min((model.context for model in models if model.context), default=None)
 
 
 def read_config(path: Path) -> dict:

@@ -7,15 +7,16 @@ import importlib.util
 import os
 import warnings
 import zlib
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
-from plumbing.models import Completion
-from plumbing.training import full_weights, ranks
+from engine.prefixes import score_sequences
+from engine.processes import full_weights, ranks
+from engine.tokens import Completion
+from engine.transformers_engine import ways_of
 
 
 def vllm_or_why_not() -> tuple[str | None, str]:
@@ -62,6 +63,7 @@ class VllmEngine:
 
         self.path, self.dtype, self.longest, self.trained = path, dtype, longest, trained
         self.prompt_tokens = 0
+        self.ways = ways_of(trained, dtype, samples=False) if trained is not None else None
         try:
             self.generation_config = GenerationConfig.from_pretrained(path)
         except OSError:  # there is none: as transformers does
@@ -126,13 +128,9 @@ class VllmEngine:
             rows[number // len(samples)].append(Completion(ids, logprobs, reason))
         return rows
 
-    @cached_property
-    def model(self) -> Any:
-        if self.trained is not None:
-            return self.trained
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype)
-        return model.to(device).eval()
+    def score(self, heads: list[list[int]], tails: list[list[int]]) -> tuple[np.ndarray, int]:
+        """By the transformers model that is trained: vLLM has no log-probs of given tokens without sampling."""
+        return score_sequences(self.trained, self.dtype, self.ways.score, heads, tails)
 
     def pause(self) -> None:
         if self.sleeps and not self.asleep:

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from engine import first_line
+from engine.models import ROOT
 from plumbing.answers import check_gold, extract_answer
-from plumbing.runs import ROOT, fail, first_line, parse_lines
+from run.files import fail, parse_lines
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages")
 ANSWER_COLUMNS = ("final_answer", "expected_answer", "ground_truth", "reward_model.ground_truth", "answer", "solution")

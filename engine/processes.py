@@ -1,0 +1,89 @@
+"""Several processes under torchrun: ranks, sharding, sums and gathers."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, number of processes) of a training under torchrun. (vLLM initialises torch.distributed in any process,
+    so that alone says nothing.)"""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_processes() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun set them; (0, 1) without it. Only rank 0 prints."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(end_processes)
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return ranks()
+
+
+def end_processes() -> None:
+    """Before the interpreter exits: a thread of the process group that asks for its lock after that aborts the process.
+    The threads run as long as something refers to the group: here device meshes, which caches of torch keep."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for mesh in [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]:
+        vars(mesh).get("_pg_registry", {}).clear()
+    gc.collect()
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Each value summed over the processes."""
+    if ranks()[1] == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    total = total.cuda() if torch.cuda.is_available() else total
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_over_ranks(items: list) -> list:
+    """The lists of all processes, joined."""
+    if ranks()[1] == 1:
+        return items
+    parts: list = [None] * ranks()[1]
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def wait_for_ranks() -> None:
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+def shard(model, dtype: torch.dtype, scores: Callable) -> Callable:
+    """PyTorch's FSDP2: every process keeps a share of each weight, its gradient and its moments, and gathers a layer
+    when it computes it. Returns `scores` of the model, which may use weights outside of `forward`."""
+    low = dtype != torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
+    lists = [module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList)]
+    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[]):  # the blocks
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    model.scores = types.MethodType(scores, model)
+    register_fsdp_forward_method(model, "scores")
+    return model.scores
+
+
+def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor) of a model that may be sharded; a collective, so every process goes through all of it."""
+    for name, tensor in model.state_dict().items():
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

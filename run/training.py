@@ -1,0 +1,393 @@
+"""A training, whatever its loss: steps, micro-batches, checkpoints, fine-tuning on weighted tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from engine import Refused, first_line
+from engine.checks import Ways, name_of
+from engine.logprobs import CHUNK_LOGITS, check_training, token_logprobs
+from engine.models import autocast, load_config, pick_dtype
+from engine.processes import full_weights, gather_over_ranks, ranks, shard, sum_over_ranks, wait_for_ranks
+from run.files import append_jsonl, fail, whole_lines, write_text
+from run.folder import duration, metrics_reporter
+
+# ============================================================================================ steps
+
+
+class Steps:
+    """The steps of a training, to be gone through with `for`: each sets the learning rate and gives its number, from 0.
+
+    It begins at the checkpoint in `run`, if there is one, and ends after `steps` steps or `sampled_tokens` tokens.
+    `state` is what a checkpoint keeps beside weights and moments; a step is done when `record` has counted it.
+    """
+
+    def __init__(
+        self, args, run: Path, model, tokenizer, optimizer, fresh: dict, steps: float, sampled_tokens=math.inf
+    ):
+        self.args, self.run, self.model, self.tokenizer, self.optimizer = args, run, model, tokenizer, optimizer
+        self.steps, self.sampled_tokens = steps, sampled_tokens
+        self.state = {"step": 0, **fresh}
+        if checkpoint := latest_checkpoint(run):
+            self.state = load_checkpoint(checkpoint, model, optimizer)
+            print(f"resumed from {checkpoint} at step {self.state['step']}")
+        if ranks()[0] == 0:
+            rewind(run, self.state["step"])
+
+    def done(self) -> float:
+        """The share of the training that is done."""
+        return max(self.state["step"] / self.steps, self.state.get("sampled_tokens", 0) / self.sampled_tokens)
+
+    def due(self, every: int) -> bool:
+        """Is it after every so many steps, or at the end?"""
+        return self.state["step"] % every == 0 or self.done() >= 1
+
+    def __iter__(self) -> Iterator[int]:
+        self.tell, self.signals = metrics_reporter(self.args, self.run), on_stop()
+        self.first, self.began = self.done(), time.time()
+        while self.done() < 1:
+            self.step_began, self.rate = time.time(), learning_rate(self.args, self.done())
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate
+            yield self.state["step"]
+        end_on_stop()
+
+    def record(self, metrics: dict, text: str, **counts: float) -> None:
+        """Counts a step: adds `counts` to the state, writes the metrics, prints the text (if any) and the time left."""
+        self.state |= {name: self.state[name] + more for name, more in counts.items()}
+        self.state["step"] += 1
+        metrics = {**self.state, **metrics, "lr": self.rate}
+        if ranks()[0] == 0:
+            append_jsonl(self.run / "metrics.jsonl", [metrics])
+            self.tell(metrics)
+        if text:
+            speed = (time.time() - self.began) / max(self.done() - self.first, 1e-9)
+            print(f"{text}  {duration(speed * max(0.0, 1 - self.done()))} left", flush=True)
+
+    def checkpoint(self) -> None:
+        """Writes a checkpoint every --checkpoint-every steps; after a signal writes one and ends the run."""
+        stopping = sum_over_ranks([float(bool(self.signals))])[0] > 0
+        if self.state["step"] % self.args.checkpoint_every == 0 or stopping:
+            save_checkpoint(self.run, self.model, self.tokenizer, self.optimizer, self.state)
+        if stopping:
+            print(f"stopped after step {self.state['step']}, with a checkpoint; --resume goes on", flush=True)
+            raise SystemExit(128 + (self.signals or [signal.SIGTERM])[0])
+
+
+def draw_problems(problems: list[dict], count: int, step: int, seed: int) -> list[dict]:
+    """Problems `step * count …` of the endless sequence of shuffled passes, each with its place in the step: a function
+    of the step, so a resumed run sees the same data."""
+    places = range(step * count, (step + 1) * count)
+    passes = {place // len(problems) for place in places}
+    orders = {number: np.random.default_rng([seed, number]).permutation(len(problems)) for number in passes}
+    drawn = [problems[orders[place // len(problems)][place % len(problems)]] for place in places]
+    return [{**problem, "place": place} for place, problem in enumerate(drawn)]
+
+
+def learning_rate(args, done: float) -> float:
+    """At a share `done` of the run: linear warm-up, then constant or a cosine to 0."""
+    if done < args.warmup:
+        return args.lr * max(done / args.warmup, 0.02)
+    if args.schedule == "constant":
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (done - args.warmup) / max(1e-9, 1 - args.warmup)))
+
+
+def on_stop() -> list[int]:
+    """Signals that ask the process to end (Ctrl-C; SIGTERM, as schedulers send before they kill) are noted here, to be
+    looked at between steps. After the first a second one ends the process at once."""
+    received: list[int] = []
+
+    def note(number, _frame):
+        received.append(number)
+        end_on_stop()
+        print(f"{signal.Signals(number).name}: finishing the step; a second one ends at once", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return received
+
+
+def end_on_stop() -> None:
+    """These signals end the process at once again, for work whose records are complete line by line."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ============================================================================================ an update
+
+
+def prepare(model, dtype: torch.dtype, ways: Ways, recompute: bool) -> Callable:
+    """Makes a model ready to be trained, before its optimiser: gradient checkpointing if `recompute`, sharding where
+    there are processes. Returns `token_logprobs` of the model; refuses one that cannot be trained."""
+    if not ways.trainable:
+        raise Refused(
+            f"{name_of(model)} cannot be trained: its forward pass changes its weights, so others would be saved"
+        )
+    if recompute and model.supports_gradient_checkpointing:  # the name in newer and in older transformers
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    scores = partial(token_logprobs, way=ways.update)
+    score = shard(model, dtype, scores) if ranks()[1] > 1 else partial(scores, model)
+    with autocast(dtype):
+        check_training(model, score)
+    return score
+
+
+def adamw(args, model) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+
+
+Example = tuple[list[int], int, np.ndarray]  # token ids; the first trained one; numbers of each trained token, [C, n]
+
+
+def micro_batches(examples: list[Example], chosen: Iterable[int], max_tokens: int, device) -> list[tuple]:
+    """The chosen examples as (numbers, ids [B, T], where [B, T], columns [C, N]), the longest first, cut where rows ×
+    width would exceed `max_tokens`. N counts the trained tokens, row by row: those that `where` marks. For example
+
+        ([7, 8, 9, 4, 2], 2, [[.5, .5, .5]])      ids   7 8 9 4 2    where  . . x x x    columns .5 .5 .5 -.1
+        ([7, 8, 3], 2, [[-.1]])                         7 8 3 0 0           . . x . .
+
+    Every process gets as many, or their collectives would wait for each other for ever: one with fewer gets copies of
+    an example without a number, for a backward pass that counts for nothing.
+    """
+    order, batches = sorted(chosen, key=lambda i: len(examples[i][0])), []
+    while order:
+        width, numbers = len(examples[order[-1]][0]), []
+        while order and (not numbers or (len(numbers) + 1) * width <= max_tokens):
+            numbers.append(order.pop())
+        batches.append((numbers, *batch_tensors([examples[i] for i in numbers], device)))
+    most = max(gather_over_ranks([len(batches)]))
+    return batches + [([], *batch_tensors(examples[:1], device))] * (most - len(batches))
+
+
+def batch_tensors(examples: list[Example], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = max(len(ids) for ids, _, _ in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    where = torch.zeros(len(examples), width, dtype=torch.bool)
+    for row, (tokens, first, _) in enumerate(examples):
+        ids[row, : len(tokens)] = torch.tensor(tokens)  # padded on the right: causal attention needs no mask
+        where[row, first : len(tokens)] = True
+    columns = torch.from_numpy(np.concatenate([columns for *_, columns in examples], axis=1)).float()
+    return ids.to(device), where.to(device), columns.to(device)
+
+
+def with_old_logprobs(args, score, examples: list[Example], device) -> list[Example]:
+    """The examples with one column more: their tokens' log-probs before the first of several steps."""
+    old: dict[int, torch.Tensor] = {}
+    with torch.no_grad(), autocast(pick_dtype(args.dtype)):
+        for numbers, ids, where, _ in micro_batches(examples, range(len(examples)), args.max_tokens_per_batch, device):
+            logprobs = score(ids, where, args.temperature)[0].cpu()
+            old |= dict(zip(numbers, logprobs.split([examples[i][2].shape[1] for i in numbers])))
+    return [(ids, first, np.vstack([columns, old[i]])) for i, (ids, first, columns) in enumerate(examples)]
+
+
+def check_gap(gaps: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """|log-prob of the trainer - of the sampler| of every token; stops the run if they are not the same policy."""
+    gap = torch.cat(gather_over_ranks(gaps))
+    if not gap.mean() <= (0.05 if dtype == torch.bfloat16 else 1e-3):
+        raise FloatingPointError(
+            f"sampler and trainer differ by {gap.mean():.3g} nats on average in the log-probs of the same tokens: look "
+            "at temperature, dtype and the end-of-turn tokens; after the first step with vLLM, at whether its weights "
+            "and its prefix cache are those of the updated model"
+        )
+    return gap
+
+
+def optimizer_step(model, optimizer, max_grad_norm: float) -> float:
+    """A step on the clipped gradient; returns its norm before clipping. FloatingPointError if that is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"gradient norm is {float(norm)}")
+    optimizer.step()
+    return float(norm)
+
+
+# ============================================================================================ fine-tuning
+
+
+def fine_tune(args, folder: Path, model, score, tokenizer, examples: list[Example]) -> dict:
+    """--epochs passes over examples with one column, the weight of each trained token, in place; resumed from any
+    checkpoint in `folder`. Returns steps and the last loss."""
+    if ranks()[0] == 0:
+        folder.mkdir(exist_ok=True)
+    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
+    count, optimizer = steps_per_epoch * args.epochs, adamw(args, model)
+    steps = Steps(args, folder, model, tokenizer, optimizer, {"loss": 0.0}, count)
+    for step in steps:
+        epoch, number = divmod(step, steps_per_epoch)
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
+        batch = [examples[i] for i in order[number::steps_per_epoch]]  # an epoch's batches are about equal in size
+        loss = steps.state["loss"] = fine_tuning_step(args, model, score, optimizer, batch)
+        if not math.isfinite(loss):
+            fail(f"step {step + 1} of the fine-tuning in {folder}: the loss is {loss}")
+        shown = (step + 1) % max(1, count // 5) == 0
+        steps.record({"examples": len(batch)}, f"step {step + 1} of {count}  loss {loss:.4f}" if shown else "")
+        steps.checkpoint()
+    model.eval()
+    return {"steps": count, "loss": steps.state["loss"]}
+
+
+def fine_tuning_step(args, model, score, optimizer, batch: list[Example]) -> float:
+    """One optimiser step on -Σ w log p / Σ w over the trained tokens of the whole batch: a token counts the same
+    however the batch is split into micro-batches and over processes. Each process has the whole batch."""
+    (rank, world), total = ranks(), 0.0
+    total_weight = float(sum(columns.sum() for *_, columns in batch))
+    optimizer.zero_grad()
+    share = range(rank, len(batch), world)
+    for numbers, ids, where, (weights,) in micro_batches(batch, share, args.max_tokens_per_batch, model.device):
+        with autocast(pick_dtype(args.dtype)):
+            logprobs, _ = score(ids, where)
+        loss = -(weights * logprobs).sum() / total_weight * bool(numbers)
+        (loss * world).backward()  # FSDP takes the mean of the processes' gradients
+        total += loss.item()
+    optimizer_step(model, optimizer, args.max_grad_norm)
+    return sum_over_ranks([total])[0]
+
+
+# ============================================================================================ checkpoints
+
+
+def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict) -> None:
+    """`checkpoints/step_N`: the model in Hugging Face format and what training needs to go on, the same however
+    many processes wrote it. It is written under another name and renamed when complete; then the one before goes."""
+    final = run / "checkpoints" / f"step_{state['step']:06d}"
+    weights = dict(full_weights(model))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=ranks()[1] > 1)
+    moments = get_optimizer_state_dict(model, optimizer, options=options)
+    if ranks()[0] == 0 and not final.exists():
+        temporary = final.with_suffix(".tmp")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            model.save_pretrained(temporary, state_dict=weights)
+            tokenizer.save_pretrained(temporary)
+            torch.save({"optimizer": moments, "state": state}, temporary / "training.pt")
+            temporary.rename(final)
+        except Exception as error:  # a full disk, most likely; each library has its own exception for it
+            shutil.rmtree(temporary, ignore_errors=True)
+            newest = latest_checkpoint(run)
+            fail(f"{final} cannot be written: {first_line(error)}; the last good checkpoint is {newest or 'none'}")
+        for old in sorted((run / "checkpoints").glob("step_??????"))[:-1]:
+            shutil.rmtree(old)
+    wait_for_ranks()
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    return max((run / "checkpoints").glob("step_??????"), default=None)
+
+
+def load_weights(model, folder: Path | str) -> None:
+    """Loads weights in Hugging Face format, in place, into a model that may be sharded."""
+    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=ranks()[1] > 1))
+
+
+def load_checkpoint(folder: Path, model, optimizer) -> dict:
+    """Restores weights and optimiser in place; returns the run's state. Files that are cut, missing or another model's
+    end the program."""
+    try:
+        saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        load_weights(model, folder)
+        options = StateDictOptions(full_state_dict=ranks()[1] > 1)
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+        return saved["state"]
+    except Exception as error:
+        fail(f"{folder} cannot be read ({first_line(error)}): --overwrite starts again")
+
+
+def rewind(run: Path, step: int) -> None:
+    """Drops the lines of steps after the checkpoint that a run resumes from; those steps are repeated."""
+    for name in ("metrics.jsonl", "records.jsonl", "validation.jsonl"):
+        if (run / name).exists():
+            kept = [line for line in whole_lines(run / name) if step and json.loads(line)["step"] <= step]
+            write_text(run / name, "".join(kept))
+
+
+def save_model(folder: Path, model, tokenizer) -> None:
+    """The model in Hugging Face format; complete or not there."""
+    weights = dict(full_weights(model))
+    if ranks()[0] == 0:
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    wait_for_ranks()
+
+
+# ============================================================================================ memory
+
+
+def update_memory(config, tokens: int, dtype: torch.dtype, reference: bool, world: int) -> tuple[int, dict[str, float]]:
+    """(number of parameters, estimated bytes of an update in each process, part by part). Weights, gradients and
+    AdamW's moments are float32 and shared among the processes; the reference is whole in each.
+
+    A micro-batch keeps each layer's input for the backward pass: float32 under autocast, `dtype` under FSDP2. On top
+    comes the largest of: a layer's inside in its backward pass (7 numbers a token for each unit of its MLP and 18
+    for each of its width, counted on a CPU); the copy of all weights that autocast keeps through a forward pass, whose
+    inside is a third of that; the head's gradient and a chunk of logits. AdamW's step needs one more number a weight
+    when all these are freed. FSDP2 keeps the embeddings and the head gathered, and their gradients."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    count = sum(p.numel() for p in model.parameters())
+    vocabulary = config.vocab_size * config.hidden_size
+    outer = vocabulary * (1 if getattr(config, "tie_word_embeddings", True) else 2)
+    size, many, low = dtype.itemsize, world > 1, dtype != torch.float32
+    inputs = (size if many else 4) * tokens * config.num_hidden_layers * config.hidden_size
+    inside = size * tokens * (7 * config.intermediate_size + 18 * config.hidden_size)
+    cast = size * count if low and not many else 0
+    head = (2 * size + 4) * vocabulary + 5 * 4 * min(tokens * config.vocab_size, CHUNK_LOGITS)
+    return count, {
+        "weights, gradients, moments": 16 * count / world,
+        "reference of the KL penalty": 4 * count if reference else 0,
+        "gathered by FSDP2": 2 * size * outer if many else 0,
+        "a micro-batch, or AdamW's step": max(inputs + max(inside, cast + inside / 3, head), 4 * count / world),
+    }
+
+
+def memory_plan(args, problems: int, longest: int) -> str:
+    """--dry-run: what the run will do, and an estimate of the memory that a process needs (`update_memory`). vLLM's
+    weights and cache are in its share of the card, and gone while it sleeps through an update."""
+    world, dtype = ranks()[1], pick_dtype(args.dtype)
+    tokens = max(args.max_tokens_per_batch, longest)
+    count, parts = update_memory(load_config(args.model), tokens, dtype, args.kl > 0, world)
+    if args.engine == "transformers" and world > 1:
+        parts["copy that samples"] = dtype.itemsize * count
+    steps = args.steps or math.ceil(problems / args.problems_per_step)
+    rollouts = args.problems_per_step * args.group_size
+    until = f"at most {args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
+    update = sum(parts.values()) / 2**30
+    kept = ("weights, gradients, moments", "reference of the KL penalty", "copy that samples")
+    resting = sum(parts.get(name, 0) for name in kept) / 2**30
+    beside = "vLLM's half of the card" if args.engine == "vllm" else "the sampler's cache"
+    return "\n".join(
+        [
+            f"{count / 1e6:,.1f}M parameters, {world} process{'es' * (world > 1)}, engine {args.engine}",
+            f"{problems} problems; {until} of {args.problems_per_step} × {args.group_size} = {rollouts} rollouts",
+            f"at most {args.max_tokens:,} tokens a rollout, {rollouts * args.max_tokens:,} a step; "
+            f"longest sequence {longest:,}",
+            f"memory of a process while it samples (estimate): {resting:.1f} GiB beside {beside}",
+            f"memory of a process in an update (estimate): {update:.1f} GiB",
+            *(f"  {name:30s} {value / 2**30:8.2f} GiB" for name, value in parts.items()),
+        ]
+    )

@@ -1,0 +1,113 @@
+"""The embedded reasoner: its problems, and what it does when it samples, which a rebuilt model has to do, too."""
+
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from common import Forcing, Segmentation, read_traces, set_likelihood_J, set_sampled_J
+from engine.sampler import Sampler
+from engine.tokens import prompt_ids
+from engine.transformers_engine import TransformersEngine
+from tiny.build import line
+from tiny.problems import LEVELS, PRIME, SPLITS, problems
+
+BUDGET = 256  # tokens
+LINE = re.compile(r"(?:\w+, |But hold on, )?(try|check) x = (\d+): ")
+FORCED = re.compile(r"Final Answer:\*\* \\boxed\{\d+\}")
+# Of 32 validation problems × 2 traces of at most 2 × BUDGET tokens: (what, from, to).
+WANTED = [
+    ("lines are valid", 0.95, 1),
+    ("the answer is right after a find", 0.95, 1),
+    ("J at prefixes that hold the solution", 0.95, 1),
+    ("J before a find, in that of an even guess among the candidates left, half of them ruled out", 0.8, 1.2),
+    ("forced answers are well-formed", 0.98, 1),
+    ("traces are right within the budget", 0.3, 0.65),
+    ("traces are longer than the budget", 0.02, 0.5),
+    ("episodes try", 0.2, 0.6),
+    ("episodes re-check", 0.15, 0.6),
+    ("episodes talk", 0.15, 0.6),
+]
+
+
+@pytest.fixture(scope="module")
+def figures(model, tokenizer) -> dict[str, float]:
+    """What `WANTED` names, as it is: shares, and J."""
+    sampler, rows = Sampler(TransformersEngine(model), tokenizer), problems("validation")[:32]
+    prompts = [prompt_ids(tokenizer, row["problem"]) for row in rows]
+    sampled = sampler.generate(prompts, 2 * BUDGET, [(0, i) for i in range(len(rows))], n=2)
+    groups = read_traces(tokenizer, rows, prompts, sampled, Segmentation(max_episodes=64))
+    traces = [trace for group in groups for trace in group]
+    found: dict[str, list[float]] = {name: [] for name, _, _ in WANTED}
+
+    def note(name: str, value: float) -> None:
+        found[name].append(float(value))
+
+    set_sampled_J(sampler, traces, Forcing(4, 8), (1,))
+    for trace in traces:
+        n, b, x = (int(part) for part in trace.problem["id"].split("-")[2:])
+        ends, thought, shown = trace.boundaries, trace.prefix(trace.boundaries[-1]), f"x = {x} works"
+        for paragraph in thought.split("\n\n")[:-1]:  # the last may be cut
+            if "x = " in paragraph:
+                m = LINE.match(paragraph)
+                right = m and paragraph[m.start(1) :] + "\n\n" == line(int(m[2]), b, (x * x + b) % PRIME, m[1])
+                note("lines are valid", bool(right))
+        for start, end in pairwise(ends):
+            episode = trace.prefix(end)[len(trace.prefix(start)) :]
+            note("episodes try", "try x" in episode)
+            note("episodes re-check", "check x" in episode and "try x" not in episode)
+            note("episodes talk", "x = " not in episode)
+        if trace.finished and shown in thought:
+            note("the answer is right after a find", trace.reward)
+        for end, J, answers in zip(ends, trace.J, trace.forced):
+            if shown in trace.prefix(end):
+                note("J at prefixes that hold the solution", J)
+            for answer in answers if end < ends[-1] else []:
+                note("forced answers are well-formed", bool(FORCED.fullmatch(answer.text)))
+        short = len(trace.completion.token_ids) <= BUDGET
+        note("traces are right within the budget", trace.reward and short)
+        note("traces are longer than the budget", not short)
+    set_likelihood_J(sampler, traces)
+    late = []  # before a find, at least half ruled out: (J, 1 / number of candidates left)
+    for trace in traces:
+        n = trace.problem["level"]
+        for end, J in zip(trace.boundaries, trace.J):
+            tried = set(re.findall(r"try x = (\d+)", trace.prefix(end)))
+            if trace.problem["answer"] not in tried and 2 * len(tried) >= n:
+                late.append((J, 1 / (n - len(tried))))
+    means = {name: float(np.mean(values)) for name, values in found.items() if values}
+    return means | {WANTED[3][0]: float(np.divide(*np.sum(late, 0)))}
+
+
+@pytest.mark.parametrize("name, low, high", WANTED)
+def test_the_stored_model_behaves_as_wanted(figures, name, low, high):
+    assert low <= figures[name] <= high
+
+
+def test_the_stored_model_is_small(model):
+    assert sum(p.numel() for p in model.parameters()) <= 1_000_000
+    assert sum(f.stat().st_size for f in (ROOT / "tiny").rglob("*")) <= 2_000_000
+
+
+def test_splits_share_no_equation():
+    equations = {split: {tuple(p["id"].split("-")[3:]) for p in problems(split)} for split in SPLITS}
+    assert sum(map(len, equations.values())) == len(set.union(*equations.values()))
+    assert all(len(e) > 100 for e in equations.values())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_problem_has_exactly_one_solution_in_range(split):
+    rows = problems(split)
+    assert len({p["id"] for p in rows}) == len({p["problem"] for p in rows}) == len(rows)
+    for problem in rows:
+        words = problem["problem"].replace("(mod 61).", "").split()  # Find x between 1 and n such that x² + b ≡ r
+        n, b, r = int(words[5]), int(words[10]), int(words[12])
+        assert n == problem["level"]
+        assert [x for x in range(1, n + 1) if (x * x + b) % 61 == r] == [int(problem["answer"])]
+
+
+def test_levels_come_in_equal_shares():
+    first = [p["level"] for p in problems("train")[:60]]
+    assert {level: first.count(level) for level in LEVELS} == {10: 20, 20: 20, 30: 20}
