@@ -1,6 +1,9 @@
 """The commands of README and docs run as they stand, at toy size; functions, figures and numbers are where they say."""
 
+import contextlib
+import functools
 import importlib
+import io
 import json
 import operator
 import re
@@ -92,15 +95,21 @@ def here(flag: str, value: str) -> str:
     return value
 
 
+@functools.cache
+def flags_of(script: str) -> set[str]:
+    """Those that its --help lists."""
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        module_of(script).flags(["--help"])
+    return set(re.findall(r"^  (--[\w-]+)", text.getvalue(), re.M))
+
+
 def at_toy_size(script: str, text: str, out: Path) -> list[str]:
     """The flags of a command as the README has them, then those that make it small."""
     words, flags = shlex.split(text), []
     for i, word in enumerate(words):
         flags.append(word if word.startswith("-") else here(words[i - 1], word))
-    source = Path(module_of(script).__file__ or "").read_text(encoding="utf-8")
-    shared = " ".join(re.findall(r'(?:shared_flags\(parser, "[^"]*", |shared = )"([^"]*)"', source)).split()
     for flag, value in (SMALL_OF[script] if script not in MAIN else {**SMALL, **SMALL_OF.get(script, {})}).items():
-        if flag in ("--limit", "--dtype", "--engine") or f'"{flag}"' in source or flag[2:] in shared:
+        if script not in MAIN or flag in flags_of(script):
             flags += [flag, str(value)]
     if script in MAIN and "--config" in words:  # its model and data are on the Hub
         flags += ["--model", "tiny", "--dataset", "tiny", "--split", "train"]
