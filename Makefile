@@ -37,8 +37,8 @@ test: .venv/ready
 vllm: .venv-vllm/ready
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py tests/test_served.py tests/test_gpu_check.py
+	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py tests/test_served.py tests/test_gpu.py
 
-# No .venv: with the Python that requirements.txt was installed into.
+# No .venv: with the Python that requirements.txt was installed into. A worker, so that a crash or a hang ends one test.
 gpu-check:
-	$(PYTHON) -m experiments.gpu_check
+	$(PYTHON) -m pytest -v -ra -n 1 -o faulthandler_timeout=1800 -o faulthandler_exit_on_timeout=true tests/test_gpu.py

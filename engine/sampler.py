@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ class Sampler:
 
     def __init__(self, engine: TransformersEngine | VllmEngine | ServedEngine, tokenizer, successor=None):
         """`successor`: the engine that samples once a model is trained, since a server keeps its weights."""
-        self.engine, self.tokenizer, self.successor = engine, tokenizer, successor
+        self.engine: Any = engine
+        self.tokenizer, self.successor = tokenizer, successor
         self.stop_ids = stop_token_ids(tokenizer, engine.generation_config)
         self.sampled_tokens = 0  # drawn
         self.computed_tokens = 0  # run through the model: prompts (shared parts once) and drawn tokens

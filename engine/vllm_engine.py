@@ -63,7 +63,7 @@ class VllmEngine:
 
         self.path, self.dtype, self.longest, self.trained = path, dtype, longest, trained
         self.prompt_tokens = 0
-        self.ways = ways_of(trained, dtype, samples=False) if trained is not None else None
+        self.ways: Any = ways_of(trained, dtype, samples=False) if trained is not None else None
         try:
             self.generation_config = GenerationConfig.from_pretrained(path)
         except OSError:  # there is none: as transformers does

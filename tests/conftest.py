@@ -213,3 +213,16 @@ def kill_at_line(process, file: Path, count: int) -> None:
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+# ------------------------------------------------------------------------------------------------ what tests say
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """With -v: the lines that tests have given `record_property("page", line)`, below their names."""
+    for state in ("passed", "failed", "skipped"):
+        for test in terminalreporter.stats.get(state, []) if terminalreporter.verbosity > 0 else []:
+            lines = [f"- {line}" for name, line in test.user_properties if name == "page"]
+            if lines:
+                title = test.nodeid.split("::")[-1].replace("_", " ")
+                terminalreporter.write_line("\n".join([f"\n## {title}: {state}, {test.duration:.0f} s\n", *lines]))

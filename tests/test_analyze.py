@@ -14,6 +14,7 @@ from common import Forcing, Segmentation, set_sampled_J
 from engine.tokens import encode, prompt_ids
 from plumbing import answers
 from run import data, report
+from run.traces import regret_at
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -114,7 +115,7 @@ def test_regrets_are_those_of_metrics(by_hand):
     args = options("--budgets", "20,40")
     summary = analyze_r1.summarise(args, by_hand)
     for budget in (20, 40):
-        regrets = [common.regret_at(record, budget) for record in by_hand]
+        regrets = [regret_at(record, budget) for record in by_hand]
         expected = np.mean([np.mean(regrets[:2]), regrets[2]])  # problems weigh the same
         assert summary["regret"][budget]["normalised"]["mean"] == pytest.approx(expected)
         assert summary["regret"][budget]["cumulative"]["mean"] == pytest.approx(budget * expected)

@@ -13,6 +13,7 @@ import common
 from engine.sampler import Sampler
 from engine.tokens import THINK_END, Completion, encode, text_and_offsets
 from engine.transformers_engine import TransformersEngine
+from run.traces import sample_traces
 
 
 class Watched(Sampler):
@@ -41,7 +42,7 @@ def options(*flags):
 
 @pytest.fixture()
 def traces(watched, problems, prompts):
-    groups = common.sample_traces(options(), watched, problems[:6], prompts[:6])
+    groups = sample_traces(options(), watched, problems[:6], prompts[:6])
     watched.calls.clear()
     traces = [trace for group in groups for trace in group]
     assert {t.finished for t in traces} == {True, False}, (

@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 
-import common
 import evaluate
 from evaluate import token_ratio
 from run.report import tokens_to_reach
+from run.traces import vote_rate
 
 
 def options(*flags):
@@ -52,9 +52,9 @@ def test_each_metric_of_a_problem_by_hand():
 
 def test_likelihood_votes_weigh_two_to_the_mean_log_prob():
     row = record(0, ["7", "3", "3"], logprobs=[-0.1, -2.0, -2.5])
-    assert common.vote_rate(row, row[0]["gold"], 3) == 0.0
+    assert vote_rate(row, row[0]["gold"], 3) == 0.0
     assert 2**-0.1 > 2**-2.0 + 2**-2.5
-    assert common.vote_rate(row, row[0]["gold"], 3, weighted=True) == 1.0
+    assert vote_rate(row, row[0]["gold"], 3, weighted=True) == 1.0
 
 
 def test_tokens_to_reach_a_score_lie_on_the_line_between_two_points():

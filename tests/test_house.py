@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SCRIPTS
+from importlinter.cli import lint_imports
 
 import common
 
-# From the ground up: a file imports from its own floor or from those below it, a script from no other script.
-FLOORS = ("plumbing", "common", "scripts", "tiny", "experiments", "tests")
 # What is imported in a function, so that who does without it need not have it or wait for it.
 OPTIONAL = (
     "vllm",
@@ -25,13 +24,8 @@ OPTIONAL = (
     "sympy",
     "latex2sympy2_extended",
 )
-OURS = sorted(file for part in (".", "plumbing", "tiny", "experiments", "tests") for file in (ROOT / part).glob("*.py"))
-
-
-def floor(file: Path) -> str:
-    if file.parent != ROOT:
-        return file.parent.name
-    return "common" if file.stem == "common" else "scripts"
+PARTS = (".", "engine", "grading", "run", "tiny", "experiments", "tests")
+OURS = sorted(file for part in PARTS for file in (ROOT / part).glob("*.py"))
 
 
 def path_of(module: str) -> Path | None:
@@ -73,7 +67,7 @@ def imports(file: Path) -> list[tuple[str, str | None, str, bool]]:
 
 
 def our_imports(file: Path) -> list[tuple[Path, str | None, str, bool]]:
-    """The same of our own files, with the file that is imported: of `from plumbing import runs` it is runs.py."""
+    """The same of our own files, with the file that is imported: of `from run import folder` it is folder.py."""
     found = []
     for module, name, here, hidden in imports(file):
         inner = path_of(f"{module}.{name}") if name else None
@@ -87,39 +81,29 @@ def test_the_top_level_is_the_paper_and_its_five_components():
     assert {file.name for file in ROOT.glob("*.py")} == names
 
 
-@pytest.mark.parametrize("file", OURS, ids=lambda file: str(file.relative_to(ROOT)))
-def test_imports_run_one_way(file):
-    for target, _, _, hidden in our_imports(file):
-        here, there = floor(file), floor(target)
-        assert FLOORS.index(there) <= FLOORS.index(here), f"{file.name} imports {target}"
-        assert not (here == there == "scripts"), f"{file.name} imports {target.name}"
-        assert not hidden or here == "tests", f"{file.name} imports {target.name} in a function"
-    for module, name, _, hidden in imports(file):
-        if hidden and here_matters(file):
-            full = f"{module}.{name}"
-            assert f"{full}.".startswith(tuple(f"{m}." for m in OPTIONAL)), f"{file.name} imports {full} in a function"
+def test_imports_run_one_way():
+    """Scripts → run → common → engine, grading: .importlinter has it of the folders, this of the single files."""
+    assert lint_imports(config_filename=str(ROOT / ".importlinter"), no_cache=True) == 0
+    for name in ("common", *SCRIPTS):
+        taken = {module.split(".")[0] for module, *_ in imports(ROOT / f"{name}.py")}
+        assert not taken & {"tiny", "experiments", *SCRIPTS, *(["run"] if name == "common" else [])}, name
 
 
-def here_matters(file: Path) -> bool:
-    """Tests import what they need where they need it; the grader's worker is a program of its own, given as text."""
-    return floor(file) != "tests" and file.stem != "answers"
+@pytest.mark.parametrize("folder", ["engine", "grading"])
+def test_the_two_doors_take_plain_values(folder):
+    for file in (ROOT / folder).glob("*.py"):
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.arguments):
+                assert "args" not in [argument.arg for argument in (*node.args, *node.kwonlyargs)], file.name
 
 
-def test_no_imports_go_round_in_a_circle():
-    open_, done = [], set()
-
-    def visit(file: Path) -> None:
-        assert file not in open_, " → ".join(f.name for f in [*open_[open_.index(file) :], file])
-        if file not in done:
-            open_.append(file)
-            for target, *_ in our_imports(file):
-                if target != file:
-                    visit(target)
-            done.add(open_.pop())
-
+def test_nothing_is_imported_in_a_function_but_what_one_can_do_without():
     for file in OURS:
-        if floor(file) != "tests":
-            visit(file)
+        if file.parent.name != "tests":
+            for module, name, _, hidden in imports(file):
+                full = f"{module}.{name}"
+                allowed = not hidden or f"{full}.".startswith(tuple(f"{m}." for m in OPTIONAL))
+                assert allowed, f"{file.name} imports {full} in a function"
 
 
 @pytest.mark.parametrize("file", OURS, ids=lambda file: str(file.relative_to(ROOT)))
@@ -139,7 +123,7 @@ def test_a_name_is_imported_from_where_it_is_defined(file):
                 libraries = {
                     n.split(".")[0] for m, taken, n, _ in imports(target) if taken is None and path_of(m) is None
                 }
-                inside = node.attr in defined_in(target) or (floor(file) == "tests" and node.attr in libraries)
+                inside = node.attr in defined_in(target) or (file.parent.name == "tests" and node.attr in libraries)
                 assert inside, f"{file.name}, line {node.lineno}: {node.value.id}.{node.attr}"
 
 
@@ -159,7 +143,7 @@ def marks(text: str) -> list[int]:
 
 def test_the_marks_of_the_method_count_from_one():
     """Each number once; J has two: from sampled answers and from the likelihood."""
-    found = {file.stem: marks(file.read_text(encoding="utf-8")) for file in OURS if floor(file) != "tests"}
+    found = {file.stem: marks(file.read_text(encoding="utf-8")) for file in OURS if file.parent.name != "tests"}
     assert {name for name, numbers in found.items() if numbers} <= {"common", *SCRIPTS}
     assert all(a <= b for numbers in found.values() for a, b in pairwise(numbers))  # in the order of reading
     every = sorted(number for numbers in found.values() for number in numbers)

@@ -2,6 +2,7 @@
 
 import copy
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import common
 import rl_mrt
 from common import Forcing, Segmentation, Trace, episode_progress, set_likelihood_J, set_sampled_J
 from engine import models
+from engine.logprobs import token_logprobs
 from engine.sampler import Sampler
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
 from engine.transformers_engine import TransformersEngine
@@ -27,7 +29,7 @@ def a_trace(values, tokens_an_episode=2, answer_tokens=1, reward=1.0):
     completion = Completion(ids, [0.0] * len(ids), "stop", "", [0] * (len(ids) + 1))
     boundaries = [j * tokens_an_episode for j in range(k + 1)]
     problem = {"id": "p", "answer": "1"}
-    return Trace(problem, [7], completion, boundaries, True, "", reward=reward, values=list(values))
+    return Trace(problem, [7], completion, boundaries, True, "", reward=reward, J=list(values))
 
 
 # ------------------------------------------------------------------------------------------------ progress and credit
@@ -41,8 +43,7 @@ def test_progress_telescopes_so_a_whole_trace_bonus_would_say_nothing_about_the_
 def test_online_bonus_reinforces_the_episode_that_gains_and_not_the_one_that_gains_nothing():
     """Two traces, both right: GRPO sees a flat group and learns nothing; MRT tells their episodes apart."""
     group = [a_trace([0.1, 0.1, 0.9]), a_trace([0.1, 0.9, 0.9])]
-    rows = [np.zeros(5), np.zeros(5)]
-    rl_mrt.add_progress(rows, group, bonus=1.0)
+    rows = rl_mrt.episode_credit(group)
     # Mean progress over the 4 episodes: 0.4. Two tokens an episode; the answer's token makes no progress.
     expected = [[-0.4, -0.4, 0.4, 0.4, -0.4], [0.4, 0.4, -0.4, -0.4, -0.4]]
     np.testing.assert_allclose(rows, expected, atol=1e-12)
@@ -51,29 +52,28 @@ def test_online_bonus_reinforces_the_episode_that_gains_and_not_the_one_that_gai
 def test_the_mean_is_a_baseline_and_no_fee_for_episodes():
     """Ending the thought and starting an episode that gains nothing are treated alike: no hidden length penalty."""
     group = [a_trace([0.1, 0.9]), a_trace([0.1, 0.9, 0.9, 0.9])]
-    rows = [np.zeros(3), np.zeros(7)]
-    rl_mrt.add_progress(rows, group, bonus=1.0)
+    rows = rl_mrt.episode_credit(group)
     ends_at_once, goes_on = rows[0][2], rows[1][2]
     assert ends_at_once == pytest.approx(goes_on) and ends_at_once < 0
 
 
 def test_online_bonus_scales_with_alpha_and_punishes_lost_ground():
-    group = [a_trace([0.5, 0.9, 0.2, 0.9])]
-    rows = [np.ones(7)]
-    rl_mrt.add_progress(rows, group, bonus=2.0)
-    mean = 0.4 / 3
-    episodes = [1 + 2 * (progress - mean) for progress in (0.4, -0.7, 0.7)]
-    expected = [a for a in episodes for _ in range(2)] + [1 - 2 * mean]
-    np.testing.assert_allclose(rows[0], expected)
-    assert rows[0][2] < 0
+    group = [a_trace([0.5, 0.9, 0.2, 0.9]), a_trace([0.5], reward=0.0)]
+    ((row, _),) = rl_mrt.advantages_of(
+        options("--bonus", "2", "--variant", "online", "--progress", "likelihood"), [group]
+    )
+    mean, grpo = 0.4 / 3, 0.5 / (0.5 + 1e-4)
+    episodes = [grpo + 2 * (progress - mean) for progress in (0.4, -0.7, 0.7)]
+    expected = [a for a in episodes for _ in range(2)] + [grpo - 2 * mean]
+    np.testing.assert_allclose(row, expected)
+    assert row[2] < 0
 
 
 def test_progress_in_nats_is_what_an_episode_tells_of_the_answer():
     """From one of 30 to one of 10 to certain: ln 3 and ln 10."""
     J = [1 / 30, 1 / 10, 1.0]
     group = [a_trace(J)]
-    rows = [np.zeros(5)]
-    rl_mrt.add_progress(rows, group, 1.0, scale=common.in_nats)
+    rows = rl_mrt.episode_credit(group, common.in_nats)
     credit, mean = np.log([3, 10]), np.log(30) / 2
     np.testing.assert_allclose(rows[0], [*np.repeat(credit - mean, 2), -mean], atol=1e-12)
     assert group[0].J == J  # what is recorded is J itself
@@ -89,7 +89,6 @@ def scripted(monkeypatch, prefix_right, going_on_right):
     args = options("--bonus", "1", "--variant", "prefix", "--forced-answers", "4")
     tokenizer = models.load_tokenizer("tiny")
     problems = data.load_problems("tiny", "validation", 1)
-    prompts = [prompt_ids(tokenizer, problems[0]["problem"])]
     gold = problems[0]["answer"]
 
     def completion(text, right):
@@ -100,7 +99,7 @@ def scripted(monkeypatch, prefix_right, going_on_right):
 
     calls = []
 
-    def generate(asked, limits, seeds, n=1, temperature=1.0, **_):
+    def generate(asked, limits, seeds, n=1, temperature=1.0, top_p=1.0):
         calls.append(asked)
         if len(calls) == 1:
             return [[completion("Okay, maybe there is no such x at all.\n\n", False)]]
@@ -108,9 +107,9 @@ def scripted(monkeypatch, prefix_right, going_on_right):
         return [[completion("", i < right) for i in range(n)]]
 
     sampler = types.SimpleNamespace(tokenizer=tokenizer, generate=generate)
-    groups, advantages = rl_mrt.rollouts_prefix(args, sampler, placed(problems), prompts, (0, 0))
+    groups = rl_mrt.rollouts_prefix(args, sampler, placed(problems), (0, 0))
     stats = rl_mrt.rollout_stats(args, groups)
-    return [row[0] for row in advantages[0]], stats, calls, groups
+    return [row[0] for row in rl_mrt.advantages_of(args, groups)[0]], stats, calls, groups
 
 
 def test_prefix_variant_is_not_grpo_and_pushes_up_what_beats_stopping(monkeypatch):
@@ -151,7 +150,7 @@ def test_prefixes_leave_room_to_answer_and_end_where_an_episode_does(sampler, to
     problems = data.load_problems("tiny", "train", 24)
     prompts = [prompt_ids(tokenizer, p["problem"]) for p in problems]
     args = options("--bonus", "1", "--variant", "prefix", "--group-size", "2", "--max-tokens", "60")
-    groups, _ = rl_mrt.rollouts_prefix(args, sampler, placed(problems), prompts, (0, 0))
+    groups = rl_mrt.rollouts_prefix(args, sampler, placed(problems), (0, 0))
     cuts = [len(group[0].prompt) - len(prompt) for group, prompt in zip(groups, prompts)]
     assert max(cuts) > 0 and max(cuts) + args.answer_tokens <= args.max_tokens
     for group, cut in zip(groups, cuts):
@@ -161,8 +160,7 @@ def test_prefixes_leave_room_to_answer_and_end_where_an_episode_does(sampler, to
 
 def test_without_a_thinking_marker_the_prefix_is_graded_with_what_follows(sampler, tokenizer, monkeypatch):
     """An answer that stands in the prefix is not lost, and no prefix ends after a complete answer."""
-    for module in (common, models):
-        monkeypatch.setattr(module, "thinks", lambda _: False)
+    monkeypatch.setattr(common, "thinks", lambda _: False)
     args = options("--bonus", "1")
     problems = data.load_problems("tiny", "validation", 1)
     prompts = [prompt_ids(tokenizer, problems[0]["problem"])]
@@ -179,13 +177,13 @@ def one_update(model, tokenizer, args, seed=0):
     model = copy.deepcopy(model)
     sampler = Sampler(TransformersEngine(model), tokenizer)
     problems = data.load_problems("tiny", "train", args.problems_per_step)
-    prompts = [prompt_ids(tokenizer, p["problem"]) for p in problems]
     rollouts = rl_mrt.rollouts_grpo if args.bonus == 0 else rl_mrt.rollouts_online
-    groups, advantages = rollouts(args, sampler, placed(problems), prompts, (seed, 0))
+    groups = rollouts(args, sampler, placed(problems), (seed, 0))
+    advantages = rl_mrt.advantages_of(args, groups)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [p.detach().clone() for p in model.parameters()]
     model.train()
-    metrics = rl_mrt.update(args, model, None, optimizer, groups, advantages)
+    metrics = rl_mrt.update(args, model, partial(token_logprobs, model), None, optimizer, groups, advantages)
     return groups, advantages, [b - p.detach() for b, p in zip(before, model.parameters())], metrics
 
 
@@ -212,12 +210,11 @@ def test_bonus_zero_is_grpo_token_for_token(model, tokenizer):
 def test_bonus_zero_ignores_the_variant_and_a_bonus_does_not(model, tokenizer, variant):
     sampler = Sampler(TransformersEngine(model), tokenizer)
     problems = data.load_problems("tiny", "train", 4)
-    prompts = [prompt_ids(tokenizer, p["problem"]) for p in problems]
     args = options("--bonus", "1", "--variant", variant)
-    rollouts = {"online": rl_mrt.rollouts_online, "prefix": rl_mrt.rollouts_prefix}[variant]
-    _, with_bonus = rollouts(args, sampler, placed(problems), prompts, (0, 0))
+    groups = rl_mrt.ROLLOUTS[variant](args, sampler, placed(problems), (0, 0))
+    with_bonus = rl_mrt.advantages_of(args, groups)
     args.bonus = 0.0
-    groups, without = rollouts(args, sampler, placed(problems), prompts, (0, 0))
+    without = rl_mrt.advantages_of(args, groups)
     outcome = rl_mrt.outcome_advantages(args, groups)
     for row, a in zip((r for rows in without for r in rows), (r for rows in outcome for r in rows), strict=True):
         np.testing.assert_allclose(row, a)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import common
+from engine.tokens import Completion, encode, text_and_offsets
 from experiments import compare
 from run.data import load_problems
 from run.files import json_line
@@ -145,14 +147,16 @@ def test_the_models_of_the_demo_are_where_the_readme_says():
 
 
 def test_functions_files_and_figures_that_are_named_exist():
-    named = re.findall(r"`(common|plumbing\.\w+|rl_mrt|star_mrt)\.(?!py|jsonl)(\w+)(?:\.\w+)?`", TEXT)
+    named = re.findall(r"`(common|(?:engine|run|grading)\.\w+|rl_mrt|star_mrt)\.(?!py|jsonl)(\w+)(?:\.\w+)?`", TEXT)
     assert len(named) > 12
     for module, name in named:
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
     for page, text in TEXTS.items():
         for file in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (ROOT / page).parent.joinpath(file).exists(), f"{page}: {file}"
-    for file in re.findall(r"`((?:tests|configs|experiments|docs|plumbing)/[\w-]+\.(?:py|yaml|png|md|json))", TEXT):
+    for file in re.findall(
+        r"`((?:tests|configs|experiments|docs|engine|run|grading)/[\w-]+\.(?:py|yaml|png|md|json))", TEXT
+    ):
         assert (ROOT / file).exists(), file
 
 
@@ -258,10 +262,64 @@ def test_the_gradients_of_the_findings_are_those_that_were_measured():
 
 
 def test_the_readme_is_short():
-    assert len(TEXTS["README.md"].splitlines()) <= 200 and len(TEXTS["CONTRIBUTING.md"].splitlines()) <= 40
+    assert len(TEXTS["README.md"].splitlines()) <= 200 and len(TEXTS["CONTRIBUTING.md"].splitlines()) <= 60
 
 
 def test_make_targets_that_are_named_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", TEXT, re.M)):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+# ------------------------------------------------------------------------------------------------ the recipes
+
+
+@pytest.fixture()
+def follow(monkeypatch):
+    """follow(name): puts what CONTRIBUTING.md gives for `common.name` there."""
+
+    def put(name: str) -> None:
+        (block,) = [
+            b for b in re.findall(r"```python\n(.*?)```", TEXTS["CONTRIBUTING.md"], re.S) if name in b.split("\n")[0]
+        ]
+        there = {**vars(common)}
+        exec(block, there)
+        monkeypatch.setattr(common, name, there[name])
+
+    return put
+
+
+@pytest.fixture()
+def trace(tokenizer, problems, prompts):
+    text = "Okay, I look.\n\nIt is because of this.\n\nDone.\n</think>\n\nSo it is, because I say so, \\boxed{%s}"
+    text %= problems[0]["answer"]
+    ids = encode(tokenizer, text)
+    completion = Completion(ids, [0.0] * len(ids), "stop", *text_and_offsets(tokenizer, ids))
+    return common.read_trace(tokenizer, problems[0], prompts[0], completion)
+
+
+def test_another_reward_is_that_of_outcomes_and_of_sampled_answers(follow, sampler, trace):
+    def J() -> list[float]:
+        common.set_sampled_J(sampler, [trace], common.Forcing(4, 8), (1,))
+        return trace.J
+
+    before = J()
+    follow("reward")
+    common.grade_traces([trace])
+    assert trace.reward == 1.0 and trace.verdict == "right"
+    trace.answer = trace.answer.replace("because", "as")
+    common.grade_traces([trace])
+    assert trace.reward == 0.5 and trace.verdict == "right"
+    assert max(before) > 0 and J() == [value / 2 for value in before]
+
+
+def test_another_rule_for_episodes_cuts_the_thought(follow, tokenizer, trace):
+    assert len(trace.boundaries) == 2
+    follow("episode_spans")
+    again = common.read_trace(tokenizer, trace.problem, trace.prompt, trace.completion)
+    assert len(again.boundaries) == 4 and again.prefix(again.boundaries[1]) == "Okay, I look.\n\n"
+
+
+def test_another_stop_phrase_is_what_forces_an_answer(follow, tokenizer, trace):
+    follow("STOP_PHRASE")
+    assert tokenizer.decode(common.forced_prompt(tokenizer, trace, 0)).endswith("I have to answer now.\n</think>\n\n")

@@ -30,8 +30,7 @@ from common import STOP_PHRASE
 from engine import served_engine
 from engine.logprobs import token_logprobs
 from engine.sampler import Sampler
-from engine.served_engine import ServedEngine
-from engine.served_engine import find_served as find_model
+from engine.served_engine import Served, ServedEngine, find_served
 from engine.tokens import encode
 from engine.transformers_engine import TransformersEngine
 
@@ -136,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
             where = torch.ones(1, len(ids), dtype=torch.bool)
             where[0, 0] = False
             with torch.no_grad():
-                before = token_logprobs(sampler.model, torch.tensor([ids]), where)[0].tolist()
+                before = token_logprobs(sampler.engine.model, torch.tensor([ids]), where)[0].tolist()
             choice["logprobs"] = {"token_logprobs": [None, *before, *c.logprobs]}
         return {"choices": [choice], "usage": {"prompt_tokens": len(ids)}}
 
@@ -164,7 +163,7 @@ def serve(model, tokenizer, monkeypatch):
 
 
 def over(server: Served, tokenizer, concurrency: int = 16) -> Sampler:
-    return Sampler(ServedEngine(server.url, "tiny", tokenizer, 4096, concurrency), tokenizer)
+    return Sampler(ServedEngine(server.url, Served("tiny", "tiny", 4096, concurrency), tokenizer), tokenizer)
 
 
 def keys(prompts):
@@ -232,24 +231,24 @@ def test_a_server_that_fails_for_good_is_one_line_that_names_resume(serve, token
 def test_a_wrong_key_is_one_line_without_the_key(serve, tokenizer, monkeypatch, capsys):
     server = serve()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-this-one")
-    for call in (lambda: find_model(server.url, None), lambda: over(server, tokenizer)):
+    for call in (lambda: find_served(server.url, None), lambda: over(server, tokenizer)):
         line = refusal(capsys, call)
         assert line.endswith("refuses the key in OPENAI_API_KEY") and "sk-" not in line
     monkeypatch.delenv("OPENAI_API_KEY")
-    assert refusal(capsys, find_model, server.url, None).endswith("wants a key: set OPENAI_API_KEY")
+    assert refusal(capsys, find_served, server.url, None).endswith("wants a key: set OPENAI_API_KEY")
 
 
 def test_the_model_is_the_one_served_or_must_be_named(serve, tokenizer, capsys):
     server = serve()
-    assert find_model(server.url, None) == ("tiny", str(ROOT / "tiny"), 4096)
-    assert refusal(capsys, find_model, server.url, "other") == f"error: --model other: {server.url} serves tiny"
+    assert find_served(server.url, None) == ("tiny", str(ROOT / "tiny"), 4096)
+    assert refusal(capsys, find_served, server.url, "other") == f"error: --model other: {server.url} serves tiny"
     server.models = ["tiny", "other"]
-    assert find_model(server.url, "other")[0] == "other"
-    assert "is not given" in refusal(capsys, find_model, server.url, None)
+    assert find_served(server.url, "other")[0] == "other"
+    assert "is not given" in refusal(capsys, find_served, server.url, None)
     server.lists_nothing = True
-    assert find_model(server.url, "tiny") == ("tiny", "tiny", None)
-    assert "404" in refusal(capsys, find_model, server.url, None)
-    assert "does not exist" in refusal(capsys, ServedEngine, server.url, "gone", tokenizer)
+    assert find_served(server.url, "tiny") == ("tiny", "tiny", None)
+    assert "404" in refusal(capsys, find_served, server.url, None)
+    assert "does not exist" in refusal(capsys, ServedEngine, server.url, Served("gone", "tiny"), tokenizer)
 
 
 def test_another_tokenizer_is_refused(serve, tokenizer, capsys, monkeypatch):
@@ -335,7 +334,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(serve, tmp_path, capsy
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    assert "CERTIFICATE_VERIFY_FAILED" in refusal(capsys, find_model, server.url.replace("http:", "https:"), None)
+    assert "CERTIFICATE_VERIFY_FAILED" in refusal(capsys, find_served, server.url.replace("http:", "https:"), None)
 
 
 def records(run: Path) -> list[dict]:
@@ -447,8 +446,8 @@ def vllm_serve(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real(vllm_serve, tokenizer):
-    name, _, context = find_model(vllm_serve.url, None)
-    return Sampler(ServedEngine(vllm_serve.url, name, tokenizer, context, 200), tokenizer)
+    name, _, context = find_served(vllm_serve.url, None)
+    return Sampler(ServedEngine(vllm_serve.url, Served(name, name, context, 200), tokenizer), tokenizer)
 
 
 @needs_vllm
@@ -463,7 +462,7 @@ def test_vllm_gives_the_tokens_and_log_probs_of_transformers(real, sampler, toke
                 where = torch.zeros_like(ids, dtype=torch.bool)
                 where[0, len(prompt) :] = True
                 with torch.no_grad():
-                    logprobs, _ = token_logprobs(sampler.model, ids, where, temperature)
+                    logprobs, _ = token_logprobs(sampler.engine.model, ids, where, temperature)
                 np.testing.assert_allclose(c.logprobs, logprobs, atol=1e-4)
     tails = [encode(tokenizer, f"{i}}}") for i in range(len(prompts))]
     heads = [prompt + row[0].token_ids[:20] for prompt, row in zip(prompts, greedy)]
@@ -495,7 +494,7 @@ def test_vllm_serves_forced_answers_from_its_prefix_cache(real, tokenizer, promp
 @needs_vllm
 def test_vllm_killed_in_the_middle_and_started_again_gives_the_same_records(vllm_serve, tmp_path):
     impatient = (
-        "import runpy, sys; from plumbing import served_engine as s; s.RETRIES = s.RETRIES.new(backoff_factor=0.02);"
+        "import runpy, sys; from engine import served_engine as s; s.RETRIES = s.RETRIES.new(backoff_factor=0.02);"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

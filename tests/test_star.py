@@ -15,6 +15,7 @@ from engine import models
 from engine.sampler import Sampler
 from engine.tokens import THINK_END, Completion, encode
 from engine.transformers_engine import TransformersEngine
+from run.traces import sample_traces
 from run.training import fine_tuning_step
 
 
@@ -77,7 +78,7 @@ def test_a_right_answer_that_the_limit_cut_after_its_box_is_not_trained(tokenize
 @pytest.fixture(scope="module")
 def sampled(model, tokenizer, problems, prompts):
     sampler = Sampler(TransformersEngine(model), tokenizer)
-    groups = common.sample_traces(options(), sampler, problems, prompts)
+    groups = sample_traces(options(), sampler, problems, prompts)
     traces = [t for group in groups for t in group]
     set_sampled_J(sampler, traces, Forcing(8, 8), (0,))
     return sampler, traces

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from test_bad_input import copy_of_tiny
+from test_gpu import LIMIT, gap, train_a_little
 
 from engine import models
 from engine.sampler import Sampler, pick_engine
 from engine.tokens import encode, prompt_ids
 from engine.transformers_engine import TransformersEngine
 from engine.vllm_engine import VllmEngine, vllm_or_why_not
-from experiments.gpu_check import LIMIT, gap, train_a_little
 
 ROOT = Path(__file__).resolve().parents[1]
 works, why_not = vllm_or_why_not()
@@ -80,28 +80,28 @@ def test_greedy_tokens_are_those_of_transformers(pair, prompts):
 @needs_vllm
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_are_those_of_the_distribution_sampled_from(pair, prompts, temperature):
-    assert gap(pair[0], prompts, temperature) < LIMIT[pair[1].engine.dtype]
+    assert gap(pair[0], pair[1].engine.model, prompts, temperature) < LIMIT[pair[1].engine.dtype]
 
 
 @needs_vllm
 def test_after_training_steps_it_samples_from_the_trained_weights(pair, long_prompts):
     """Each update is handed over; without handing over, or with the old prefix cache, the log-probs are wrong."""
     drawn, scored = pair
-    limit = LIMIT[scored.engine.dtype]
-    assert gap(pair[0], long_prompts) < limit
+    model, limit = scored.engine.model, LIMIT[scored.engine.dtype]
+    assert gap(drawn, model, long_prompts) < limit
     for _ in range(3):
         drawn.pause()
-        train_a_little(scored.model, long_prompts, steps=1)
+        train_a_little(model, long_prompts, steps=1)
         drawn.sync()
-        assert gap(pair[0], long_prompts) < limit
-    train_a_little(scored.model, long_prompts, lr=3e-3)
-    assert gap(pair[0], long_prompts) > limit  # weights not handed over
-    weights = scored.model.state_dict().items()
+        assert gap(drawn, model, long_prompts) < limit
+    train_a_little(model, long_prompts, lr=3e-3)
+    assert gap(drawn, model, long_prompts) > limit  # weights not handed over
+    weights = model.state_dict().items()
     drawn.engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-    assert gap(pair[0], long_prompts, max_tokens=1) > limit  # handed over, but the cache holds the old prefix
+    assert gap(drawn, model, long_prompts, max_tokens=1) > limit  # handed over, but the cache holds the old prefix
     drawn.sync()
-    assert gap(pair[0], long_prompts) < limit
-    assert all(p.requires_grad for p in scored.model.parameters())
+    assert gap(drawn, model, long_prompts) < limit
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @needs_vllm
@@ -173,10 +173,10 @@ def test_a_real_model_gives_the_same_greedy_tokens_and_log_probs():
     prompts = [prompt_ids(tokenizer, q) for q in ("What is 7 · 8?", "Name three prime numbers above 10.")]
     ours, theirs = (s.generate(prompts, 40, keys(prompts), temperature=0) for s in samplers)
     assert [c.token_ids for (c,) in ours] == [c.token_ids for (c,) in theirs]
-    assert gap(samplers[0], prompts, max_tokens=30) < 1e-4
+    assert gap(samplers[0], model, prompts, max_tokens=30) < 1e-4
     train_a_little(model, prompts, steps=1, lr=1e-4)
     samplers[0].sync()
-    assert gap(samplers[0], prompts, max_tokens=30) < 1e-4
+    assert gap(samplers[0], model, prompts, max_tokens=30) < 1e-4
     engine.close()
 
 
