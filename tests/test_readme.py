@@ -1,7 +1,11 @@
 """The commands of README and docs run as they stand, at toy size; functions, figures and numbers are where they say."""
 
+import contextlib
+import functools
 import importlib
+import io
 import json
+import operator
 import re
 import shlex
 import shutil
@@ -93,14 +97,21 @@ def here(flag: str, value: str) -> str:
     return value
 
 
+@functools.cache
+def flags_of(script: str) -> set[str]:
+    """Those that its --help lists."""
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        module_of(script).flags(["--help"])
+    return set(re.findall(r"^  (--[\w-]+)", text.getvalue(), re.M))
+
+
 def at_toy_size(script: str, text: str, out: Path) -> list[str]:
     """The flags of a command as the README has them, then those that make it small."""
     words, flags = shlex.split(text), []
     for i, word in enumerate(words):
         flags.append(word if word.startswith("-") else here(words[i - 1], word))
-    source = Path(module_of(script).__file__ or "").read_text(encoding="utf-8")
     for flag, value in (SMALL_OF[script] if script not in MAIN else {**SMALL, **SMALL_OF.get(script, {})}).items():
-        if flag in ("--limit", "--dtype", "--engine") or f'"{flag[2:]}"' in source or f'"{flag}"' in source:
+        if script not in MAIN or flag in flags_of(script):
             flags += [flag, str(value)]
     if script in MAIN and "--config" in words:  # its model and data are on the Hub
         flags += ["--model", "tiny", "--dataset", "tiny", "--split", "train"]
@@ -108,6 +119,8 @@ def at_toy_size(script: str, text: str, out: Path) -> list[str]:
         flags += ["--num-samples", "8"]
     if "--out" not in words or script == "-m tiny.build":
         flags += ["--out", str(out)]
+    if script in MAIN:  # another command may have made a run there
+        flags.append("--overwrite")
     return flags
 
 
@@ -117,13 +130,10 @@ def test_every_script_has_a_command():
 
 @pytest.mark.parametrize("script, flags", COMMANDS, ids=[f"{script} {flags}" for script, flags in COMMANDS])
 def test_a_command_runs(monkeypatch, workplace, tmp_path, script, flags):
-    if "--compare" in flags:
-        for name in ("runs/EVAL_A", "runs/EVAL_B"):
-            earlier = at_toy_size("evaluate.py", f"--out {name} --overwrite", tmp_path)
-            run(monkeypatch, workplace, "evaluate.py", earlier)
-    if "--thoughts" in flags:
-        earlier = at_toy_size("analyze_r1.py", "--out runs/ANALYSIS --overwrite", tmp_path)
-        run(monkeypatch, workplace, "analyze_r1.py", earlier)
+    for flag, maker in (("--compare", script), ("--thoughts", "analyze_r1.py")):
+        for name in re.findall(r"runs/\S+", flags.partition(flag)[2].partition(" --")[0]):  # the runs it names
+            earlier = at_toy_size(maker, f"--out {name}", tmp_path)
+            run(monkeypatch, workplace, maker, earlier)
     command = at_toy_size(script, flags, tmp_path / "run")
     run(monkeypatch, workplace, script, command)
 
@@ -162,24 +172,80 @@ def test_the_marks_of_the_readme_are_those_of_the_code():
 
 
 def test_every_number_with_an_interval_is_one_of_the_comparison():
-    """No result is typed by hand: each stands in the summary that the comparison wrote, rounded."""
-    summary = json.loads((ROOT / "experiments" / "summary.json").read_text())
+    """No result is typed by hand: each stands in a summary that the experiments wrote, rounded."""
     known = set()
-    for table in summary["tables"].values():
-        for row in table.values():
-            for column, cell in row.items():
-                if isinstance(cell, dict) and cell["mean"] is not None:
-                    digits = 0 if "tokens" in column else 2
-                    for sign in ("", "+"):
-                        low, high = (
-                            "∞" if cell[end] is None else f"{cell[end]:{sign}.{digits}f}" for end in ("low", "high")
-                        )
-                        known.add(f"{cell['mean']:{sign}.{digits}f} [{low}, {high}]")
+
+    def collect(value, column: str = "") -> None:
+        if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
+            digits = 0 if "tokens" in column else 2
+            for sign in ("", "+") if value["mean"] is not None else ():
+                mean, low, high = (
+                    "∞" if value[n] is None else f"{value[n]:{sign}.{digits}f}" for n in ("mean", "low", "high")
+                )
+                known.add(f"{mean} [{low}, {high}]")
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                collect(inner, name)
+
+    for file in (ROOT / "experiments").glob("**/summary.json"):
+        collect(json.loads(file.read_text(encoding="utf-8")))
     for page in ("README.md", "experiments/findings.md"):
         cells = re.findall(r"[+-]?\d+(?:\.\d+)? \[[+-]?\d[^]]*\]", TEXTS[page])
         assert len(cells) > 8 and not [cell for cell in cells if cell not in known], [
             c for c in cells if c not in known
         ]
+
+
+# A paragraph between marks, and where its numbers stand in a file, one a line, in their order. A place is a path like
+# `tables › Self-training › STaR › tokens` (of an interval: its mean), `… minus …` or `… over …` of two; `= 384` is a
+# setting.
+MARKED = re.compile(r"<!-- (experiments/\S+\.json)\n(.*?)\n-->\n(.*?)<!-- end -->", re.S)
+SHOWN = re.compile(r"(?<![\w.@-])[+-]?\d+(?:\.\d+)?k?(?![\w-])")
+
+
+def value_at(data, place: str):
+    for word, operation in ((" minus ", operator.sub), (" over ", operator.truediv)):
+        if word in place:
+            return operation(*(value_at(data, part) for part in place.split(word)))
+    for name in place.strip().split(" › "):
+        data = data[int(name)] if isinstance(data, list) else data[name]
+    return data["mean"] if isinstance(data, dict) else data
+
+
+def wrong_numbers(data, places: str, paragraph: str) -> list[tuple[str, str]]:
+    """(number, place) of those that are not what stands there, rounded; ValueError unless each has a place."""
+    wrong = []
+    for number, place in zip(SHOWN.findall(paragraph), places.splitlines(), strict=True):
+        value = place[2:] if place.startswith("= ") else value_at(data, place)
+        digits = len(number.partition(".")[2])
+        texts = SHOWN.findall(value) if isinstance(value, str) else [f"{value:.{digits}f}"]
+        wrong += [] if number.removeprefix("+") in texts or number in texts else [(number, place)]
+    return wrong
+
+
+def test_numbers_between_marks_are_those_of_the_file():
+    marked = [found for text in TEXTS.values() for found in MARKED.findall(text)]
+    assert marked and sum(text.count("<!-- end -->") for text in TEXTS.values()) == len(marked)
+    for file, places, paragraph in marked:
+        assert not wrong_numbers(json.loads((ROOT / file).read_text(encoding="utf-8")), places, paragraph)
+
+
+@pytest.mark.parametrize(
+    "paragraph, wrong",
+    [
+        ("right: 0.64, seeds 0.60 to 0.72, 181k tokens", 0),
+        ("right: +0.64, seeds 0.60 to 0.72, 181k tokens", 0),
+        ("right: 0.63, seeds 0.60 to 0.72, 181k tokens", 1),
+        ("right: -0.64, seeds 0.60 to 0.71, 180k tokens", 3),
+    ],
+)
+def test_a_wrong_number_between_marks_is_found(paragraph, wrong):
+    data = {"GRPO": {"right": {"mean": 0.6351, "low": 0.6, "high": 0.7}, "seeds": [0.6, 0.7151], "tokens": "181k (3)"}}
+    places = "GRPO › right\nGRPO › seeds › 0\nGRPO › seeds › 1\nGRPO › tokens"
+    assert len(wrong_numbers(data, places, paragraph)) == wrong
+    assert not wrong_numbers(data, "GRPO › seeds › 1 minus GRPO › seeds › 0\n= 4", "0.12 with 4 seeds")
+    with pytest.raises(ValueError):
+        wrong_numbers(data, places, paragraph + ", 5 more")
 
 
 def test_the_gradients_of_the_findings_are_those_that_were_measured():
