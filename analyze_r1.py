@@ -88,15 +88,18 @@ def flags(argv=None) -> argparse.Namespace:
     flag = add_group(parser, "what is shown")
     flag("budgets")
     flag("dry-run", action="store_true", help="only tell the number of requests and tokens, at most")
-    flag("from", dest="from_run", type=Path, metavar="RUN", help="redraw an earlier run, without a model")
+    redrawn = "redraw an earlier run, or the records of any other script's with J, without a model"
+    flag("from", dest="from_run", type=Path, metavar="RUN", help=redrawn)
     args = parse_flags(parser, argv)
     if args.from_run:  # the settings that its records were made with
-        settings = folder.settings_of(args.from_run, "--from", "analyze_r1.py", "episodes_per_point")
-        made_with = [f"--{n}={settings[n.replace('-', '_')]}" for n in "model max-steps episodes-per-point".split()]
-        shown = [f"--budgets={','.join(map(str, settings.get('budgets') or quarters(settings['max_tokens'])))}"]
+        script, settings, _ = folder.recorded_run(args.from_run, "--from", "J")
+        names = [n for n in "model max-steps episodes-per-point".split() if n.replace("-", "_") in settings]
+        made_with = [f"--{n}={settings[n.replace('-', '_')]}" for n in names]
+        shown = [f"--budgets={','.join(map(str, settings['budgets']))}"] if settings.get("budgets") else []
         args = parse_flags(parser, shown + (sys.argv[1:] if argv is None else argv) + made_with)
-    name = short_name(str(args.traces or args.dataset))
-    args.out = args.from_run or args.out or Path("runs") / f"analyze-{short_name(args.model)}-{name}"
+        args.out = args.out or (args.from_run if script == "analyze_r1.py" else None)
+    name = short_name(str(args.from_run or args.traces or args.dataset))
+    args.out = args.out or Path("runs") / f"analyze-{short_name(args.model)}-{name}"
     return args
 
 
@@ -107,7 +110,9 @@ def main() -> None:
         return
     if not args.from_run:
         analyse(args)
-    write_report(args, args.out)
+    elif args.out != args.from_run and folder.config_of(args.out):
+        fail(f"--out {args.out}: holds a run; name another folder for what is redrawn")
+    write_report(args, args.from_run or args.out, args.out)
 
 
 def tell_plan(args) -> None:
@@ -155,10 +160,9 @@ def analyse(args) -> None:
     if direct:
         tokenizer_of(direct)  # a wrong name is told now
     run = folder.open_run(args, problems, *MAY_CHANGE)
-    file, sampler, single = run / "records.jsonl", sampler_of(args, tokenizer, longest), episodes_by(args, 1)
+    file, sampler = run / "records.jsonl", sampler_of(args, tokenizer, longest)
     for traces in new_traces(args, file, sampler, problems, prompts, episodes_by(args, args.episodes_per_point), given):
-        episodes = [len(episode_spans(trace.prefix(trace.boundaries[-1]), single)) for trace in traces]
-        append_jsonl(file, [{**trace.record(), "episodes": n} for trace, n in zip(traces, episodes)])
+        append_jsonl(file, [trace.record() for trace in traces])
     sampler.close()
     if direct:
         answer_directly(direct, run, problems)
@@ -231,7 +235,7 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
             )
         return
     tokenizer = tokenizer_of(args)
-    prompts, longest = prompts_of(args, tokenizer, problems)
+    prompts, longest = prompts_of(args, tokenizer, problems, forced=False)
     sampler = sampler_of(args, tokenizer, longest)
     seeds = [(args.seed, DIRECT, problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, args.max_tokens, seeds, args.direct_samples, args.temperature, args.top_p)
@@ -244,19 +248,20 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
 # ---------------------------------------------------------------------------------------------- numbers
 
 
-def write_report(args, run: Path) -> None:
-    """summary.json, summary.md, the figures and the page, from the records alone."""
-    records = folder.load_records(run / "records.jsonl")
-    if not records:
-        fail(f"{run}: the records hold no trace")
+def write_report(args, source: Path, run: Path) -> None:
+    """summary.json, summary.md, the figures and the page in the folder `run`, from the records of `source` alone."""
+    records, single = folder.recorded_run(source, "--from", "J")[2], episodes_by(args, 1)
+    args.budgets = args.budgets or quarters(max(record["tokens"] for record in records))
+    run.mkdir(parents=True, exist_ok=True)
     for record in records:
+        record["episodes"] = len(episode_spans(record["text"][: record["characters"][-1]], single))
         record["maj"] = {kind: votes(record, kind) for kind in ("weighted", "plain")}
     summary = summarise(args, records)
-    if (run / "direct.jsonl").exists():
-        summary["direct"] = direct_summary(folder.load_records(run / "direct.jsonl"))
+    if (source / "direct.jsonl").exists():
+        summary["direct"] = direct_summary(folder.load_records(source / "direct.jsonl"))
     figures = [draw_scaling(summary, run), draw_budgets(summary, run), draw_progress(summary, run)]
     page = report.write_page(records, run / "trace.html")
-    report.write_summary(run, summary, table(summary), f"figures: {', '.join(map(str, figures))}   page: {page}")
+    report.write_summary(run, summary, table(summary) + report.why_zero(records), *figures, page)
 
 
 def votes(record: dict, kind: str) -> list[list[float]]:

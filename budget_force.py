@@ -2,7 +2,7 @@
 
     python budget_force.py                             # the embedded model
     python budget_force.py --model A,B,C               # several models, one table and one figure
-    python budget_force.py --thoughts runs/ANALYSIS    # thoughts and forced answers of an analyze_r1.py run
+    python budget_force.py --thoughts runs/ANALYSIS    # thoughts, and J where it has them, of an earlier run
     python budget_force.py --compare runs/A runs/B     # table and figures again, from records alone
 
 Exploit: every thought is cut at each of --budgets and told that time is up; thoughts that ended by themselves within
@@ -12,6 +12,7 @@ the end-of-thinking marker, --extensions times, and answers are sampled after 0,
 """
 
 import argparse
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -65,13 +66,13 @@ def flags(argv=None) -> argparse.Namespace:
     flag("temperature", 1.0, 0.6, "Appendix F")
     flag("top-p", 1.0, 0.95, "Appendix F")
     flag("batch-problems", 64, 4, "ours")
-    given = "thoughts of an analyze_r1.py run of the same model, with J at their episodes; its --max-tokens holds"
+    given = "thoughts of an earlier run of the same model, such as one of analyze_r1.py; its --max-tokens holds"
     flag("thoughts", type=Path, metavar="RUN", help=given)
     flag = add_group(parser, "answers")
     flag("forced-answers", 8, 8, "Appendix F: 8 a point")
     flag("answer-tokens", 8, 4096, "Appendix F")
     flag = add_group(parser, "exploit")
-    flag("budgets", "32,64,96,128,192,256", "2048,4096,8192,12288,16384", "Section 7 has the last four")
+    flag("budgets")
     flag = add_group(parser, "extrapolate")
     flag("extensions", 8, 8, "Appendix F", type=whole_number, help="continuations of a thought")
     flag("answer-every", 2, 2, "Appendix F", type=positive_int, help="extensions between answers")
@@ -82,6 +83,11 @@ def flags(argv=None) -> argparse.Namespace:
     flag("style", choices=("paper", "s1"), default="paper", help=style)
     flag("compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
     args = parse_flags(parser, argv)
+    if args.thoughts:  # the limits follow theirs
+        _, settings, records = folder.recorded_run(args.thoughts, "--thoughts", "token_ids")
+        longest = max(record["boundaries"][-1] for record in records) if settings.get("traces") else 0
+        given = [f"--max-tokens={longest or settings['max_tokens']}"]
+        args = parse_flags(parser, (sys.argv[1:] if argv is None else argv) + given)
     name = "compare" if args.compare else "models" if "," in args.model else short_name(args.model)
     args.out = args.out or Path("runs") / f"budget-{name}"
     args.strings = ["Wait"] if args.style == "s1" else args.strings.split(",")
@@ -112,14 +118,14 @@ def main() -> None:
 
 
 def read_thoughts(args) -> list[list[dict]]:
-    """The records of --thoughts, a row a problem; their token limit becomes --max-tokens."""
-    analysis = folder.settings_of(args.thoughts, "--thoughts", "analyze_r1.py", "episodes_per_point")
-    if analysis["model"] != args.model:
-        fail(f"--thoughts {args.thoughts}: holds thoughts of --model {analysis['model']}, not of {args.model}")
-    if not analysis.get("traces") and args.max_tokens != analysis["max_tokens"]:
-        args.max_tokens = analysis["max_tokens"]
-        print(f"training budget: {args.max_tokens} tokens, the --max-tokens of {args.thoughts}")
-    rows = list(report.group_by_problem(folder.load_records(args.thoughts / "records.jsonl")).values())
+    """The records of --thoughts, a row a problem."""
+    script, settings, records = folder.recorded_run(args.thoughts, "--thoughts", "token_ids")
+    if settings["model"] != args.model:
+        fail(f"--thoughts {args.thoughts}: holds thoughts of --model {settings['model']}, not of {args.model}")
+    if any("step" in record for record in records):
+        fail(f"--thoughts {args.thoughts}: this run of {script} holds thoughts of a model that changes in training")
+    print(f"training budget: {args.max_tokens} tokens, as long as the thoughts of {args.thoughts} may be")
+    rows = list(report.group_by(records, lambda r: r["id"]).values())
     if args.limit and args.limit < len(rows):
         print(f"the first {args.limit} of the {len(rows)} problems of {args.thoughts} (--limit)")
     return rows[: args.limit]
@@ -144,6 +150,7 @@ def force(args, problems: list[dict], thoughts: list[list[dict]] | None) -> None
         points = zip(traces, exploit(args, sampler, traces), extrapolate(args, sampler, traces))
         append_jsonl(file, [{**trace.record(), "exploit": e, "extrapolate": x} for trace, e, x in points])
     sampler.close()
+    report.write_page(folder.load_records(file), run / "trace.html")
 
 
 def seed_of(args, trace: Trace) -> tuple[int, ...]:
@@ -198,7 +205,7 @@ def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, d
         ]
     points: list[dict[int, dict]] = [{} for _ in traces]
     for w in range(args.extensions + 1):
-        if w % args.answer_every == 0:
+        if w in extensions(vars(args)):
             prompts = [trace.prompt + ended(tokenizer, thought) for trace, thought in zip(traces, thoughts)]
             seeds = [(*seed_of(args, trace), 1, w) for trace in traces]
             for t, answers in enumerate(answers_to(args, sampler, traces, prompts, seeds)):
@@ -278,9 +285,9 @@ def problem_values(settings: dict, records: list[dict]) -> Values:
     return values
 
 
-def extensions(settings: dict) -> range:
-    """After how many of them answers are sampled."""
-    return range(0, settings["extensions"] + 1, settings["answer_every"])
+def extensions(settings: dict) -> list[int]:
+    """After how many of them answers are sampled: every so many, and after the last."""
+    return sorted({*range(0, settings["extensions"], settings["answer_every"]), settings["extensions"]})
 
 
 def regret_budgets(settings: dict) -> list[int]:
@@ -297,7 +304,7 @@ SAME = (  # settings in which runs that are compared may not differ
 
 def compare(args, folders: list[Path]) -> None:
     """Table and figures of runs on the problems they share, from their records; differences are to the first."""
-    recorded = report.read_runs(folders, "budget_force.py", "extension_tokens")
+    recorded = report.read_runs(folders, "exploit", "extrapolate")
     if differing := report.differing_flags(recorded, SAME):
         fail(f"--compare: the runs differ in {', '.join(differing)}")
     problems, settings = report.keep_shared_problems(recorded), recorded[0].settings
@@ -307,7 +314,7 @@ def compare(args, folders: list[Path]) -> None:
         "training_budget": settings["max_tokens"],
         "budgets": settings["budgets"],
         "regret_budgets": regret_budgets(settings),
-        "extensions": list(extensions(settings)),
+        "extensions": extensions(settings),
         "runs": {run.name: {**report.counts_of(run.records), "metrics": metrics[run.name]} for run in recorded},
         "difference_to_first": report.differences_to_first(values),
     }
@@ -322,8 +329,9 @@ def compare(args, folders: list[Path]) -> None:
         text += report.table_row(count, *(f"{run[count]:.3g}" for run in summary["runs"].values()))
     first = f"{recorded[0].name} on the same {problems} problems"
     text += report.difference_table(summary["difference_to_first"], first)
+    text += "".join(f"\n{run.name}: {why}" for run in recorded if (why := report.why_zero(run.records)))
     figures = [draw_regret(settings, metrics, args.out), draw_accuracy(settings, metrics, args.out)]
-    report.write_summary(args.out, summary, text, f"figures: {', '.join(map(str, figures))}")
+    report.write_summary(args.out, summary, text, *figures, *(folder / "trace.html" for folder in folders))
 
 
 # ---------------------------------------------------------------------------------------------- pictures

@@ -61,11 +61,13 @@ def flags(argv=None) -> argparse.Namespace:
     flag("max-episodes", 32, 16, "ours; the authors' regret study joins episodes by tens")
     flag("budgets")
     flag = add_group(parser, "evaluation")
-    flag("metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), default="all")
+    dear = "what is told (default: pass@k); regret and all force answers at every episode, at many times the cost"
+    flag("metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), help=dear)
     flag("k", help="k of pass@k and maj@k, as 1,2,4 (default: powers of 2 up to the samples)")
     flag("compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base")
     args = parse_flags(parser, argv)
     args.out = args.out or Path("runs") / ("compare" if args.compare else f"eval-{label(args.model, args.dataset)}")
+    args.metric = args.metric or ("all" if args.compare else "pass@k")
     args.k = numbers("--k", args.k) if args.k else []
     if not args.compare and max(args.k, default=1) > args.num_samples:
         fail(f"--k {max(args.k)}: more than the {args.num_samples} samples of a problem")
@@ -101,20 +103,29 @@ def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, li
     """One model, loaded once, on every data set: samples, then summary.json and summary.md."""
     first = evaluations[0]
     tokenizer = tokenizer_of(first)
-    prompts = {one.dataset: prompts_of(one, tokenizer, problems[one.dataset]) for one in evaluations}
+    forced = forces(first)
+    prompts = {one.dataset: prompts_of(one, tokenizer, problems[one.dataset], forced=forced) for one in evaluations}
     sampler = sampler_of(first, tokenizer, max(longest for _, longest in prompts.values()))
     for one in evaluations:
         run = folder.open_run(one, problems[one.dataset], *MAY_CHANGE)
         records = sample(one, run / "records.jsonl", sampler, problems[one.dataset], prompts[one.dataset][0])
         summary = summarise(records, problem_values(one, records))
-        report.write_summary(run, summary, table_of({run.name: summary}, {}), f"records: {run / 'records.jsonl'}")
+        drawn = draw(one, run, [RecordedRun(run.name, vars(one), records)])
+        page = report.write_page(records, run / "trace.html")
+        text = table_of({run.name: summary}, {}) + report.why_zero(records)
+        report.write_summary(run, summary, text, run / "records.jsonl", *drawn, page)
     sampler.close()
+
+
+def forces(args) -> bool:
+    """Does the metric need forced answers?"""
+    return args.metric in ("regret", "all")
 
 
 def sample(args, file: Path, sampler: Sampler, problems: list[dict], prompts: list[list[int]]) -> list[dict]:
     """The records, one a trace, in the order of the problems. What is recorded already is not made again: a run goes on
     where it stopped, and more samples are added to those there."""
-    forced = args.metric in ("regret", "all")
+    forced = forces(args)
     if forced and file.exists() and not all(r["J"] for r in folder.load_records(file)):
         fail(f"--metric {args.metric}: the records in {file} were made without forced answers; use another --out")
     for traces in new_traces(args, file, sampler, problems, prompts, segmentation(args), forced=forced):
@@ -137,7 +148,7 @@ def problem_values(args, records: list[dict]) -> Values:
     if args.metric in ("maj@k", "all"):
         values |= {f"maj@{k}": np.array([vote_of(group, k) for group in groups]) for k in ks}
     values["tokens"] = problem_means(records, lambda r: r["tokens"])
-    if args.metric in ("regret", "all") and all(r["J"] for r in records):
+    if forces(args) and all(r["J"] for r in records):
         values |= {f"regret@{b}": problem_means(records, regret_at, b) for b in args.budgets}
         values |= {f"forced@{b}": problem_means(records, accuracy_at, b) for b in args.budgets}
     return values
@@ -176,37 +187,41 @@ def table_of(summaries: dict[str, dict], differences: dict[str, dict]) -> str:
 
 def compare(args, folders: list[Path]) -> None:
     """Tables, paired differences and figures from records alone; one section a data set, and a table of all."""
-    recorded = report.read_runs(folders, "evaluate.py", "top_p")
+    recorded = report.read_runs(folders, "reward")
     for flag in report.differing_flags(recorded, SAME):
         print(f"warning: the runs differ in {flag}")
     args.budgets = args.budgets or quarters(max(run.settings["max_tokens"] for run in recorded))
     datasets = list(dict.fromkeys(run.settings["dataset"] for run in recorded))
-    text, summary, figures = (table_of_datasets(recorded, datasets) + "\n" if len(datasets) > 1 else ""), {}, []
+    text, summary, figures = "", {}, []
     args.out.mkdir(parents=True, exist_ok=True)
-    for dataset in datasets:
-        alike = [run for run in recorded if run.settings["dataset"] == dataset]
+    by_dataset = {dataset: [run for run in recorded if run.settings["dataset"] == dataset] for dataset in datasets}
+    for alike in by_dataset.values():
         report.keep_shared_problems(alike)
+    if len(datasets) > 1:
+        text = table_of_datasets(recorded, datasets) + "\n"
+    for dataset, alike in by_dataset.items():
         stem = "" if len(datasets) == 1 else short_name(dataset) + "-"
         part, summary[dataset], drawn = compare_on_one(args, alike, stem)
         text += ("" if len(datasets) == 1 else f"## {dataset}\n\n") + part + "\n"
         figures += drawn
-    report.write_summary(args.out, summary, text, f"figures: {', '.join(str(path) for path in figures if path)}")
+    report.write_summary(args.out, summary, text, *figures)
 
 
-def compare_on_one(args, recorded: list[RecordedRun], stem: str) -> tuple[str, dict, list[Path | None]]:
+def compare_on_one(args, recorded: list[RecordedRun], stem: str) -> tuple[str, dict, list[Path]]:
     """(Markdown, summary, figures) of runs on the same problems; differences are to the first run."""
     values = {run.name: problem_values(args, run.records) for run in recorded}
     summaries = {run.name: summarise(run.records, values[run.name]) for run in recorded}
     differences = report.differences_to_first(values)
     text = table_of(summaries, differences)
     curves = {run.name: efficiency(run.records) for run in recorded}
-    figures = [draw_anytime(args, recorded, stem), draw_efficiency(args, curves, stem)]
+    figures = draw(args, args.out, recorded, stem)
     base, *others = curves
     ratios = {name: {metric: token_ratio(curves[base], curves[name], metric) for metric in SCORES} for name in others}
     for name, ratios_of_run in ratios.items():
         for metric, r in ratios_of_run.items():
             text += f"\nFor {metric} = {r['at']:.3f} {base} needs {r['ratio']:.2f} times the tokens of {name} "
             text += f"[{r['low']:.2f}, {r['high']:.2f}].\n"
+    text += "".join(f"\n{run.name}: {why}" for run in recorded if (why := report.why_zero(run.records)))
     return text, {"runs": summaries, "difference_to_first": differences, "token_ratio_to_first": ratios}, figures
 
 
@@ -261,11 +276,16 @@ def table_of_datasets(recorded: list[RecordedRun], datasets: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def draw_anytime(args, recorded: list[RecordedRun], stem: str) -> Path | None:
-    """Accuracy of an answer forced within each budget, and the normalised regret, roughly the area above it. None where
-    the records hold no forced answers."""
-    if not all(r["J"] for run in recorded for r in run.records):
-        return None
+def draw(args, out: Path, recorded: list[RecordedRun], stem: str = "") -> list[Path]:
+    """The figures of runs; the first needs forced answers."""
+    figures = [draw_efficiency(out / f"{stem}efficiency.png", recorded)]
+    if all(r["J"] for run in recorded for r in run.records):
+        figures.insert(0, draw_anytime(args, out / f"{stem}anytime.png", recorded))
+    return figures
+
+
+def draw_anytime(args, file: Path, recorded: list[RecordedRun]) -> Path:
+    """Accuracy of an answer forced within each budget, and the normalised regret, roughly the area above it."""
     top = max(run.settings["max_tokens"] for run in recorded)
     accuracy, regret, grid = [], [], [top * (i + 1) / 32 for i in range(32)]
     for run in recorded:
@@ -273,19 +293,19 @@ def draw_anytime(args, recorded: list[RecordedRun], stem: str) -> Path | None:
         accuracy.append(Curve(grid, forced, run.name, "-"))
         regret.append(Curve(args.budgets, [mean_interval(run.records, regret_at, budget) for budget in args.budgets]))
     panels = report.anytime_panels(accuracy, regret)
-    return report.draw_panels(args.out / f"{stem}anytime.png", *panels, width=4.2)
+    return report.draw_panels(file, *panels, width=4.2)
 
 
-def draw_efficiency(args, efficiencies: dict[str, dict[str, np.ndarray]], stem: str) -> Path:
+def draw_efficiency(file: Path, recorded: list[RecordedRun]) -> Path:
     """pass@k and maj@k against the tokens of k samples (Figures 7 and 8)."""
-    panels = []
+    panels, curves_of = [], {run.name: efficiency(run.records) for run in recorded}
     for metric in SCORES:
         curves = [
             Curve(curve["tokens"].mean(0), [interval(column) for column in curve[metric].T], name, ".-")
-            for name, curve in efficiencies.items()
+            for name, curve in curves_of.items()
         ]
         panels.append(Panel({"xlabel": "tokens of k samples", "ylabel": metric}, curves, tokens=True))
-    return report.draw_panels(args.out / f"{stem}efficiency.png", *panels, width=4.2, sharey=True)
+    return report.draw_panels(file, *panels, width=4.2, sharey=True)
 
 
 if __name__ == "__main__":

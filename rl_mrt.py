@@ -71,6 +71,7 @@ from run.traces import (
     prompts_of,
     sampler_of,
     segmentation,
+    tell_single_episodes,
 )
 
 MAX_WEIGHT = 2.0  # importance weights between sampler and trainer are capped there
@@ -154,7 +155,8 @@ def main() -> None:
     validation = data.held_out_of(args) if args.eval_every else []
     if not thinks(tokenizer):
         print(f"{args.model} has no {THINK_END}: its whole completion is the thought, and should end with a box")
-    _, longest = prompts_of(args, tokenizer, problems + validation)
+    forced = bool(args.bonus or validation)
+    _, longest = prompts_of(args, tokenizer, problems + validation, forced=forced)
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
         return
@@ -201,12 +203,13 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
         sampler.sync()
     elif validation:
         validate(args, run, sampler, validation, steps.state)
-    rollouts = ROLLOUTS[args.variant if args.bonus else "grpo"]
+    rollouts, told = ROLLOUTS[args.variant if args.bonus else "grpo"], False
 
     for step in steps:
         drawn = training.draw_problems(problems, args.problems_per_step, step, args.seed)[rank::world]
         with sampler.counting() as spent:
             groups = rollouts(args, sampler, drawn, (args.seed, step))
+        told = told or not args.bonus or tell_single_episodes([trace for group in groups for trace in group])
         advantages = advantages_of(args, groups)
         sampler.pause()
         try:
@@ -217,15 +220,16 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
         record(args, steps, groups, metrics, spent)
         if validation and steps.due(args.eval_every):
             validate(args, run, sampler, validation, steps.state)
-        if rank == 0 and steps.due(args.checkpoint_every):
-            report.draw_training(run)
         steps.checkpoint()
 
     training.save_checkpoint(run, model, sampler.tokenizer, optimizer, steps.state)
     training.save_model(run / "model", model, sampler.tokenizer)
     if rank == 0:
         write_json(run / "summary.json", {"method": method(args), **read_jsonl(run / "metrics.jsonl")[-1]})
-    print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
+    print(
+        f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}   traces: "
+        f"{run / 'trace.html'}"
+    )
 
 
 def method(args) -> str:
@@ -461,18 +465,36 @@ def record(args, steps: training.Steps, groups: Groups, metrics: dict, spent: Sp
     update_seconds = time.time() - steps.step_began - spent.seconds
     groups = sorted(gather_over_ranks(groups), key=lambda group: group[0].problem["place"])
     step = steps.state["step"]
+    rows = records(step, groups)
     if ranks()[0] == 0:
-        append_jsonl(steps.run / "records.jsonl", records(step, groups))
+        append_jsonl(steps.run / "records.jsonl", rows)
     sampled, computed = map(int, sum_over_ranks([spent.sampled_tokens, spent.computed_tokens]))
     stats = {**rollout_stats(args, groups), **metrics}
     seconds = {"sampling_seconds": spent.seconds, "update_seconds": update_seconds}
+    so_far = (steps.state["sampled_tokens"] + sampled) / 1e3
     text = (
-        f"step {step + 1:4d}  right {stats['reward']:.3f}  tokens {stats['tokens']:6.1f}  truncated "
-        f"{stats['truncated']:.2f}  loss {stats['loss']:+.4f}  sampled "
-        f"{(steps.state['sampled_tokens'] + sampled) / 1e3:,.0f}k tokens  {spent.seconds:.1f} + {update_seconds:.1f} s"
+        f"step {step + 1:4d}  right {stats['reward']:.3f}  {progress_told(stats)}tokens {stats['tokens']:6.1f}  "
+        f"truncated {stats['truncated']:.2f}  episodes {stats['episodes']:.1f}  flat groups {stats['flat_groups']:.2f}  "
+        f"loss {stats['loss']:+.4f}  sampled {so_far:,.0f}k tokens  {spent.seconds:.1f} + {update_seconds:.1f} s"
     )
+    if stats["flat_groups"] == 1:
+        text += "  every group is flat: no signal from the outcome" + report.why_zero(rows).rstrip().replace(
+            "\n", "\n  "
+        )
     counts = {"sampled_tokens": sampled, "computed_tokens": computed, "seconds": time.time() - steps.step_began}
     steps.record({**stats, **seconds}, text, **counts)
+    if ranks()[0] == 0 and steps.due(args.checkpoint_every):
+        report.draw_training(steps.run)
+        report.write_page(rows, steps.run / "trace.html")
+
+
+def progress_told(stats: dict[str, float]) -> str:
+    """J or progress, as far as the method estimates them."""
+    if "J_prefix" in stats:
+        return f"J of the prefix {stats['J_prefix']:.3f}  "
+    if "J_end" in stats:
+        return f"J {stats['J_empty']:.3f} to {stats['J_end']:.3f}, {stats['progress_per_episode']:+.3f} an episode  "
+    return ""
 
 
 def records(step: int, groups: Groups) -> list[dict]:

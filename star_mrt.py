@@ -119,8 +119,9 @@ def prepare(args):
     args.engine = pick_engine(args.engine)
     folder.check_out(args)
     tokenizer = tokenizer_of(args)
-    if not thinks(tokenizer):
-        fail(f"--model {args.model}: has no {THINK_END} in its vocabulary, so no thought to cut")
+    if not thinks(tokenizer) and "mrt" in filters(args):
+        why = f"has no {THINK_END} in its vocabulary, so no thought to cut; --filter outcome (plain STaR) needs none"
+        fail(f"--model {args.model}: {why}")
     problems, held_out = data.problems_of(args), data.held_out_of(args)
     _, longest = prompts_of(args, tokenizer, problems + held_out)
     model = models.load_model(weights_of(args), models.pick_device())
@@ -156,7 +157,7 @@ def self_train(args, run: Path, name: str, model, score, sampler: Sampler, probl
                 sampler.pause()
                 rows = [example.fine_tuned() for example in examples]
                 tuning = training.fine_tune(args, place / f"tuning_{iteration}", model, score, tokenizer, rows)
-            record(place, iteration, tokenizer, traces, examples, tuning)
+            record(args, place, iteration, tokenizer, traces, examples, tuning)
             if not examples:
                 return False
             training.save_model(final, model, tokenizer)
@@ -165,10 +166,13 @@ def self_train(args, run: Path, name: str, model, score, sampler: Sampler, probl
     return True
 
 
-def record(place: Path, iteration: int, tokenizer, traces: list[Trace], examples: list["Example"], tuning) -> None:
+def record(
+    args, place: Path, iteration: int, tokenizer, traces: list[Trace], examples: list["Example"], tuning
+) -> None:
     """What an iteration kept and how it was trained: selected_N.jsonl, iteration_N.json, a line on the screen."""
     if not examples:
-        print(f"the filter {place.name} kept no trace in iteration {iteration}: nothing to train on")
+        why = why_dropped(args, place.name, traces)
+        print(f"the filter {place.name} kept no trace in iteration {iteration}: nothing to train on: {why}")
     about = {"iteration": iteration, **describe(traces, examples), **(tuning or {})}
     if ranks()[0] == 0:
         lines = [json_line(example.record(tokenizer)) for example in examples]
@@ -252,6 +256,19 @@ def select(args, name: str, sampler: Sampler, traces: list[Trace], iteration: in
 def keep_right(traces: list[Trace]) -> dict[int, int]:
     """Plain STaR: {number: end of the thought} of every trace whose own answer is right and complete."""
     return {t: trace.boundaries[-1] for t, trace in enumerate(traces) if ends_right(trace)}
+
+
+def why_dropped(args, name: str, traces: list[Trace]) -> str:
+    """What became of the traces where a filter kept none, in counts."""
+    if name == "outcome":
+        return report.counted(report.fate_of(trace.record()) for trace in traces)
+    episodes = report.counted("of one episode" if len(trace.boundaries) <= 2 else "of several" for trace in traces)
+    rising = [trace for trace in traces if max(trace.J) > trace.J[0]]
+    low = sum(max(trace.J) < args.min_success for trace in rising)
+    return (
+        f"{episodes}; {len(traces) - len(rising)} where J never rises, {low} where it stays below --min-success, "
+        f"{len(rising) - low} without a right and complete answer after the cut"
+    )
 
 
 def ends_right(trace: Trace) -> bool:
@@ -351,7 +368,11 @@ def write_report(args, run: Path) -> None:
             text += f"\nAfter {args.iterations} iterations:\n\n"
             text += report.metric_table({"MRT-STaR - STaR": difference}, "+")
         draw(args, summary, run)
-    report.write_summary(run, summary, text, f"models: {run}/FILTER/model_N   figure: {run / 'star.png'}")
+        records = folder.load_records(list(evaluations.values())[len(values) - 1])
+        report.write_page(records, run / "trace.html")
+        text += report.why_zero(records)
+    models_made = sorted(run.glob("*/model_*"))
+    report.write_summary(run, summary, text, *models_made, run / "star.png", run / "trace.html")
 
 
 def values_of(args, file: Path) -> Values:

@@ -137,9 +137,9 @@ SHARED = {
     "temperature": (non_negative, "for traces and forced answers"),
     "top-p": (float, "sample from the likeliest tokens with this mass"),
     "forced-answers": (positive_int, "sampled answers for each J(μ|prefix)"),
-    "answer-tokens": (positive_int, "token limit of a forced answer"),
+    "answer-tokens": (positive_int, "token limit of a forced answer; less where --max-tokens is"),
     "max-episodes": (positive_int, "in longer thoughts neighbouring episodes are joined"),
-    "budgets": (str, "token budgets C0, such as 512,1024 (default unless another is named: quarters of --max-tokens)"),
+    "budgets": (str, "token budgets C0, such as 512,1024 (default: quarters of --max-tokens or of the longest given)"),
     "batch-problems": (positive_int, "problems sampled and recorded together"),
     "lr": (non_negative, "learning rate"),
     "warmup": (non_negative, "share of the run in which the learning rate rises"),
@@ -180,16 +180,22 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
         ask_server(args)
     args.model = args.model or "tiny"
     tiny = is_tiny(args.tokenizer or args.model.split(",")[0])
-    for name, action in actions.items():
-        if getattr(args, name, "") is None:
-            setattr(args, name, getattr(action, "by_model", (None, None))[not tiny])
+    defaults = {name: action.by_model[not tiny] for name, action in actions.items() if hasattr(action, "by_model")}
+    for name in ("answer_tokens", "extension_tokens"):  # as much less as --max-tokens is than its default
+        if args.max_tokens and name in args:
+            less = defaults[name] * args.max_tokens // defaults["max_tokens"]
+            defaults[name] = min(defaults[name], max(64, less))
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.resume and args.overwrite:
         fail("--resume and --overwrite: not both")
     args.markers = load_markers(args.markers) if args.markers else []
     if "budgets" in args:
-        compared = getattr(args, "compare", None)  # then the records say how long thoughts may be
-        given = numbers("--budgets", args.budgets) if args.budgets else []
-        args.budgets = given or ([] if compared else quarters(args.max_tokens))
+        # Where there are records or given thoughts, they say how long these are.
+        records = any(getattr(args, name, None) for name in ("compare", "traces", "from_run"))
+        named = numbers("--budgets", args.budgets) if args.budgets else []
+        args.budgets = named or ([] if records else quarters(args.max_tokens))
     if getattr(args, "warmup", 0.0) >= 1:
         fail(f"--warmup {args.warmup}: is a share of the run, below 1")
     if getattr(args, "compare", None) and args.out and config_of(args.out):

@@ -49,13 +49,26 @@ def config_of(run: Path) -> dict | None:
         return None
 
 
-def settings_of(run: Path, flag: str, script: str, setting: str) -> dict:
-    """The settings of an earlier run that a flag names; ends the program if `script` has recorded nothing there.
-    `setting`: one that only this script has."""
-    settings = (config_of(run) or {}).get("settings", {})
-    if setting not in settings or not (run / "records.jsonl").exists():
-        fail(f"{flag} {run}: no config.json and records.jsonl of a run of {script} there")
-    return settings
+def recorded_run(run: Path, flag: str, *fields: str) -> tuple[str, dict, list[dict]]:
+    """(script, settings, records) of an earlier run of any script that a flag names by its folder or by a file of
+    records in it. Ends the program if there is none, or if a record lacks one of the fields."""
+    file = run if run.suffix == ".jsonl" else run / "records.jsonl"
+    config = config_of(file.parent) or config_of(file.parent.parent)
+    if config is None or not file.is_file():
+        others = sorted(str(f) for name in ("base", "*/evaluation_*") for f in run.glob(f"{name}.jsonl"))
+        instead = f"; name one of {', '.join(others)}" if others else ""
+        fail(f"{flag} {run}: no config.json and records.jsonl of a run there{instead}")
+    script, settings, records = config.get("script", "an unknown script"), config["settings"], load_records(file)
+    if not records:
+        fail(f"{flag} {run}: its records hold no trace")
+    for field in fields:
+        if lacking := sum(record.get(field) in (None, [], {}) for record in records):
+            fail(f"{flag} {run}: {lacking} of {len(records)} records of this run of {script} have no {field}")
+    if script == "star_mrt.py":  # held-out problems, and models that have no name
+        model = settings["model"] if file.name == "base.jsonl" else str(run)
+        held_out = {"dataset": settings["eval_dataset"] or settings["dataset"], "split": settings["eval_split"]}
+        settings = {**settings, **held_out, "model": model}
+    return script, settings, records
 
 
 MAY_CHANGE = "resume overwrite config out concurrency context batch_problems checkpoint_every keep report_to dry_run"

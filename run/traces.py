@@ -47,12 +47,12 @@ def segmentation(args, max_steps: int = 49, group_size: int = 1) -> Segmentation
     return Segmentation(max_steps, group_size, most, (*EPISODE_MARKERS, *args.markers))
 
 
-def prompts_of(args, tokenizer, problems: list[dict], more: int = 0) -> tuple[list[list[int]], int]:
-    """The prompts of the problems, and the tokens of the longest with a thought (and `more`) and a forced answer after
-    it; ends the run if they exceed the model's context."""
+def prompts_of(args, tokenizer, problems: list[dict], more: int = 0, forced=True) -> tuple[list[list[int]], int]:
+    """The prompts of the problems, and the tokens of the longest with a completion and `more`, and an answer `forced`
+    after it, if any is; ends the run if they exceed the model's context."""
     prompts = [prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
-    room = args.max_tokens + more + room_for_answer(tokenizer, args.answer_tokens)
-    return prompts, check_lengths(args, problems, prompts, room)
+    after = more + (room_for_answer(tokenizer, args.answer_tokens) if forced else 0)
+    return prompts, check_lengths(args, problems, prompts, after)
 
 
 def room_for_answer(tokenizer, answer_tokens: int) -> int:
@@ -80,17 +80,20 @@ def context_of(args) -> int:
     return args.context or context_length(weights_of(args))
 
 
-def check_lengths(args, problems: list[dict], prompts: list[list[int]], room: int) -> int:
-    """Ends the run if a prompt and the `room` tokens that may follow it do not fit the model's context; returns the
+def check_lengths(args, problems: list[dict], prompts: list[list[int]], after: int) -> int:
+    """Ends the run if a prompt, --max-tokens and what may come `after` them do not fit the model's context; returns the
     tokens of the longest."""
-    context = context_of(args)
+    context, room = context_of(args), args.max_tokens + after
     too_long = [(len(prompt), p["id"]) for p, prompt in zip(problems, prompts) if len(prompt) + room > context]
     if too_long:
         longest, name = max(too_long)
-        others = f"; so do {len(too_long) - 1} others" if len(too_long) > 1 else ""
+        others = f" (so do {len(too_long) - 1} others)" if len(too_long) > 1 else ""
+        forced = f" + {after} that are forced after it" if after else ""
+        left = context - longest - after
+        flags = "--answer-tokens" + " or --extension-tokens" * ("extension_tokens" in args)
         fail(
-            f"problem {name}: prompt of {longest} tokens + {room} to generate (thought, stop phrase, answer) exceed "
-            f"the model's context of {context}{others}"
+            f"problem {name}: prompt of {longest} tokens + {args.max_tokens} of --max-tokens{forced} exceed the "
+            f"model's context of {context}{others}; " + (f"--max-tokens {left} fits" if left > 0 else f"lower {flags}")
         )
     return max(map(len, prompts), default=0) + room
 
@@ -113,7 +116,7 @@ def new_traces(
     """The traces that a records.jsonl lacks, a batch of problems at a time: --num-samples a problem or those `given`,
     with J(μ) at every boundary if `forced`. `process`: this one's number and how many share the work."""
     counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
-    rank, world = process
+    (rank, world), told = process, False
     for batch, first in unrecorded(file, problems, counts, args.batch_problems, sampler):
         share = batch[rank::world]
         if given is None:
@@ -123,8 +126,20 @@ def new_traces(
             groups = [given[i][first:] for i in share]
         traces = [trace for group in groups for trace in group]
         if forced:
+            told = told or tell_single_episodes(traces)
             set_sampled_J(sampler, traces, forcing_of(args), (args.seed, FORCED))
         yield traces
+
+
+def tell_single_episodes(traces: list[Trace]) -> bool:
+    """Says, before it is looked for, that no thought has progress within it, where none has two episodes. True."""
+    if traces and all(len(trace.boundaries) <= 2 for trace in traces):
+        print(
+            f"all of the first {len(traces)} thoughts are one episode, with no progress within them to credit; "
+            "--markers FILE names the phrases with which this model starts anew",
+            flush=True,
+        )
+    return True
 
 
 def trace_of(record: dict, tokenizer, problem: dict, prompt: list[int]) -> Trace:

@@ -34,13 +34,14 @@ def record(i, answers, gold="7", tokens=100, logprobs=None):
             "boundaries": [0, tokens - 5],
             "J": [],
             "answer_tokens": [],
+            "forced": [],
         }
         for s, a in enumerate(answers)
     ]
 
 
 def test_each_metric_of_a_problem_by_hand():
-    args = options("--num-samples", "4", "--k", "1,2,4")
+    args = options("--num-samples", "4", "--k", "1,2,4", "--metric", "all")
     values = evaluate.problem_values(args, record(0, ["7", "7.0", "3", None]) + record(1, ["3", "3", None, None]))
     values = {name: of_problems.tolist() for name, of_problems in values.items()}
     assert values["pass@1"] == [0.25, 0.0]
