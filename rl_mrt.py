@@ -474,8 +474,8 @@ def record(args, steps: training.Steps, groups: Groups, metrics: dict, spent: Sp
     so_far = (steps.state["sampled_tokens"] + sampled) / 1e3
     text = (
         f"step {step + 1:4d}  right {stats['reward']:.3f}  {progress_told(stats)}tokens {stats['tokens']:6.1f}  "
-        f"truncated {stats['truncated']:.2f}  episodes {stats['episodes']:.1f}  flat groups {stats['flat_groups']:.2f}  "
-        f"loss {stats['loss']:+.4f}  sampled {so_far:,.0f}k tokens  {spent.seconds:.1f} + {update_seconds:.1f} s"
+        f"truncated {stats['truncated']:.2f}  episodes {stats['episodes']:.1f}  flat groups {stats['flat_groups']:.2f} "
+        f" loss {stats['loss']:+.4f}  sampled {so_far:,.0f}k tokens  {spent.seconds:.1f} + {update_seconds:.1f} s"
     )
     if stats["flat_groups"] == 1:
         text += "  every group is flat: no signal from the outcome" + report.why_zero(rows).rstrip().replace(
