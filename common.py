@@ -4,7 +4,7 @@
 
 1 traces and episodes · 2 forced answers and J(μ) · 3 progress and regret · 4 grading, pass@k, maj@k · 5 the GRPO loss
 
-`# MRT 1` to `# MRT 7` mark where the method stands, here and in the scripts; `grep -n "# MRT" *.py` lists it. The rest
+`# MRT 1` to `# MRT 8` mark where the method stands, here and in the scripts; `grep -n "# MRT" *.py` lists it. The rest
 is what any reinforcement learning of a reasoner needs; engine/ samples and scores, grading/ decides what is right.
 "Section", "Eq.", "Def.", "Fig.", "Table" and "Appendix" refer to arXiv 2503.07572.
 """
@@ -498,3 +498,19 @@ def grpo_loss(
         per_token = per_token + kl * k3
         sums["kl"] = float(k3.detach().sum())
     return per_token.sum() / denominator, sums
+
+
+def stop_loss(stop_logprobs: torch.Tensor, gains: torch.Tensor, denominator: float) -> torch.Tensor:
+    """- 1/denominator · Σ_j π_j (J_j - f), π_j = π(</think> | z_0:j): credit for the decision to stop at a boundary.
+
+    Ours, not the paper's. Figure 6 compares rollouts that stop at a prefix with others that go on; where J is known at
+    the boundaries of a trace, the trace itself is that comparison, and no rollout is needed:
+    1. At a boundary the return is V_j = π_j J_j + (1 - π_j) G_j: stopping is worth J_j, going on some G_j.
+    2. With both actions in it nothing has to be sampled: the gradient of this decision is ∇π_j (J_j - G_j).
+    3. A trace that went on has the outcome f, on average G_j. One that stopped has J_j on average, and adds nothing.
+    4. So the mean over traces is Σ_j (1 - π_j) ∇π_j (J_j - G_j): a boundary counts as often as thoughts go on there.
+
+    stop_logprobs, gains [N]: ln π_j at every trained token, and J_j - f after a boundary, 0 elsewhere. The denominator
+    is that of `grpo_loss`.
+    """
+    return -(stop_logprobs.exp() * gains).sum() / denominator  # MRT 8: ours, β · Σ_j π_j (J_j - f) is maximised

@@ -11,6 +11,7 @@ rollouts start. l_FT is the outcome reward's objective, c_{j-1} the prefix befor
                                    rollouts stop and answer (they estimate J(μ|c)) and G go on thinking
     --bonus α --variant online     their later one (release v0.1): forced answers at every boundary of on-policy
                                    traces, each episode's tokens are credited with that episode's progress
+    --stop-credit β                ours, on top: credit for the decision to stop or go on at each boundary
     --length-penalty w             the paper's third baseline (Arora & Zanette, arXiv 2502.04463)
 
 On a laptop, with the embedded model (a minute or two on one core):
@@ -48,6 +49,7 @@ from common import (
     read_traces,
     set_likelihood_J,
     set_sampled_J,
+    stop_loss,
     success_rate,
 )
 from engine import models
@@ -55,7 +57,7 @@ from engine.logprobs import token_logprobs
 from engine.processes import gather_over_ranks, ranks, start_processes, sum_over_ranks
 from engine.sampler import Sampler, Spent, pick_engine
 from engine.served_engine import is_served
-from engine.tokens import THINK_END, prompt_ids, thinks
+from engine.tokens import THINK_END, encode, prompt_ids, thinks
 from run import data, folder, report, training
 from run.files import append_jsonl, end_in_one_line, fail, read_jsonl, write_json
 from run.flags import add_group, new_parser, non_negative, parse_flags, positive_int, whole_number
@@ -90,6 +92,7 @@ def flags(argv=None) -> argparse.Namespace:
     estimate = "J by sampled forced answers, by the gold answer's likelihood, or that in nats (default: log-likelihood "
     estimate += "for tiny online, else sampled, as the authors)"
     flag("progress", choices=("sampled", "likelihood", "log-likelihood"), help=estimate)
+    flag("stop-credit", type=non_negative, default=0.0, help="β of the decision to stop; ours, not the paper's")
     flag("forced-answers", 4, 4, "v0.1; the prefix variant's m of Figure 6")
     flag("answer-tokens", 8, 1024, "ours")
     flag("max-episodes", 32, 6, "the authors' online variant")
@@ -134,6 +137,8 @@ def check_flags(args) -> None:
         fail("--group-size 1: a group of one has no spread to normalise by")
     if args.bonus > 0 and args.variant == "prefix" and args.progress != "sampled":
         fail(f"--progress {args.progress} needs --variant online: prefix samples its answers")
+    if args.stop_credit and args.bonus == 0:
+        fail(f"--stop-credit {args.stop_credit:g} needs a --bonus above 0: GRPO does not know J")
     if args.length_penalty >= 1:
         fail(f"--length-penalty {args.length_penalty}: must be below 1, or right answers could lose to wrong ones")
     if args.max_tokens < 2:
@@ -202,6 +207,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
     elif validation:
         validate(args, run, sampler, validation, steps.state)
     rollouts = ROLLOUTS[args.variant if args.bonus else "grpo"]
+    stop = encode(sampler.tokenizer, THINK_END)[0] if args.stop_credit else None
 
     for step in steps:
         drawn = training.draw_problems(problems, args.problems_per_step, step, args.seed)[rank::world]
@@ -210,7 +216,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
         advantages = advantages_of(args, groups)
         sampler.pause()
         try:
-            metrics = update(args, model, score, reference, optimizer, groups, advantages)
+            metrics = update(args, model, score, reference, optimizer, groups, advantages, stop)
         except FloatingPointError as error:
             give_up(run, step, groups, error)
         sampler.sync()  # what is sampled next is sampled from the new weights
@@ -382,14 +388,30 @@ def prefix_credit(group: list[Trace]) -> list[np.ndarray]:
     ]
 
 
+def stop_gains(trace: Trace) -> np.ndarray:
+    """What stopping instead would have gained: J_j - f at the token that follows a boundary j ≥ 1, 0 at the others,
+    [tokens]. In the prefix variant J is known at the cut alone, before the first token."""
+    gains = np.zeros(len(trace.completion.token_ids))
+    if trace.prefix_J is not None:
+        gains[0] = trace.prefix_J - trace.reward
+    for boundary, J in list(zip(trace.boundaries, trace.J))[1:]:
+        if boundary < len(gains):  # not where a thought was cut off: nothing was decided there
+            gains[boundary] = J - trace.reward
+    return gains
+
+
 # ---------------------------------------------------------------------------------------------- the update
 
 
-def update(args, model, score, reference, optimizer, groups: Groups, advantages: Advantages) -> dict[str, float]:
+def update(
+    args, model, score, reference, optimizer, groups: Groups, advantages: Advantages, stop: int | None = None
+) -> dict[str, float]:
     """One or more optimiser steps on the sampled tokens; returns the update's metrics. With several processes each has
-    its own groups; denominators and metrics are over all of them, and so is the gradient."""
+    its own groups; denominators and metrics are over all of them, and so is the gradient. `stop`: the token that ends a
+    thought, with --stop-credit."""
     traces, dtype, device = [t for group in groups for t in group], models.pick_dtype(args.dtype), model.device
-    columns = [np.stack([a, t.completion.logprobs]) for t, a in zip(traces, (a for row in advantages for a in row))]
+    flat = [advantage for row in advantages for advantage in row]
+    columns = [np.stack([a, t.completion.logprobs, stop_gains(t)]) for t, a in zip(traces, flat)]
     examples = [(t.prompt + t.completion.token_ids, len(t.prompt), c) for t, c in zip(traces, columns)]
     parts = parts_of(args, traces)
     if len(parts) > 1:
@@ -398,16 +420,19 @@ def update(args, model, score, reference, optimizer, groups: Groups, advantages:
     for part in parts:
         denominator = sum_over_ranks([float(sum(columns[i].shape[1] for i in part))])[0]  # before the loop
         optimizer.zero_grad()
-        for numbers, ids, where, (advantage, sampled, *old) in training.micro_batches(
+        for numbers, ids, where, (advantage, sampled, gains, *old) in training.micro_batches(
             examples, part, args.max_tokens_per_batch, device
         ):
             with models.autocast(dtype):
-                logprobs, entropies = score(ids, where, args.temperature)
+                scores, entropies = score(ids, where, args.temperature, also=stop)
                 ref = reference_logprobs(args, reference, ids, where)
+            logprobs = scores if stop is None else scores[:, 0]
             before = old[0] if old else logprobs.detach()
             # Truncated importance weights: 1 where sampler and trainer agree, which round differently.
             weight = (before - sampled).exp().clamp(max=MAX_WEIGHT)
             loss, found = grpo_loss(logprobs, before, advantage * weight, denominator, args.clip, ref, args.kl)
+            if stop is not None:
+                loss = loss + args.stop_credit * stop_loss(scores[:, 1], gains, denominator)
             (loss * ranks()[1] * bool(numbers)).backward()  # FSDP takes the mean of the processes' gradients
             if not numbers:
                 continue

@@ -261,6 +261,7 @@ def test_values_that_the_parser_refuses(capsys, argv):
         ["--group-size", "1"],
         ["--temperature", "0"],
         ["--length-penalty", "1"],
+        ["--stop-credit", "20", "--bonus", "0"],
         ["--progress", "likelihood", "--variant", "prefix"],
     ],
     ids=" ".join,

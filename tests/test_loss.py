@@ -171,9 +171,10 @@ def test_rule_10_log_probs_equal_a_plain_forward(model, tokenizer, padded, tempe
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_rule_10_chunks_change_neither_values_nor_gradients(tied, chunk, monkeypatch):
-    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", 50 * chunk)
+@pytest.mark.parametrize("chunk", [1, 3, 1000, None])  # None: one row at a time
+@pytest.mark.parametrize("also", [None, 0, 49])
+def test_rule_10_chunks_change_neither_values_nor_gradients(tied, chunk, also, monkeypatch):
+    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", 50 * (chunk or 1))
     torch.manual_seed(1)
     shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     config = Qwen2Config(vocab_size=50, num_key_value_heads=1, tie_word_embeddings=tied, **shape)
@@ -181,13 +182,15 @@ def test_rule_10_chunks_change_neither_values_nor_gradients(tied, chunk, monkeyp
     ids = torch.randint(0, 50, (3, 8))
     where = torch.rand(3, 8) > 0.4
     where[:, 0] = False
-    logp, _ = token_logprobs(net, ids, where, 0.8)
-    logp.sum().backward()
+    logp, _ = token_logprobs(net, ids, where, 0.8, "chunks" if chunk else "rows", also)
+    weights = torch.randn(logp.shape)
+    (logp * weights).sum().backward()
     got = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
-    full = (net(ids).logits[:, :-1] / 0.8).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    expected = full[where[:, 1:]]
-    expected.sum().backward()
+    full = (net(ids).logits[:, :-1] / 0.8).log_softmax(-1)
+    columns = [full.gather(-1, ids[:, 1:, None]).squeeze(-1), *([] if also is None else [full[..., also]])]
+    expected = torch.stack([column[where[:, 1:]] for column in columns], -1).view_as(logp)
+    (expected * weights).sum().backward()
     torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
     for a, p in zip(got, net.parameters()):
         torch.testing.assert_close(a, p.grad, atol=1e-5, rtol=1e-5)

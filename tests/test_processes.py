@@ -32,9 +32,8 @@ from run import training
 FLAGS = (
     "--bonus 1 --variant online --progress likelihood --problems-per-step 5 --group-size 4 --max-tokens 96 --steps 3"
 )
-FLAGS += (
-    " --eval-every 3 --eval-problems 7 --checkpoint-every 1 --keep 3 --max-tokens-per-batch 700 --updates-per-batch 2"
-)
+FLAGS += " --eval-every 3 --eval-problems 7 --checkpoint-every 1 --keep 3 --max-tokens-per-batch 700"
+FLAGS += " --updates-per-batch 2 --stop-credit 20"
 
 
 def torchrun(folder: Path, count: int, *flags, script: str = "rl_mrt.py") -> subprocess.Popen:
