@@ -211,7 +211,7 @@ def read_traces(tokenizer, problems, prompts, rows, rule=Segmentation(), first: 
 
 
 def forced_prompt(tokenizer, trace: Trace, boundary: int) -> list[int]:
-    """The prompt of the meta-prover μ: the prefix of the thought up to a boundary, told that time is up (Section 4).
+    """The prompt of the meta-prover μ: the prefix of the thought up to a boundary, told that time is up (Def. 4.1).
 
     As in the authors' code the complete thought gets only the end-of-thinking marker. The stop phrase is appended as
     tokens to the very tokens that were sampled.
@@ -339,7 +339,7 @@ def in_nats(J: Sequence[float]) -> np.ndarray:
 
 
 def normalized_regret(tokens: Sequence[float], accuracies: Sequence[float], budget: float) -> float:
-    """Normalised regret of one trace at a budget of C0 tokens (Section 7): 1 - area / C0, in [0, 1].
+    """Normalised regret of one trace at a budget of C0 tokens (Figure 9): 1 - area / C0, in [0, 1].
 
     tokens: at each prefix j, its tokens + the mean tokens of its forced answers. accuracies: J there. The curve starts
     at (0, 0), is linear in between, and is cut at C0 or held at its last value up to C0. For budgets beyond training
@@ -460,9 +460,10 @@ def maj_at_k(answers: Sequence[Hashable], gold: Hashable, k: int, weights: Seque
 def group_advantages(rewards: torch.Tensor, normalize_std: bool = True) -> torch.Tensor:
     """A = (r - mean) / (std + 1e-4) within each group; [groups, rollouts] → the same shape.
 
-    The std is the population's (a group of 1 gives 0, not NaN). A group whose rewards are equal up to rounding gets
-    exactly 0: dividing rounding errors by a small std would make a signal of them. With the std, a rare success among
-    16 counts 3.87, without it 0.94: normalising gives more weight to hard and to easy problems.
+    The std is the population's (a group of 1 gives 0, not NaN); the authors' is unbiased, √(G / (G - 1)) times it. A
+    group whose rewards are equal up to rounding gets exactly 0: dividing rounding errors by a small std would make a
+    signal of them. With the std, a rare success among 16 counts 3.87, without it 0.94: normalising gives more weight to
+    hard and to easy problems.
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
     std = rewards.std(-1, keepdim=True, unbiased=False)
@@ -478,12 +479,14 @@ def grpo_loss(
     clip: float = 0.2,
     ref_logprobs: torch.Tensor | None = None,
     kl: float = 0.0,
+    weights: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """1/denominator · Σ_tokens [kl · k3 - min(ρ A, clip(ρ, 1-ε, 1+ε) A)], ρ = exp(logprob - old logprob).
+    """1/denominator · Σ_tokens w [kl · k3 - min(ρ A, clip(ρ, 1-ε, 1+ε) A)], ρ = exp(logprob - old logprob).
 
-    All tensors have one shape and hold only trained tokens: no prompt, no padding. The denominator is given: the
-    trained tokens of the *whole* batch, fixed before the loop over micro-batches, so any split gives the same gradient.
-    MRT does not change this function, only `advantages`.
+    All tensors have one shape and hold only trained tokens: no prompt, no padding. The denominator is given, fixed
+    before the loop over micro-batches, so any split gives the same gradient: with w = 1 the trained tokens of the
+    *whole* batch, a mean over tokens; with w = 1 / (tokens of its sequence) the sequences, a mean of their means. MRT
+    does not change this function, only `advantages`.
 
     k3 = e^d - d - 1, d = ref - logprob, is never below 0 and estimates KL(π‖ref) on samples of π; its gradient is
     that of KL(ref‖π). d is clamped to ±10 before exp. Returns (loss, sums over tokens: clipped, kl).
@@ -497,7 +500,7 @@ def grpo_loss(
         k3 = d.exp() - d - 1
         per_token = per_token + kl * k3
         sums["kl"] = float(k3.detach().sum())
-    return per_token.sum() / denominator, sums
+    return (weights * per_token).sum() / denominator, sums
 
 
 def stop_loss(stop_logprobs: torch.Tensor, gains: torch.Tensor, denominator: float) -> torch.Tensor:

@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,7 +61,7 @@ from engine.served_engine import is_served
 from engine.tokens import THINK_END, encode, prompt_ids, thinks
 from run import data, folder, report, training
 from run.files import append_jsonl, end_in_one_line, fail, read_jsonl, write_json
-from run.flags import add_group, new_parser, non_negative, parse_flags, positive_int, whole_number
+from run.flags import add_group, new_parser, non_negative, parse_flags, positive_int, share, whole_number
 from run.traces import (
     FORCED,
     GOING_ON,
@@ -75,7 +76,7 @@ from run.traces import (
     segmentation,
 )
 
-MAX_WEIGHT = 2.0  # importance weights between sampler and trainer are capped there
+MAX_IMPORTANCE = 2.0  # importance weights between sampler and trainer are capped there
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -105,6 +106,8 @@ def flags(argv=None) -> argparse.Namespace:
     flag("clip", 0.2, 0.2, "PPO's", type=non_negative, help="ε of the ratio's clipping")
     beta = "not published; the default of the trainer the authors built on"
     flag("kl", 0.0, 0.04, beta, type=non_negative, help="β of the k3 penalty to the initial model; 0: no copy kept")
+    mean = "the loss is a mean over all tokens, or over each sequence's and then over sequences (the authors' trainer)"
+    flag("loss-mean", choices=("token", "sequence"), default="token", help=mean)
     flag("updates-per-batch", type=positive_int, default=1, help="optimiser steps a batch")
     flag = add_group(parser, "optimisation")
     flag("steps", type=positive_int, help="default: one pass over the problems")
@@ -113,6 +116,7 @@ def flags(argv=None) -> argparse.Namespace:
     flag("schedule", "constant", "cosine", "Table 3", choices=("constant", "cosine"))
     flag("warmup", 0.0, 0.1, "Table 3")
     flag("weight-decay", 0.0, 0.01, "Table 3")
+    flag("adam-beta2", 0.95, 0.95, "ours; the authors' trainer: 0.999", type=share, help="β2 of AdamW")
     flag("max-grad-norm", 1.0, 1.0, "usual")
     flag("max-tokens-per-batch", 4096, 32768, "ours")
     flag("checkpoint-every", 10, 10, "ours")
@@ -360,6 +364,8 @@ def episode_credit(group: list[Trace], scale=np.asarray) -> list[np.ndarray]:
     gets 0 - mean. Taken from the thought alone, the mean would be a fee for each episode that ending the thought
     avoids: a length penalty in disguise.
     Why no std: where no episode makes progress, it would blow the noise of J up to a signal.
+    α's unit: A_GRPO has unit variance in a group, progress is in units of J (or nats), so α = 1 weighs at most half of
+    what it weighs inside a reward that is normalised afterwards (docs/faithful.md).
     """
     progress = [episode_progress(scale(trace.J)) for trace in group]
     mean = np.concatenate(progress).mean() if any(map(len, progress)) else 0.0
@@ -409,53 +415,76 @@ def update(
     """One or more optimiser steps on the sampled tokens; returns the update's metrics. With several processes each has
     its own groups; denominators and metrics are over all of them, and so is the gradient. `stop`: the token that ends a
     thought, with --stop-credit."""
-    traces, dtype, device = [t for group in groups for t in group], models.pick_dtype(args.dtype), model.device
-    flat = [advantage for row in advantages for advantage in row]
-    columns = [np.stack([a, t.completion.logprobs, stop_gains(t)]) for t, a in zip(traces, flat)]
-    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), c) for t, c in zip(traces, columns)]
+    traces, dtype = [trace for group in groups for trace in group], models.pick_dtype(args.dtype)
+    examples = list(map(example_of, repeat(args), traces, chain.from_iterable(advantages)))
     parts = parts_of(args, traces)
     if len(parts) > 1:
-        examples = training.with_old_logprobs(args, score, examples, device)
+        examples = training.with_old_logprobs(args, score, examples, model.device)
     sums, gaps, norms = Counter(), [], []
     for part in parts:
-        denominator = sum_over_ranks([float(sum(columns[i].shape[1] for i in part))])[0]  # before the loop
+        denominator = sum_over_ranks([sum(float(examples[i][2][0].sum()) for i in part)])[0]  # before the loop
         optimizer.zero_grad()
-        for numbers, ids, where, (advantage, sampled, gains, *old) in training.micro_batches(
-            examples, part, args.max_tokens_per_batch, device
-        ):
+        for numbers, *batch in training.micro_batches(examples, part, args.max_tokens_per_batch, model.device):
             with models.autocast(dtype):
-                scores, entropies = score(ids, where, args.temperature, also=stop)
-                ref = reference_logprobs(args, reference, ids, where)
-            logprobs = scores if stop is None else scores[:, 0]
-            before = old[0] if old else logprobs.detach()
-            # Truncated importance weights: 1 where sampler and trainer agree, which round differently.
-            weight = (before - sampled).exp().clamp(max=MAX_WEIGHT)
-            loss, found = grpo_loss(logprobs, before, advantage * weight, denominator, args.clip, ref, args.kl)
-            if stop is not None:
-                loss = loss + args.stop_credit * stop_loss(scores[:, 1], gains, denominator)
+                loss, found, gap = batch_loss(args, score, reference, *batch, denominator, stop)
             (loss * ranks()[1] * bool(numbers)).backward()  # FSDP takes the mean of the processes' gradients
-            if not numbers:
-                continue
-            if not torch.isfinite(loss):
+            if numbers and not torch.isfinite(loss):
                 names = ", ".join(sorted({traces[i].problem["id"] for i in numbers}))
                 raise FloatingPointError(f"the loss is {loss.item()} on samples of {names}")
-            sums.update(found | {"loss": loss.item() * denominator, "entropy": float(entropies.sum())})
-            sums.update({"padded": ids.numel(), "weight": float(weight.sum())})
-            if part is parts[0]:  # sampler and trainer are still the same policy
-                gaps.append((logprobs.detach() - sampled).abs().cpu())
+            if numbers:
+                sums.update(found)
+            if numbers and part is parts[0]:  # sampler and trainer are still the same policy
+                gaps.append(gap)
         if part is parts[0]:
-            gap = training.check_gap(gaps, dtype)
+            gaps = training.check_gap(gaps, dtype)
         norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm))
-    counted = {"tokens": sum(c.shape[1] for c in columns), "with_prompts": sum(len(ids) for ids, _, _ in examples)}
-    names = ("tokens", "with_prompts", "loss", "entropy", "clipped", "kl", "padded", "weight")
-    total = dict(zip(names, sum_over_ranks([float({**sums, **counted}.get(name, 0.0)) for name in names])))
+    counts = {"tokens": sum(c.shape[1] for *_, c in examples), "weights": sum(float(c[0].sum()) for *_, c in examples)}
+    return update_metrics({**sums, **counts, "with_prompts": sum(len(ids) for ids, *_ in examples)}, gaps, norms)
+
+
+def example_of(args, trace: Trace, advantage: np.ndarray) -> training.Example:
+    """Prompt and completion; for each token of the completion its weight in the loss, its advantage, the sampler's
+    log-prob, and what stopping there would have gained: [4, tokens]."""
+    tokens = len(trace.completion.token_ids)
+    weight = np.full(tokens, 1 / tokens if args.loss_mean == "sequence" else 1.0)
+    columns = np.stack([weight, advantage, trace.completion.logprobs, stop_gains(trace)])
+    return trace.prompt + trace.completion.token_ids, len(trace.prompt), columns
+
+
+def batch_loss(args, score, reference, ids, where, columns, denominator: float, stop: int | None):
+    """The loss of a micro-batch: ids [B, T], `where` [B, T] marks its N trained tokens, columns [4 or 5, N] are those
+    of `example_of` (and the old log-probs, if there are several steps); the sums of what is measured; |log-prob of the
+    trainer - of the sampler| [N]."""
+    weights, advantage, sampled, gains, *old = columns
+    scores, entropies = score(ids, where, args.temperature, also=stop)
+    logprobs = scores if stop is None else scores[:, 0]
+    before = old[0] if old else logprobs.detach()
+    # Truncated importance weights: 1 where sampler and trainer agree, which round differently.
+    importance = (before - sampled).exp().clamp(max=MAX_IMPORTANCE)
+    ref = reference_logprobs(args, reference, ids, where)
+    loss, found = grpo_loss(
+        logprobs, before, advantage * importance, denominator, args.clip, ref, args.kl, weights=weights
+    )
+    if stop is not None:
+        loss = loss + args.stop_credit * stop_loss(scores[:, 1], gains, denominator)
+    found |= {"loss": loss.item() * denominator, "entropy": float(entropies.sum())}
+    found |= {"padded": ids.numel(), "importance": float(importance.sum())}
+    return loss, found, (logprobs.detach() - sampled).abs().cpu()
+
+
+def update_metrics(sums: dict, gaps: torch.Tensor, norms: list[float]) -> dict[str, float]:
+    """What metrics.jsonl has of an update, over all processes."""
+    names = ("tokens", "weights", "with_prompts", "loss", "entropy", "clipped", "kl", "padded", "importance")
+    total = dict(zip(names, sum_over_ranks([float(sums.get(name, 0.0)) for name in names])))
     return {
-        **{name: total[name] / total["tokens"] for name in ("loss", "entropy", "kl")},
+        "loss": total["loss"] / total["weights"],
         "grad_norm": float(np.mean(norms)),
+        "entropy": total["entropy"] / total["tokens"],
         "clip_share": total["clipped"] / total["tokens"],
-        "importance_weight": total["weight"] / total["tokens"],
-        "sampler_gap_mean": float(gap.mean()),
-        "sampler_gap_max": float(gap.max()),
+        "kl": total["kl"] / total["tokens"],
+        "importance_weight": total["importance"] / total["tokens"],
+        "sampler_gap_mean": float(gaps.mean()),
+        "sampler_gap_max": float(gaps.max()),
         "trained_tokens": int(total["tokens"]),
         "update_tokens": int(total["with_prompts"]),
         "padding_share": 1 - total["with_prompts"] / total["padded"],

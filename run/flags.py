@@ -130,6 +130,12 @@ def non_negative(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    if (value := non_negative(text)) >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not below 1")
+    return value
+
+
 # Flags that mean the same in every script that has them.
 SHARED = {
     "num-samples": (positive_int, "traces per problem"),

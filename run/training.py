@@ -152,7 +152,8 @@ def prepare(model, dtype: torch.dtype, ways: Ways, recompute: bool) -> Callable:
 
 
 def adamw(args, model) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    betas = 0.9, getattr(args, "adam_beta2", 0.95)
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=betas, weight_decay=args.weight_decay)
 
 
 Example = tuple[list[int], int, np.ndarray]  # token ids; the first trained one; numbers of each trained token, [C, n]

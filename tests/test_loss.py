@@ -1,5 +1,6 @@
 """The loss and the log-probs: each rule that a well-known GRPO implementation gets wrong somewhere is a test here."""
 
+import argparse
 import copy
 import math
 
@@ -242,3 +243,51 @@ def test_the_worked_example_of_a_micro_batch():
     assert numbers == [0, 1] and ids.tolist() == [[7, 8, 9, 4, 2], [7, 8, 3, 0, 0]]
     assert where.int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]]
     torch.testing.assert_close(columns, torch.tensor([[0.5, 0.5, 0.5, -0.1]]))
+
+
+# ------------------------------------------------------------------------------------------------ the mean of the loss
+
+
+@pytest.mark.parametrize(
+    "lengths, advantages, mean, loss, gradients",
+    [
+        ((1, 3), (2, -1), "token", 0.25, (-1 / 2, 1 / 4)),
+        ((1, 3), (2, -1), "sequence", -0.5, (-1, 1 / 6)),
+        ((1, 2, 4), (1, 1, -1), "token", 1 / 7, (-1 / 7, -1 / 7, 1 / 7)),
+        ((1, 2, 4), (1, 1, -1), "sequence", -1 / 3, (-1 / 3, -1 / 6, 1 / 12)),
+    ],
+)
+def test_the_mean_over_tokens_and_over_sequences(lengths, advantages, mean, loss, gradients):
+    weights = torch.cat([torch.full((n,), 1 / n if mean == "sequence" else 1.0) for n in lengths])
+    advantage = torch.cat([torch.full((n,), float(a)) for n, a in zip(lengths, advantages)])
+    logp = torch.zeros(sum(lengths), requires_grad=True)
+    got, _ = grpo_loss(logp, logp.detach(), advantage, float(weights.sum()), weights=weights)
+    got.backward()
+    assert got.item() == pytest.approx(loss, abs=1e-6)
+    expected = torch.cat([torch.full((n,), g) for n, g in zip(lengths, gradients)])
+    torch.testing.assert_close(logp.grad, expected, atol=1e-6, rtol=0)
+
+
+def test_the_mean_over_sequences_weighs_the_kl_penalty_too():
+    logp, weights = torch.zeros(4, requires_grad=True), torch.tensor([1, 1 / 3, 1 / 3, 1 / 3])
+    ref = torch.tensor([math.log(2), 0.0, 0.0, 0.0])
+    got, _ = grpo_loss(
+        logp, logp.detach(), torch.tensor([2.0, -1, -1, -1]), 2.0, ref_logprobs=ref, kl=0.1, weights=weights
+    )
+    got.backward()
+    assert got.item() == pytest.approx(-0.484657, abs=1e-6)
+    torch.testing.assert_close(logp.grad, torch.tensor([-1.05, 1 / 6, 1 / 6, 1 / 6]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("beta2, second", [(0.95, 0.067865), (0.999, 0.067006)])
+def test_beta2_of_adamw_is_the_flag(beta2, second):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    flags = argparse.Namespace(lr=0.1, weight_decay=0.0, adam_beta2=beta2)
+    optimizer = training.adamw(flags, torch.nn.ParameterList([weight]))
+    steps = []
+    for gradient in (1.0, 0.0):
+        before = weight.item()
+        weight.grad = torch.tensor([gradient])
+        optimizer.step()
+        steps.append(before - weight.item())
+    assert steps == pytest.approx([0.1, second], abs=1e-5)
