@@ -136,7 +136,7 @@ class Trace:
         """
         completion = self.completion
         return {
-            **{name: value for name, value in self.problem.items() if name not in ("answer", "place")},
+            **{name: value for name, value in self.problem.items() if name not in ("answer", "place", "prefix")},
             "gold": self.problem["answer"],
             "sample": self.sample,
             "prompt_tokens": len(self.prompt),

@@ -58,7 +58,7 @@ from engine.logprobs import token_logprobs
 from engine.processes import gather_over_ranks, ranks, start_processes, sum_over_ranks
 from engine.sampler import Sampler, Spent, pick_engine
 from engine.served_engine import is_served
-from engine.tokens import THINK_END, encode, prompt_ids, thinks
+from engine.tokens import THINK_END, encode, prompt_ids, text_and_offsets, thinks
 from run import data, folder, report, training
 from run.files import append_jsonl, end_in_one_line, fail, read_jsonl, write_json
 from run.flags import add_group, new_parser, non_negative, parse_flags, positive_int, share, whole_number
@@ -74,6 +74,7 @@ from run.traces import (
     prompts_of,
     sampler_of,
     segmentation,
+    trace_of,
 )
 
 MAX_IMPORTANCE = 2.0  # importance weights between sampler and trainer are capped there
@@ -94,6 +95,10 @@ def flags(argv=None) -> argparse.Namespace:
     estimate += "for tiny online, else sampled, as the authors)"
     flag("progress", choices=("sampled", "likelihood", "log-likelihood"), help=estimate)
     flag("stop-credit", type=non_negative, default=0.0, help="β of the decision to stop; ours, not the paper's")
+    stale = (
+        "prefixes and their J from the records of a run of analyze_r1.py, evaluate.py or star_mrt.py, one a problem, "
+    )
+    flag("prefixes", type=Path, metavar="RUN", help=stale + "in place of fresh ones: the authors' stale prefixes")
     flag("forced-answers", 4, 4, "v0.1; the prefix variant's m of Figure 6")
     flag("answer-tokens", 8, 1024, "ours")
     flag("max-episodes", 32, 6, "the authors' online variant")
@@ -143,6 +148,8 @@ def check_flags(args) -> None:
         fail(f"--progress {args.progress} needs --variant online: prefix samples its answers")
     if args.stop_credit and args.bonus == 0:
         fail(f"--stop-credit {args.stop_credit:g} needs a --bonus above 0: GRPO does not know J")
+    if args.prefixes and not (args.bonus and args.variant == "prefix"):
+        fail(f"--prefixes {args.prefixes}: needs --variant prefix and a bonus above 0")
     if args.length_penalty >= 1:
         fail(f"--length-penalty {args.length_penalty}: must be below 1, or right answers could lose to wrong ones")
     if args.max_tokens < 2:
@@ -159,7 +166,7 @@ def main() -> None:
     check_engine(args, world)
     folder.check_out(args)
     tokenizer = models.load_tokenizer(args.model)  # small: a wrong --model is reported before a data set is fetched
-    problems = data.problems_of(args)
+    problems = recorded_prefixes(args, tokenizer) if args.prefixes else data.problems_of(args)
     validation = data.held_out_of(args) if args.eval_every else []
     if not thinks(tokenizer):
         print(f"{args.model} has no {THINK_END}: its whole completion is the thought, and should end with a box")
@@ -267,41 +274,75 @@ def rollouts_online(args, sampler: Sampler, problems, seed: tuple) -> Groups:
 
 
 def rollouts_prefix(args, sampler: Sampler, problems, seed: tuple) -> Groups:
-    """MRT as in Figure 6: cut a partial rollout after some of its episodes, its prefix c; m rollouts stop there, which
-    gives J(μ|c), and G go on. Each group shares its prefix; a trace is what follows it."""
-    prompts, seeds = (
-        prompts_to(args, sampler, problems),
-        [(*seed, PARTIAL, p["place"], problem_key(p)) for p in problems],
-    )
-    cut = cut_rollouts(args, sampler, problems, prompts, seeds)
-    stops = [forced_prompt(sampler.tokenizer, trace, end) for trace, end in cut]
-    answers = force_answers(sampler, problems, stops, forcing_of(args), [(*s, STOPPED) for s in seeds])
-    contexts = [prompt + trace.completion.token_ids[:end] for prompt, (trace, end) in zip(prompts, cut)]
-    prefixes = [trace.prefix(end) for trace, end in cut]
-    limits = [args.max_tokens - end for _, end in cut]
-    groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, GOING_ON), prefixes)
-    for problem, group, stopped in zip(problems, groups, answers):
-        for trace in group:
-            trace.prefix_J = success_rate(problem, stopped)
+    """MRT as in Figure 6: a partial rollout is cut after some of its episodes, and G rollouts go on from its prefix c,
+    whose J(μ|c) is known. Each group shares its prefix; a trace is what follows it."""
+    if not args.prefixes:
+        problems = cut_rollouts(args, sampler, problems, seed)
+    prefixes = [problem["prefix"]["token_ids"] for problem in problems]
+    contexts = [prompt + prefix for prompt, prefix in zip(prompts_to(args, sampler, problems), prefixes)]
+    texts = [text_and_offsets(sampler.tokenizer, prefix)[0] for prefix in prefixes]
+    limits = [args.max_tokens - len(prefix) for prefix in prefixes]
+    groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, GOING_ON), texts)
+    for trace in (trace for group in groups for trace in group):
+        trace.prefix_J = trace.problem["prefix"]["J"]
     return groups
 
 
 ROLLOUTS = {"grpo": rollouts_grpo, "online": rollouts_online, "prefix": rollouts_prefix}
 
 
-def cut_rollouts(args, sampler: Sampler, problems, prompts, seeds) -> list[tuple[Trace, int]]:
-    """One partial rollout a problem and where it is cut: after a random number of its episodes, 0 included, all equally
-    likely. It is sampled by the model as it is before the update (the old policy), and never trained on."""
+def cut_rollouts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
+    """The problems, each with the prefix of a partial rollout: {token_ids, J}, J(μ|c) from m rollouts that stop there.
+    It is sampled by the model as it is before the update (the old policy), and never trained on."""
+    seeds = [(*seed, PARTIAL, problem["place"], problem_key(problem)) for problem in problems]
+    prompts, rule = prompts_to(args, sampler, problems), segmentation(args)
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
-    rule, cut = segmentation(args), []
-    for problem, prompt, (completion,), seed in zip(problems, prompts, rows, seeds):
-        trace = read_trace(sampler.tokenizer, problem, prompt, completion, rule)
-        ends = trace.boundaries
-        if not (trace.finished and thinks(sampler.tokenizer)):
-            ends = ends[:-1]  # the thought was cut off there, or holds the answer
-        ends = [end for end in ends if end + args.answer_tokens <= args.max_tokens] or [0]  # with room to answer
-        cut.append((trace, ends[int(np.random.default_rng(seed).integers(len(ends)))]))
-    return cut
+    partial_rollouts = [read_trace(sampler.tokenizer, p, q, c, rule) for p, q, (c,) in zip(problems, prompts, rows)]
+    ends = [t.boundaries[draw_cut(args, sampler.tokenizer, t, s)] for t, s in zip(partial_rollouts, seeds)]
+    stops = [forced_prompt(sampler.tokenizer, trace, end) for trace, end in zip(partial_rollouts, ends)]
+    answers = force_answers(sampler, problems, stops, forcing_of(args), [(*s, STOPPED) for s in seeds])
+    J = map(success_rate, problems, answers)
+    cut = [trace.completion.token_ids[:end] for trace, end in zip(partial_rollouts, ends)]
+    return [{**p, "prefix": {"token_ids": ids, "J": value}} for p, ids, value in zip(problems, cut, J)]
+
+
+def draw_cut(args, tokenizer, trace: Trace, seed: tuple) -> int:
+    """The number of the boundary where a trace is cut: all that leave room to answer equally likely, 0 included; not
+    its end where the thought was cut off or holds the answer."""
+    whole = trace.finished and thinks(tokenizer)
+    inside = trace.boundaries if whole else trace.boundaries[:-1]
+    count = sum(end + args.answer_tokens <= args.max_tokens for end in inside)
+    return int(np.random.default_rng(seed).integers(max(1, count)))
+
+
+def recorded_prefixes(args, tokenizer) -> list[dict]:
+    """--prefixes: the problems of a run, each with one prefix of its traces and the J recorded there, drawn once for
+    the whole training; --limit takes the first."""
+    run, config = args.prefixes, folder.config_of(args.prefixes) or {}
+    files = {"analyze_r1.py": "records.jsonl", "evaluate.py": "records.jsonl", "star_mrt.py": "samples_1.jsonl"}
+    file = run / files.get(config.get("script", ""), "none")
+    if not file.exists():
+        fail(f"--prefixes {run}: holds no traces of a run of {', '.join(files)}")
+    groups = report.group_by_problem(record for record in folder.load_records(file) if record["J"])
+    if not groups:
+        fail(f"--prefixes {run}: its traces were recorded without J, as without forced answers")
+    problems = []
+    for name, records in list(groups.items())[: args.limit]:
+        problem = {"problem": records[0]["problem"], "answer": records[0]["gold"], "id": name}
+        rng = np.random.default_rng((args.seed, PARTIAL, problem_key(problem)))
+        record = records[int(rng.integers(len(records)))]
+        prompt = prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs)
+        trace = trace_of(record, tokenizer, problem, prompt)
+        if len(prompt) != record["prompt_tokens"] or trace.completion.text != record["text"]:
+            fail(f"--prefixes {run}: problem {name} was recorded with another tokenizer or chat template")
+        j = draw_cut(args, tokenizer, trace, (args.seed, PARTIAL, problem_key(problem), trace.sample))
+        problems.append(
+            {**problem, "prefix": {"token_ids": record["token_ids"][: trace.boundaries[j]], "J": trace.J[j]}}
+        )
+    J, empty = ([p["prefix"][name] for p in problems] for name in ("J", "token_ids"))
+    shares = f"mean J {np.mean(J):.3f}, {sum(not ids for ids in empty)} of them empty"
+    print(f"{len(problems)} prefixes of {config['settings'].get('model')}, recorded before this training: {shares}")
+    return problems
 
 
 def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple, prefixes=None) -> Groups:
@@ -424,9 +465,11 @@ def update(
     for part in parts:
         denominator = sum_over_ranks([sum(float(examples[i][2][0].sum()) for i in part)])[0]  # before the loop
         optimizer.zero_grad()
-        for numbers, *batch in training.micro_batches(examples, part, args.max_tokens_per_batch, model.device):
+        for numbers, ids, where, columns in training.micro_batches(
+            examples, part, args.max_tokens_per_batch, model.device
+        ):
             with models.autocast(dtype):
-                loss, found, gap = batch_loss(args, score, reference, *batch, denominator, stop)
+                loss, found, gap = batch_loss(args, score, reference, ids, where, columns, denominator, stop)
             (loss * ranks()[1] * bool(numbers)).backward()  # FSDP takes the mean of the processes' gradients
             if numbers and not torch.isfinite(loss):
                 names = ", ".join(sorted({traces[i].problem["id"] for i in numbers}))
@@ -436,10 +479,10 @@ def update(
             if numbers and part is parts[0]:  # sampler and trainer are still the same policy
                 gaps.append(gap)
         if part is parts[0]:
-            gaps = training.check_gap(gaps, dtype)
+            all_gaps = training.check_gap(gaps, dtype)
         norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm))
     counts = {"tokens": sum(c.shape[1] for *_, c in examples), "weights": sum(float(c[0].sum()) for *_, c in examples)}
-    return update_metrics({**sums, **counts, "with_prompts": sum(len(ids) for ids, *_ in examples)}, gaps, norms)
+    return update_metrics({**sums, **counts, "with_prompts": sum(len(ids) for ids, *_ in examples)}, all_gaps, norms)
 
 
 def example_of(args, trace: Trace, advantage: np.ndarray) -> training.Example:
