@@ -85,8 +85,8 @@ def flags(argv=None) -> argparse.Namespace:
     parser = new_parser(
         __doc__,
         dataset=("tiny:30", "AI-MO/NuminaMath-1.5", "the paper: NuminaMath, release not named"),
-        split=("train", "train", "Section 6"),
-        limit=(128, 4000, "Section 6: 4,000 NuminaMath problems"),
+        split=("train", "train", "the paper"),
+        limit=(128, 4000, "the paper: 4,000 NuminaMath problems"),
     )
     flag = add_group(parser, "MRT")
     flag("bonus", 1.0, 1.0, "the authors' v0.1", type=non_negative, help="α of Eq. 2; 0 is GRPO")

@@ -116,7 +116,7 @@ def numbers(flag: str, text: str) -> list[int]:
 
 
 def quarters(max_tokens: int) -> list[int]:
-    """The budgets that are looked at by default, as in Section 7."""
+    """The budgets that are looked at by default, as in Figure 9."""
     return sorted({max(1, max_tokens * part // 4) for part in (1, 2, 3, 4)})
 
 

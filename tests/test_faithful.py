@@ -22,7 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {f"{script.__name__}.py": script for script in (analyze_r1, budget_force, evaluate, rl_mrt, star_mrt)}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PUBLISHED = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "configs" / "README.md", *sorted((ROOT / "docs").glob("*.md")), *CONFIGS]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "configs" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *CONFIGS,
+    *sorted(ROOT.glob("*.py")),
+]
 # Commands stand in indented blocks, in the code of tables and, in a configuration, in comments.
 COMMAND = re.compile(r"(?:python|torchrun --nproc-per-node \d+) (\w+\.py)((?: +[^\s`|(]+)*)")
 COMMANDS = sorted({*COMMAND.findall("\n".join([PUBLISHED, *(config.read_text() for config in CONFIGS)]))})
