@@ -427,7 +427,7 @@ def success_rate(problem: dict, answers: list[ForcedAnswer]) -> float:
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that k of n samples, c of them correct, drawn without replacement, hold a correct one:
-    1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
+    1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374).
 
     ValueError unless 0 <= c <= n and 1 <= k <= n. The published estimators return 1 for k > n, which makes a run with
     missing samples look perfect.
