@@ -53,7 +53,7 @@ def torchrun(folder: Path, count: int, *flags, script: str = "rl_mrt.py") -> sub
 
 
 def finish(process: subprocess.Popen, folder: Path) -> str:
-    assert process.wait(timeout=PATIENCE) == 0, (folder / "out.txt").read_text()[-3000:]
+    assert process.wait(timeout=PATIENCE) == 0, (folder / "out.txt").read_text()[-9000:]
     return (folder / "out.txt").read_text()
 
 
