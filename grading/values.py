@@ -1,0 +1,194 @@
+"""What LaTeX is worth: math-verify's parser reads it, exact evidence decides if two values are equal.
+
+Only the worker imports this. Exact numbers are compared exactly. Others are compared to more digits than all numbers in
+them have, so that 2^{2024} + \\pi is not 2^{2024} + 1 + \\pi; expressions are compared so at random points of their natural
+domain, and where neither can be had, only simplification to zero accepts.
+"""
+
+import random
+import re
+from functools import lru_cache
+from typing import Any
+
+import sympy
+from latex2sympy2_extended import NormalizationConfig
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
+from math_verify import verify
+from sympy import Expr, I, MatrixBase, Rational, S, Set, nan, oo, simplify, zoo
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Equality, Relational, Unequality
+
+MAX_DIGITS = 20_000  # numbers that need more are not accepted
+POINTS, CONCLUSIVE = 40, 6  # points tried, points that must agree; a zero on both sides says nothing
+NORMALIZATION = NormalizationConfig(units=False, malformed_operators=True, nits=False, boxed="none")
+CONVERSION = ConversionConfig(lowercase_symbols=False, interpret_as_mixed_fractions=False)
+MISREAD = [  # what math-verify's parser takes for something else, or cannot read
+    (re.compile(pattern), new)
+    for pattern, new in [
+        (r"\\gamma(?![a-zA-Z])", r"\\mu_{gamma}"),
+        (r"\\hbar(?![a-zA-Z])", r"\\mu_{hbar}"),
+        (r"\\odot(?![a-zA-Z])", "o"),
+        (r"E_", r"\\Xi_"),
+        (r"([a-zA-Z])('{1,3})", lambda m: rf"{m[1]}_{{prime{len(m[2])}}}"),
+        (r"([0-9]) ?(?=\\(?:frac|binom|log|ln|sum|gcd|lcm|max|min|prod|int|begin|l?floor|lceil)|\()", r"\1\\cdot "),
+        (r"\\bmod(?![a-z])", r"\\mod"),
+        (r"\\text ?\{ ?([a-zA-Z]) ?\}", r"\1"),
+    ]
+]
+
+
+@lru_cache(maxsize=20_000)
+def value(latex: str) -> Any:
+    """The value of LaTeX with exact decimals; None if it cannot be read."""
+    if re.search(r"[0-9] ?[_']|[^\W\d_]{4}|\\text", re.sub(r"\\[a-zA-Z]+|_\{\w+\}|\{[bpv]?matrix\}", " ", latex)):
+        return None  # a number's base or prime would be dropped, words would be products of letters
+    for pattern, new in MISREAD:
+        latex = pattern.sub(new, latex)
+    try:
+        text = normalize_latex(latex, NORMALIZATION)
+        read: Any = latex2sympy(text, is_real=True, normalization_config=None, conversion_config=CONVERSION)
+        exact = {decimal: Rational(str(decimal)) for decimal in read.atoms(sympy.Float)}
+        exact |= {symbol: I for symbol in read.free_symbols if symbol.name == "i"}
+        read = read.xreplace(exact) if exact else read
+        if "!!" in latex:
+            read = read.replace(lambda e: e.func is sympy.factorial and e.args[0].func is sympy.factorial,
+                                lambda e: sympy.factorial2(e.args[0].args[0]))  # fmt: skip
+        return read
+    except Exception:
+        return None
+
+
+# ================================================================================================== expressions
+
+
+def _digits(*values: Any) -> int:
+    """More digits than tell any two numbers apart that are built from the numbers of these values."""
+    size = 60.0
+    for node in {node for v in values for node in sympy.preorder_traversal(v)}:
+        if isinstance(node, Rational):
+            size += 2 * (len(str(node.p)) + len(str(node.q)) - 2) if node.p.bit_length() + node.q.bit_length() < 99 else (
+                .7 * (node.p.bit_length() + node.q.bit_length()))  # fmt: skip
+        elif isinstance(node, Expr) and node.args and node.is_number:
+            number = abs(node.evalf(5))
+            size += 2 * abs(float(sympy.log(number, 10))) if number.is_Float and number > 0 else 0
+    return int(size)
+
+
+def _real_roots(v: Any) -> Any:
+    """The value with odd roots of negative numbers taken as negative numbers."""
+    return v.replace(
+        lambda e: e.is_Pow and e.base.is_negative and e.exp.is_Rational and e.exp.q > 1 and e.exp.q % 2,
+        lambda e: (-1) ** e.exp.p * (-e.base) ** e.exp,
+    )
+
+
+def same_number(x: Any, y: Any) -> bool | None:
+    """Are two numbers equal? None where one is none: undefined, infinite, or not to be had."""
+    x, y = (_real_roots(v.doit()) for v in (x, y))
+    if x == y:
+        return True
+    if x.is_Rational and y.is_Rational:
+        return False
+    rough = [v.evalf(30) for v in (x, y)]
+    if any(v.has(nan, zoo, oo, -oo) or not all(p.is_Float or p.is_Rational for p in v.as_real_imag()) for v in rough):
+        return None
+    if abs(rough[0] - rough[1]) > max(map(abs, rough)) / 10**20:
+        return False
+    if (digits := _digits(x, y)) > MAX_DIGITS:
+        return None
+    fine = [v.evalf(digits) for v in (x, y)]
+    scale = max(map(abs, fine))
+    if scale < Rational(1, 10 ** (digits // 2)):
+        return bool(simplify(x - y) == 0) or None
+    return bool(abs(fine[0] - fine[1]) <= scale / 10 ** (digits - 20))
+
+
+def _points(a: Any, b: Any):
+    """Random values for the free symbols: natural numbers in factorials and sums, whole ones in floors and for signs
+    (-1)^n, else fractions of both signs, now and then large. The same two values get the same points."""
+    natural, whole = set(), set()
+    for v in (a, b):
+        for term in v.atoms(sympy.Sum, sympy.Product, sympy.factorial, sympy.binomial, sympy.factorial2):
+            natural |= term.free_symbols
+        for term in v.atoms(sympy.floor, sympy.ceiling, sympy.Pow, sympy.Mod):
+            if not term.is_Pow or term.base.is_negative:
+                whole |= term.free_symbols if not term.is_Pow else term.exp.free_symbols
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    rng = random.Random(f"{a}|{b}")
+    for n in range(POINTS):
+        most = 10**6 if n % 4 == 3 else 99
+        yield {
+            s: S(rng.randint(0, 14)) if s in natural
+            else S(rng.randint(-most, most)) if s in whole and str(s)[0] in "ijklmnpqrN"
+            else Rational(rng.randint(-most, most), rng.randint(1, 30))
+            for s in symbols
+        }  # fmt: skip
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Are two expressions equal: as numbers, at random points where both are real and not both zero, or simplified?"""
+    a, b = (v.doit() if v.has(sympy.Integral, sympy.Limit, sympy.Derivative) else v for v in (a, b))
+    if a == b:
+        return True
+    if not (a.free_symbols or b.free_symbols):
+        return bool(same_number(a, b))
+    if a.atoms(AppliedUndef) or b.atoms(AppliedUndef):
+        return simplify(a - b) == 0
+    equal = beyond = 0
+    for point in _points(a, b):
+        x, y = (_real_roots(v.xreplace(point).doit()) for v in (a, b))
+        if any(v.has(nan, zoo, oo, -oo) for v in (x, y)):
+            continue
+        same = same_number(x, y)
+        if same is None or x == y == 0:
+            continue
+        real = a.has(I) or b.has(I) or x.is_real or y.is_real
+        if not same and real:
+            return False
+        equal, beyond = equal + bool(same and real), beyond + bool(same and not real)
+        if equal == CONCLUSIVE:
+            return True
+    return equal + beyond >= CONCLUSIVE or simplify(a - b) == 0
+
+
+# ================================================================================================== relations, sets
+
+
+def same_relation(a: Any, b: Any) -> bool:
+    """Is one of two equations or inequalities the other, rearranged and scaled?"""
+    if a.free_symbols != b.free_symbols or any(isinstance(side, Set) for side in (*a.args, *b.args)):
+        return False
+    ratio = simplify((a.lhs - a.rhs) / (b.lhs - b.rhs))
+    if not ratio.is_number or not ratio.is_finite or ratio.is_zero:
+        return False
+    if isinstance(a, Equality | Unequality) or isinstance(b, Equality | Unequality):
+        return type(a) is type(b)
+    return (a if ratio.is_positive else a.reversed).rel_op == b.rel_op
+
+
+def same_set(a: Any, b: Any) -> bool:
+    if a == b or sympy.SymmetricDifference(a, b) is S.EmptySet:
+        return True
+    if isinstance(a, sympy.FiniteSet) and isinstance(b, sympy.FiniteSet):
+        return all(any(same(x, y) for y in other) for one, other in ((a, b), (b, a)) for x in one)
+    return type(a) is type(b) and len(a.args) == len(b.args) and all(map(same, a.args, b.args))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Are two values equal? math-verify's verdict for what is not an expression, a relation, a set or a matrix."""
+    if a is None or b is None or any(isinstance(v, Expr) and v.has(nan, zoo) for v in (a, b)):
+        return False
+    for kind, rule in ((Relational, same_relation), (Set, same_set), (Expr, same_value)):
+        if isinstance(a, kind) and isinstance(b, kind):
+            return rule(a, b)
+    if isinstance(a, MatrixBase | sympy.MatrixExpr) and isinstance(b, MatrixBase | sympy.MatrixExpr):
+        a, b = (v.doit() for v in (a, b))
+        return a.shape == b.shape and (a == b or all(map(same, sympy.Matrix(a).flat(), sympy.Matrix(b).flat())))
+    if isinstance(a, Expr | Set | Relational | MatrixBase) or isinstance(b, Expr | Set | Relational | MatrixBase):
+        return False  # of different kinds
+    return a == b or verify(a, b, float_rounding=30, numeric_precision=30, timeout_seconds=None)
+
+
+def works() -> bool:
+    """False where math-verify's parser does not fit the installed antlr runtime: every verdict would be wrong."""
+    return same(value(r"\frac{1}{\sqrt{2}}"), value(r"\frac{\sqrt{2}}{2}"))
