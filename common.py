@@ -23,12 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.answers import extract_answer, grade_all, group_answers
+from grading.box import extract_answer
+from grading.verdict import grade_all, group_answers
+from grading.votes import wins_vote
 from plumbing.hf_engine import sequence_logprobs
 from plumbing.models import THINK_END, Completion, encode, prompt_ids, text_and_offsets, thinks, thought_is_open
 from plumbing.runs import problem_key, unrecorded
 from plumbing.sampler import Sampler, check_lengths
-from plumbing.votes import wins_vote
 
 # The forced-termination phrase of the authors' public code: what turns the model into the meta-prover μ.
 STOP_PHRASE = (

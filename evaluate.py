@@ -23,7 +23,7 @@ from plumbing.flags import add_common_flags, changed, each_in_its_folder, number
 from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, short_name
 from plumbing.sampler import Sampler, open_sampler, pick_engine
-from plumbing.votes import EXACT_SUBSETS, SUBSET_DRAWS
+from grading.votes import EXACT_SUBSETS, SUBSET_DRAWS
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {

@@ -49,9 +49,10 @@ _GLYPHS = r"""
 ∪ \cup~  ∩ \cap~  ∈ \in~  ∖ \setminus~  ∅ \emptyset~  ∣ \mid~  ⟨ \langle~  ⟩ \rangle~  、 ,~  。 .  ‖ \|
 ℝ \mathbb{R}  ℤ \mathbb{Z}  ℕ \mathbb{N}  ℚ \mathbb{Q}  ℂ \mathbb{C}  √ sqrt  ∛ \sqrt[3]  ∜ \sqrt[4]
 ∑ \sum~  ∏ \prod~  ∫ \int~  ⌊ \lfloor~  ⌋ \rfloor~  ⌈ \lceil~  ⌉ \rceil~  º ^\circ~  ° ^\circ~  ℃ ^\circ~  ℉ ^\circ~
-⁄ /  ∕ /  ∶ :  ′ '  ’ '  ″ ''  € $  £ $  ¥ $  ￥ $  ₹ $  ₩ $  元 \text{yuan}  Å \text{A}  Ω \text{ohm}  µ \mu~
+⁄ /  ∕ /  ∶ :  ′ '  ’ '  ″ ''  € $  £ $  ¥ $  ￥ $  ₹ $  ₩ $  µ \mu~
 """
 _AS_LATEX = str.maketrans(dict(re.findall(r"(\S) (\S+)", _GLYPHS)))  # "~" is a space
+TEXT = r"\\text ?\{((?:[^{}]|\{[^{}]{0,80}\})*)\}"
 T = r"(?![a-zA-Z])"  # after a macro or a word
 W = r"(?<![\\a-zA-Z])"  # before a word that is not a macro
 _FUNCTIONS = "arc(?:sin|cos|tan|cot)h?|sinh?|cosh?|tanh?|coth?|sec|csc|ln|log|exp|gcd|lcm|max|min|det"
@@ -75,17 +76,20 @@ _TABLE = [
         (rf"\\(?:tiny|scriptsize|small|normalsize|large|Large|LARGE|huge|Huge|rm|bf|it|bfseries|strut|mathstrut){T}", ""),
         (r"\\(?:[hv]space\*?|(?:text)?color|[hv]?phantom|tag\*?|label) ?\{[^{}]{0,80}\}", " "),
         (r"(?<!\\)\\[,;:> ]|\\q?quad|\\enspace|\\thinspace|\\hfill|~", " "),
-        (r",? ?\\!", ","),
+        (r",? ?\\! ?", ","),
         (rf"(?<!\\)\\[()\[\]]|\\?\$|\\(?:pounds|euro|yen){T}|\*\*(?=[^\d(a-zA-Z\\]|$)|(?<![\w)}}])\*\*", ""),
         (rf"\\(?:boldsymbol|bm|pmb|underline|math(?:bf|it|sf|tt|normal|cal)|emph|ensuremath){T}", ""),
         (rf"\\(?:mbox|text[a-z]+|mathrm|operatorname\*?){T}|\\text (?=\{{)", r"\\text"),
         (r"\\(?:num|qty) ?\{", "{"),
         (r"\\SI ?\{([^{}]{0,80})\} ?\{([^{}]{0,80})\}", r"\1\\text{\2}"),
         (r"\\text ?\{ ?\}", " "),
+        (r"^\\text ?\{([^{}]*(?:[0-9,;]|\b(?:and|or)\b)[^{}]*)\}$", r"\1"),
+        (r"\\text ?\{([^{}a-zA-Z]*|\W?[A-J]\W?|\(?[A-J0-9]\)?(?:, ?\(?[A-J0-9]\)?)*)\}", r"\1"),
+        (r"^([A-J])\)", r"(\1)"),
         (rf"\\text ?\{{ ?((?:{_FUNCTIONS}|floor|ceil)) ?\}}", r"\\\1 "),
         (rf"\\[dtc]frac{T}", r"\\frac"),
         # rows: a system, a chain or the pieces of a function
-        (rf"\\begin ?\{{(?:{_ROWS})\}}([^\0]{0,2000}?)\\end ?\{{(?:{_ROWS})\}}", lambda m: _rows(m[1])),
+        (rf"\\begin ?\{{(?:{_ROWS})\}}([^\0]{{0,2000}}?)\\end ?\{{(?:{_ROWS})\}}", lambda m: _rows(m[1])),
         (r"\\begin ?\{array\} ?(?:\{[lcr| ]{0,20}\})?([^\0]{0,2000}?)\\end ?\{array\}", lambda m: _array(m[1])),
         (r"\\p?matrix ?\{([^{}]*)\}", lambda m: rf"\begin{{pmatrix}}{m[1]}\end{{pmatrix}}".replace(r"\cr", r"\\")),
         (r"(\\(?:begin|end)) ?\{(?:small|[bB])?matrix\}", r"\1{pmatrix}"),

@@ -13,10 +13,11 @@ from itertools import pairwise
 from typing import Any
 
 import sympy
+from sympy.core.function import AppliedUndef
 
-from grading.box import T, W, clean, extract_answer
+from grading.box import TEXT, T, W, clean, extract_answer
 from grading.values import same as same_values
-from grading.values import value
+from grading.values import value, works  # noqa: F401
 
 Same = Callable[[str, str], bool]
 MAX_DEPTH, MAX_CHARS, MAX_GOLD_CHARS = 40, 300, 3000  # brackets in brackets; longer answers are wrong unless the gold is long
@@ -74,7 +75,7 @@ def enclosed(text: str) -> tuple[str, str] | None:
 
 def bare(text: str) -> str:
     """Without outer braces, a final stop, and the commas of thousands outside brackets: "{1,000}." is "1000"."""
-    text = re.sub(r"^\+ ?(?=[\w\\])|[.,;:!] ?$", "", text.strip()).strip()
+    text = re.sub(r"^\+ ?(?=[\w\\])|(?:(?<!\\)[.,;:]|\\| )+$", "", text.strip()).strip()
     while (whole := enclosed(text)) and whole[0] == "{}":
         text = whole[1].rstrip(".,;")
     if "," in text:
@@ -91,7 +92,7 @@ def bare(text: str) -> str:
 
 def plain(text: str) -> str:
     """Without the braces of its texts."""
-    return " ".join(re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", text).split())
+    return " ".join(re.sub(TEXT, r" \1 ", text).split())
 
 
 def squeeze(text: str) -> str:
@@ -114,6 +115,11 @@ def number(text: str) -> Fraction | None:
             return None  # two numbers in a row, or a product
         number += int(whole)
     return -number if sign == "-" else number
+
+
+def worth(text: str) -> Any:
+    """The value of one thing: exactly of a number, else as math-verify's parser reads it."""
+    return value(text) if (exact := number(text)) is None else sympy.Rational(exact.numerator, exact.denominator)
 
 
 def hopeless(text: str) -> bool:
@@ -166,9 +172,10 @@ def matched(gold: list[str], answer: list[str], same: Same) -> bool:
 def lists(gold: str, answer: str, same: Same) -> bool:
     r"""(1,2) for 1,2 in this order, \{2,1\} and "2 or 1" for 1,2 in any; 2,2,3 is not 2,3,3, but \{1,1,2\} is \{1,2\}."""
     (gold_brackets, golds), (brackets, answers) = items(gold), items(answer)
-    if max(len(golds), len(answers)) < 2 and not (gold_brackets == brackets == r"\{\}"):
-        if gold_brackets == r"\{\}" or brackets == r"\{\}":
-            return len(golds) == len(answers) == 1 and (gold, answer) != (golds[0], answers[0]) and same(golds[0], answers[0])
+    if (len(golds) == 1 and gold_brackets == r"\{\}") != (len(answers) == 1 and brackets == r"\{\}"):
+        one, other = (golds[0], answer) if len(golds) == 1 else (gold, answers[0])
+        return r"\emptyset" not in one + other and same(one, other)
+    if max(len(golds), len(answers)) < 2 and gold_brackets != r"\{\}":
         return False
     loose = ("", "or", r"\{\}")
     ordered = {gold_brackets, brackets} & {"()", "[]"}
@@ -178,7 +185,9 @@ def lists(gold: str, answer: str, same: Same) -> bool:
         return fits and len(golds) == len(answers) and all(map(same, golds, answers))
     if gold_brackets not in loose or brackets not in loose:
         return False
-    if r"\{\}" in (gold_brackets, brackets):  # a set knows each item once
+    if {gold_brackets, brackets} == {"", "or"} and any(_RELATION.search(i) or re.fullmatch(r"\(?[A-J]\)?", i) for i in golds + answers):
+        return False  # "x>1 or x<3" is not "x>1 and x<3"
+    if r"\{\}" in (gold_brackets, brackets) or all(map(enclosed, golds + answers)):  # a set knows each item once
         return all(any(same(g, a) for a in answers) for g in golds) and all(any(same(g, a) for g in golds) for a in answers)
     return matched(golds, answers, same)
 
@@ -209,7 +218,7 @@ def systems(gold: str, answer: str, same: Same) -> bool:
         return g.keys() == a.keys() and all(same(g[name], a[name]) for name in g)
     if g and len(g) > 1:
         brackets, values = items(answer)
-        return brackets in ("", "()") and len(values) == len(g) and all(map(same, g.values(), values))
+        return brackets in ("", "()") and "=" not in answer and len(values) == len(g) and all(map(same, g.values(), values))
     if a and len(a) > 1:
         brackets, values = items(gold)
         if brackets == "()":
@@ -269,7 +278,7 @@ def named(gold: str, answer: str, same: Same) -> bool:
     *left, last = answers
     if not all(map(NAME.fullmatch, left)) and number(last) == 0 and len(left) == 1 and _symbols(left[0]):
         return False
-    for side in left:
+    for side in left if not NAME.fullmatch(left[0]) else ():
         if not NAME.fullmatch(side) and not (_symbols(side) and not _symbols(side) & _symbols(last)) and not same(gold, side):
             return False
     return same(gold, last)
@@ -320,10 +329,10 @@ def solution_set(text: str) -> tuple[str, Any] | None:
         if len(parts := split(whole[1], r"\\mid(?![a-z])|\||:")) == 2:
             inner = solution_set(parts[1])
             return ("", inner[1]) if inner and inner[0] == squeeze(re.split(r"\\in(?![a-z])", parts[0])[0]) else None
-        values = [value(item) for item in split(whole[1], ",")]
+        values = [worth(item) for item in split(whole[1], ",")]
         return ("", sympy.FiniteSet(*values)) if all(isinstance(v, sympy.Expr) for v in values) else None
     if whole and whole[0] in ("()", "[]", "(]", "[)") and len(ends := split(whole[1], "[,;]")) == 2:
-        low, high = map(value, ends)
+        low, high = map(worth, ends)
         if not all(isinstance(v, sympy.Expr) for v in (low, high)) or (low > high) == True:  # noqa: E712
             return None
         return "", sympy.Interval(low, high, whole[0][0] == "(", whole[0][1] == ")")
@@ -339,9 +348,10 @@ _RELATION = re.compile(r"\\[lgn]e(?![a-z])|<|>")
 def _solved(text: str) -> tuple[str, Any] | None:
     """The set that a chain of relations in one unknown allows: 1 <= x < 2, |x| > 2, x != 2."""
     signs = re.findall(r"\\[lgn]e(?![a-z])|[<>=]", text)
-    parts = [value(part) for part in split(text, r"\\[lgn]e(?![a-z])|[<>=]")]
+    parts = [worth(part) for part in split(text, r"\\[lgn]e(?![a-z])|[<>=]")]
     if len(parts) != len(signs) + 1 or not all(isinstance(part, sympy.Expr) for part in parts):
         return None
+    parts = [part.replace(lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Symbol(str(e))) for part in parts]
     names = set().union(*(part.free_symbols for part in parts))
     plain_side = [part for part in parts if part.is_Symbol]
     unknown = plain_side[0] if len(plain_side) == 1 else names.pop() if len(names) == 1 else None
@@ -401,7 +411,7 @@ def words(gold: str, answer: str, same: Same) -> bool:
         text = re.sub(r" ?([^\w ]) ?", r"\1", " ".join(re.sub(r"^ ?(?:an?|the) ", "", text).split()))
         return next((word for word, pattern in _SAID_PATTERNS if pattern.fullmatch(text)), text)
 
-    wordy = re.search(r"[^\W\d_]{2}", re.sub(r"\\[a-zA-Z]+", "", gold)) or r"\emptyset" in gold or r"\text" in gold
+    wordy = re.search(r"[^\W\d_]{4}|[^\x00-\x7f]|(?i:\bno\b|\byes\b|\ball\b|\bdne\b)", re.sub(r"\\[a-zA-Z]+", "", gold)) or r"\text" in gold or gold == r"\emptyset"
     if answer in ("None", "NaN") or not wordy:
         return False
     return said(gold) == said(answer)
@@ -453,7 +463,7 @@ def without_remark(text: str) -> str:
     shorter = plain(text)
     for pattern in (_REASON, _DOMAIN):
         found = pattern.fullmatch(shorter)
-        if found and not _RESTRICTS.search(shorter[len(found[1]) :]) and not re.search(r"[a-zA-Z]{3,} [a-zA-Z]{2,}", re.sub(r"\\[a-zA-Z]+", "", found[1])):
+        if found and not hopeless(found[1]) and not _RESTRICTS.search(shorter[len(found[1]) :]) and not re.search(r"[a-zA-Z]{3,} [a-zA-Z]{2,}|[<>]", re.sub(r"\\[lg]e(?![a-z])", "<", found[1]).replace("\\", " \\")):
             remark = shorter[len(found[1]) :]
             if pattern is _REASON and re.search(r"where|with", remark[:12]) and re.search(r"= ?-?[0-9]", remark):
                 return text  # 2n where n=3
@@ -468,7 +478,7 @@ def renamed_parameters(gold: str, answer: str, same: Same) -> bool:
         rest = plain(text)[len(without_remark(text)) :] if without_remark(text) != text else ""
         if whole := enclosed(text):
             rest = text if r"\mid" in text or ":" in text or "|" in text else ""
-        return re.findall(r"(?<![a-zA-Z\\])([a-zA-Z])(?= ?(?:\\in(?![a-z])|,|is an?\b|$)|\W*$)", rest)
+        return re.findall(r"(?<![a-zA-Z\\])([a-zA-Z])(?= ?(?:\\in(?![a-z])|is an?\b|\W*$))(?!\W*\}$)", rest)
 
     g, a = parameters(gold), parameters(answer)
     if len(g) != 1 or len(a) != 1 or g == a:
@@ -506,7 +516,7 @@ def in_digits(text: str) -> str:
             break
     else:
         return str(total + current)
-    match = re.fullmatch(r"(.*[0-9}!)]|an?|one) ?-? ?([^\W\d_]+(?: point| mille)?)(?: (.*))?", said)
+    match = re.fullmatch(r"(.*[0-9}!)]|an?|one) ?-? ?([^\W\d_]+(?: points?| mille)?)(?: (.*))?", said)
     if match and (scale := match[2] if match[2] in _SCALES | _PARTS | _POWERS else match[2].removesuffix("s")) in _SCALES | _PARTS | _POWERS:
         many = number(re.sub("^(?:an?|one)$", "1", match[1]))
         if many is not None:
@@ -528,10 +538,10 @@ _UNITS = {
 _FILLER = set("square sq cubic cu per of the in a an total all each red blue green people men women children person unit with certainty inclusive sq. mol kJ eV kPa kW dm dl cl cc rs gbp inr jpy cny fps erg rpm".split())
 _NO_UNIT = re.compile(
     r"\b(?:or|and|not|if|for|when|where|then|mod|modulo|to|is|than|more|less|below|negative|minus|plus|times|over|factorial|choose|base|out"
-    r"|least|most|either|otherwise|except|unless|but|only|double[sd]?|twice|triple[sd]?|halve[sd]|infinity|root|power|approx\w*|decrease|increase"
-    r"|score|dozen|remainder|pairs|per ?mille?|percent\w*|points? of|squares?d|cubed|vs|versus|maybe|possibly|\w*(?:illion|thousand|hundred)s?\w*|\w+th?s|\w+ths?|crore|lakh|bn)\b"
+    r"|least|most|either|otherwise|except|unless|but|only|double[sd]?|twice|triple[sd]?|halve[sd]|infinity|root|power|approx\w*|decrease|increase|basis"
+    r"|score|dozen|remainder|pairs|per ?mille?|percent\w*|points? of|squares?d|cubed|vs|versus|maybe|possibly|\w*(?:illion|thousand|hundred)s?\w*|\w{2,}(?:th|rd)s?|seconds? of|crore|lakh|bn)\b"
 )
-_TAIL = re.compile(r"(?:\\text ?\{[^{}0-9]{0,60}\}|[a-zA-Z.]|\^ ?\{? ?-?[0-9] ?\}?| |/|\\cdot|\\times|\\mu|\\circ|·|[^\x00-\x7f])+")
+_TAIL = re.compile(r"(?:\\text ?\{(?:[^{}0-9]|\^ ?\{? ?-?[0-9] ?\}?)*\}|\\Omega|[a-zA-Z.]|\^ ?\{? ?-?[0-9] ?\}?| |/|\\cdot|\\times|\\mu|\\circ|·|[^\x00-\x7f])+")
 _CURRENCY = re.compile(r"([-+]?) ?(?:US|R|Rs\.?|USD|EUR|GBP|INR|JPY|CNY|RMB|CAD|AUD|CHF|HK) ?(?=[-0-9.])(.*)")
 
 
@@ -539,7 +549,7 @@ def quantity(text: str) -> tuple[str, list[str]] | None:
     """("5", ["km", "h"]) of "5 km/h": a value and the units after it; None if there is none or it is more than a unit."""
     if money := _CURRENCY.fullmatch(plain(text)):
         return money[1] + money[2], []
-    start = re.search(r"(?<=[0-9})!\]a-z]) ?\\text ?\{|(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2})| (?=[a-zA-Z](?:[ /^.]|$))|(?<=[0-9}]) ?(?=[^\x00-\x7f]|\\mu ?\\text)", text)
+    start = re.search(r"(?<=[0-9})!\]a-z]) ?\\text ?\{|(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2})| (?=[a-zA-Z](?:[ /^.]|$))|(?<=[0-9}]) ?(?=[^\x00-\x7f]|\\mu ?\\text|\\Omega)", text)
     while start and (depth := text[: start.start()].count("{") - text[: start.start()].count("}")) > 0:
         start = re.compile(r" ?\\text ?\{").search(text, start.end())
     if not start or not _TAIL.fullmatch(tail := text[start.start() :].strip()):
@@ -555,7 +565,7 @@ def quantity(text: str) -> tuple[str, list[str]] | None:
             return None
     if not short and number(text[: start.start()]) is None:
         return None
-    return text[: start.start()].strip(), [_UNITS.get(unit, _UNITS.get(unit.removesuffix("s"), "")) for unit in named_units]
+    return text[: start.start()].strip(), [_UNITS.get(u) or _UNITS.get(u.removesuffix("s")) or "" for u in named_units]
 
 
 def units(gold: str, answer: str, same: Same) -> bool:
@@ -563,7 +573,8 @@ def units(gold: str, answer: str, same: Same) -> bool:
     g, a = quantity(gold), quantity(answer)
     if g is None and a is None:
         return False
-    if g and a and all(g[1]) and all(a[1]) and g[1] and a[1] and g[1] != a[1]:
+    known = [[unit for unit in read[1] if unit] for read in (g, a) if read]
+    if len(known) == 2 and all(known) and known[0] != known[1]:
         return False
     return same(g[0] if g else gold, a[0] if a else answer)
 
@@ -728,6 +739,8 @@ _READINGS = [
     for pattern, new in [
         # The answer is 6; Therefore 6; 答案是 6
         (r"^(?:\\therefore|(?i:(?:(?:so|hence|thus|therefore|then)[, ]+)*(?:the )?(?:final |correct )?(?:answer|ans|result|value)(?:(?: is|:|=)+ ?))|(?i:so|hence|thus|therefore)\b,?|答案[是为:]* ?) ?(.+)$", r"\1"),
+        # so the answer is 6, "the number is not 10 which is 11", 计算: 72000/18=4000千克
+        (r"^[^=]*(?:[^\W\d_]{2,}[^\w=]+){2,}(?:.* )?(?:is|est|it's|equals|:|=) ([^=]*[0-9][^=]*)$|^[^=]*[\u0400-\uffff][^=]*(?:.*=|是|为) ?([^=是为]+)$", lambda m: m[1] or m[2]),
         # 4\pi (\approx 12.57), x=\sqrt2\approx1.414, approximately 3.14
         (r"^(.+?)[ ,]*(?:\( ?)?(?:\\approx(?![a-z])|\b(?:approximately|approx\.?|about|roughly)(?![a-z])) ?[^()]*\)?$", r"\1"),
         (r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly)\b) ?(.+)$", r"\1"),
@@ -744,6 +757,8 @@ _READINGS = [
         # f\colon x\mapsto x^2, f(x)\equiv0
         (r"^(\w) ?: ?(\w) ?\\mapsto(?![a-z]) ?(.+)$", r"\1(\2)=\3"),
         (r"^(\w\(\w\)) ?\\equiv(?![a-z]) ?([^()]*(?:\([^()]*\)[^()]*)*)$", r"\1=\2"),
+        # 20\% decrease
+        (r"^(.*%) ?(?:decrease|increase|off|discount|more|less)$", r"\1"),
         # 9:30 a.m.
         (r"^(?:at )?([0-9]{1,2})(?::([0-9]{2}))? ?([apAP])\.? ?[mM]\.?$", lambda m: rf"\text{{at {int(m[1])}:{m[2] or '00'} {m[3].lower()}m}}"),
     ]
@@ -784,7 +799,7 @@ def equal(gold: str, answer: str, seen: set[tuple[str, str]], depth: int = 0) ->
     def same(x: str, y: str) -> bool:
         return equal(x, y, seen, depth + 1)
 
-    if not any(veto(gold, answer) for veto in VETOES) and same_values(value(gold), value(answer)):
+    if not any(veto(gold, answer) for veto in VETOES) and same_values(worth(gold), worth(answer)):
         return True
     for reading in READINGS:
         if (g := reading(gold)) != gold or (a2 := reading(answer)) != answer:
@@ -808,7 +823,12 @@ def compared_sizes(gold: str, answer: str) -> bool:
     return ":" in gold or ":" in answer
 
 
-VETOES = (listed, half_named, compared_sizes)
+def names_of_points(gold: str, answer: str) -> bool:
+    """\\angle ACB for \\angle ABC: the parser reads a product."""
+    return bool(re.search(r"\\(?:angle|triangle|bar|subset|Rightarrow)(?![a-z])", gold + answer))
+
+
+VETOES = (names_of_points, listed, half_named, compared_sizes)
 
 
 @lru_cache(maxsize=100_000)
@@ -828,6 +848,14 @@ def checked_gold(gold: str) -> str:
     if not text or (read := cleaned(text)) is None:
         raise ValueError(f"gold answer cannot be parsed: {gold if len(gold) < 200 else gold[:200] + '...'!r}")
     return read
+
+
+def check(gold: str) -> str | None:
+    """What is wrong with a gold, or None."""
+    try:
+        return checked_gold(gold) and None
+    except ValueError as error:
+        return str(error)
 
 
 def right(gold: str, answer: str) -> bool:

@@ -32,6 +32,8 @@ MISREAD = [  # what math-verify's parser takes for something else, or cannot rea
         (r"([a-zA-Z])('{1,3})", lambda m: rf"{m[1]}_{{prime{len(m[2])}}}"),
         (r"([0-9]) ?(?=\\(?:frac|binom|log|ln|sum|gcd|lcm|max|min|prod|int|begin|l?floor|lceil)|\()", r"\1\\cdot "),
         (r"\\bmod(?![a-z])", r"\\mod"),
+        (r"([0-9a-zA-Z]{1,20}!)(?=\^)", r"(\1)"),
+        (r"\\[a-zA-Z]+|d ?(?=[a-zA-Z\\])", lambda m: m[0] if m[0][0] == "\\" or "int" in m.string else r"d\cdot "),
         (r"\\text ?\{ ?([a-zA-Z]) ?\}", r"\1"),
     ]
 ]
@@ -40,7 +42,7 @@ MISREAD = [  # what math-verify's parser takes for something else, or cannot rea
 @lru_cache(maxsize=20_000)
 def value(latex: str) -> Any:
     """The value of LaTeX with exact decimals; None if it cannot be read."""
-    if re.search(r"[0-9] ?[_']|[^\W\d_]{4}|\\text", re.sub(r"\\[a-zA-Z]+|_\{\w+\}|\{[bpv]?matrix\}", " ", latex)):
+    if re.search(r"[0-9] ?[_']|[^\W\d_]{4}|\\text", re.sub(r"\\(?!text)[a-zA-Z]+|_\{\w+\}|\{[bpv]?matrix\}", "·", latex)):
         return None  # a number's base or prime would be dropped, words would be products of letters
     for pattern, new in MISREAD:
         latex = pattern.sub(new, latex)
@@ -119,7 +121,7 @@ def _points(a: Any, b: Any):
         most = 10**6 if n % 4 == 3 else 99
         yield {
             s: S(rng.randint(0, 14)) if s in natural
-            else S(rng.randint(-most, most)) if s in whole and str(s)[0] in "ijklmnpqrN"
+            else S(rng.randint(0, 12) ** 2 if n % 4 == 1 else rng.randint(-most, most)) if s in whole and str(s)[0] in "ijklmnpqrN"
             else Rational(rng.randint(-most, most), rng.randint(1, 30))
             for s in symbols
         }  # fmt: skip

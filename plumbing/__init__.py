@@ -5,10 +5,6 @@ sampler.py       token ids in, token ids and log-probs out, from one of the engi
 hf_engine.py       transformers, in batches that share prefixes; also scores
 vllm_engine.py     vLLM in this process
 served_engine.py   a model behind a server
-answers.py       is a boxed answer the gold answer? the policy and the verdicts
-forms.py           what an answer says: from text to a form
-algebra.py         sympy, in a child process that can be killed
-votes.py         votes of k of n answers
 data.py          problems and given responses from files and the Hub
 training.py      micro-batches, several processes, checkpoints
 fine_tuning.py     supervised training on weighted tokens
