@@ -24,21 +24,25 @@ def extract_answer(response: str) -> str | None:
     pieces = _THOUGHT_END.split(response.rstrip())
     while len(pieces) > 2 and not pieces[-1].strip():
         pieces.pop()  # </think>\boxed{7}\n</think>
-    if _THOUGHT_START.search(pieces[-1]):
-        return None
-    last_start, last = -1, None
+    text = "" if _THOUGHT_START.search(pieces[-1]) else pieces[-1]
+    start, end = (boxes(text) or [(0, 0)])[-1]
+    return text[start:end].strip() or None
+
+
+def boxes(text: str) -> list[tuple[int, int]]:
+    """Where the contents of all balanced boxes start and end, in the order in which they open; one pass."""
+    found: list[tuple[int, int]] = []
     open_braces: list[tuple[bool, int]] = []  # (opened by a box?, where its content starts)
-    for token in _BOX_TOKEN.finditer(pieces[-1]):
-        text = token[0]
-        if text == "}":
+    for token in _BOX_TOKEN.finditer(text):
+        if token[0] == "}":
             is_box, start = open_braces.pop() if open_braces else (False, 0)
-            if is_box and start > last_start:
-                last_start, last = start, pieces[-1][start : token.start()]
-        elif text.endswith("{") and text != r"\{":
-            open_braces.append((text != "{", token.end()))
+            if is_box:
+                found.append((start, token.start()))
+        elif token[0].endswith("{") and token[0] != r"\{":
+            open_braces.append((token[0] != "{", token.end()))
         elif token[1]:
-            last_start, last = token.start(), token[1].rstrip(".,;:)")
-    return (last or "").strip() or None
+            found.append((token.start(1), token.start(1) + len(token[1].rstrip(".,;:)"))))
+    return sorted(found)
 
 
 # ================================================================================================== cleaning

@@ -1,8 +1,8 @@
-r"""Third stage: what counts as the same answer, beyond and against math-verify's verdict. Only the worker imports this.
+r"""Third stage: what counts as the same answer, against and beyond math-verify's verdict. Only the worker imports this.
 
-`right` asks math-verify (values.py) about two single things, unless a veto turns that down, and then each addition. A
-rule sees two cleaned texts and `same`, which asks the whole question about parts of them; rules do not know each other.
-A reading is the simplest rule: what one text says in plainer words, tried on both sides. docs/answers.md lists them all.
+`equal` asks for the verdict on two single things (values.py), unless a veto forbids it, and then every addition. A rule
+sees two cleaned texts, and `same`, which puts the whole question about parts of them; rules do not know each other. A
+reading is the simplest rule: what one text says in plainer words. docs/answers.md has the table of them.
 """
 
 import re
@@ -15,32 +15,32 @@ from typing import Any
 import sympy
 from sympy.core.function import AppliedUndef
 
-from grading.box import TEXT, T, W, clean, extract_answer
+from grading.box import TEXT, T, W, boxes, clean
 from grading.values import same as same_values
-from grading.values import value, works  # noqa: F401
+from grading.values import value
 
 Same = Callable[[str, str], bool]
-MAX_DEPTH, MAX_CHARS, MAX_GOLD_CHARS = 40, 300, 3000  # brackets in brackets; longer answers are wrong unless the gold is long
-OR, AND = (rf"\\text ?\{{[, ]*(?:{w})[, ]*\}}|{W}(?:{w}){T}" for w in ("or|oder|ou|или|或者?", "and|et|und|и|和"))
-SYMBOL = r"(?:\\(?:mathbb|vec|hat|bar|dot) ?\{?[a-zA-Z]{1,3}\}?|\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\w|\{[^{}]*\}))?'{0,3}"
-NAME = re.compile(  # what may stand before "=": x, x_1, f(x), (x,y), AB, |AB|, \angle ABC, \text{Area}, V_1:V_2, \frac{AB}{CD}
-    rf"{SYMBOL}(?: ?(?:\([\w, ]*\)|\[[A-Z]\]))?|\( ?{SYMBOL}(?: ?, ?{SYMBOL})+ ?\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
-    rf"|\\(?:angle|bar|triangle) ?\{{?[A-Z_0-9{{}} ]+\}}?|\\text ?\{{[^{{}}]*\}}|[A-Z][a-z]{{2,}}|\[[A-Z]{{3,5}}\]"
+MAX_DEPTH, MAX_CHARS, MAX_GOLD = 40, 300, 3000  # brackets in brackets; longer answers are wrong unless the gold is long
+OR, AND = (rf"\\text ?\{{[, ]?(?:{w})[, ]?\}}|{W}(?:{w}){T}" for w in ("or|oder|ou|или|或者?", "and|et|und|и|和"))
+SYMBOL = r"(?:\\(?:mathbb|vec|hat|bar) ?\{?[a-zA-Z]\}?|\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\w|\{\w+\}))?'{0,3}"
+NAME = re.compile(  # what may stand before "=": x, f(x), (x,y), AB, |AB|, \angle ABC, [ABC], \text{Area}, V_1:V_2, \frac{AB}{CD}
+    rf"{SYMBOL} ?(?:\([\w, ]*\)|\[[A-Z]\])?|\( ?{SYMBOL}(?: ?, ?{SYMBOL})+ ?\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
+    rf"|\\(?:angle|bar|triangle) ?\{{?[A-Z_0-9 ]+\}}?|\\text ?\{{[^{{}}]*\}}|[A-Z][a-z]{{2,}}|\[[A-Z]{{3,5}}\]"
     rf"|\\frac\{{ ?[A-Z]{{1,2}} ?\}}\{{ ?[A-Z]{{1,2}} ?\}}|{SYMBOL} ?: ?{SYMBOL}"
 )
+RELATION = re.compile(r"\\(?:[lgn]e|in)(?![a-z])|[<>]")
 _BRACKET = r"\\?[{(\[]|\\?[})\]]|\\[lr]angle"
 _DIGITS = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(
-    rf"([-+]?) ?(?:([0-9]+) )?([-+]? ?{_DIGITS})(?:(?:[eE]| ?(?:\\times|\\cdot) ?\{{?10\}}? ?\^) ?\{{? ?([-+]?[0-9]{{1,3}}) ?\}}?)?"
+    rf"([-+]?) ?(?:([0-9]+) )?([-+]? ?{_DIGITS})(?:(?:[eE]| ?\\(?:times|cdot) ?\{{?10\}}? ?\^) ?\{{? ?([-+]?[0-9]{{1,3}}) ?\}}?)?"
     rf"(?: ?/ ?([-+]? ?{_DIGITS}))?"
 )
 _FRAC = re.compile(rf"\\frac ?\{{ ?([-+]? ?{_DIGITS}) ?\}} ?\{{ ?([-+]? ?{_DIGITS}) ?\}}")
 _BROKEN = re.compile(
-    r"[-+*/^_=<>] ?$|\^ ?\^|\\frac ?\{[^{}]*\} ?(?:\{ ?0 ?\}|$)|/ ?0(?![0-9.])"
-    r"|(?<![_^0-9.{])(?<!frac )(?<!frac)[0-9][0-9.]* [0-9](?![0-9]*/[0-9])"
+    r"[-+*/^_=<>]$|\^ ?\^|\\frac ?\{[^{}]{0,99}\} ?(?:\{ ?0 ?\}|$)|/ ?0(?![0-9.])"
+    r"|(?<![_^0-9.{])(?<!frac )(?<!frac)[0-9][0-9.]{0,99} [0-9](?![0-9]{0,99}/[0-9])"
 )
 _GROUPS = re.compile(r"[(\[{]|[)\]}]|(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
-
 
 # ================================================================================================== texts
 
@@ -57,42 +57,37 @@ def split(text: str, pattern: str) -> list[str]:
     return [part for part in [*parts, text[start:].strip()] if part]
 
 
-def enclosed(text: str) -> tuple[str, str] | None:
-    r"""("(]", "0,1") for "(0,1]", ("\{\}", ...) for a set: one pair of brackets around all of the text."""
+def enclosed(text: str) -> tuple[str, str]:
+    r"""("(]", "0,1") for "(0,1]", ("\{\}", ...) for a set: one pair of brackets around all of the text; ("", text)."""
     depth, opening = 0, ""
     for token in re.finditer(_BRACKET, text):
-        if depth == 0:
-            if token.start():
-                return None
-            opening = token[0]
+        if depth == 0 and token.start():
+            break
+        opening = opening or token[0]
         depth += 1 if token[0][-1] in "{([" or token[0] == r"\langle" else -1
-        if depth == 0:
-            inside = text[len(opening) : token.start()].strip()
-            brackets = (opening + token[0]).replace(r"\langle\rangle", "()")
-            return (brackets, inside) if token.end() == len(text) else None
-    return None
+        if depth == 0 and token.end() == len(text):
+            return (opening + token[0]).replace(r"\langle\rangle", "()"), text[len(opening) : token.start()].strip()
+    return "", text
 
 
 def bare(text: str) -> str:
-    """Without outer braces, a final stop, and the commas of thousands outside brackets: "{1,000}." is "1000"."""
-    text = re.sub(r"^\+ ?(?=[\w\\])|(?:(?<!\\)[.,;:]|\\| )+$", "", text.strip()).strip()
-    while (whole := enclosed(text)) and whole[0] == "{}":
-        text = whole[1].rstrip(".,;")
-    if "," in text:
-        depth = 0
+    """Without outer braces, a plus, a final stop, and commas between thousands outside brackets: 1000 of "{1,000}."."""
+    text = re.sub(r"^\+ ?(?=[\w\\])", "", text.strip(" ").rstrip(".,;: ")).removesuffix("\\").strip()
+    while (whole := enclosed(text))[0] == "{}":
+        text = whole[1].rstrip(".,; ")
+    depth = 0
 
-        def joined(match: re.Match) -> str:
-            nonlocal depth
-            depth += (match[0] in "([{") - (match[0] in ")]}")
-            return match[0] if depth > 0 or match[0] in ")]}" else match[0].replace(",", "")
+    def joined(match: re.Match) -> str:
+        nonlocal depth
+        depth += (match[0] in "([{") - (match[0] in ")]}")
+        return match[0] if depth > 0 else match[0].replace(",", "")
 
-        text = _GROUPS.sub(joined, text)
-    return text
+    return _GROUPS.sub(joined, text) if "," in text else text
 
 
 def plain(text: str) -> str:
     """Without the braces of its texts."""
-    return " ".join(re.sub(TEXT, r" \1 ", text).split())
+    return " ".join(re.sub(TEXT, r" \1 ", text).split()) if r"\text" in text else text
 
 
 def squeeze(text: str) -> str:
@@ -103,13 +98,11 @@ def squeeze(text: str) -> str:
 @lru_cache(maxsize=20_000)
 def number(text: str) -> Fraction | None:
     """Exact value of an integer, decimal, power-of-ten decimal, fraction or mixed number."""
-    match = _NUMBER.fullmatch(_FRAC.sub(r" \1/\2", text).strip()) if len(text) < 5000 else None
+    match = _NUMBER.fullmatch(_FRAC.sub(r" \1/\2", text).strip())
     if not match:
         return None
     sign, whole, top, exponent, bottom = (part and part.replace(" ", "") for part in match.groups())
-    if bottom and not Fraction(bottom):
-        return None
-    number = Fraction(top) * Fraction(10) ** int(exponent or 0) / Fraction(bottom or 1)
+    number = Fraction(top) * Fraction(10) ** int(exponent or 0) / (Fraction(bottom or 1) or 1)
     if whole is not None:
         if bottom is None or not (top + bottom).isdigit() or number >= 1:
             return None  # two numbers in a row, or a product
@@ -119,7 +112,8 @@ def number(text: str) -> Fraction | None:
 
 def worth(text: str) -> Any:
     """The value of one thing: exactly of a number, else as math-verify's parser reads it."""
-    return value(text) if (exact := number(text)) is None else sympy.Rational(exact.numerator, exact.denominator)
+    exact = number(text)
+    return value(text) if exact is None else sympy.Rational(exact.numerator, exact.denominator)
 
 
 def hopeless(text: str) -> bool:
@@ -128,42 +122,37 @@ def hopeless(text: str) -> bool:
     for sign in (unescaped := re.sub(r"\\[{}]", "", text)):
         depth += (sign in "({[") - (sign in ")}]")
         deepest = max(deepest, depth)
-    return bool(
-        depth
-        or deepest > MAX_DEPTH
-        or unescaped.count("{") != unescaped.count("}")
-        or not re.search(r"\w|\\", text)
-        or _BROKEN.search(re.sub(r"\\text ?\{[^{}]*\}", r"\\text{}", text))
-        or text in ("NaN", "nan", "None", "null")
-    )
-
-
-# ================================================================================================== lists, systems
+    if depth or deepest > MAX_DEPTH or unescaped.count("{") != unescaped.count("}") or text in ("NaN", "None", "null"):
+        return True
+    return not re.search(r"\w|\\", text) or bool(_BROKEN.search(re.sub(TEXT, r"\\text{}", text)))
 
 
 def items(text: str) -> tuple[str, list[str]]:
-    r"""("()", ["1", "2"]) for "(1,2)"; brackets "" and the items of a bare list: "1, 2 or 3", "1 \pm 2"."""
-    if (whole := enclosed(text)) and whole[0] in ("()", r"\{\}", "[]"):
-        spaced = split(whole[1], r"[,;] |;") if re.search(r"[,;] ", whole[1]) else []
-        parts = spaced if len(spaced) > 1 and re.search(r"[0-9],[0-9]{3}", whole[1]) else split(whole[1], "[,;]")
-        return (whole[0], parts) if len(parts) > 1 or whole[0] == r"\{\}" else ("", [text])
-    for separator in (OR, rf",? ?(?:{AND})", ";", ", ", ","):
-        if len(parts := split(text, separator)) > 1:
-            flat = [item for part in parts for item in (items(part)[1] if "=" not in part and not enclosed(part) else [part])]
-            return ("or" if separator == OR else "", flat)
-    if len(split(text, r"\\[pm]p?m(?![a-z])")) + (text[:3] in (r"\pm", r"\mp")) == 2 and text.count(r"\pm") + text.count(r"\mp") == 1:
-        return ("or", [re.sub(r"\\[pm]p?m ?", sign, text, count=1) for sign in "+-"])
-    if text.count(r"\pm") == 1 and "=" not in text:
-        return ("or", [text.replace(r"\pm", sign) for sign in "+-"])
-    return ("", [text])
+    r"""Brackets and items of a list: ("()", ["1", "2"]) of "(1,2)"; ("", ...) of "1, 2", ("or", ...) of "1 or 2", 1 \pm 2."""
+    brackets, inside = enclosed(text)
+    if brackets in ("()", r"\{\}", "[]"):
+        spaced = split(inside, r"[,;] |;") if re.search(r"[,;] ", inside) and re.search(r"[0-9],[0-9]{3}", inside) else []
+        parts = spaced if len(spaced) > 1 else split(inside, "[,;]")
+        if len(parts) > 1 or brackets == r"\{\}":
+            return brackets, parts
+        return "", [text]
+    for separator in (OR, AND, ";", ", ", ","):
+        if len(parts := [part.strip(" ,") for part in split(text, separator)]) > 1:
+            flat = [item for part in parts for item in ([part] if "=" in part or enclosed(part)[0] else items(part)[1])]
+            return "or" if separator == OR else "", flat
+    if len(signs := re.findall(r"\\[pm][pm](?![a-z])", text)) == 1:
+        return "or", [re.sub(r"\\[pm][pm](?![a-z])", sign, text).removeprefix("+").strip() for sign in "+-"]
+    return "", [text]
 
 
-def matched(gold: list[str], answer: list[str], same: Same) -> bool:
+# ================================================================================================== lists, names, sets
+
+
+def matched(golds: list[str], answers: list[str], same: Same) -> bool:
     """Each item of one is an item of the other, as often as there."""
-    rest = list(answer)
-    for item in gold:
-        found = next((other for other in rest if same(item, other)), None)
-        if found is None:
+    rest = list(answers)
+    for item in golds:
+        if (found := next((other for other in rest if same(item, other)), None)) is None:
             return False
         rest.remove(found)
     return not rest
@@ -171,91 +160,66 @@ def matched(gold: list[str], answer: list[str], same: Same) -> bool:
 
 def lists(gold: str, answer: str, same: Same) -> bool:
     r"""(1,2) for 1,2 in this order, \{2,1\} and "2 or 1" for 1,2 in any; 2,2,3 is not 2,3,3, but \{1,1,2\} is \{1,2\}."""
-    (gold_brackets, golds), (brackets, answers) = items(gold), items(answer)
-    if (len(golds) == 1 and gold_brackets == r"\{\}") != (len(answers) == 1 and brackets == r"\{\}"):
-        one, other = (golds[0], answer) if len(golds) == 1 else (gold, answers[0])
-        return r"\emptyset" not in one + other and same(one, other)
-    if max(len(golds), len(answers)) < 2 and gold_brackets != r"\{\}":
+    (kind, golds), (other, answers) = items(gold), items(answer)
+    kinds = {kind, other}
+    if kinds != {r"\{\}"} and r"\{\}" in kinds and len(golds) == len(answers) == 1 or kinds == {r"\{\}", "()"} and 1 in (
+        len(golds), len(answers)):  # fmt: skip
+        one, two = golds[0] if kind == r"\{\}" else gold, answers[0] if other == r"\{\}" else answer
+        return r"\emptyset" not in one + two and enclosed(one)[0] == enclosed(two)[0] and same(one, two)
+    if max(len(golds), len(answers)) < 2 and kinds != {r"\{\}"}:
         return False
-    loose = ("", "or", r"\{\}")
-    ordered = {gold_brackets, brackets} & {"()", "[]"}
-    if ordered:
-        free = {gold_brackets, brackets} - ordered
-        fits = len(ordered) == 1 and free <= {""} and (ordered == {"()"} or not free or len(golds) > 2)
+    if ordered := kinds & {"()", "[]"}:
+        fits = len(ordered) == 1 and kinds <= {*ordered, ""} and (ordered == {"()"} or len(kinds) == 1 or len(golds) > 2)
         return fits and len(golds) == len(answers) and all(map(same, golds, answers))
-    if gold_brackets not in loose or brackets not in loose:
-        return False
-    if {gold_brackets, brackets} == {"", "or"} and any(_RELATION.search(i) or re.fullmatch(r"\(?[A-J]\)?", i) for i in golds + answers):
-        return False  # "x>1 or x<3" is not "x>1 and x<3"
-    if r"\{\}" in (gold_brackets, brackets) or all(map(enclosed, golds + answers)):  # a set knows each item once
+    if kinds == {"", "or"} and any(RELATION.search(i) or re.fullmatch(r"\(?[A-J]\)?", i) for i in golds + answers):
+        return False  # "x>1 or x<3" is not "x>1, x<3"
+    if r"\{\}" in kinds or all(enclosed(item)[0] for item in golds + answers):  # a set knows each item once
         return all(any(same(g, a) for a in answers) for g in golds) and all(any(same(g, a) for g in golds) for a in answers)
     return matched(golds, answers, same)
 
 
-def unknowns(text: str) -> dict[str, str] | None:
-    """{x: 3, y: 5} of "x=3 and y=5", "(x,y)=(3,5)", "x=y=3"; None for anything else."""
-    found: dict[str, str] = {}
-    for part in [part for item in split(text, rf",(?! ?\\text)|;|{AND}") for part in [item]]:
+def assignments(text: str) -> list[tuple[str, str]]:
+    """[("x", "3"), ("y", "5")] of "x=3 and y=5" and "(x,y)=(3,5)", [("n", "2"), ("n", "3")] of "n=2, 3"; else []."""
+    pairs: list[tuple[str, str]] = []
+    for part in items(text)[1] if not enclosed(text)[0] else ():
         *names, last = split(part, "=")
-        if not names or not all(map(NAME.fullmatch, names)):
-            return None
-        for name in names:
-            tuple_name, values = enclosed(name), enclosed(last)
-            if tuple_name and tuple_name[0] == "()" and values:
-                pairs = list(zip(split(tuple_name[1], ","), split(values[1], "[,;]"), strict=False))
-            else:
-                pairs = [(name, last)]
-            if any(squeeze(key) in found for key, _ in pairs):
-                return None
-            found |= {squeeze(key): entry for key, entry in pairs}
-    return found
+        if RELATION.search(part) or not (names or pairs) or not all(map(NAME.fullmatch, names)):
+            return []
+        for name in names or [pairs[-1][0]]:
+            several = enclosed(name)[0] == "()" and len(items(name)[1]) == len(items(last)[1])
+            pairs += zip(items(name)[1], items(last)[1]) if several else [(squeeze(name), last)]
+    return pairs if len(pairs) > 1 else []
 
 
-def systems(gold: str, answer: str, same: Same) -> bool:
-    """y=5, x=3 for x=3, y=5; (3,5) and 3,5 for it, the names in the order of the gold, or else of the alphabet."""
-    g, a = unknowns(gold), unknowns(answer)
-    if g and a and len(g) > 1 and len(a) > 1:
-        return g.keys() == a.keys() and all(same(g[name], a[name]) for name in g)
-    if g and len(g) > 1:
-        brackets, values = items(answer)
-        return brackets in ("", "()") and "=" not in answer and len(values) == len(g) and all(map(same, g.values(), values))
-    if a and len(a) > 1:
-        brackets, values = items(gold)
-        if brackets == "()":
-            return len(values) == len(a) and all(map(same, values, (a[name] for name in sorted(a))))
-        return brackets == "" and len(values) > 1 and matched(values, list(a.values()), same)
-    return False
-
-
-def one_unknown(gold: str, answer: str, same: Same) -> bool:
-    r"""2,3 and "n=2 or n=3" for n=2, 3."""
-
-    def stripped(text: str) -> tuple[str, str] | None:
-        parts = [split(part, "=") for part in items(text)[1]]
-        names = {squeeze(part[0]) for part in parts if len(part) == 2}
-        if len(parts) < 2 or len(names) != 1 or len(parts[0]) != 2 or not NAME.fullmatch(parts[0][0]):
-            return None
-        return names.pop(), " or ".join(part[-1] for part in parts)
-
-    g, a = stripped(gold), stripped(answer)
+def assigned(gold: str, answer: str, same: Same) -> bool:
+    """y=5, x=3 and (3,5) for x=3, y=5; "n=3 or n=2" and 2,3 for n=2, 3. Without names, theirs or the alphabet's order."""
+    g, a = assignments(gold), assignments(answer)
+    names = [{name for name, _ in pairs} for pairs in (g, a) if pairs]
+    values = [[part for _, part in pairs] for pairs in (g, a)]
+    if not names or len({len(each) == 1 for each in names}) > 1 or (g and a and names[0] != names[1]):
+        return False
+    if len(names[0]) == 1:
+        one, two = (" or ".join(each) if each else text for each, text in zip(values, (gold, answer)))
+        return ("=" not in one + two or bool(g and a)) and same(one, two)
+    if len(g or a) != len(names[0]) or (g and a and len(g) != len(a)):
+        return False
     if g and a:
-        return g[0] == a[0] and same(g[1], a[1])
-    if g or a:
-        other = gold if a else answer
-        name = split(other, "=")[0] if "=" in other and not enclosed(other) else None
-        if name and len(items(other)[1]) > 1:
-            return False
-        return same(g[1] if g else gold, a[1] if a else answer)
-    return False
+        return all(same(dict(g)[name], part) for name, part in a)
+    brackets, entries = items(answer if g else gold)
+    if brackets not in ("", "()") or "=" in (answer if g else gold) or len(entries) != len(g or a):
+        return False
+    if a and not brackets:
+        return matched(entries, values[1], same)
+    return all(map(same, values[0], entries)) if g else all(map(same, entries, (dict(a)[name] for name in sorted(dict(a)))))
 
 
 def sides(text: str) -> list[str]:
     """The sides of an equation or of a chain of them; the text itself if it is none."""
-    return [text] if _RELATION.search(text) or len(items(text)[1]) > 1 else split(text, "=")
+    return [text] if RELATION.search(text) or len(items(text)[1]) > 1 else split(text, "=")
 
 
-def _symbols(text: str) -> set[str]:
-    return set(re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", re.sub(r"\\text ?\{[^{}]*\}|\\(?:frac|sqrt|pi|cdot|times|left|right)", "", text)))
+def letters(text: str) -> set[str]:
+    return set(re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", re.sub(rf"{TEXT}|\\(?:frac|sqrt|pi|cdot|times)", "", text)))
 
 
 def named(gold: str, answer: str, same: Same) -> bool:
@@ -265,267 +229,210 @@ def named(gold: str, answer: str, same: Same) -> bool:
         if not all(map(NAME.fullmatch, golds[:-1])):
             return False
         if len(answers) == 1:
-            return not any(sign in answer for sign in ("=", r"\equiv")) and same(golds[-1], answer)
-        if squeeze(golds[0]) != squeeze(answers[0]):
-            return False
-        gold, answers = golds[-1], answers[1:]
-        if len(answers) == 1:
-            return same(gold, answers[0])
-    elif len(answers) < 2:
-        return False
-    if NAME.fullmatch(answers[-1]) and not NAME.fullmatch(answers[0]) and len(answers[-1]) == 1:
+            return "=" not in answer and not RELATION.search(answer) and r"\equiv" not in answer and same(golds[-1], answer)
+        return squeeze(golds[0]) == squeeze(answers[0]) and same(golds[-1], answers[-1])
+    if len(answers) > 1 and re.fullmatch("[a-z]", answers[-1]) and not NAME.fullmatch(answers[0]):
         answers = answers[::-1]  # 5 = x
     *left, last = answers
-    if not all(map(NAME.fullmatch, left)) and number(last) == 0 and len(left) == 1 and _symbols(left[0]):
+    if not left or NAME.fullmatch(left[0]):
+        return bool(left) and same(gold, last)
+    if len(left) == 1 and number(last) == 0 and letters(left[0]):
         return False
-    for side in left if not NAME.fullmatch(left[0]) else ():
-        if not NAME.fullmatch(side) and not (_symbols(side) and not _symbols(side) & _symbols(last)) and not same(gold, side):
-            return False
-    return same(gold, last)
+    return same(gold, last) and all(letters(side) and not letters(side) & letters(last) or same(gold, side) for side in left)
 
 
 def renamed_argument(gold: str, answer: str, same: Same) -> bool:
     """f(t)=3t for f(x)=3x, a_k=2^k for a_n=2^n."""
     (head, *right), (other, *other_right) = split(gold, "="), split(answer, "=")
-    pattern = r"(\w+) ?(\(|_\{?) ?([a-z]) ?[)}]?"
-    a, b = re.fullmatch(pattern, head), re.fullmatch(pattern, other)
+    a, b = (re.fullmatch(r"(\w) ?(\(|_\{?) ?([a-z]) ?[)}]?", text) for text in (head, other))
     if not (a and b and len(right) == len(other_right) == 1 and a[1] == b[1] and a[2] == b[2] and a[3] != b[3]):
         return False
-    letter, new = (rf"(?<![a-zA-Z\\]){x}(?![a-zA-Z])" for x in (b[3], a[3]))
-    loose = rf"(?<!\\)(?<![a-zA-Z]){b[3]}(?![a-z])|(?<=[a-zA-Z0-9])(?<!\\){b[3]}(?![a-zA-Z])"
-    return not re.search(new, other_right[0]) and same(right[0], re.sub(f"{letter}|{loose}", a[3], other_right[0]))
+    return a[3] not in letters(other_right[0]) and same(right[0], renamed(other_right[0], b[3], a[3]))
 
 
-# ================================================================================================== sets
+def renamed(text: str, old: str, new: str) -> str:
+    return re.sub(rf"\\[a-zA-Z]+|{old}", lambda m: new if m[0] == old else m[0], text)
 
 
 @lru_cache(maxsize=10_000)
 def solution_set(text: str) -> tuple[str, Any] | None:
-    r"""("x", (1,3)) for 1<x<3, "x>1 and x<3", x\in(1,3), \{x \mid 1<x<3\}; the name is "" for (1,3) and \mathbb{R}."""
-    text = text.strip()
-    for pattern, join in ((OR, sympy.Union), (r"\\cup(?![a-z])", sympy.Union), (rf"{AND}|;|,", None), (r"\\cap(?![a-z])", sympy.Intersection)):
-        parts = split(text, pattern)
-        if len(parts) > 1:
-            sets = [solution_set(part) for part in parts]
-            if r"\ne" in parts[0] and not any(map(_RELATION.search, parts[1:])):  # x \ne 0, 3
-                sets = [solution_set(part if n == 0 else parts[0].split(r"\ne")[0] + r"\ne " + part) for n, part in enumerate(parts)]
-            names = {found[0] for found in sets if found} - {""}
-            if None in sets or len(names) > 1 or (join is None and not names):
-                return None
-            values = [found[1] for found in sets if found]
-            if join is None and (meet := sympy.Intersection(*values)) is not sympy.S.EmptySet:
-                return names.pop(), meet
-            if join is None and re.search(AND, text):
-                return names.pop(), sympy.S.EmptySet
-            return (names or {""}).pop(), (join or sympy.Union)(*values)
-    if len(parts := split(text, r"\\setminus(?![a-z])|-(?= ?\\\{)")) == 2:
-        a, b = (solution_set(part) for part in parts)
-        return ("", sympy.Complement(a[1], b[1])) if a and b else None
-    if len(parts := split(text, r"\\in(?![a-z])")) == 2 and NAME.fullmatch(parts[0]):
+    r"""("x", (1,3)) of 1<x<3, "x>1 and x<3", x\in(1,3); ("", (1,3)) of (1,3) and \{x \mid 1<x<3\}."""
+    brackets, inside = enclosed(text)
+    if brackets == r"\{\}" and len(parts := split(inside, r"\\mid(?![a-z])|\||:")) == 2:
         inner = solution_set(parts[1])
-        return inner and (squeeze(parts[0]), inner[1])
-    whole = enclosed(text)
-    if whole and whole[0] == r"\{\}":
-        if len(parts := split(whole[1], r"\\mid(?![a-z])|\||:")) == 2:
-            inner = solution_set(parts[1])
-            return ("", inner[1]) if inner and inner[0] == squeeze(re.split(r"\\in(?![a-z])", parts[0])[0]) else None
-        values = [worth(item) for item in split(whole[1], ",")]
-        return ("", sympy.FiniteSet(*values)) if all(isinstance(v, sympy.Expr) for v in values) else None
-    if whole and whole[0] in ("()", "[]", "(]", "[)") and len(ends := split(whole[1], "[,;]")) == 2:
-        low, high = map(worth, ends)
-        if not all(isinstance(v, sympy.Expr) for v in (low, high)) or (low > high) == True:  # noqa: E712
-            return None
-        return "", sympy.Interval(low, high, whole[0][0] == "(", whole[0][1] == ")")
-    if _RELATION.search(text) or "=" in text:
-        return _solved(text)
-    read = value(text) if r"\mathbb" in text or r"\emptyset" in text else None
-    return ("", read) if isinstance(read, sympy.Set) else None
-
-
-_RELATION = re.compile(r"\\[lgn]e(?![a-z])|<|>")
-
-
-def _solved(text: str) -> tuple[str, Any] | None:
-    """The set that a chain of relations in one unknown allows: 1 <= x < 2, |x| > 2, x != 2."""
-    signs = re.findall(r"\\[lgn]e(?![a-z])|[<>=]", text)
-    parts = [worth(part) for part in split(text, r"\\[lgn]e(?![a-z])|[<>=]")]
-    if len(parts) != len(signs) + 1 or not all(isinstance(part, sympy.Expr) for part in parts):
-        return None
-    parts = [part.replace(lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Symbol(str(e))) for part in parts]
-    names = set().union(*(part.free_symbols for part in parts))
-    plain_side = [part for part in parts if part.is_Symbol]
-    unknown = plain_side[0] if len(plain_side) == 1 else names.pop() if len(names) == 1 else None
-    kinds = {r"\le": sympy.Le, r"\ge": sympy.Ge, r"\ne": sympy.Ne, "<": sympy.Lt, ">": sympy.Gt, "=": sympy.Eq}
-    if unknown is None:
-        return None
-    found: Any = sympy.S.Reals
-    for sign, (left, right) in zip(signs, pairwise(parts)):
-        if left == unknown or right == unknown:
-            end = right if left == unknown else left
-            if end.has(unknown):
+        return ("", inner[1]) if inner and inner[0] == re.split(r" ?\\in", parts[0])[0] else None
+    for pattern, kind in ((OR, sympy.Union), (AND, sympy.Intersection), ("[,;]", None)):
+        if len(parts := split(text, pattern)) > 1:
+            if r"\ne" in parts[0] and not any(map(RELATION.search, parts[1:])):  # x \ne 0, 3
+                parts = [parts[0], *(parts[0].split(r"\ne")[0] + r"\ne " + part for part in parts[1:])]
+            sets = [found for part in parts if (found := solution_set(part))]
+            names = {name for name, _ in sets} - {""}
+            if len(sets) < len(parts) or len(names) > 1 or not (names or kind is sympy.Union):
                 return None
-            low = (sign in (r"\ge", ">")) == (left == unknown)
-            if sign in ("=", r"\ne"):
-                piece = sympy.FiniteSet(end) if sign == "=" else sympy.Complement(sympy.S.Reals, sympy.FiniteSet(end))
-            else:
-                ends = (end, sympy.oo) if low else (-sympy.oo, end)
-                piece = sympy.Interval(*ends, low and sign in "<>", not low and sign in "<>")
-        else:
-            relation = kinds[sign](left, right)
-            piece = relation.as_set() if hasattr(relation, "as_set") else None
-        if piece is None:
-            return None
-        found = sympy.Intersection(found, piece)
-    return str(unknown), found
+            joined = (kind or sympy.Intersection)(*(found for _, found in sets))
+            if kind is None and joined is sympy.S.EmptySet:  # "x<1, x>2" can only be either
+                joined = sympy.Union(*(found for _, found in sets))
+            return (names or {""}).pop(), joined
+    read = worth(text)
+    if read is None or isinstance(read, sympy.Expr):
+        return None
+    if isinstance(read, sympy.Eq) and isinstance(read.rhs, sympy.Set):
+        return str(read.lhs), read.rhs.doit()
+    if isinstance(read, sympy.Set):
+        return "", read.doit()
+    read = read.replace(lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Symbol(str(e), real=True))
+    if len(free := getattr(read, "free_symbols", ())) != 1 or not hasattr(read, "as_set"):
+        return None
+    return str(*free), read.as_set()
 
 
 def sets(gold: str, answer: str, same: Same) -> bool:
     r"""1<x<3 and "x>1 and x<3" for (1,3), x\ne2 for \mathbb{R}\setminus\{2\}; another unknown is wrong."""
-    if not all(re.search(r"[<>=()\[\]]|\\[lgn]e(?![a-z])|\\\{|\\in|\\mathbb|\\emptyset|real", text) for text in (gold, answer)):
+    if not all(re.search(r"[<>=()\[\]]|\\(?:[lgn]e|in|mathbb|emptyset|\{)", text) for text in (gold, answer)):
         return False
-    a, b = solution_set(gold), solution_set(answer)
+    a = solution_set(gold)
+    b = a and solution_set(answer)
     return bool(a and b and (not a[0] or not b[0] or a[0] == b[0]) and same_values(a[1], b[1]))
 
+# ================================================================================================== words, options
 
-# ================================================================================================== words
-
-
-_SAID = {  # what is said in words, in the commonest languages of answers
-    "yes": "yes|oui|s[ií]|ja|да|是的?",
-    "no": "no|non|nein|nee|нет|否|不是",
-    "true": "true|vrai|wahr|verdadero|vero|верно|истина|正确|对|真",
-    "false": "false|faux|falsch|falso|неверно|ложь|错误?|假",
-    "none": "none|no(?: real| such)? (?:solutions?|values?|numbers?|integers?)(?: exists?)?|there (?:is|are) no(?: real)? solutions?|nothing"
-    r"|aucune?(?: solution)?|keine?(?: lösung(?:en)?)?|ning[uú]n[oa]?|nessun[oa]?|нет решений|无解|没有|\\emptyset|(?:the )?empty set|dne"
-    "|does not exist|undefined|impossible",
-}
-_SAID_PATTERNS = [(word, re.compile(pattern)) for word, pattern in _SAID.items()]
+_SAID = [  # what is said in words, in the commonest languages of answers
+    (word, re.compile(pattern, re.IGNORECASE))
+    for word, pattern in {
+        "yes": "yes|oui|s[ií]|ja|да|是的?",
+        "no": "no|non|nein|nee|нет|否|不是",
+        "true": "true|vrai|wahr|verdadero|vero|верно|истина|正确|对|真",
+        "false": "false|faux|falsch|falso|неверно|ложь|错误?|假",
+        "none": r"none|nothing|(?:there (?:is|are) )?no (?:real |such )?(?:solutions?|values?|numbers?|integers?)(?: exists?)?"
+        r"|aucune?(?: solution)?|keine?(?: lösung(?:en)?)?|ning[uú]n[oa]?|nessun[oa]?|нет решений|无解|没有|\\emptyset"
+        "|(?:the )?empty set|dne|does not exist|undefined|impossible",
+    }.items()
+]
 
 
 def words(gold: str, answer: str, same: Same) -> bool:
-    """yes, YES. for Yes, "an ellipse" for ellipse, oui for yes, "no solution" for none; nothing else is ignored."""
+    """YES. for Yes, "an ellipse" for ellipse, oui for yes, \\emptyset for "no solution"; nothing else is ignored."""
 
     def said(text: str) -> str:
         text = re.sub(r"[a-zA-Z]{2,}|^A\b", lambda word: word[0].lower(), plain(text))
-        text = re.sub(r"(?<=[a-z]{2})-(?=[a-z]{2})", " ", re.sub(r"(?<=[a-z]),(?= ?[a-z]{2})|[.!?'\"]+(?!\w)", " ", text))
-        text = re.sub(r" ?([^\w ]) ?", r"\1", " ".join(re.sub(r"^ ?(?:an?|the) ", "", text).split()))
-        return next((word for word, pattern in _SAID_PATTERNS if pattern.fullmatch(text)), text)
+        text = re.sub(r"(?<=[a-z]{2})[-,](?=[ a-z]{2})|[.!?'\"](?!\w)", " ", text)
+        text = re.sub(r" ?([^\w ]) ?", r"\1", " ".join(re.sub(r"^(?:an?|the) ", "", text).split()))
+        return next((word for word, pattern in _SAID if pattern.fullmatch(text)), text)
 
-    wordy = re.search(r"[^\W\d_]{4}|[^\x00-\x7f]|(?i:\bno\b|\byes\b|\ball\b|\bdne\b)", re.sub(r"\\[a-zA-Z]+", "", gold)) or r"\text" in gold or gold == r"\emptyset"
-    if answer in ("None", "NaN") or not wordy:
-        return False
-    return said(gold) == said(answer)
+    wordy = re.search(r"[^\W\d_]{4}|[^\x00-\x7f]|(?i:\b(?:no|yes|all|dne)\b)", re.sub(r"\\[a-zA-Z]+", "", gold))
+    return bool(wordy or r"\text" in gold or gold == r"\emptyset") and said(gold) == said(answer)
 
 
 _OPTION = re.compile(
     r"(?:(?i:the )?(?i:correct |final )?(?i:option|choice|answer|ans)(?i: is)?:? ?|选项?|答案[是:]? ?)?"
     r"(?:\( ?([A-Ja-j]) ?\)|([A-J])(?=[).:] |[).:]?$))[).:]* ?((?![,;]|and\b|or\b)[-\w\\($].*)?"
 )
+_HEDGE = re.compile(
+    r"\b(?:not|or|n?either|maybe|possibly|perhaps|incorrect|wrong|vs|versus|but|unless|otherwise|except|if|odd|even|else|remainder)\b"
+    r"|\( ?[A-J] ?\)|\b[A-J][).:]"
+)
 
 
 def options(gold: str, answer: str, same: Same) -> bool:
     """(C), "C) 7" and "option C" for C, "B) 12" for 12; several letters in any order: "A, B, D" and BDA for ABD."""
-
-    def choice(text: str) -> tuple[str, str] | None:
-        found = _OPTION.fullmatch(plain(text)) or re.fullmatch("()([a-j])()", text)
-        if not found or (found[3] and (re.search(r"\([A-Ja-j]\)|\b[A-J][).:]", found[3]) or re.search(_HEDGE, found[3]))):
-            return None
-        return (found[1] or found[2]).upper(), found[3] or ""
-
-    g, a = choice(gold), choice(answer)
     if re.fullmatch("[A-J]{2,6}", gold) and len(set(gold)) == len(gold):
-        letters = items(plain(answer))[1] if len(items(plain(answer))[1]) > 1 else [answer]
-        if all(re.fullmatch(r"\(?[A-J]\)?", letter) for letter in letters) or re.fullmatch("[A-J]{2,6}", answer):
-            return sorted(gold) == sorted(re.findall("[A-J]", answer))
+        joined = re.sub(rf"[(), ;]|{AND}", "", plain(answer))
+        return sorted(gold) == sorted(joined)
+    g, a = (_OPTION.fullmatch(plain(t)) or re.fullmatch("([a-j])()()", t) for t in (gold, answer))
+    g, a = (found if found and not _HEDGE.search(found[3] or "") else None for found in (g, a))
     if g and a:
-        return g[0] == a[0] and (gold, answer) != (g[0], a[0]) and not (g[1] and a[1] and not same(g[1], a[1]) and not g[0] == a[0])
-    if g and g[1]:
-        return same(g[1], answer)
-    return bool(a and a[1] and not g and same(gold, a[1]))
+        return (g[1] or g[2]).upper() == (a[1] or a[2]).upper() and len(gold) + len(answer) > 2
+    return bool(g and g[3] and same(g[3], answer) or a and a[3] and same(gold, a[3]))
 
 
-_HEDGE = r"\b(?:not|or|either|neither|maybe|possibly|perhaps|incorrect|wrong|vs|versus|but|unless|otherwise|except|if|odd|even|else)\b"
+# ================================================================================================== remarks
+
 _REASON = re.compile(
-    r"(.*?[^ ,;.(])[ ,;.]*\(?(?:\\text ?\{)? ?"
-    r"\b(?:(?:since|because|as (?:required|desired|claimed|\w+ =)|attained|achieved|which is (?:attained|achieved)|when we|by (?:the|symmetry|AM)"
-    r"|for (?:all|any|every|each|some)|where|with|для всех|in (?:total|all)|each|altogether|respectively|(?:occurs|obtained) (?:at|when))\b"
-    r"|для|因为).*"
+    r"\b(?:since|because|as (?:required|desired|claimed|\w+ ?=)|attained|achieved|occurs|obtained|by (?:the|symmetry|AM)|respectively"
+    r"|for (?:all|any|every|each|some)|where|with|in (?:total|all)|altogether|для|因为)(?!\w)"
 )
-_DOMAIN = re.compile(
-    r"(.+?)[ ,;]*(?:\\q?quad|,|\(| |\\text ?\{ ?(?:for|where|with|,)? ?\}|\\text\{ ?\()+ ?(?:(?:for|where|with) )?"
-    r"([a-zA-Z](?:_\w)?(?: ?, ?[a-zA-Z])* ?(?:\\in(?![a-z])|\\[lgn]e(?![a-z])|[<>])[^,;=]*)\)?"
-)
+_DOMAIN = re.compile(r"[,(;]| (?=[a-zA-Z](?:_\w)? ?(?:\\(?:in|[lgn]e)(?![a-z])|[<>]))")
 _RESTRICTS = re.compile(r"\b(?:if|otherwise|or|odd|even|else|except|remainder|not|but|unless|(?:is|equals) -?[0-9])\b")
 
 
 def without_remark(text: str) -> str:
-    r"""12 for "12 since 3\cdot4=12", 2x for "2x for all real x" and "2x, x\ne2"; "0 for odd n" stays."""
-    shorter = plain(text)
-    for pattern in (_REASON, _DOMAIN):
-        found = pattern.fullmatch(shorter)
-        if found and not hopeless(found[1]) and not _RESTRICTS.search(shorter[len(found[1]) :]) and not re.search(r"[a-zA-Z]{3,} [a-zA-Z]{2,}|[<>]", re.sub(r"\\[lg]e(?![a-z])", "<", found[1]).replace("\\", " \\")):
-            remark = shorter[len(found[1]) :]
-            if pattern is _REASON and re.search(r"where|with", remark[:12]) and re.search(r"= ?-?[0-9]", remark):
-                return text  # 2n where n=3
-            return found[1]
+    r"""12 for "12 since 3\cdot4=12", 2x for "2x for all real x" and "2x, x\ne2"; "0 for odd n" and "2n where n=3" stay."""
+    said = plain(text)
+    cuts = [cut.start() for cut in _REASON.finditer(said)][:1] + [cut.start() for cut in _DOMAIN.finditer(said)]
+    for cut in cuts[:9]:
+        head, remark = said[:cut].rstrip(" ,;.("), said[cut:].lstrip(" ,;(").rstrip(")")
+        domain = re.sub(r"^(?:for|where|with) ", "", remark)
+        if not re.fullmatch(r"[a-zA-Z](?:_\w)?(?: ?, ?[a-zA-Z])* ?(?:\\(?:in|[lgn]e)(?![a-z])|[<>])[^,;=]*", domain):
+            if not _REASON.match(remark) or re.match(r"(?:where|with)\b.*= ?-?[0-9]", remark):
+                continue
+        prose = re.search(r"[a-zA-Z]{3,} [a-zA-Z]{2,}", re.sub(r"\\[a-zA-Z]+", "", head)) or RELATION.search(head)
+        if head and not prose and not hopeless(head) and not _RESTRICTS.search(remark):
+            return head
     return text
 
 
-def renamed_parameters(gold: str, answer: str, same: Same) -> bool:
+def renamed_parameter(gold: str, answer: str, same: Same) -> bool:
     r"""n\pi, n\in\mathbb{Z} for k\pi, k\in\mathbb{Z}; Ae^x for any constant A for Ce^x, C\in\mathbb{R}."""
 
     def parameters(text: str) -> list[str]:
-        rest = plain(text)[len(without_remark(text)) :] if without_remark(text) != text else ""
-        if whole := enclosed(text):
-            rest = text if r"\mid" in text or ":" in text or "|" in text else ""
-        return re.findall(r"(?<![a-zA-Z\\])([a-zA-Z])(?= ?(?:\\in(?![a-z])|is an?\b|\W*$))(?!\W*\}$)", rest)
+        rest = plain(text)[len(without_remark(text)) :] if without_remark(text) != text else text if "mathbb" in text else ""
+        return re.findall(r"(?<![a-zA-Z\\])([a-zA-Z])(?= ?(?:\\in(?![a-z])|is an?\b|$))", rest)
 
     g, a = parameters(gold), parameters(answer)
-    if len(g) != 1 or len(a) != 1 or g == a:
+    if len(g) != 1 or len(a) != 1 or g == a or g[0] in letters(re.sub(r"\\mathbb ?\{\w\}", "", answer)):
         return False
-    renamed = re.sub(rf"(?<![a-zA-Z\\]){a[0]}(?![a-z])|(?<=[0-9)]){a[0]}", g[0], answer)
-    return g[0] not in re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", plain(answer))) and same(gold, renamed)
+    return same(re.sub(r"\|| : |:", r"\\mid ", gold), re.sub(r"\|| : |:", r"\\mid ", renamed(answer, a[0], g[0])))
 
 
-# ================================================================================================== numbers in words
+def conclusion(gold: str, answer: str, same: Same) -> bool:
+    """6 for "so the answer is 6" and "... 72/12 = 6 людей": the value after the last "is" of a sentence."""
+    said = plain(answer)
+    cuts = list(re.finditer(r"\b(?:is|est|it's|equals)\b|[=:是为](?!=)", said))
+    sentence = said[: cuts[-1].start()] if cuts else ""
+    if not re.search(r"(?<!\\)\b[a-z]{3}|\b[Aa]ns|[^\x00-\xff]", sentence) or r"\{" in sentence or re.search("[a-z]{3} ", gold):
+        return False
+    return len(cuts) < 3 and not (len(cuts) > 1 and re.search(AND, said)) and same(gold, said[cuts[-1].end() :])
 
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_NUMBERS = {word: n for n, word in enumerate(_ONES.split())} | {word: 10 * n for n, word in enumerate(_TENS.split(), 2)}
-_SCALES = {"dozen": 12, "score": 20, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7}
-_SCALES |= {"billion": 10**9, "bn": 10**9, "trillion": 10**12, "万": 10**4, "亿": 10**8, "百": 100, "千": 1000}
-_PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "eighth": 8, "ninth": 9, "twelfth": 12}
-_PARTS |= {re.sub("y$", "ie", w) + "th": n for w, n in (_NUMBERS | _SCALES).items() if n and f"{w}th" not in ("fiveth", "eightth", "nineth", "twelveth")}
-_PARTS |= {"basis point": 10**4, "permille": 1000, "per mille": 1000}
+
+# ================================================================================================== quantities
+
+_NAMES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_NUMBERS = {word: n for n, word in enumerate(_NAMES.split())}
+_NUMBERS |= {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_SCALES: dict[str, int | Fraction] = {"dozen": 12, "score": 20, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6}
+_SCALES |= {"crore": 10**7, "billion": 10**9, "bn": 10**9, "trillion": 10**12, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
+_PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fifth": 5, "eighth": 8, "ninth": 9, "twelfth": 12, "permille": 1000}
+_PARTS |= {re.sub("y$", "ie", word) + "th": n for word, n in (_NUMBERS | _SCALES).items() if n}
+_PARTS |= {"basis": 10**4}
 
 
 def in_digits(text: str) -> str:
-    """21 for twenty-one, 3000000 for "3 million", 7/16 for "7 sixteenths", 2.5 for "2 dollars and 50 cents"."""
-    said = plain(text).lower()
-    if money := re.fullmatch(r"([0-9]+) dollars? (?:and )?([0-9]{1,2}) cents?", said):
-        return f"{money[1]}.{int(money[2]):02}"
-    if not re.search("[^\\W\\d_]", said):
-        return text
-    total, current = 0, 0
-    for word in re.split("[ -]", re.sub(r"\band ", "", said)):
-        if word in _NUMBERS:
+    """21 for twenty-one, 3000000 for "3 million", 7/16 for "7 sixteenths", 1/2 for "one half", 36 for "6 squared"."""
+    tokens = re.sub(r"(?<=[a-z])-(?=[a-z])|,? and (?=[a-z])", " ", plain(text).lower()).split(" ")
+    total, current, used = Fraction(0), None, 0
+    for token in tokens:
+        word = token if token in _NUMBERS | _SCALES | _PARTS else token.removesuffix("s")
+        if used == 0:
+            current = Fraction(_NUMBERS[word]) if word in _NUMBERS else Fraction(1) if token in ("a", "an") else number(token)
+        elif current is None or word in ("squared", "cubed"):
+            total, current = (total + (current or 0)) ** {"squared": 2, "cubed": 3}.get(word, 1), None
+            used += 1
+            break
+        elif word in _NUMBERS and tokens[0] not in "0123456789":
             current += _NUMBERS[word]
-        elif word in _SCALES and current:
-            total, current = (total, current * 100) if word == "hundred" else (total + current * _SCALES[word], 0)
+        elif word in _SCALES:
+            total, current = (total, current * 100) if word == "hundred" else (total + current * _SCALES[word], Fraction(0))
+        elif word in _PARTS:
+            total, current = (total + current) / _PARTS[word], Fraction(0)
         else:
             break
-    else:
-        return str(total + current)
-    match = re.fullmatch(r"(.*[0-9}!)]|an?|one) ?-? ?([^\W\d_]+(?: points?| mille)?)(?: (.*))?", said)
-    if match and (scale := match[2] if match[2] in _SCALES | _PARTS | _POWERS else match[2].removesuffix("s")) in _SCALES | _PARTS | _POWERS:
-        many = number(re.sub("^(?:an?|one)$", "1", match[1]))
-        if many is not None:
-            result = many ** _POWERS[scale] if scale in _POWERS else many * (_SCALES.get(scale) or Fraction(1, _PARTS[scale] if scale in _PARTS else 1))
-            return f"{result} {match[3] or ''}".strip()
-    return text
+        if current is None:
+            return text
+        used += 1
+    rest = " ".join(tokens[used:]).removeprefix("points").strip()
+    return text if used == 0 or (used == 1 and tokens[0] not in _NUMBERS) else f"{total + (current or 0)} {rest}".strip()
 
 
-_POWERS = {"squared": 2, "cubed": 3}
 _UNITS = {
     name: names.split()[0]
     for names in (
@@ -535,84 +442,80 @@ _UNITS = {
     ).split("|")
     for name in names.split()
 }
-_FILLER = set("square sq cubic cu per of the in a an total all each red blue green people men women children person unit with certainty inclusive sq. mol kJ eV kPa kW dm dl cl cc rs gbp inr jpy cny fps erg rpm".split())
-_NO_UNIT = re.compile(
-    r"\b(?:or|and|not|if|for|when|where|then|mod|modulo|to|is|than|more|less|below|negative|minus|plus|times|over|factorial|choose|base|out"
-    r"|least|most|either|otherwise|except|unless|but|only|double[sd]?|twice|triple[sd]?|halve[sd]|infinity|root|power|approx\w*|decrease|increase|basis"
-    r"|score|dozen|remainder|pairs|per ?mille?|percent\w*|points? of|squares?d|cubed|vs|versus|maybe|possibly|\w*(?:illion|thousand|hundred)s?\w*|\w{2,}(?:th|rd)s?|seconds? of|crore|lakh|bn)\b"
+_FILLER = set(
+    "square sq cubic cu per of the in a an total each red blue people men women children person unit with certainty inclusive"
+    " mol Omega kJ eV kPa kW dm dl cl cc rs gbp inr jpy cny erg rpm".split()
 )
-_TAIL = re.compile(r"(?:\\text ?\{(?:[^{}0-9]|\^ ?\{? ?-?[0-9] ?\}?)*\}|\\Omega|[a-zA-Z.]|\^ ?\{? ?-?[0-9] ?\}?| |/|\\cdot|\\times|\\mu|\\circ|·|[^\x00-\x7f])+")
+_NO_UNIT = re.compile(
+    r"\b(?:or|and|not|if|for|when|where|then|mod|modulo|to|is|than|more|less|below|negative|minus|plus|times|over|factorial|choose|base|out|least"
+    r"|most|either|otherwise|except|unless|but|only|doubles?d?|twice|triples?d?|halve[sd]|infinity|root|power|approx\w*|(?:de|in)crease|basis|score"
+    r"|dozens?|remainder|pairs|per ?mille?|percent\w*|squares?d|cubed|vs|versus|maybe|possibly|\w*(?:illion|thousand|hundred)\w*|\w{2,}(?:th|rd)s?"
+    r"|halves|quarters|seconds? of|crore|lakh|bn)\b|[万亿千百]"
+)
+_TAIL = re.compile(rf"(?:{TEXT}|\\(?:Omega|cdot|times|mu|circ)(?![a-z])|[a-zA-Z./ ·]|\^ ?\{{? ?-?[0-9] ?\}}?|[^\x00-\x7f])+")
+_TAIL_START = re.compile(
+    r"(?<=[0-9})!\]a-z]) ?\\text ?\{|(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2})| (?=[a-zA-Z](?:[ /^.]|$))|(?<=[0-9}]) ?(?=[^\x00-\x7f]|\\mu ?\\text|\\Omega)"
+)
 _CURRENCY = re.compile(r"([-+]?) ?(?:US|R|Rs\.?|USD|EUR|GBP|INR|JPY|CNY|RMB|CAD|AUD|CHF|HK) ?(?=[-0-9.])(.*)")
 
 
 def quantity(text: str) -> tuple[str, list[str]] | None:
-    """("5", ["km", "h"]) of "5 km/h": a value and the units after it; None if there is none or it is more than a unit."""
+    """("5", ["km", "h"]) of "5 km/h": a value and its known units; None if what follows it is not only a unit."""
     if money := _CURRENCY.fullmatch(plain(text)):
         return money[1] + money[2], []
-    start = re.search(r"(?<=[0-9})!\]a-z]) ?\\text ?\{|(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2})| (?=[a-zA-Z](?:[ /^.]|$))|(?<=[0-9}]) ?(?=[^\x00-\x7f]|\\mu ?\\text|\\Omega)", text)
-    while start and (depth := text[: start.start()].count("{") - text[: start.start()].count("}")) > 0:
-        start = re.compile(r" ?\\text ?\{").search(text, start.end())
+    start = _TAIL_START.search(text)
+    while start and text.count("{", 0, start.start()) - text.count("}", 0, start.start()):
+        start = _TAIL_START.search(text, start.end())
     if not start or not _TAIL.fullmatch(tail := text[start.start() :].strip()):
         return None
-    named_units = re.findall(r"[^\W\d_]+", plain(tail.replace(r"\cdot", " ").replace(r"\times", " ")))
-    short = r"\text" in tail or any(len(unit) > 1 for unit in named_units)
-    if _NO_UNIT.search(plain(tail)) or not named_units or named_units in (["e"], ["i"], ["pi"], ["x"], ["d"], ["j"]):
+    head, said = text[: start.start()].strip(), plain(re.sub(r"\\(?:cdot|times|mu|circ)", " ", tail))
+    units = re.findall(r"[^\W\d_]+", said)
+    if _NO_UNIT.search(said) or not units or units in (["e"], ["i"], ["pi"], ["x"], ["d"], ["j"]):
         return None
-    last = named_units[-1]
-    for unit in named_units:
-        known = unit in _UNITS or unit.removesuffix("s") in _UNITS or unit.lower() in _FILLER or not unit.isascii()
-        if not known and not (len(last) > 3 and last.endswith("s") and not last.endswith("ss") and len(unit) > 2):
+    for unit in units:
+        known = {unit, unit.removesuffix("s"), unit.lower()} & (_UNITS.keys() | _FILLER) or not unit.isascii()
+        if not known and not (re.fullmatch(r"\w{3,}(?<!s)s", units[-1]) and len(unit) > 2):
             return None
-    if not short and number(text[: start.start()]) is None:
-        return None
-    return text[: start.start()].strip(), [_UNITS.get(u) or _UNITS.get(u.removesuffix("s")) or "" for u in named_units]
+    if r"\text" not in tail and not any(len(unit) > 1 for unit in units) and number(head) is None:
+        return None  # 5 m, but not x m
+    return head, [_UNITS[u] for unit in units for u in {unit, unit.removesuffix("s")} & _UNITS.keys()][:4]
 
 
 def units(gold: str, answer: str, same: Same) -> bool:
     r"""5 km/h, \$5 and "5 apples" for 5; a unit may be missing, but 5 minutes is not 5 hours, and 5 million is not 5."""
     g, a = quantity(gold), quantity(answer)
-    if g is None and a is None:
-        return False
-    known = [[unit for unit in read[1] if unit] for read in (g, a) if read]
-    if len(known) == 2 and all(known) and known[0] != known[1]:
+    if (g is None and a is None) or (g and a and g[1] and a[1] and g[1] != a[1]):
         return False
     return same(g[0] if g else gold, a[0] if a else answer)
-
-
-_SECONDS = {"s": 1, "min": 60, "h": 3600, "day": 86400, "week": 604800}
 
 
 def durations(gold: str, answer: str, same: Same) -> bool:
     """90 minutes and "1 hour 30 minutes" for 1.5 hours."""
 
     def seconds(text: str) -> Fraction | None:
-        parts = re.findall(r"([0-9.]+|\\frac\{\d+\}\{\d+\}) ?([a-z]+)[ ,]*(?:and )?", said := plain(text))
-        total = Fraction(0)
-        for many, unit in parts:
-            unit = _UNITS.get(unit, _UNITS.get(unit.removesuffix("s"), ""))
-            if unit not in _SECONDS or number(many) is None:
-                return None
-            total += (number(many) or 0) * _SECONDS[unit]
-        rest = re.sub(r"([0-9.]+|\\frac\{\d+\}\{\d+\}) ?([a-z]+)[ ,]*(?:and )?", "", said)
-        return total if parts and not rest else None
+        parts = [part.rsplit(" ", 1) for part in re.split(rf" ?(?:,|{AND}) ?|(?<=[a-z]) (?=[0-9])", plain(text))]
+        each = {"s": 1, "min": 60, "h": 3600, "day": 86400, "week": 604800}
+        values = [(number(part[0]), each.get(_UNITS.get(part[-1], _UNITS.get(part[-1].removesuffix("s"), "")))) for part in parts]
+        return sum((n * unit for n, unit in values if n is not None and unit), Fraction(0)) if all(
+            n is not None and unit for n, unit in values) else None  # fmt: skip
 
-    a, b = seconds(gold), seconds(answer)
-    return a is not None and a == b
+    return (total := seconds(gold)) is not None and total == seconds(answer)
 
 
 def percents(gold: str, answer: str, same: Same) -> bool:
     r"""0.5 and 50\% for each other; 20 for 20\% ("what percent?"), but 5 is not 500\%."""
-    g, a = gold.endswith("%"), answer.endswith("%")
     x, y = gold.rstrip("% "), answer.rstrip("% ")
-    if g and a:
-        return same(x, y)
-    if g == a:
-        return False
-    many = number(x if g else y)
-    if many is None:
-        return same(*((f"({x})/100", answer) if g else (gold, f"({y})/100")))
-    other = number(answer if g else gold)
-    return other == many / 100 or other == many > 1 if other is not None else same(*((str(many / 100), answer) if g else (gold, str(many / 100))))
+    if (x == gold) == (y == answer):
+        return x != gold and same(x, y)
+    share, other = (x, answer) if x != gold else (y, gold)
+    many, plain_number = number(share), number(other)
+    if many is not None and many == plain_number:
+        return many > 1
+    share = f"({share})/100" if many is None else str(many / 100)
+    return same(share, other) if x != gold else same(other, share)
+
+
+# ================================================================================================== other notations
 
 
 def ratios(gold: str, answer: str, same: Same) -> bool:
@@ -620,192 +523,136 @@ def ratios(gold: str, answer: str, same: Same) -> bool:
     g, a = split(gold, ":"), split(answer, ":")
     if len(g) < 2 or len(g) != len(a) or re.fullmatch("[0-9]{1,2} ?: ?[0-5][0-9]", gold):
         return False
-    return all(same(f"({x})\\cdot({w})", f"({z})\\cdot({y})") for (x, y), (z, w) in zip(pairwise(g), pairwise(a)))
-
-
-# ================================================================================================== other notations
+    return all(same(rf"({x})\cdot({w})", rf"({z})\cdot({y})") for (x, y), (z, w) in zip(pairwise(g), pairwise(a)))
 
 
 def points(gold: str, answer: str, same: Same) -> bool:
     r"""P(1,-2,3), a column and \hat{i}-2\hat{j}+3\hat{k} for (1,-2,3)."""
 
     def coordinates(text: str) -> str:
-        if column := re.fullmatch(r"\\begin ?\{pmatrix\}([^&]*?)(?:\\\\)? ?\\end ?\{pmatrix\}(\^ ?\{?T\}?)?", text):
-            return f"({column[1].replace(chr(92) * 2, ', ')})" if r"\\" in column[1] else text
-        if row := re.fullmatch(r"\\begin ?\{pmatrix\}([^\\]*&[^\\]*)\\end ?\{pmatrix\}(?:\^ ?\{?(?:T|\\top)\}?)", text):
-            return f"({row[1].replace('&', ', ')})"
-        if named_point := re.fullmatch(r"[A-Z](?:_\w)?'? ?=? ?(\(.*[,;].*\))", text):
-            return named_point[1]
-        if re.search(r"\\hat ?\{?i", text) or re.search(r"\\hat ?\{?j", text):
-            found = {axis: "0" for axis in "ijk"}
-            terms = re.findall(r"([-+]? ?[^-+]*?)\\hat ?\{? ?\\?([ijk])(?:math)? ?\}?", text)
-            found |= {axis: re.sub(r"^([-+]?) ?$", r"\g<1>1", part.strip()).lstrip("+") for part, axis in terms}
-            return f"({found['i']}, {found['j']}, {found['k']})"
-        return text
+        column = re.fullmatch(r"\\begin ?\{pmatrix\}([^&]*)\\end ?\{pmatrix\}|\\begin ?\{pmatrix\}(.*&.*)\\end ?\{pmatrix\}\^ ?\{?(?:T|\\top)\}?", text)
+        if column and (r"\\" in text) != bool(column[2]):
+            return "(" + re.sub(r"\\\\|&", ", ", (column[1] or column[2]).strip().removesuffix(r"\\")) + ")"
+        if re.fullmatch(r"[A-Z](?:_\w)?'? ?=? ?\([^()]*[,;][^()]*\)", text):
+            return text[text.index("(") :]
+        terms = re.findall(r"([-+]? ?[^-+]{0,40})\\hat ?\{? ?\\?([ijk])(?:math)? ?\}?", text)
+        parts = {axis: part.replace(" ", "").removeprefix("+") for part, axis in terms}
+        return "(" + ", ".join({"": "1", "-": "-1"}.get(parts.get(i, "0"), parts.get(i, "0")) for i in "ijk") + ")" if terms else text
 
     g, a = coordinates(gold), coordinates(answer)
-    brackets = {(enclosed(text) or ("",))[0] for text in (g, a)}
-    return (g, a) != (gold, answer) and brackets == {"()"} and same(g, a)
+    return (g, a) != (gold, answer) and enclosed(g)[0] == enclosed(a)[0] == "()" and same(g, a)
 
 
 def congruences(gold: str, answer: str, same: Same) -> bool:
     r"""n\equiv7\pmod5 and "n mod 5 = 2" for n\equiv2\pmod5; several residues in any order."""
 
-    def residues(text: str) -> tuple[str, Any, str] | None:
-        said = plain(text)
-        found = re.fullmatch(r"(?:(.*?)(?:\\equiv(?![a-z])|=))?(.*?)(?:\\[pb]?mod(?![a-z])|\(? ?(?<![a-z])mod(?![a-z]))(.*)", said)
-        if late := re.fullmatch(r"(\w+) ?\\?[pb]?mod(?![a-z]) ?\{?(\w+)\}? ?= ?(.*)", said):
-            name, rest, modulus = late[1], late[3], late[2]
-        elif found:
-            name, rest, modulus = (found[1] or "").strip(), found[2], found[3].strip("(){} ")
-        else:
-            return None
-        numbers = [number(item) for item in items(rest.strip())[1]]
-        if modulus.isdigit() and int(modulus) and None not in numbers:
-            return name, {n % int(modulus) for n in numbers if n is not None}, modulus
-        return name, squeeze(rest), modulus
+    def residues(text: str) -> tuple[str, Any, str]:
+        text = re.sub(r"^(\w) ?\\?[pb]?mod(?![a-z]) ?\{?(\w+)\}? ?= ?(\w+)$", r"\1\\equiv \3\\pmod \2", plain(text))
+        head, _, modulus = re.sub(r"\\?\b[pb]?mod(?![a-z])", "@", re.sub(r"\\[pb]?mod(?![a-z])", "@", text)).partition("@")
+        name, _, rest = ("", "", head) if r"\equiv" not in head and "=" not in head else re.sub(r"\\equiv(?![a-z])", "=", head).partition("=")
+        numbers = [number(item) for item in items(rest.strip(" (,\\"))[1]]
+        modulus = modulus.strip("(){} ")
+        exact = modulus.isdigit() and int(modulus) and None not in numbers
+        return name.strip(), {n % int(modulus) for n in numbers if n is not None} if exact else squeeze(rest), modulus
 
     g, a = residues(gold), residues(answer)
-    return bool(g and a and g[1:] == a[1:] and (not g[0] or not a[0] or g[0] == a[0]) and g[2])
+    return bool(g[2] and g[1:] == a[1:] and (not g[0] or not a[0] or g[0] == a[0]))
 
 
 def pieces(gold: str, answer: str, same: Same) -> bool:
     r"""The pieces of a function, in any order: "-x if x<0, x if x\ge0" for \begin{cases}x&x\ge0\\-x&x<0\end{cases}."""
 
-    def parts(text: str) -> list[tuple[str, str]]:
-        text = re.sub(rf"\\text ?\{{ ?({_IF}|and|,| )+ ?\}}", " if ", text)
-        text = re.sub(r"(?: ?\bif )+", " if ", re.sub(rf"\\text ?\{{ ?(?:{_IF}) ", r" if \\text{", text))
-        found = [re.split(rf" ?,? ?\b(?:{_IF}) ", plain(part), maxsplit=1) for part in split(text, r"[,;](?! ?(?:\\text ?\{ ?)?if )")]
-        return [(part[0].strip(), re.sub(r"\bn is |\b(?:is|n) ", "", part[1]).strip()) for part in found if len(part) == 2] if all(
-            len(part) == 2 for part in found) else []  # fmt: skip
+    def parts(text: str) -> list[list[str]]:
+        text = re.sub(r"(?: if)+", " if", re.sub(r",? ?\b(?:if|for|when|where)\b,? ?", " if ", plain(text)).replace("  ", " "))
+        each = [part.split(" if ") for part in split(text, "[,;]")]
+        return each if all(len(part) == 2 for part in each) else []
 
-    (name, *_), (other, *_) = split(gold, "="), split(answer, "=")
-    if NAME.fullmatch(name) and NAME.fullmatch(other) and name == other:
-        gold, answer = gold[len(name) :].lstrip("= "), answer[len(other) :].lstrip("= ")
+    def condition(x: str, y: str) -> bool:
+        one, two = (sorted(set(re.findall(r"\\?\w+|[^\w ]", text)) - {"is", "n", "$"}) for text in (x, y))
+        return one == two and RELATION.search(x) is None or same(x, y)
+
+    name, _, body = gold.partition("=")
+    if NAME.fullmatch(name.strip()) and answer.startswith(name):
+        gold, answer = body, answer[len(name) + 1 :]
     g, a = parts(gold), parts(answer)
-    if len(g) < 2 or len(g) != len(a):
-        return False
-    return all(any(same(x, z) and (squeeze(c) == squeeze(d) or same(c, d) or sorted(c.split()) == sorted(d.split())) for z, d in a) for x, c in g)
-
-
-_IF = "if|for|when|where"
+    return len(g) == len(a) > 1 and all(any(same(x, y) and condition(c, d) for y, d in a) for x, c in g)
 
 
 def bases(gold: str, answer: str, same: Same) -> bool:
     r"""1010_{\text{two}}, "1010 in base 2", (1010)_2, 0b1010 and 1010 for 1010_2; its decimal value is another answer."""
 
     def digits(text: str) -> tuple[str, str] | None:
-        said = plain(text)
-        if hexed := re.fullmatch("0([xb])([0-9A-Fa-f]+)", said):
-            return hexed[2].upper().lstrip("0"), {"x": "16", "b": "2"}[hexed[1]]
-        found = re.fullmatch(r"(-?) ?\(? ?([0-9A-F]+) ?\)? ?(?:_ ?\{? ?(\w+) ?\}?|\(?(?:in )?base ?-?(\w+)\)?)", said)
-        base = found and (found[3] or found[4])
-        if not found or not base or not (base.isdigit() or base in _NUMBERS):
-            return None
-        return found[1] + found[2].lstrip("0"), base if base.isdigit() else str(_NUMBERS[base])
+        said = re.sub(r"^0b([01]+)$", r"\1_2", re.sub(r"^0x([0-9A-Fa-f]+)$", r"\1_16", plain(text)))
+        found = re.fullmatch(r"(-?) ?\(? ?([0-9A-Fa-f]+) ?\)? ?(?:_ ?\{? ?(\w+) ?\}?|\(?(?:in )?base ?-?(\w+)\)?)", said)
+        base = str(_NUMBERS.get(found[3] or found[4], found[3] or found[4])) if found else ""
+        return (found[1] + found[2].upper().lstrip("0"), base) if found and base.isdigit() else None
 
     g, a = digits(gold), digits(answer)
-    if g and a:
-        return g == a
-    if g:
-        return re.fullmatch(r"-?[0-9A-F]+", answer) is not None and g[0] == answer.lstrip("0")
-    return bool(a and a[1] == "10" and same(gold, a[0]))
+    if a and a[1] == "10":
+        return same(gold, a[0])
+    return bool(g and (g == a or (a is None and g[0] == answer.lstrip("0"))))
 
 
 def digit_groups(gold: str, answer: str, same: Same) -> bool:
     """1,25,000 (Indian groups) for 125000, and 3,75 (a decimal comma) for 3.75."""
     if re.fullmatch(r"[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}", answer):
         return same(gold, answer.replace(",", ""))
-    return re.fullmatch(r"[0-9]+\.[0-9]+", gold) is not None and answer.replace(",", ".") == gold
+    one, two = sorted((gold, answer), key=lambda text: "," in text)
+    return bool(re.fullmatch(r"[0-9]+\.[0-9]+", one)) and two.replace(",", ".") == one
+
+
+def dimensions(gold: str, answer: str, same: Same) -> bool:
+    r"""5 by 3 cm for "5 cm by 3 cm" and 5\text{ cm} \times 3\text{ cm}."""
+    g, a = (split(text, r"\\text ?\{ ?by ?\}|\bby\b|\\times(?![a-z])") for text in (gold, answer))
+    return len(g) == len(a) > 1 and all(map(same, g, a)) and bool(quantity(g[-1]) or quantity(a[-1]))
 
 
 def dotted(text: str) -> str:
     r"""1,2,3,4 for 1,2,\ldots,4."""
     brackets, parts = items(text)
-    if len(parts) > 3 and parts[-2] == r"\ldots":
-        numbers = [number(part) for part in parts[:-2] + parts[-1:]]
-        if all(n is not None and n.denominator == 1 for n in numbers):
-            first, *_, before, last = (int(n) for n in numbers if n is not None)
-            step = int(numbers[1] or 0) - first
-            if step > 0 and before + step <= last <= first + 99 * step and (last - first) % step == 0 and all(
-                y - x == step for x, y in pairwise(int(n) for n in numbers[:-1] if n is not None)):  # fmt: skip
-                inside = ", ".join(map(str, range(first, last + 1, step)))
-                return brackets[: len(brackets) // 2] + inside + brackets[len(brackets) // 2 :] if brackets != "or" else inside
-    return text
+    numbers = [number(part) for part in parts if part != r"\ldots"]
+    if len(parts) < 4 or parts[-2] != r"\ldots" or len(numbers) != len(parts) - 1 or None in numbers:
+        return text
+    first, *_, before, last = whole = [int(n) for n in numbers if n is not None and n.denominator == 1] or [0, 0, 0]
+    step = whole[1] - first
+    full = list(range(first, last + 1, step)) if 0 < step and last < first + 99 * step else []
+    if full[: len(whole) - 1] != whole[:-1] or full[-1] != last or before == last:
+        return text
+    half = len(brackets) // 2
+    return brackets[:half] + ", ".join(map(str, full)) + brackets[half:]
 
 
 _READINGS = [
     (re.compile(pattern), new)
     for pattern, new in [
-        # The answer is 6; Therefore 6; 答案是 6
-        (r"^(?:\\therefore|(?i:(?:(?:so|hence|thus|therefore|then)[, ]+)*(?:the )?(?:final |correct )?(?:answer|ans|result|value)(?:(?: is|:|=)+ ?))|(?i:so|hence|thus|therefore)\b,?|答案[是为:]* ?) ?(.+)$", r"\1"),
-        # so the answer is 6, "the number is not 10 which is 11", 计算: 72000/18=4000千克
-        (r"^[^=]*(?:[^\W\d_]{2,}[^\w=]+){2,}(?:.* )?(?:is|est|it's|equals|:|=) ([^=]*[0-9][^=]*)$|^[^=]*[\u0400-\uffff][^=]*(?:.*=|是|为) ?([^=是为]+)$", lambda m: m[1] or m[2]),
-        # 4\pi (\approx 12.57), x=\sqrt2\approx1.414, approximately 3.14
-        (r"^(.+?)[ ,]*(?:\( ?)?(?:\\approx(?![a-z])|\b(?:approximately|approx\.?|about|roughly)(?![a-z])) ?[^()]*\)?$", r"\1"),
-        (r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly)\b) ?(.+)$", r"\1"),
-        # C(10,3), {}^{10}C_3, \mathrm{C}_{10}^3, A_5^2, P(5,2)
-        (r"(?<![a-zA-Z\\])C ?\( ?([^(),]+) ?, ?([^(),]+) ?\)|(?:\{ ?\})?(?:\^|_) ?\{?(\w+)\}? ?C ?_ ?\{?(\w+)\}?|(?<![a-zA-Z\\])C ?_ ?\{?(\w+)\}? ?\^ ?\{?(\w+)\}?",
-         lambda m: rf"\binom{{{m[1] or m[3] or m[5]}}}{{{m[2] or m[4] or m[6]}}}"),
-        (r"(?<![a-zA-Z\\])[AP] ?_ ?\{?(\w+)\}? ?\^ ?\{?(\w+)\}?|(?:\{ ?\})?(?:\^|_) ?\{?(\w+)\}? ?P ?_ ?\{?(\w+)\}?",
-         lambda m: rf"\frac{{{m[1] or m[3]}!}}{{({m[1] or m[3]}-{m[2] or m[4]})!}}"),
-        # \mathbb{R}_{>0}, all real x with x<2
+        (r"^\\therefore(?![a-z])", ""),
+        (r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly)\b)", ""),  # \approx 2.7
+        (r"[,( ]?(?:\\approx(?![a-z])|\b(?:approximately|approx\.?|about|roughly)(?![a-z]))[^()]{0,80}\)?$", ""),  # 4\pi (\approx 12.57)
+        (r"(?<![a-zA-Z\\])C ?\( ?(\w+) ?, ?(\w+) ?\)|(?:\{ ?\})?[\^_] ?\{?(\w+)\}? ?C ?_ ?\{?(\w+)\}?|(?<![a-zA-Z\\])C ?_ ?\{?(\w+)\}? ?\^ ?\{?(\w+)\}?",
+         lambda m: rf"\binom{{{m[1] or m[3] or m[5]}}}{{{m[2] or m[4] or m[6]}}}"),  # C(10,3), {}^{10}C_3, C_{10}^3
+        (r"(?<![a-zA-Z\\])[AP] ?_ ?\{?(\w+)\}? ?\^ ?\{?(\w+)\}?|(?:\{ ?\})?[\^_] ?\{?(\w+)\}? ?P ?_ ?\{?(\w+)\}?",
+         lambda m: rf"\frac{{{m[1] or m[3]}!}}{{({m[1] or m[3]}-{m[2] or m[4]})!}}"),  # A_5^2, {}^5P_2
         (r"^\\mathbb ?\{? ?R ?\}? ?(?:\^ ?\{? ?\+ ?\}?|_ ?\{? ?(?:\+|> ?0) ?\}?)$", r"(0,\\infty)"),
         (r"^\\mathbb ?\{? ?R ?\}? ?_ ?\{? ?\\ge ?0 ?\}?$", r"[0,\\infty)"),
-        (r"^(?:the set of )?(?:all )?(?:the )?real(?: number)?s?(?: ?[a-z] ?)?(?: ?(?:with|such that|where|satisfying) ?)(.+)$", r"\1"),
+        (r"^(?:the set of )?(?:all )?(?:the )?real(?: number)?s? ?[a-z]? (?:with|such that|where|satisfying) ?(?=.)", ""),
         (r"^(?:the set of )?(?:all )?(?:the )?real(?: number)?s$", r"\\mathbb{R}"),
-        # f\colon x\mapsto x^2, f(x)\equiv0
-        (r"^(\w) ?: ?(\w) ?\\mapsto(?![a-z]) ?(.+)$", r"\1(\2)=\3"),
-        (r"^(\w\(\w\)) ?\\equiv(?![a-z]) ?([^()]*(?:\([^()]*\)[^()]*)*)$", r"\1=\2"),
-        # 20\% decrease
+        (r"^(\w) ?: ?(\w) ?\\mapsto(?![a-z])", r"\1(\2)="),  # f: x\mapsto x^2
+        (r"^(\w\(\w\)) ?\\equiv(?![a-z])(?!.*mod)", r"\1="),  # f(x)\equiv0
         (r"^(.*%) ?(?:decrease|increase|off|discount|more|less)$", r"\1"),
-        # 9:30 a.m.
+        (r"^([0-9]+) dollars? (?:and )?([0-9]{2}) cents?$", r"\1.\2"),
         (r"^(?:at )?([0-9]{1,2})(?::([0-9]{2}))? ?([apAP])\.? ?[mM]\.?$", lambda m: rf"\text{{at {int(m[1])}:{m[2] or '00'} {m[3].lower()}m}}"),
     ]
 ]  # fmt: skip
 
 
 def plainer(text: str) -> str:
-    """What the table of readings makes of a text, one after the other."""
+    """What the table of readings makes of a text."""
     for pattern, new in _READINGS:
-        said = plain(text)
-        if (read := pattern.sub(new, said)) != said:
-            text = read
+        text = read.strip() if (read := pattern.sub(new, plain(text))) != plain(text) else text
     return text
 
 
-READINGS = (plainer, without_remark, in_digits, dotted)
-RULES = (
-    named, lists, systems, one_unknown, renamed_argument, sets, words, options, renamed_parameters, units, durations, percents,
-    ratios, points, congruences, pieces, bases, digit_groups,
-)  # fmt: skip
-
-
-# ================================================================================================== verdict
-
-
-def equal(gold: str, answer: str, seen: set[tuple[str, str]], depth: int = 0) -> bool:
-    """Is a cleaned answer a cleaned gold?"""
-    gold, answer = bare(gold), bare(answer)
-    if not gold or not answer or (gold, answer) in seen or depth > 8:
-        return False
-    a, b = number(gold), number(answer)
-    if a is not None and b is not None:
-        return a == b
-    if squeeze(gold) == squeeze(answer):
-        return True
-    seen.add((gold, answer))
-
-    def same(x: str, y: str) -> bool:
-        return equal(x, y, seen, depth + 1)
-
-    if not any(veto(gold, answer) for veto in VETOES) and same_values(worth(gold), worth(answer)):
-        return True
-    for reading in READINGS:
-        if (g := reading(gold)) != gold or (a2 := reading(answer)) != answer:
-            if same(g, reading(answer)):
-                return True
-    return any(rule(gold, answer, same) for rule in RULES)
+# ================================================================================================== the whole question
 
 
 def listed(gold: str, answer: str) -> bool:
@@ -814,36 +661,64 @@ def listed(gold: str, answer: str) -> bool:
 
 
 def half_named(gold: str, answer: str) -> bool:
-    """x+y=5 for 5 or x=y for y: an equation is not its last side; named tells which are."""
-    return ("=" in gold) != ("=" in answer)
+    """x+y=5 for 5: an equation is not its last side; named tells which are."""
+    return len(split(gold, "=")) != len(split(answer, "="))
 
 
-def compared_sizes(gold: str, answer: str) -> bool:
-    """12:30 for 2/5, 1:2 for 1/2: the parser reads a ratio as a quotient."""
+def read_as_quotient(gold: str, answer: str) -> bool:
+    """1:2 for 1/2."""
     return ":" in gold or ":" in answer
 
 
-def names_of_points(gold: str, answer: str) -> bool:
-    """\\angle ACB for \\angle ABC: the parser reads a product."""
+def read_as_product(gold: str, answer: str) -> bool:
+    r"""\angle ACB for \angle ABC."""
     return bool(re.search(r"\\(?:angle|triangle|bar|subset|Rightarrow)(?![a-z])", gold + answer))
 
 
-VETOES = (names_of_points, listed, half_named, compared_sizes)
+VETOES = (listed, half_named, read_as_quotient, read_as_product)
+READINGS = (plainer, without_remark, in_digits, dotted)
+ADDITIONS = (
+    named, lists, assigned, renamed_argument, sets, words, options, renamed_parameter, units, durations, percents, ratios, points,
+    congruences, pieces, bases, digit_groups, dimensions, conclusion,
+)  # fmt: skip
+
+
+def equal(gold: str, answer: str, known: dict[tuple[str, str], bool], depth: int = 0) -> bool:
+    """Is a cleaned answer a cleaned gold? `known` are the pairs that this question has met."""
+    pair = gold, answer = bare(gold), bare(answer)
+    if pair not in known:
+        known[pair] = False  # while it is open
+        known[pair] = bool(gold and answer and depth < 9 and _equal(gold, answer, known, depth))
+    return known[pair]
+
+
+def _equal(gold: str, answer: str, known: dict[tuple[str, str], bool], depth: int) -> bool:
+    a, b = number(gold), number(answer)
+    if a is not None and b is not None or squeeze(gold) == squeeze(answer):
+        return a == b or squeeze(gold) == squeeze(answer)
+
+    def same(x: str, y: str) -> bool:
+        return equal(x, y, known, depth + 1)
+
+    if not any(veto(gold, answer) for veto in VETOES) and (read := worth(gold)) is not None and same_values(read, worth(answer)):
+        return True
+    readings = ((reading(gold), reading(answer)) for reading in READINGS)
+    return any(pair != (gold, answer) and same(*pair) for pair in readings) or any(rule(gold, answer, same) for rule in ADDITIONS)
 
 
 @lru_cache(maxsize=100_000)
 def cleaned(text: str) -> str | None:
-    """The text after the table of cleaning; None if it is hopeless or much too long."""
-    if len(text) > MAX_GOLD_CHARS:
+    """The text after the table of cleaning; None if it is hopeless."""
+    if text.strip() in ("NaN", "nan", "None", "null") or hopeless(text := bare(clean(text))):
         return None
-    text = bare(clean(text))
-    return None if hopeless(text) else text
+    return text
 
 
-def checked_gold(gold: str) -> str:
+def read_gold(gold: str) -> str:
     """A gold, cleaned; ValueError, naming it, if nothing can be compared with it: that is an error in the data."""
-    text = extract_answer(gold) if r"\boxed" in gold or r"\fbox" in gold else gold
-    if text and len(text) > MAX_GOLD_CHARS:
+    boxed = boxes(gold)
+    text = ", ".join(gold[i:j].strip() for i, j in boxed if not any(i < k < j for k, _ in boxed)) if r"box" in gold else gold
+    if len(text) > MAX_GOLD:
         return text
     if not text or (read := cleaned(text)) is None:
         raise ValueError(f"gold answer cannot be parsed: {gold if len(gold) < 200 else gold[:200] + '...'!r}")
@@ -853,40 +728,36 @@ def checked_gold(gold: str) -> str:
 def check(gold: str) -> str | None:
     """What is wrong with a gold, or None."""
     try:
-        return checked_gold(gold) and None
+        return read_gold(gold) and None
     except ValueError as error:
         return str(error)
 
 
 def right(gold: str, answer: str) -> bool:
     """Is an extracted answer the gold? ValueError for a gold that cannot be read."""
-    read = checked_gold(gold)
-    if len(answer) > max(MAX_CHARS, 2 * len(gold)):
-        return False
-    text = cleaned(answer)
-    return text is not None and equal(read, text, set())
+    read = read_gold(gold)
+    text = cleaned(answer) if len(answer) <= max(MAX_CHARS, 2 * len(gold)) else None
+    return text is not None and equal(read, text, {})
 
 
 def as_asked(gold: str, answer: str) -> str | None:
     """An answer read as the gold's form asks, for voting: a bare list with its brackets, x=5 as 5 if no name is asked."""
-    read, text = checked_gold(gold), cleaned(answer) if len(answer) <= MAX_CHARS else None
+    read, text = read_gold(gold), cleaned(answer) if len(answer) <= MAX_CHARS else None
     if text is None:
         return None
     text = bare(plainer(text))
-    option = _OPTION.fullmatch(plain(text))
-    if option and re.fullmatch("[A-J]", read):
-        return option[1] or option[2]
-    if option and option[3]:
-        text = option[3]
+    if option := _OPTION.fullmatch(plain(text)):
+        if re.fullmatch("[A-J]", read):
+            return option[1] or option[2]
+        text = option[3] or text
     parts, golds = sides(text), sides(read)
-    if len(golds) < 2 < 1 + len(parts) and NAME.fullmatch(parts[0]):
+    if len(golds) == 1 < len(parts) and NAME.fullmatch(parts[0]):
         text = parts[-1]
-    if len(golds) > 1 and len(parts) < 2 and NAME.fullmatch(golds[0]):
+    elif len(parts) == 1 < len(golds) and NAME.fullmatch(golds[0]):
         text = f"{golds[0]}={text}"
     brackets, entries = items(text)
     if brackets in ("", "or") and len(entries) > 1 and "=" not in text and solution_set(text) is None:
-        wanted = (enclosed(read) or ("",))[0]
-        text = f"({', '.join(entries)})" if wanted == "()" and brackets == "" else rf"\{{{', '.join(entries)}\}}"
+        text = f"({', '.join(entries)})" if enclosed(read)[0] == "()" and not brackets else rf"\{{{', '.join(entries)}\}}"
     if text.endswith("%") and not read.endswith("%") and (many := number(text.rstrip("% "))) is not None:
         text = str(many / 100)
     return text
@@ -895,4 +766,4 @@ def as_asked(gold: str, answer: str) -> str | None:
 def same_vote(gold: str, a: str, b: str) -> bool:
     """Are two wrong answers one and the same answer to the question with this gold?"""
     x, y = as_asked(gold, a), as_asked(gold, b)
-    return x is not None and y is not None and (equal(x, y, set()) or equal(y, x, set()))
+    return x is not None and y is not None and (equal(x, y, {}) or equal(y, x, {}))

@@ -33,7 +33,7 @@ MISREAD = [  # what math-verify's parser takes for something else, or cannot rea
         (r"([0-9]) ?(?=\\(?:frac|binom|log|ln|sum|gcd|lcm|max|min|prod|int|begin|l?floor|lceil)|\()", r"\1\\cdot "),
         (r"\\bmod(?![a-z])", r"\\mod"),
         (r"([0-9a-zA-Z]{1,20}!)(?=\^)", r"(\1)"),
-        (r"\\[a-zA-Z]+|d ?(?=[a-zA-Z\\])", lambda m: m[0] if m[0][0] == "\\" or "int" in m.string else r"d\cdot "),
+        (r"\\[a-zA-Z]+|d", lambda m: m[0] if m[0][0] == "\\" or "int" in m.string or "Xi" in m.string else r"\varkappa "),
         (r"\\text ?\{ ?([a-zA-Z]) ?\}", r"\1"),
     ]
 ]

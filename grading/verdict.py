@@ -33,7 +33,8 @@ def work() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     import logging
 
-    from grading.policy import check, right, same_vote, works
+    from grading.policy import check, right, same_vote
+    from grading.values import works
 
     logging.disable(logging.CRITICAL)
     if not works():
