@@ -90,6 +90,8 @@ _TABLE = [
         (r"^\\text ?\{([^{}]*(?:[0-9,;]|\b(?:and|or)\b)[^{}]*)\}$", r"\1"),
         (r"\\text ?\{([^{}a-zA-Z]*|\W?[A-J]\W?|\(?[A-J0-9]\)?(?:, ?\(?[A-J0-9]\)?)*)\}", r"\1"),
         (r"^([A-J])\)", r"(\1)"),
+        (r"^\\text ?\{ ?(\w) ?\}$", r"\1"),
+        (r"\} ?- ?(?=\\\{)", r"}\\setminus "),
         (rf"\\text ?\{{ ?((?:{_FUNCTIONS}|floor|ceil)) ?\}}", r"\\\1 "),
         (rf"\\[dtc]frac{T}", r"\\frac"),
         # rows: a system, a chain or the pieces of a function

@@ -85,6 +85,7 @@ def bare(text: str) -> str:
     return _GROUPS.sub(joined, text) if "," in text else text
 
 
+@lru_cache(maxsize=20_000)
 def plain(text: str) -> str:
     """Without the braces of its texts."""
     return " ".join(re.sub(TEXT, r" \1 ", text).split()) if r"\text" in text else text
@@ -127,6 +128,7 @@ def hopeless(text: str) -> bool:
     return not re.search(r"\w|\\", text) or bool(_BROKEN.search(re.sub(TEXT, r"\\text{}", text)))
 
 
+@lru_cache(maxsize=20_000)
 def items(text: str) -> tuple[str, list[str]]:
     r"""Brackets and items of a list: ("()", ["1", "2"]) of "(1,2)"; ("", ...) of "1, 2", ("or", ...) of "1 or 2", 1 \pm 2."""
     brackets, inside = enclosed(text)
@@ -138,7 +140,7 @@ def items(text: str) -> tuple[str, list[str]]:
         return "", [text]
     for separator in (OR, AND, ";", ", ", ","):
         if len(parts := [part.strip(" ,") for part in split(text, separator)]) > 1:
-            flat = [item for part in parts for item in ([part] if "=" in part or enclosed(part)[0] else items(part)[1])]
+            flat = [item for part in parts for item in ([part] if separator == OR and "=" in part or enclosed(part)[0] else items(part)[1])]
             return "or" if separator == OR else "", flat
     if len(signs := re.findall(r"\\[pm][pm](?![a-z])", text)) == 1:
         return "or", [re.sub(r"\\[pm][pm](?![a-z])", sign, text).removeprefix("+").strip() for sign in "+-"]
@@ -213,6 +215,7 @@ def assigned(gold: str, answer: str, same: Same) -> bool:
     return all(map(same, values[0], entries)) if g else all(map(same, entries, (dict(a)[name] for name in sorted(dict(a)))))
 
 
+@lru_cache(maxsize=20_000)
 def sides(text: str) -> list[str]:
     """The sides of an equation or of a chain of them; the text itself if it is none."""
     return [text] if RELATION.search(text) or len(items(text)[1]) > 1 else split(text, "=")
@@ -273,7 +276,7 @@ def solution_set(text: str) -> tuple[str, Any] | None:
             if kind is None and joined is sympy.S.EmptySet:  # "x<1, x>2" can only be either
                 joined = sympy.Union(*(found for _, found in sets))
             return (names or {""}).pop(), joined
-    read = worth(text)
+    read = worth(text.replace(";", ",") if brackets else text)
     if read is None or isinstance(read, sympy.Expr):
         return None
     if isinstance(read, sympy.Eq) and isinstance(read.rhs, sympy.Set):
@@ -338,10 +341,10 @@ def options(gold: str, answer: str, same: Same) -> bool:
     if re.fullmatch("[A-J]{2,6}", gold) and len(set(gold)) == len(gold):
         joined = re.sub(rf"[(), ;]|{AND}", "", plain(answer))
         return sorted(gold) == sorted(joined)
-    g, a = (_OPTION.fullmatch(plain(t)) or re.fullmatch("([a-j])()()", t) for t in (gold, answer))
+    g, a = _OPTION.fullmatch(plain(gold)), _OPTION.fullmatch(plain(answer)) or re.fullmatch("([a-j])()()", answer)
     g, a = (found if found and not _HEDGE.search(found[3] or "") else None for found in (g, a))
     if g and a:
-        return (g[1] or g[2]).upper() == (a[1] or a[2]).upper() and len(gold) + len(answer) > 2
+        return (g[1] or g[2]).upper() == (a[1] or a[2]).upper()
     return bool(g and g[3] and same(g[3], answer) or a and a[3] and same(gold, a[3]))
 
 
@@ -360,7 +363,7 @@ def without_remark(text: str) -> str:
     said = plain(text)
     cuts = [cut.start() for cut in _REASON.finditer(said)][:1] + [cut.start() for cut in _DOMAIN.finditer(said)]
     for cut in cuts[:9]:
-        head, remark = said[:cut].rstrip(" ,;.("), said[cut:].lstrip(" ,;(").rstrip(")")
+        head, remark = re.sub(r" (?:for|where|with)$", "", said[:cut].rstrip(" ,;.(")), said[cut:].lstrip(" ,;(").rstrip(")")
         domain = re.sub(r"^(?:for|where|with) ", "", remark)
         if not re.fullmatch(r"[a-zA-Z](?:_\w)?(?: ?, ?[a-zA-Z])* ?(?:\\(?:in|[lgn]e)(?![a-z])|[<>])[^,;=]*", domain):
             if not _REASON.match(remark) or re.match(r"(?:where|with)\b.*= ?-?[0-9]", remark):
@@ -388,8 +391,8 @@ def conclusion(gold: str, answer: str, same: Same) -> bool:
     """6 for "so the answer is 6" and "... 72/12 = 6 людей": the value after the last "is" of a sentence."""
     said = plain(answer)
     cuts = list(re.finditer(r"\b(?:is|est|it's|equals)\b|[=:是为](?!=)", said))
-    sentence = said[: cuts[-1].start()] if cuts else ""
-    if not re.search(r"(?<!\\)\b[a-z]{3}|\b[Aa]ns|[^\x00-\xff]", sentence) or r"\{" in sentence or re.search("[a-z]{3} ", gold):
+    sentence = re.sub(r"\\[a-zA-Z]+(?:_\{\w+\})?", "", said[: cuts[-1].start()]) if cuts and "=" not in gold else ""
+    if not re.search(r"\b[a-z]{3}|\b[Aa]ns|[^\x00-\xff]", sentence) or r"\{" in sentence or re.search("[a-z]{3} ", gold):
         return False
     return len(cuts) < 3 and not (len(cuts) > 1 and re.search(AND, said)) and same(gold, said[cuts[-1].end() :])
 
@@ -474,7 +477,7 @@ def quantity(text: str) -> tuple[str, list[str]] | None:
         return None
     for unit in units:
         known = {unit, unit.removesuffix("s"), unit.lower()} & (_UNITS.keys() | _FILLER) or not unit.isascii()
-        if not known and not (re.fullmatch(r"\w{3,}(?<!s)s", units[-1]) and len(unit) > 2):
+        if not known and not (any(re.fullmatch(r"\w{3,}(?<!s)s", each) for each in units) and len(unit) > 2):
             return None
     if r"\text" not in tail and not any(len(unit) > 1 for unit in units) and number(head) is None:
         return None  # 5 m, but not x m
@@ -550,7 +553,7 @@ def congruences(gold: str, answer: str, same: Same) -> bool:
         text = re.sub(r"^(\w) ?\\?[pb]?mod(?![a-z]) ?\{?(\w+)\}? ?= ?(\w+)$", r"\1\\equiv \3\\pmod \2", plain(text))
         head, _, modulus = re.sub(r"\\?\b[pb]?mod(?![a-z])", "@", re.sub(r"\\[pb]?mod(?![a-z])", "@", text)).partition("@")
         name, _, rest = ("", "", head) if r"\equiv" not in head and "=" not in head else re.sub(r"\\equiv(?![a-z])", "=", head).partition("=")
-        numbers = [number(item) for item in items(rest.strip(" (,\\"))[1]]
+        numbers = [number(item) for item in items(rest.strip(" (,"))[1]]
         modulus = modulus.strip("(){} ")
         exact = modulus.isdigit() and int(modulus) and None not in numbers
         return name.strip(), {n % int(modulus) for n in numbers if n is not None} if exact else squeeze(rest), modulus
@@ -675,7 +678,15 @@ def read_as_product(gold: str, answer: str) -> bool:
     return bool(re.search(r"\\(?:angle|triangle|bar|subset|Rightarrow)(?![a-z])", gold + answer))
 
 
-VETOES = (listed, half_named, read_as_quotient, read_as_product)
+def other_letters(gold: str, answer: str) -> bool:
+    """2x for 2: a letter that the other does not have (and that no sum or limit binds); sympy need not look."""
+    if re.search(r"\\(?:sum|prod|int|lim|text)(?![a-z])|\\Xi", gold + answer):
+        return False
+    a, b = (set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text))) - {"e", "i", "p", "E"} for text in (gold, answer))
+    return a != b
+
+
+VETOES = (listed, half_named, read_as_quotient, read_as_product, other_letters)
 READINGS = (plainer, without_remark, in_digits, dotted)
 ADDITIONS = (
     named, lists, assigned, renamed_argument, sets, words, options, renamed_parameter, units, durations, percents, ratios, points,
@@ -717,7 +728,7 @@ def cleaned(text: str) -> str | None:
 def read_gold(gold: str) -> str:
     """A gold, cleaned; ValueError, naming it, if nothing can be compared with it: that is an error in the data."""
     boxed = boxes(gold)
-    text = ", ".join(gold[i:j].strip() for i, j in boxed if not any(i < k < j for k, _ in boxed)) if r"box" in gold else gold
+    text = ", ".join(gold[i:j].strip() for i, j in boxed if not any(i < k < j for k, _ in boxed)) if re.search(r"\\(?:A?boxed|fbox)", gold) else gold
     if len(text) > MAX_GOLD:
         return text
     if not text or (read := cleaned(text)) is None:

@@ -14,6 +14,7 @@ import sympy
 from latex2sympy2_extended import NormalizationConfig
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
 from math_verify import verify
+from mpmath import mp
 from sympy import Expr, I, MatrixBase, Rational, S, Set, nan, oo, simplify, zoo
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Equality, Relational, Unequality
@@ -33,8 +34,7 @@ MISREAD = [  # what math-verify's parser takes for something else, or cannot rea
         (r"([0-9]) ?(?=\\(?:frac|binom|log|ln|sum|gcd|lcm|max|min|prod|int|begin|l?floor|lceil)|\()", r"\1\\cdot "),
         (r"\\bmod(?![a-z])", r"\\mod"),
         (r"([0-9a-zA-Z]{1,20}!)(?=\^)", r"(\1)"),
-        (r"\\[a-zA-Z]+|d", lambda m: m[0] if m[0][0] == "\\" or "int" in m.string or "Xi" in m.string else r"\varkappa "),
-        (r"\\text ?\{ ?([a-zA-Z]) ?\}", r"\1"),
+        (r"\\[a-zA-Z]+|(?<!_)(?<!_\{)d", lambda m: r"\mu_{d}" if m[0] == "d" and not re.search("int|Xi", m.string) else m[0]),
     ]
 ]
 
@@ -42,6 +42,7 @@ MISREAD = [  # what math-verify's parser takes for something else, or cannot rea
 @lru_cache(maxsize=20_000)
 def value(latex: str) -> Any:
     """The value of LaTeX with exact decimals; None if it cannot be read."""
+    latex = re.sub(r"\\text ?\{ ?([a-zA-Z]) ?\}", r"\1", latex)
     if re.search(r"[0-9] ?[_']|[^\W\d_]{4}|\\text", re.sub(r"\\(?!text)[a-zA-Z]+|_\{\w+\}|\{[bpv]?matrix\}", "·", latex)):
         return None  # a number's base or prime would be dropped, words would be products of letters
     for pattern, new in MISREAD:
@@ -63,68 +64,72 @@ def value(latex: str) -> Any:
 # ================================================================================================== expressions
 
 
-def _digits(*values: Any) -> int:
-    """More digits than tell any two numbers apart that are built from the numbers of these values."""
-    size = 60.0
-    for node in {node for v in values for node in sympy.preorder_traversal(v)}:
+def _complex(number: Any, digits: int) -> Any:
+    """A number to so many digits; None of what is none: undefined, infinite, or with a part that cannot be had."""
+    parts = number.evalf(digits).as_real_imag()
+    if not all(part.is_Float or part.is_Rational for part in parts) or any(part in (nan, oo, -oo) for part in parts):
+        return None
+    with mp.workdps(digits):
+        return mp.mpc(*(part._to_mpmath(mp.prec) for part in parts))
+
+
+def _digits(*numbers: Any) -> int:
+    """More digits than tell any two numbers apart that are built from the numbers within these."""
+    bits = 200.0
+    for node in {node for number in numbers for node in sympy.preorder_traversal(number)}:
         if isinstance(node, Rational):
-            size += 2 * (len(str(node.p)) + len(str(node.q)) - 2) if node.p.bit_length() + node.q.bit_length() < 99 else (
-                .7 * (node.p.bit_length() + node.q.bit_length()))  # fmt: skip
-        elif isinstance(node, Expr) and node.args and node.is_number:
-            number = abs(node.evalf(5))
-            size += 2 * abs(float(sympy.log(number, 10))) if number.is_Float and number > 0 else 0
-    return int(size)
+            bits += 2 * (node.p.bit_length() + node.q.bit_length())
+        elif isinstance(node, Expr) and node.args and (value := _complex(node, 5)):
+            bits += 2 * abs(mp.mag(value))
+    return int(bits * 0.302)
 
 
-def _real_roots(v: Any) -> Any:
-    """The value with odd roots of negative numbers taken as negative numbers."""
-    return v.replace(
+def _real_roots(number: Any) -> Any:
+    """The number with odd roots of negative numbers taken as negative numbers."""
+    return number.replace(
         lambda e: e.is_Pow and e.base.is_negative and e.exp.is_Rational and e.exp.q > 1 and e.exp.q % 2,
         lambda e: (-1) ** e.exp.p * (-e.base) ** e.exp,
     )
 
 
 def same_number(x: Any, y: Any) -> bool | None:
-    """Are two numbers equal? None where one is none: undefined, infinite, or not to be had."""
-    x, y = (_real_roots(v.doit()) for v in (x, y))
-    if x == y:
-        return True
-    if x.is_Rational and y.is_Rational:
-        return False
-    rough = [v.evalf(30) for v in (x, y)]
-    if any(v.has(nan, zoo, oo, -oo) or not all(p.is_Float or p.is_Rational for p in v.as_real_imag()) for v in rough):
-        return None
-    if abs(rough[0] - rough[1]) > max(map(abs, rough)) / 10**20:
-        return False
+    """Are two numbers equal? None where that cannot be had."""
+    if x == y or (x.is_Rational and y.is_Rational):
+        return bool(x == y)
+    a, b = _complex(x, 30), _complex(y, 30)
+    if a is None or b is None or abs(a - b) > max(abs(a), abs(b)) * 1e-20:
+        return None if a is None or b is None else False
     if (digits := _digits(x, y)) > MAX_DIGITS:
         return None
-    fine = [v.evalf(digits) for v in (x, y)]
-    scale = max(map(abs, fine))
-    if scale < Rational(1, 10 ** (digits // 2)):
-        return bool(simplify(x - y) == 0) or None
-    return bool(abs(fine[0] - fine[1]) <= scale / 10 ** (digits - 20))
+    a, b = _complex(x, digits), _complex(y, digits)
+    with mp.workdps(digits):
+        scale = max(abs(a), abs(b))
+        if mp.mag(scale) < -1.6 * digits:  # noise about zero
+            return bool(simplify(x - y) == 0) or None
+        return bool(abs(a - b) <= scale * mp.mpf(10) ** (20 - digits))
 
 
 def _points(a: Any, b: Any):
     """Random values for the free symbols: natural numbers in factorials and sums, whole ones in floors and for signs
-    (-1)^n, else fractions of both signs, now and then large. The same two values get the same points."""
+    (-1)^n, else fractions, of both signs in every other point and now and then large. Equal values get equal points."""
     natural, whole = set(), set()
     for v in (a, b):
         for term in v.atoms(sympy.Sum, sympy.Product, sympy.factorial, sympy.binomial, sympy.factorial2):
             natural |= term.free_symbols
-        for term in v.atoms(sympy.floor, sympy.ceiling, sympy.Pow, sympy.Mod):
-            if not term.is_Pow or term.base.is_negative:
-                whole |= term.free_symbols if not term.is_Pow else term.exp.free_symbols
-    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    rng = random.Random(f"{a}|{b}")
+        for term in v.atoms(sympy.floor, sympy.ceiling, sympy.Mod, sympy.Pow):
+            whole |= term.free_symbols if not term.is_Pow else term.exp.free_symbols if term.base.is_negative else set()
+    rng, symbols = random.Random(f"{a}|{b}"), sorted(a.free_symbols | b.free_symbols, key=str)
+
+    def one(symbol: Any, n: int) -> Any:
+        most = 10**6 if n % 8 == 7 else 99
+        if symbol in natural:
+            return sympy.Integer(rng.randint(0, 14))
+        if symbol in whole and str(symbol)[0] in "ijklmnpqrN":
+            return sympy.Integer(rng.randint(0, 12) ** 2 if n % 4 == 1 else rng.randint(-most, most))
+        return Rational(rng.randint(1 if n % 2 else -most, most), rng.randint(1, 30))
+
     for n in range(POINTS):
-        most = 10**6 if n % 4 == 3 else 99
-        yield {
-            s: S(rng.randint(0, 14)) if s in natural
-            else S(rng.randint(0, 12) ** 2 if n % 4 == 1 else rng.randint(-most, most)) if s in whole and str(s)[0] in "ijklmnpqrN"
-            else Rational(rng.randint(-most, most), rng.randint(1, 30))
-            for s in symbols
-        }  # fmt: skip
+        yield {symbol: one(symbol, n) for symbol in symbols}
 
 
 def same_value(a: Any, b: Any) -> bool:
@@ -132,17 +137,16 @@ def same_value(a: Any, b: Any) -> bool:
     a, b = (v.doit() if v.has(sympy.Integral, sympy.Limit, sympy.Derivative) else v for v in (a, b))
     if a == b:
         return True
-    if not (a.free_symbols or b.free_symbols):
-        return bool(same_number(a, b))
     if a.atoms(AppliedUndef) or b.atoms(AppliedUndef):
         return simplify(a - b) == 0
+    if not (a.free_symbols or b.free_symbols):
+        return bool(same_number(*(_real_roots(v.doit()) for v in (a, b))))
+    if a.free_symbols != b.free_symbols:
+        return simplify(a) == simplify(b)
     equal = beyond = 0
     for point in _points(a, b):
         x, y = (_real_roots(v.xreplace(point).doit()) for v in (a, b))
-        if any(v.has(nan, zoo, oo, -oo) for v in (x, y)):
-            continue
-        same = same_number(x, y)
-        if same is None or x == y == 0:
+        if x == y == 0 or any(v.has(nan, zoo, oo, -oo) for v in (x, y)) or (same := same_number(x, y)) is None:
             continue
         real = a.has(I) or b.has(I) or x.is_real or y.is_real
         if not same and real:
