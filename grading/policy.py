@@ -135,6 +135,7 @@ def items(text: str) -> tuple[str, list[str]]:
     if brackets in ("()", r"\{\}", "[]"):
         spaced = split(inside, r"[,;] |;") if re.search(r"[,;] ", inside) and re.search(r"[0-9],[0-9]{3}", inside) else []
         parts = spaced if len(spaced) > 1 else split(inside, "[,;]")
+        parts = [item for part in parts for item in (items(part)[1] if re.search(r"\\[pm][pm](?![a-z])", part) else [part])]
         if len(parts) > 1 or brackets == r"\{\}":
             return brackets, parts
         return "", [text]
@@ -173,6 +174,8 @@ def lists(gold: str, answer: str, same: Same) -> bool:
     if ordered := kinds & {"()", "[]"}:
         fits = len(ordered) == 1 and kinds <= {*ordered, ""} and (ordered == {"()"} or len(kinds) == 1 or len(golds) > 2)
         return fits and len(golds) == len(answers) and all(map(same, golds, answers))
+    if any("=" in item for item in golds) != any("=" in item for item in answers):
+        return False  # names decide the order
     if kinds == {"", "or"} and any(RELATION.search(i) or re.fullmatch(r"\(?[A-J]\)?", i) for i in golds + answers):
         return False  # "x>1 or x<3" is not "x>1, x<3"
     if r"\{\}" in kinds or all(enclosed(item)[0] for item in golds + answers):  # a set knows each item once
@@ -468,7 +471,7 @@ def quantity(text: str) -> tuple[str, list[str]] | None:
         return money[1] + money[2], []
     start = _TAIL_START.search(text)
     while start and text.count("{", 0, start.start()) - text.count("}", 0, start.start()):
-        start = _TAIL_START.search(text, start.end())
+        start = _TAIL_START.search(text, start.end() + 1)
     if not start or not _TAIL.fullmatch(tail := text[start.start() :].strip()):
         return None
     head, said = text[: start.start()].strip(), plain(re.sub(r"\\(?:cdot|times|mu|circ)", " ", tail))
@@ -682,7 +685,7 @@ def other_letters(gold: str, answer: str) -> bool:
     """2x for 2: a letter that the other does not have (and that no sum or limit binds); sympy need not look."""
     if re.search(r"\\(?:sum|prod|int|lim|text)(?![a-z])|\\Xi", gold + answer):
         return False
-    a, b = (set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text))) - {"e", "i", "p", "E"} for text in (gold, answer))
+    a, b = (set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+|\{[pv]?matrix\}", "", text))) - {"e", "i", "E"} for text in (gold, answer))
     return a != b
 
 

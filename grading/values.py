@@ -31,6 +31,7 @@ MISREAD = [  # what math-verify's parser takes for something else, or cannot rea
         (r"\\odot(?![a-zA-Z])", "o"),
         (r"E_", r"\\Xi_"),
         (r"([a-zA-Z])('{1,3})", lambda m: rf"{m[1]}_{{prime{len(m[2])}}}"),
+        (r"(?<![\^_0-9.])([0-9]{1,20}) ?(\\frac ?\{[0-9]{1,20}\} ?\{[0-9]{1,20}\})", r"(\1+\2)"),  # mixed
         (r"([0-9]) ?(?=\\(?:frac|binom|log|ln|sum|gcd|lcm|max|min|prod|int|begin|l?floor|lceil)|\()", r"\1\\cdot "),
         (r"\\bmod(?![a-z])", r"\\mod"),
         (r"([0-9a-zA-Z]{1,20}!)(?=\^)", r"(\1)"),
