@@ -1,15 +1,13 @@
 """Second stage: verdicts from a process that can be killed. The public functions of this folder, but for the box.
 
-What a model wrote and the golds are read by sympy, which may take for ever or all memory. So a child process reads them:
-a line of JSON holds a batch of questions, and each is answered by a line. A fork answers them; one that used up the CPU
-time of a question is killed and replaced in milliseconds. CPU time decides: a busy machine changes no verdict.
+What a model wrote and the golds are read in a child process (worker.py), which is sent a line of JSON with a batch of
+questions and answers each by a line.
 """
 
 import atexit
 import json
 import multiprocessing.connection
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -20,54 +18,16 @@ from pathlib import Path
 from typing import Any
 
 CPU_SECONDS, WALL_SECONDS, START_SECONDS = 0.75, 60, 120  # of a question; of one that sleeps; of the import of sympy
-MEMORY_BYTES, BATCH = 4 << 30, 32
+BATCH = 32
 timeouts = 0  # questions of this process that were killed
 Gold = str | Sequence[str]
-
-# ================================================================================================== in the child
-
-
-def work() -> None:
-    """The child's program."""
-    replies, sys.stdout = sys.stdout, sys.stderr
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    import logging
-
-    from grading.policy import check, right, same_vote
-    from grading.values import works
-
-    logging.disable(logging.CRITICAL)
-    if not works():
-        raise SystemExit("math-verify does not work here: pip install 'math-verify[antlr4_13_2]'")
-    print("ready", file=replies, flush=True)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads its messages from here on
-    questions = {"right": right, "vote": same_vote, "check": check}
-    while True:
-        if not os.fork():
-            for line in sys.stdin:
-                for kind, *texts in json.loads(line):
-                    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF ends this process, even inside C code
-                    try:
-                        reply = questions[kind](*texts)
-                    except Exception as error:  # MemoryError, RecursionError, whatever sympy raises
-                        reply = str(error) if kind == "check" else False
-                    signal.setitimer(signal.ITIMER_PROF, 0)
-                    print(json.dumps(reply), file=replies, flush=True)
-            os._exit(0)
-        if not os.WIFSIGNALED(os.wait()[1]):
-            return  # no more questions
-        print('"timeout"', file=replies, flush=True)
-
-
-# ================================================================================================== in the parent
-
 
 class _Worker:
     def __init__(self):
         root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self.process: Any = subprocess.Popen(
-            [sys.executable, "-c", "from grading.verdict import work; work()"],
+            [sys.executable, "-c", "import sys; from grading.worker import work; work(*map(float, sys.argv[1:]))", str(CPU_SECONDS)],
             env={**os.environ, "PYTHONPATH": path},
             bufsize=0,
             start_new_session=True,

@@ -12,7 +12,7 @@ from conftest import ROOT, SCRIPTS
 import common
 
 # From the ground up: a file imports from its own floor or from those below it, a script from no other script.
-FLOORS = ("plumbing", "common", "scripts", "tiny", "experiments", "tests")
+FLOORS = ("grading", "plumbing", "common", "scripts", "tiny", "experiments", "tests")
 # What is imported in a function, so that who does without it need not have it or wait for it.
 OPTIONAL = (
     "vllm",
@@ -25,7 +25,7 @@ OPTIONAL = (
     "sympy",
     "latex2sympy2_extended",
 )
-OURS = sorted(file for part in (".", "plumbing", "tiny", "experiments", "tests") for file in (ROOT / part).glob("*.py"))
+OURS = sorted(file for part in (".", "grading", "plumbing", "tiny", "experiments", "tests") for file in (ROOT / part).glob("*.py"))
 
 
 def floor(file: Path) -> str:

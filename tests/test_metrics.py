@@ -26,7 +26,7 @@ from common import (
     pass_at_k,
     split_episodes,
 )
-from plumbing import votes
+from grading import votes
 from plumbing.report import bootstrap_interval
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # skipped where it is absent
