@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from common import accuracy_at, new_traces, pass_rate, prompts_of, regret_at, segmentation, vote_rate
+from grading.votes import EXACT_SUBSETS, SUBSET_DRAWS
 from plumbing import data, models, report, runs
 from plumbing.flags import add_common_flags, changed, each_in_its_folder, numbers, parse_flags, quarters, shared_flags
 from plumbing.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
 from plumbing.runs import fail, short_name
 from plumbing.sampler import Sampler, open_sampler, pick_engine
-from grading.votes import EXACT_SUBSETS, SUBSET_DRAWS
 
 # flag: (default with the embedded model, with any other model, where the latter comes from)
 DEFAULTS = {

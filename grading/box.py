@@ -12,7 +12,7 @@ from fractions import Fraction
 _THOUGHT_END = re.compile(r"</think(?:ing)?>|\[/THINK\]|<\|channel\|>\s*final\s*(?:<\|message\|>)?")
 _THOUGHT_START = re.compile(r"<think(?:ing)?>|\[THINK\]|<\|channel\|>\s*analysis")
 _BOX_TOKEN = re.compile(
-    r"\\(?:A?boxed|[fb]box|framebox)(?![a-zA-Z])(?:\[[^][{}]{0,80}\])?\s*(?:\{|([^\s{}$\\]+))?|\\.|[{}]", re.DOTALL
+    r"\\{1,2}(?:A?boxed|[fb]box|framebox)(?![a-zA-Z])(?:\[[^][{}]{0,80}\])?\s*(?:\{|([^\s{}$\\]+))?|\\.|[{}]", re.DOTALL
 )
 
 
@@ -122,7 +122,7 @@ _TABLE = [
         (rf"(?:\\|{W})(arc)?tg{T}|\\text ?\{{(arc)?tg\}}", lambda m: rf"\{m[1] or m[2] or ''}tan "),
         (rf"(?:\\|{W})(arc)?c(?:o?tg){T}|\\text ?\{{(arc)?c(?:o?tg)\}}", lambda m: rf"\{m[1] or m[2] or ''}cot "),
         (rf"\\cosec{T}|\\text ?\{{cosec\}}", r"\\csc "),
-        (rf"\\(floor|ceil) ?\(([^()]{{0,80}})\)", r"\\l\1 \2\\r\1 "),
+        (r"\\(floor|ceil) ?\(([^()]{0,80})\)", r"\\l\1 \2\\r\1 "),
         (r"\{([^{}]{0,80})\\(choose|over)(?![a-zA-Z])([^{}]{0,80})\}|^([^{}]{0,80})\\(choose|over)(?![a-zA-Z])([^{}]{0,80})$",
          lambda m: rf"\{'binom' if 'choose' in m.groups() else 'frac'}{{{m[1] or m[4]}}}{{{m[3] or m[6]}}}"),
         (r"\^ ?\{? ?\\prime ?\}?", "'"),

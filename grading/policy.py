@@ -19,7 +19,7 @@ from grading.box import TEXT, T, W, boxes, clean
 from grading.values import same as same_values
 from grading.values import value
 
-Same = Callable[[str, str], bool]
+
 MAX_DEPTH, MAX_CHARS, MAX_GOLD = 40, 300, 3000  # brackets in brackets; longer answers are wrong unless the gold is long
 OR, AND = (rf"\\text ?\{{[, ]?(?:{w})[, ]?\}}|{W}(?:{w}){T}" for w in ("or|oder|ou|или|或者?", "and|et|und|и|和"))
 SYMBOL = r"(?:\\(?:mathbb|vec|hat|bar) ?\{?[a-zA-Z]\}?|\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\w|\{\w+\}))?'{0,3}"
@@ -99,7 +99,7 @@ def squeeze(text: str) -> str:
 @lru_cache(maxsize=20_000)
 def number(text: str) -> Fraction | None:
     """Exact value of an integer, decimal, power-of-ten decimal, fraction or mixed number."""
-    match = _NUMBER.fullmatch(_FRAC.sub(r" \1/\2", text).strip())
+    match = _NUMBER.fullmatch(_FRAC.sub(r" \1/\2", text).strip()) if len(text) < 4000 else None
     if not match:
         return None
     sign, whole, top, exponent, bottom = (part and part.replace(" ", "") for part in match.groups())
@@ -141,7 +141,7 @@ def items(text: str) -> tuple[str, list[str]]:
         return "", [text]
     for separator in (OR, AND, ";", ", ", ","):
         if len(parts := [part.strip(" ,") for part in split(text, separator)]) > 1:
-            flat = [item for part in parts for item in ([part] if separator == OR and "=" in part or enclosed(part)[0] else items(part)[1])]
+            flat = [item for part in parts for item in ([part] if (separator in (OR, ";") and "=" in part) or enclosed(part)[0] else items(part)[1])]
             return "or" if separator == OR else "", flat
     if len(signs := re.findall(r"\\[pm][pm](?![a-z])", text)) == 1:
         return "or", [re.sub(r"\\[pm][pm](?![a-z])", sign, text).removeprefix("+").strip() for sign in "+-"]
@@ -165,8 +165,8 @@ def lists(gold: str, answer: str, same: Same) -> bool:
     r"""(1,2) for 1,2 in this order, \{2,1\} and "2 or 1" for 1,2 in any; 2,2,3 is not 2,3,3, but \{1,1,2\} is \{1,2\}."""
     (kind, golds), (other, answers) = items(gold), items(answer)
     kinds = {kind, other}
-    if kinds != {r"\{\}"} and r"\{\}" in kinds and len(golds) == len(answers) == 1 or kinds == {r"\{\}", "()"} and 1 in (
-        len(golds), len(answers)):  # fmt: skip
+    if (kinds != {r"\{\}"} and r"\{\}" in kinds and len(golds) == len(answers) == 1) or (kinds == {r"\{\}", "()"} and 1 in (
+        len(golds), len(answers))):  # fmt: skip
         one, two = golds[0] if kind == r"\{\}" else gold, answers[0] if other == r"\{\}" else answer
         return r"\emptyset" not in one + two and enclosed(one)[0] == enclosed(two)[0] and same(one, two)
     if max(len(golds), len(answers)) < 2 and kinds != {r"\{\}"}:
@@ -174,7 +174,7 @@ def lists(gold: str, answer: str, same: Same) -> bool:
     if ordered := kinds & {"()", "[]"}:
         fits = len(ordered) == 1 and kinds <= {*ordered, ""} and (ordered == {"()"} or len(kinds) == 1 or len(golds) > 2)
         return fits and len(golds) == len(answers) and all(map(same, golds, answers))
-    if any("=" in item for item in golds) != any("=" in item for item in answers):
+    if all("=" in item for item in golds) != all("=" in item for item in answers):
         return False  # names decide the order
     if kinds == {"", "or"} and any(RELATION.search(i) or re.fullmatch(r"\(?[A-J]\)?", i) for i in golds + answers):
         return False  # "x>1 or x<3" is not "x>1, x<3"
@@ -244,7 +244,7 @@ def named(gold: str, answer: str, same: Same) -> bool:
         return bool(left) and same(gold, last)
     if len(left) == 1 and number(last) == 0 and letters(left[0]):
         return False
-    return same(gold, last) and all(letters(side) and not letters(side) & letters(last) or same(gold, side) for side in left)
+    return same(gold, last) and all((letters(side) and not letters(side) & letters(last)) or same(gold, side) for side in left)
 
 
 def renamed_argument(gold: str, answer: str, same: Same) -> bool:
@@ -348,7 +348,7 @@ def options(gold: str, answer: str, same: Same) -> bool:
     g, a = (found if found and not _HEDGE.search(found[3] or "") else None for found in (g, a))
     if g and a:
         return (g[1] or g[2]).upper() == (a[1] or a[2]).upper()
-    return bool(g and g[3] and same(g[3], answer) or a and a[3] and same(gold, a[3]))
+    return bool((g and g[3] and same(g[3], answer)) or (a and a[3] and same(gold, a[3])))
 
 
 # ================================================================================================== remarks
@@ -397,7 +397,8 @@ def conclusion(gold: str, answer: str, same: Same) -> bool:
     sentence = re.sub(r"\\[a-zA-Z]+(?:_\{\w+\})?", "", said[: cuts[-1].start()]) if cuts and "=" not in gold else ""
     if not re.search(r"\b[a-z]{3}|\b[Aa]ns|[^\x00-\xff]", sentence) or r"\{" in sentence or re.search("[a-z]{3} ", gold):
         return False
-    return len(cuts) < 3 and not (len(cuts) > 1 and re.search(AND, said)) and same(gold, said[cuts[-1].end() :])
+    statements = sum(cut[0] != "=" for cut in cuts)
+    return not (statements > 1 and re.search(AND, said)) and same(gold, said[cuts[-1].end() :].rstrip(".)"))
 
 
 # ================================================================================================== quantities
@@ -460,7 +461,7 @@ _NO_UNIT = re.compile(
 )
 _TAIL = re.compile(rf"(?:{TEXT}|\\(?:Omega|cdot|times|mu|circ)(?![a-z])|[a-zA-Z./ ·]|\^ ?\{{? ?-?[0-9] ?\}}?|[^\x00-\x7f])+")
 _TAIL_START = re.compile(
-    r"(?<=[0-9})!\]a-z]) ?\\text ?\{|(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2})| (?=[a-zA-Z](?:[ /^.]|$))|(?<=[0-9}]) ?(?=[^\x00-\x7f]|\\mu ?\\text|\\Omega)"
+    r"(?<=[0-9})!\]a-z]) ?\\text ?\{|(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2}|m\^)| (?=[a-zA-Z](?:[ /^.]|$))|(?<=[0-9}]) ?(?=[^\x00-\x7f]|\\mu ?\\text|\\Omega)"
 )
 _CURRENCY = re.compile(r"([-+]?) ?(?:US|R|Rs\.?|USD|EUR|GBP|INR|JPY|CNY|RMB|CAD|AUD|CHF|HK) ?(?=[-0-9.])(.*)")
 
@@ -482,7 +483,7 @@ def quantity(text: str) -> tuple[str, list[str]] | None:
         known = {unit, unit.removesuffix("s"), unit.lower()} & (_UNITS.keys() | _FILLER) or not unit.isascii()
         if not known and not (any(re.fullmatch(r"\w{3,}(?<!s)s", each) for each in units) and len(unit) > 2):
             return None
-    if r"\text" not in tail and not any(len(unit) > 1 for unit in units) and number(head) is None:
+    if r"\text" not in tail and not any(len(unit) > 1 for unit in units) and number(head.replace(",", ".")) is None:
         return None  # 5 m, but not x m
     return head, [_UNITS[u] for unit in units for u in {unit, unit.removesuffix("s")} & _UNITS.keys()][:4]
 
@@ -575,7 +576,7 @@ def pieces(gold: str, answer: str, same: Same) -> bool:
 
     def condition(x: str, y: str) -> bool:
         one, two = (sorted(set(re.findall(r"\\?\w+|[^\w ]", text)) - {"is", "n", "$"}) for text in (x, y))
-        return one == two and RELATION.search(x) is None or same(x, y)
+        return (one == two and RELATION.search(x) is None) or same(x, y)
 
     name, _, body = gold.partition("=")
     if NAME.fullmatch(name.strip()) and answer.startswith(name):
@@ -632,6 +633,7 @@ _READINGS = [
     (re.compile(pattern), new)
     for pattern, new in [
         (r"^\\therefore(?![a-z])", ""),
+        (r"^([a-zA-Z](?:_\w)?) ?\\approx(?![a-z])", r"\1="),  # x\approx11
         (r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly)\b)", ""),  # \approx 2.7
         (r"[,( ]?(?:\\approx(?![a-z])|\b(?:approximately|approx\.?|about|roughly)(?![a-z]))[^()]{0,80}\)?$", ""),  # 4\pi (\approx 12.57)
         (r"(?<![a-zA-Z\\])C ?\( ?(\w+) ?, ?(\w+) ?\)|(?:\{ ?\})?[\^_] ?\{?(\w+)\}? ?C ?_ ?\{?(\w+)\}?|(?<![a-zA-Z\\])C ?_ ?\{?(\w+)\}? ?\^ ?\{?(\w+)\}?",
@@ -683,7 +685,7 @@ def read_as_product(gold: str, answer: str) -> bool:
 
 def other_letters(gold: str, answer: str) -> bool:
     """2x for 2: a letter that the other does not have (and that no sum or limit binds); sympy need not look."""
-    if re.search(r"\\(?:sum|prod|int|lim|text)(?![a-z])|\\Xi", gold + answer):
+    if re.search(r"\\(?:sum|prod|int|lim|text)(?![a-z])|\\Xi|\{ ?d ?\}", gold + answer):
         return False
     a, b = (set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+|\{[pv]?matrix\}", "", text))) - {"e", "i", "E"} for text in (gold, answer))
     return a != b
@@ -707,9 +709,11 @@ def equal(gold: str, answer: str, known: dict[tuple[str, str], bool], depth: int
 
 
 def _equal(gold: str, answer: str, known: dict[tuple[str, str], bool], depth: int) -> bool:
+    if squeeze(gold) == squeeze(answer):
+        return True
     a, b = number(gold), number(answer)
-    if a is not None and b is not None or squeeze(gold) == squeeze(answer):
-        return a == b or squeeze(gold) == squeeze(answer)
+    if a is not None and b is not None:
+        return a == b
 
     def same(x: str, y: str) -> bool:
         return equal(x, y, known, depth + 1)

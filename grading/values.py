@@ -35,7 +35,7 @@ MISREAD = [  # what math-verify's parser takes for something else, or cannot rea
         (r"([0-9]) ?(?=\\(?:frac|binom|log|ln|sum|gcd|lcm|max|min|prod|int|begin|l?floor|lceil)|\()", r"\1\\cdot "),
         (r"\\bmod(?![a-z])", r"\\mod"),
         (r"([0-9a-zA-Z]{1,20}!)(?=\^)", r"(\1)"),
-        (r"\\[a-zA-Z]+|(?<!_)(?<!_\{)d", lambda m: r"\mu_{d}" if m[0] == "d" and not re.search("int|Xi", m.string) else m[0]),
+        (r"\\[a-zA-Z]+|(?<!_)(?<!_\{)d", lambda m: r"\mu_{d}" if m[0] == "d" and not re.search(r"int|Xi|\{ ?d ?\}", m.string) else m[0]),
     ]
 ]
 
@@ -185,6 +185,8 @@ def same(a: Any, b: Any) -> bool:
     """Are two values equal? math-verify's verdict for what is not an expression, a relation, a set or a matrix."""
     if a is None or b is None or any(isinstance(v, Expr) and v.has(nan, zoo) for v in (a, b)):
         return False
+    if a == b:
+        return True
     for kind, rule in ((Relational, same_relation), (Set, same_set), (Expr, same_value)):
         if isinstance(a, kind) and isinstance(b, kind):
             return rule(a, b)

@@ -7,8 +7,8 @@ import pytest
 from conftest import SHARED
 
 from common import grade
-from plumbing import data
 from grading.box import extract_answer
+from plumbing import data
 from plumbing.data import load_problems, load_responses, split_response
 from plumbing.flags import load_markers
 
