@@ -59,7 +59,7 @@ _AS_LATEX = str.maketrans(dict(re.findall(r"(\S) (\S+)", _GLYPHS)))  # "~" is a 
 TEXT = r"\\text ?\{((?:[^{}]|\{[^{}]{0,80}\})*)\}"
 T = r"(?![a-zA-Z])"  # after a macro or a word
 W = r"(?<![\\a-zA-Z])"  # before a word that is not a macro
-_FUNCTIONS = "arc(?:sin|cos|tan|cot)h?|sinh?|cosh?|tanh?|coth?|sec|csc|ln|log|exp|gcd|lcm|max|min|det"
+_FUNCTIONS = "arc(?:sin|cos|tan|cot)h?|sinh?|cosh?|tanh?|coth?|sec|csc|ln|log|exp|gcd|lcm|(?:max|min|det)(?= ?[({_]| ?\\\\)"
 _ROWS = r"aligned|align\*?|gathered|gather\*?|split|equation\*?|cases|dcases|rcases"
 
 
@@ -92,7 +92,7 @@ _TABLE = [
         (r"^([A-J])\)", r"(\1)"),
         (r"^\\text ?\{ ?(\w) ?\}$", r"\1"),
         (r"\} ?- ?(?=\\\{)", r"}\\setminus "),
-        (rf"\\text ?\{{ ?((?:{_FUNCTIONS}|floor|ceil)) ?\}}", r"\\\1 "),
+        (rf"\\text ?\{{ ?((?:{_FUNCTIONS}|floor|ceil)|(?:max|min|det)(?=\}} ?[({{_\\])) ?\}}", r"\\\1 "),
         (rf"\\[dtc]frac{T}", r"\\frac"),
         # rows: a system, a chain or the pieces of a function
         (rf"\\begin ?\{{(?:{_ROWS})\}}([^\0]{{0,2000}}?)\\end ?\{{(?:{_ROWS})\}}", lambda m: _rows(m[1])),
@@ -207,8 +207,8 @@ def clean(text: str) -> str:
     text = re.sub(r"&(?:lt|gt|amp|nbsp|le|ge|times|#[0-9]{1,5});", lambda m: html.unescape(m[0]), text)
     for kind, sign in (("<super>", "^"), ("<sub>", "_")):
         raised = {c for c in text if unicodedata.decomposition(c).startswith(kind) and c != "º"}
-        if raised:
-            text = re.sub(f"[{re.escape(''.join(raised))}]+", lambda m: f"{sign}{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+        for run in dict.fromkeys(re.findall(f"[{re.escape(''.join(raised))}]+", text) if raised else ()):
+            text = text.replace(run, f"{sign}{{{unicodedata.normalize('NFKC', run)}}}")
     text = "".join(map(_of_glyph, unicodedata.normalize("NFKC", "".join(map(_of_glyph, text.translate(_AS_LATEX))))))
     text = " ".join(text.translate(_AS_LATEX).split())  # what NFKC made of full-width signs
     if r"\begin" not in text and r"\\" in text:
@@ -222,5 +222,9 @@ def clean(text: str) -> str:
             end = _closing(text, match.end() - 1)
             text = f"{text[: match.start()]}{new}{text[match.end() : end]}}}{text[end + 1 :]}"
     if re.search(rf"\\(?:sin|cos|tan|cot|sec|csc)h?{T}", text):
-        text = re.sub(r"([0-9]{1,20}(?:\.[0-9]{1,20})?|\\?[a-zA-Z]{1,20}|\([^()]{1,80}\)|\{[^{}]{1,80}\}) ?\^\\circ", r"(\1\\cdot\\frac{\\pi}{180})", text)
+        text = re.sub(
+            r"([0-9]{1,20}(?:\.[0-9]{1,20})?|\\?[a-zA-Z]{1,20}|\([^()]{1,80}\)|\{[^{}]{1,80}\}) ?\^\\circ",
+            r"(\1\\cdot\\frac{\\pi}{180})",
+            text,
+        )
     return re.sub(r"\^\\circ ?(?:\\text ?\{ ?[CF] ?\}|[CF](?![a-zA-Z]))?", "", text).strip()

@@ -20,7 +20,7 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Equality, Relational, Unequality
 
 MAX_DIGITS = 20_000  # numbers that need more are not accepted
-POINTS, CONCLUSIVE = 40, 6  # points tried, points that must agree; a zero on both sides says nothing
+POINTS, CONCLUSIVE = 40, 10  # points tried, points that must agree; a zero on both sides says nothing
 NORMALIZATION = NormalizationConfig(units=False, malformed_operators=True, nits=False, boxed="none")
 CONVERSION = ConversionConfig(lowercase_symbols=False, interpret_as_mixed_fractions=False)
 MISREAD = [  # what math-verify's parser takes for something else, or cannot read
@@ -35,7 +35,10 @@ MISREAD = [  # what math-verify's parser takes for something else, or cannot rea
         (r"([0-9]) ?(?=\\(?:frac|binom|log|ln|sum|gcd|lcm|max|min|prod|int|begin|l?floor|lceil)|\()", r"\1\\cdot "),
         (r"\\bmod(?![a-z])", r"\\mod"),
         (r"([0-9a-zA-Z]{1,20}!)(?=\^)", r"(\1)"),
-        (r"\\[a-zA-Z]+|(?<!_)(?<!_\{)d", lambda m: r"\mu_{d}" if m[0] == "d" and not re.search(r"int|Xi|\{ ?d ?\}", m.string) else m[0]),
+        (
+            r"\\[a-zA-Z]+|(?<!_)(?<!_\{)d",
+            lambda m: r"\mu_{d}" if m[0] == "d" and not re.search(r"int|Xi|\{ ?d ?\}", m.string) else m[0],
+        ),
     ]
 ]
 
@@ -44,7 +47,9 @@ MISREAD = [  # what math-verify's parser takes for something else, or cannot rea
 def value(latex: str) -> Any:
     """The value of LaTeX with exact decimals; None if it cannot be read."""
     latex = re.sub(r"\\text ?\{ ?([a-zA-Z]) ?\}", r"\1", latex)
-    if re.search(r"[0-9] ?[_']|[^\W\d_]{4}|\\text", re.sub(r"\\(?!text)[a-zA-Z]+|_\{\w+\}|\{[bpv]?matrix\}", "·", latex)):
+    if re.search(
+        r"[0-9] ?[_']|[^\W\d_]{4}|\\text", re.sub(r"\\(?!text)[a-zA-Z]+|_\{\w+\}|\{[bpv]?matrix\}", "·", latex)
+    ):
         return None  # a number's base or prime would be dropped, words would be products of letters
     for pattern, new in MISREAD:
         latex = pattern.sub(new, latex)
@@ -112,7 +117,7 @@ def same_number(x: Any, y: Any) -> bool | None:
 
 def _points(a: Any, b: Any):
     """Random values for the free symbols: natural numbers in factorials and sums, whole ones in floors and for signs
-    (-1)^n, else fractions, of both signs in every other point and now and then large. Equal values get equal points."""
+    (-1)^n, else fractions; all combinations of signs, now and then large. Equal values get equal points."""
     natural, whole = set(), set()
     for v in (a, b):
         for term in v.atoms(sympy.Sum, sympy.Product, sympy.factorial, sympy.binomial, sympy.factorial2):
@@ -121,16 +126,17 @@ def _points(a: Any, b: Any):
             whole |= term.free_symbols if not term.is_Pow else term.exp.free_symbols if term.base.is_negative else set()
     rng, symbols = random.Random(f"{a}|{b}"), sorted(a.free_symbols | b.free_symbols, key=str)
 
-    def one(symbol: Any, n: int) -> Any:
-        most = 10**6 if n % 8 == 7 else 99
-        if symbol in natural:
-            return sympy.Integer(rng.randint(0, 14))
-        if symbol in whole and str(symbol)[0] in "ijklmnpqrN":
-            return sympy.Integer(rng.randint(0, 12) ** 2 if n % 4 == 1 else rng.randint(-most, most))
-        return Rational(rng.randint(1 if n % 2 else -most, most), rng.randint(1, 30))
-
     for n in range(POINTS):
-        yield {symbol: one(symbol, n) for symbol in symbols}
+        most, point = 10**6 if n % 8 == 7 else 99, {}
+        for place, symbol in enumerate(symbols):
+            sign = -1 if (n < 8 and n >> place & 1) or (n >= 8 and n % 2 == 0 and rng.random() < 0.5) else 1
+            if symbol in natural:
+                point[symbol] = sympy.Integer(rng.randint(0, 14))
+            elif symbol in whole and str(symbol)[0] in "ijklmnpqrN":
+                point[symbol] = sign * sympy.Integer(rng.randint(0, 12) ** 2 if n % 4 == 1 else rng.randint(0, most))
+            else:
+                point[symbol] = sign * Rational(rng.randint(1, most), rng.randint(1, 30))
+        yield point
 
 
 def same_value(a: Any, b: Any) -> bool:

@@ -22,12 +22,18 @@ BATCH = 32
 timeouts = 0  # questions of this process that were killed
 Gold = str | Sequence[str]
 
+
 class _Worker:
     def __init__(self):
         root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self.process: Any = subprocess.Popen(
-            [sys.executable, "-c", "import sys; from grading.worker import work; work(*map(float, sys.argv[1:]))", str(CPU_SECONDS)],
+            [
+                sys.executable,
+                "-c",
+                "import sys; from grading.worker import work; work(*map(float, sys.argv[1:]))",
+                str(CPU_SECONDS),
+            ],
             env={**os.environ, "PYTHONPATH": path},
             bufsize=0,
             start_new_session=True,
@@ -124,7 +130,9 @@ def _several(gold: Gold) -> list[str]:
 def check_golds(golds: Sequence[Gold]) -> list[str | None]:
     """For each gold an error that names it, if nothing can be compared with it, or None."""
     errors = iter(_ask([("check", text) for gold in golds for text in _several(gold)]))
-    found = [[next(errors) for _ in _several(gold)] or ["gold answer cannot be parsed: there is none"] for gold in golds]
+    found = [
+        [next(errors) for _ in _several(gold)] or ["gold answer cannot be parsed: there is none"] for gold in golds
+    ]
     return [next((error for error in each if error), None) for each in found]
 
 
@@ -140,7 +148,9 @@ def grade_all(pairs: Sequence[tuple[str | None, Gold]]) -> list[str]:
     verdicts = []
     for answer, golds in asked:
         each = [next(replies) for _ in golds] if answer and answer.strip() else ["none"]
-        verdicts.append("right" if True in each else "timeout" if "timeout" in each else "wrong" if False in each else "none")
+        verdicts.append(
+            "right" if True in each else "timeout" if "timeout" in each else "wrong" if False in each else "none"
+        )
     return verdicts
 
 

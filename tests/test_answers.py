@@ -43,7 +43,11 @@ def boxed(answer):
 
 def test_policy():
     """answers.txt: + or -, a gold, and answers that are right or wrong."""
-    rows = [(answer, line[2:].split(" | ")[0], line[0] == "+") for line in CASES for answer in line[2:].split(" | ", 1)[1].split(" ; ")]
+    rows = [
+        (answer, line[2:].split(" | ")[0], line[0] == "+")
+        for line in CASES
+        for answer in line[2:].split(" | ", 1)[1].split(" ; ")
+    ]
     verdicts = grade_all([(answer, gold) for answer, gold, _ in rows])
     assert len(rows) > 1400 and not [row for row, verdict in zip(rows, verdicts) if (verdict == "right") is not row[2]]
 
@@ -238,7 +242,12 @@ def test_hostile_answers_are_wrong_soon(answer):
 
 PIECES = r"7|1, |x |\text{a}|\ldots|sqrt |or |\pm |[1,|0.1|\mid |<|{|for all |\frac|\begin{cases}|a|,|=|(|\text{|is |and |^|_{a}|-"
 PATTERNS = [
-    *(pattern for module in (box, policy, values) for pattern in vars(module).values() if isinstance(pattern, re.Pattern)),
+    *(
+        pattern
+        for module in (box, policy, values)
+        for pattern in vars(module).values()
+        if isinstance(pattern, re.Pattern)
+    ),
     *(row[0] for row in (*box._TABLE, *policy._READINGS, *values.MISREAD)),
     *(pattern for _, pattern in policy._SAID),
 ]
@@ -255,7 +264,10 @@ def test_no_pattern_takes_more_than_linear_time(piece):
 
 
 words = st.lists(st.text("abcdefgh \\{}()$^_,.=-+123", min_size=1, max_size=12), min_size=1, max_size=25).map(" ".join)
-prose = st.lists(st.sampled_from("the is smallest possible value of 3 at origin and or for if x=2 \\frac12 (so) half".split()), max_size=40)
+prose = st.lists(
+    st.sampled_from("the is smallest possible value of 3 at origin and or for if x=2 \\frac12 (so) half".split()),
+    max_size=40,
+)
 
 
 @settings(max_examples=300, derandomize=True, deadline=None, database=None)
