@@ -24,25 +24,20 @@ def extract_answer(response: str) -> str | None:
     pieces = _THOUGHT_END.split(response.rstrip())
     while len(pieces) > 2 and not pieces[-1].strip():
         pieces.pop()  # </think>\boxed{7}\n</think>
-    text = "" if _THOUGHT_START.search(pieces[-1]) else pieces[-1]
-    start, end = (boxes(text) or [(0, 0)])[-1]
-    return text[start:end].strip() or None
-
-
-def boxes(text: str) -> list[tuple[int, int]]:
-    """Where the contents of all balanced boxes start and end, in the order in which they open; one pass."""
-    found: list[tuple[int, int]] = []
+    if _THOUGHT_START.search(pieces[-1]):
+        return None
+    last_start, last = -1, ""
     open_braces: list[tuple[bool, int]] = []  # (opened by a box?, where its content starts)
-    for token in _BOX_TOKEN.finditer(text):
+    for token in _BOX_TOKEN.finditer(pieces[-1]):
         if token[0] == "}":
             is_box, start = open_braces.pop() if open_braces else (False, 0)
-            if is_box:
-                found.append((start, token.start()))
+            if is_box and start > last_start:
+                last_start, last = start, pieces[-1][start : token.start()]
         elif token[0].endswith("{") and token[0] != r"\{":
             open_braces.append((token[0] != "{", token.end()))
         elif token[1]:
-            found.append((token.start(1), token.start(1) + len(token[1].rstrip(".,;:)"))))
-    return sorted(found)
+            last_start, last = token.start(), token[1].rstrip(".,;:)")
+    return last.strip() or None
 
 
 # ================================================================================================== cleaning
@@ -59,7 +54,9 @@ _AS_LATEX = str.maketrans(dict(re.findall(r"(\S) (\S+)", _GLYPHS)))  # "~" is a 
 TEXT = r"\\text ?\{((?:[^{}]|\{[^{}]{0,80}\})*)\}"
 T = r"(?![a-zA-Z])"  # after a macro or a word
 W = r"(?<![\\a-zA-Z])"  # before a word that is not a macro
-_FUNCTIONS = "arc(?:sin|cos|tan|cot)h?|sinh?|cosh?|tanh?|coth?|sec|csc|ln|log|exp|gcd|lcm|(?:max|min|det)(?= ?[({_]| ?\\\\)"
+_FUNCTIONS = (
+    "arc(?:sin|cos|tan|cot)h?|sinh?|cosh?|tanh?|coth?|sec|csc|ln|log|exp|gcd|lcm|(?:max|min|det)(?= ?[({_]| ?\\\\)"
+)
 _ROWS = r"aligned|align\*?|gathered|gather\*?|split|equation\*?|cases|dcases|rcases"
 
 
@@ -77,7 +74,7 @@ _TABLE = [
         (r"</?(?:b|i|em|strong|span|p|code|br|math) ?/?>|`+", " "),
         (r"<(?P<s>su[pb])>([^<>]{1,80})</(?P=s)>", lambda m: ("^" if m[1] == "sup" else "_") + "{" + m[2] + "}"),
         (rf"\\(?:left|right) ?\.|\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|(?:no)?limits){T}", ""),
-        (rf"\\(?:tiny|scriptsize|small|normalsize|large|Large|LARGE|huge|Huge|rm|bf|it|bfseries|strut|mathstrut){T}", ""),
+        (rf"\\(?:tiny|scriptsize|small|normalsize|large|Large|LARGE|huge|Huge|rm|bf|it|bfseries|strut|mathstrut){T}", ""),  # noqa: E501
         (r"\\(?:[hv]space\*?|(?:text)?color|[hv]?phantom|tag\*?|label) ?\{[^{}]{0,80}\}", " "),
         (r"(?<!\\)\\[,;:> ]|\\q?quad|\\enspace|\\thinspace|\\hfill|~", " "),
         (r",? ?\\! ?", ","),
@@ -148,7 +145,7 @@ _TABLE = [
         (r"\\sqrt ?(\[\w+\])? ?(\\[a-zA-Z]+|\w)", r"\\sqrt\1{\2}"),
         # numbers
         (r"([0-9]{1,3})!!", lambda m: str(_double_factorial(int(m[1])))),
-        (r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20})\\(?:bar|dot) ?(?:\{ ?([0-9]{1,20}) ?\}|([0-9]))(?:([0-9]{0,20})\\dot ?\{?([0-9])\}?)?",
+        (r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20})\\(?:bar|dot) ?(?:\{ ?([0-9]{1,20}) ?\}|([0-9]))(?:([0-9]{0,20})\\dot ?\{?([0-9])\}?)?",  # noqa: E501
          lambda m: _repeating(m[1], m[2], "".join(filter(None, m.groups()[2:])))),
         (r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20}?)([0-9]{1,20}?)\3+ ?\\ldots", lambda m: _repeating(*m.groups())),
         (r"(?<![0-9.])([0-9]{0,20})\.([0-9]{0,20})\(([0-9]{1,20})\)", lambda m: _repeating(*m.groups())),

@@ -23,10 +23,10 @@ def matched(golds: list[str], answers: list[str], same: Same) -> bool:
 
 
 def lists(gold: str, answer: str, same: Same) -> bool:
-    r"""(1,2) for 1,2 in this order, \{2,1\} and "2 or 1" for 1,2 in any; 2,2,3 is not 2,3,3, but \{1,1,2\} is \{1,2\}."""
+    r"""(1,2) for 1,2 in this order, \{2,1\} and "2 or 1" for 1,2 in any; 2,2,3 is not 2,3,3, but \{1,1,2\} is \{1,2\}."""  # noqa: E501
     (kind, golds), (other, answers) = items(gold), items(answer)
     kinds = {kind, other}
-    if (kinds != {r"\{\}"} and r"\{\}" in kinds and len(golds) == len(answers) == 1) or (kinds == {r"\{\}", "()"} and 1 in (
+    if (kinds != {r"\{\}"} and r"\{\}" in kinds and len(golds) == len(answers) == 1) or (kinds == {r"\{\}", "()"} and 1 in (  # noqa: E501
         len(golds), len(answers))):  # fmt: skip
         one, two = golds[0] if kind == r"\{\}" else gold, answers[0] if other == r"\{\}" else answer
         return r"\emptyset" not in one + two and enclosed(one)[0] == enclosed(two)[0] and same(one, two)
@@ -37,7 +37,7 @@ def lists(gold: str, answer: str, same: Same) -> bool:
             len(ordered) == 1 and kinds <= {*ordered, ""} and (ordered == {"()"} or len(kinds) == 1 or len(golds) > 2)
         )
         return fits and len(golds) == len(answers) and all(map(same, golds, answers))
-    if all("=" in item for item in golds) != all("=" in item for item in answers):
+    if all("=" in i and "," not in i for i in golds) != all("=" in i and "," not in i for i in answers):
         return False  # names decide the order
     if kinds == {"", "or"} and any(RELATION.search(i) or re.fullmatch(r"\(?[A-J]\)?", i) for i in golds + answers):
         return False  # "x>1 or x<3" is not "x>1, x<3"
@@ -62,7 +62,7 @@ def assignments(text: str) -> list[tuple[str, str]]:
 
 
 def assigned(gold: str, answer: str, same: Same) -> bool:
-    """y=5, x=3 and (3,5) for x=3, y=5; "n=3 or n=2" and 2,3 for n=2, 3. Without names, theirs or the alphabet's order."""
+    """y=5, x=3 and (3,5) for x=3, y=5; "n=3 or n=2" and 2,3 for n=2, 3. Without names, theirs or the alphabet's order."""  # noqa: E501
     g, a = assignments(gold), assignments(answer)
     names = [{name for name, _ in pairs} for pairs in (g, a) if pairs]
     values = [[part for _, part in pairs] for pairs in (g, a)]

@@ -21,7 +21,7 @@ def points(gold: str, answer: str, same: Same) -> bool:
 
     def coordinates(text: str, other: str) -> str:
         column = re.fullmatch(
-            r"\\begin ?\{pmatrix\}([^&]*)\\end ?\{pmatrix\}|\\begin ?\{pmatrix\}(.*&.*)\\end ?\{pmatrix\}\^ ?\{?(?:T|\\top)\}?",
+            r"\\begin ?\{pmatrix\}([^&]*)\\end ?\{pmatrix\}|\\begin ?\{pmatrix\}(.*&.*)\\end ?\{pmatrix\}\^ ?\{?(?:T|\\top)\}?",  # noqa: E501
             text,
         )
         if column and (r"\\" in text) != bool(column[2]):
@@ -31,7 +31,12 @@ def points(gold: str, answer: str, same: Same) -> bool:
         terms = re.findall(r"([-+]? ?[^-+]{0,40})\\hat ?\{? ?\\?([ijk])(?:math)? ?\}?", text)
         parts = {axis: part.replace(" ", "").removeprefix("+") for part, axis in terms}
         return (
-            "(" + ", ".join({"": "1", "-": "-1"}.get(parts.get(i, "0"), parts.get(i, "0")) for i in ("ijk" if "k" in parts or len(items(other)[1]) == 3 else "ij")) + ")"
+            "("
+            + ", ".join(
+                {"": "1", "-": "-1"}.get(parts.get(i, "0"), parts.get(i, "0"))
+                for i in ("ijk" if "k" in parts or len(items(other)[1]) == 3 else "ij")
+            )
+            + ")"
             if terms
             else text
         )
@@ -84,7 +89,7 @@ def pieces(gold: str, answer: str, same: Same) -> bool:
 
 
 def bases(gold: str, answer: str, same: Same) -> bool:
-    r"""1010_{\text{two}}, "1010 in base 2", (1010)_2, 0b1010 and 1010 for 1010_2; its decimal value is another answer."""
+    r"""1010_{\text{two}}, "1010 in base 2", (1010)_2, 0b1010 and 1010 for 1010_2; its decimal value is another answer."""  # noqa: E501
 
     def digits(text: str) -> tuple[str, str] | None:
         said = re.sub(r"^0b([01]+)$", r"\1_2", re.sub(r"^0x([0-9A-Fa-f]+)$", r"\1_16", plain(text)))
@@ -135,20 +140,20 @@ TABLE = [
         (r"^\\therefore(?![a-z])", ""),
         (r"^([a-zA-Z](?:_\w)?) ?\\approx(?![a-z])", r"\1="),  # x\approx11
         (r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly)\b)", ""),  # \approx 2.7
-        (r"[,( ]?(?:\\approx(?![a-z])|\b(?:approximately|approx\.?|about|roughly)(?![a-z]))[^()]{0,80}\)?$", ""),  # 4\pi (\approx 12.57)
-        (r"(?<![a-zA-Z\\])C ?\( ?(\w+) ?, ?(\w+) ?\)|(?:\{ ?\})?[\^_] ?\{?(\w+)\}? ?C ?_ ?\{?(\w+)\}?|(?<![a-zA-Z\\])C ?_ ?\{?(\w+)\}? ?\^ ?\{?(\w+)\}?",
+        (r"[,( ]?(?:\\approx(?![a-z])|\b(?:approximately|approx\.?|about|roughly)(?![a-z]))[^()]{0,80}\)?$", ""),  # 4\pi (\approx 12.57)  # noqa: E501
+        (r"(?<![a-zA-Z\\])C ?\( ?(\w+) ?, ?(\w+) ?\)|(?:\{ ?\})?[\^_] ?\{?(\w+)\}? ?C ?_ ?\{?(\w+)\}?|(?<![a-zA-Z\\])C ?_ ?\{?(\w+)\}? ?\^ ?\{?(\w+)\}?",  # noqa: E501
          lambda m: rf"\binom{{{m[1] or m[3] or m[5]}}}{{{m[2] or m[4] or m[6]}}}"),  # C(10,3), {}^{10}C_3, C_{10}^3
         (r"(?<![a-zA-Z\\])[AP] ?_ ?\{?(\w+)\}? ?\^ ?\{?(\w+)\}?|(?:\{ ?\})?[\^_] ?\{?(\w+)\}? ?P ?_ ?\{?(\w+)\}?",
          lambda m: rf"\frac{{{m[1] or m[3]}!}}{{({m[1] or m[3]}-{m[2] or m[4]})!}}"),  # A_5^2, {}^5P_2
         (r"^\\mathbb ?\{? ?R ?\}? ?(?:\^ ?\{? ?\+ ?\}?|_ ?\{? ?(?:\+|> ?0) ?\}?)$", r"(0,\\infty)"),
         (r"^\\mathbb ?\{? ?R ?\}? ?_ ?\{? ?\\ge ?0 ?\}?$", r"[0,\\infty)"),
-        (r"^(?:the set of )?(?:all )?(?:the )?real(?: number)?s? ?[a-z]? (?:with|such that|where|satisfying) ?(?=.)", ""),
+        (r"^(?:the set of )?(?:all )?(?:the )?real(?: number)?s? ?[a-z]? (?:with|such that|where|satisfying) ?(?=.)", ""),  # noqa: E501
         (r"^(?:the set of )?(?:all )?(?:the )?real(?: number)?s$", r"\\mathbb{R}"),
         (r"^(\w) ?: ?(\w) ?\\mapsto(?![a-z])", r"\1(\2)="),  # f: x\mapsto x^2
         (r"^(\w\(\w\)) ?\\equiv(?![a-z])(?!.*mod)", r"\1="),  # f(x)\equiv0
         (r"^(.*%) ?(?:decrease|increase|off|discount|more|less)$", r"\1"),
         (r"^([0-9]+) dollars? (?:and )?([0-9]{2}) cents?$", r"\1.\2"),
-        (r"^(?:at )?([0-9]{1,2})(?::([0-9]{2}))? ?([apAP])\.? ?[mM]\.?$", lambda m: rf"\text{{at {int(m[1])}:{m[2] or '00'} {m[3].lower()}m}}"),
+        (r"^(?:at )?([0-9]{1,2})(?::([0-9]{2}))? ?([apAP])\.? ?[mM]\.?$", lambda m: rf"\text{{at {int(m[1])}:{m[2] or '00'} {m[3].lower()}m}}"),  # noqa: E501
     ]
 ]  # fmt: skip
 

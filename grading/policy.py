@@ -8,7 +8,9 @@ reading is the simplest rule: what one text says in plainer words. docs/answers.
 import re
 from functools import lru_cache
 
-from grading.box import boxes, clean
+from latex2sympy2_extended.math_normalization import extract_boxed_content
+
+from grading.box import clean
 from grading.lists import assigned, lists, named, renamed_argument, sets, sides, solution_set
 from grading.notations import bases, congruences, digit_groups, dimensions, dotted, pieces, plainer, points, ratios
 from grading.quantities import durations, in_digits, percents, units
@@ -20,7 +22,7 @@ MAX_CHARS, MAX_GOLD = 300, 3000  # longer answers are wrong unless the gold is l
 
 
 def listed(gold: str, answer: str) -> bool:
-    """2,3,3 for 2,2,3 and (2,1) for (1,2): math-verify's sets know neither order nor number; lists compares the items."""
+    """2,3,3 for 2,2,3 and (2,1) for (1,2): math-verify's sets know neither order nor number; lists compares the items."""  # noqa: E501
     return any(len(items(text)[1]) > 1 for text in (gold, answer))
 
 
@@ -53,7 +55,7 @@ def other_letters(gold: str, answer: str) -> bool:
 VETOES = (listed, half_named, read_as_quotient, read_as_product, other_letters)
 READINGS = (plainer, without_remark, in_digits, dotted)
 ADDITIONS = (
-    named, lists, assigned, renamed_argument, sets, words, options, renamed_parameter, units, durations, percents, ratios, points,
+    named, lists, assigned, renamed_argument, sets, words, options, renamed_parameter, units, durations, percents, ratios, points,  # noqa: E501
     congruences, pieces, bases, digit_groups, dimensions, conclusion,
 )  # fmt: skip
 
@@ -99,12 +101,7 @@ def cleaned(text: str) -> str | None:
 
 def read_gold(gold: str) -> str:
     """A gold, cleaned; ValueError, naming it, if nothing can be compared with it: that is an error in the data."""
-    boxed = boxes(gold)
-    text = (
-        ", ".join(gold[i:j].strip() for i, j in boxed if not any(i < k < j for k, _ in boxed))
-        if re.search(r"\\(?:A?boxed|fbox)", gold)
-        else gold
-    )
+    text = extract_boxed_content(gold, "last") if re.search(r"\\(?:boxed|fbox)", gold) else gold
     if len(text) > MAX_GOLD:
         return text
     if not text or (read := cleaned(text)) is None:
@@ -128,7 +125,7 @@ def right(gold: str, answer: str) -> bool:
 
 
 def as_asked(gold: str, answer: str) -> str | None:
-    """An answer read as the gold's form asks, for voting: a bare list with its brackets, x=5 as 5 if no name is asked."""
+    """An answer read as the gold's form asks, for voting: a bare list with its brackets, x=5 as 5 if no name is asked."""  # noqa: E501
     read, text = read_gold(gold), cleaned(answer) if len(answer) <= MAX_CHARS else None
     if text is None:
         return None

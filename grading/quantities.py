@@ -6,7 +6,7 @@ from fractions import Fraction
 from grading.box import TEXT
 from grading.texts import AND, Same, number, plain
 
-_NAMES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_NAMES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"  # noqa: E501
 NUMBERS = {word: n for n, word in enumerate(_NAMES.split())}
 NUMBERS |= {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 _SCALES: dict[str, int | Fraction] = {
@@ -76,27 +76,27 @@ def in_digits(text: str) -> str:
 _UNITS = {
     name: names.split()[0]
     for names in (
-        "mm millimeter millimetre|cm centimeter centimetre|m meter metre|km kilometer kilometre|in inch inche|ft foot feet|yd yard|mi mile"
-        "|mg milligram|g gram|kg kilogram|lb pound|oz ounce|ml mL milliliter|l L liter litre|s sec second|min minute|h hr hour|day|week|month"
-        "|yr year|mph|kph kmh|dollar USD|cent|euro EUR|rad radian|deg degree|N newton|J joule|W watt|V volt|A ampere|K kelvin|Pa pascal|Hz"
+        "mm millimeter millimetre|cm centimeter centimetre|m meter metre|km kilometer kilometre|in inch inche|ft foot feet|yd yard|mi mile"  # noqa: E501
+        "|mg milligram|g gram|kg kilogram|lb pound|oz ounce|ml mL milliliter|l L liter litre|s sec second|min minute|h hr hour|day|week|month"  # noqa: E501
+        "|yr year|mph|kph kmh|dollar USD|cent|euro EUR|rad radian|deg degree|N newton|J joule|W watt|V volt|A ampere|K kelvin|Pa pascal|Hz"  # noqa: E501
     ).split("|")
     for name in names.split()
 }
 _FILLER = set(
-    "square sq cubic cu per of the in a an total each red blue people men women children person unit with certainty inclusive"
+    "square sq cubic cu per of the in a an total each red blue people men women children person unit with certainty inclusive"  # noqa: E501
     " mol Omega kJ eV kPa kW dm dl cl cc rs gbp inr jpy cny erg rpm".split()
 )
 _NO_UNIT = re.compile(
     r"\b(?:or|and|not|if|for|when|where|then|mod|modulo|to|is|than|more|less|below|negative|minus|plus|times|over|factorial|choose|base|out|least"
     r"|most|either|otherwise|except|unless|but|only|doubles?d?|twice|triples?d?|halve[sd]|infinity|root|power|approx\w*|(?:de|in)crease|basis|score"
-    r"|dozens?|remainder|pairs|per ?mille?|percent\w*|squares?d|cubed|vs|versus|maybe|possibly|\w*(?:illion|thousand|hundred)\w*|\w{2,}(?:th|rd)s?"
+    r"|dozens?|remainder|pairs|per ?mille?|percent\w*|squares?d|cubed|vs|versus|maybe|possibly|\w*(?:illion|thousand|hundred)\w*|\w{2,}(?:th|rd)s?"  # noqa: E501
     r"|halves|quarters|seconds? of|crore|lakh|bn|tens|scores|gross|folds?)\b|[万亿千百]"
 )
 _TAIL = re.compile(
     rf"(?:{TEXT}|\\(?:Omega|cdot|times|mu|circ)(?![a-z])|[a-zA-Z./ ·]|\^ ?\{{? ?-?[0-9] ?\}}?|[^\x00-\x7f])+"
 )
 _TAIL_START = re.compile(
-    r"(?<=[0-9})!\]a-z]) ?\\text ?\{|(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2}|m\^)| (?=[a-zA-Z](?:[ /^.]|$))|(?<=[0-9}]) ?(?=[^\x00-\x7f]|\\mu ?\\text|\\Omega)"
+    r"(?<=[0-9})!\]a-z]) ?\\text ?\{|(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2}|m\^)| (?=[a-zA-Z](?:[ /^.]|$))|(?<=[0-9}]) ?(?=[^\x00-\x7f]|\\mu ?\\text|\\Omega)"  # noqa: E501
 )
 _CURRENCY = re.compile(r"([-+]?) ?(?:US|R|Rs\.?|USD|EUR|GBP|INR|JPY|CNY|RMB|CAD|AUD|CHF|HK) ?(?=[-0-9.])(.*)")
 
@@ -124,7 +124,7 @@ def quantity(text: str) -> tuple[str, list[str]] | None:
 
 
 def units(gold: str, answer: str, same: Same) -> bool:
-    r"""5 km/h, \$5 and "5 apples" for 5; a unit may be missing, but 5 minutes is not 5 hours, and 5 million is not 5."""
+    r"""5 km/h, \$5 and "5 apples" for 5; a unit may be missing, but 5 minutes is not 5 hours, and 5 million is not 5."""  # noqa: E501
     g, a = quantity(gold), quantity(answer)
     if (g is None and a is None) or (g and a and g[1] and a[1] and g[1] != a[1]):
         return False

@@ -15,7 +15,7 @@ Same = Callable[[str, str], bool]  # what a rule asks about parts: is the second
 MAX_DEPTH = 40  # of brackets in brackets
 OR, AND = (rf"\\text ?\{{[, ]?(?:{w})[, ]?\}}|{W}(?:{w}){T}" for w in ("or|oder|ou|или|或者?", "and|et|und|и|和"))
 SYMBOL = r"(?:\\(?:mathbb|vec|hat|bar) ?\{?[a-zA-Z]\}?|\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\w|\{\w+\}))?'{0,3}"
-NAME = re.compile(  # what may stand before "=": x, f(x), (x,y), AB, |AB|, \angle ABC, [ABC], \text{Area}, V_1:V_2, \frac{AB}{CD}
+NAME = re.compile(  # what may stand before "=": x, f(x), (x,y), AB, |AB|, \angle ABC, [ABC], \text{Area}, V_1:V_2, \frac{AB}{CD}  # noqa: E501
     rf"{SYMBOL} ?(?:\([\w, ]*\)|\[[A-Z]\])?|\( ?{SYMBOL}(?: ?, ?{SYMBOL})+ ?\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
     rf"|\\(?:angle|bar|triangle) ?\{{?[A-Z_0-9 ]+\}}?|\\text ?\{{[^{{}}]*\}}|[A-Z][a-z]{{2,}}|\[[A-Z]{{3,5}}\]"
     rf"|\\frac\{{ ?[A-Z]{{1,2}} ?\}}\{{ ?[A-Z]{{1,2}} ?\}}|{SYMBOL} ?: ?{SYMBOL}"
@@ -24,7 +24,7 @@ RELATION = re.compile(r"\\(?:[lgn]e|in)(?![a-z])|[<>]")
 _BRACKET = r"\\?[{(\[]|\\?[})\]]|\\[lr]angle"
 _DIGITS = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(
-    rf"([-+]?) ?(?:([0-9]+) )?([-+]? ?{_DIGITS})(?:(?:[eE]| ?\\(?:times|cdot) ?\{{?10\}}? ?\^) ?\{{? ?([-+]?[0-9]{{1,3}}) ?\}}?)?"
+    rf"([-+]?) ?(?:([0-9]+) )?([-+]? ?{_DIGITS})(?:(?:[eE]| ?\\(?:times|cdot) ?\{{?10\}}? ?\^) ?\{{? ?([-+]?[0-9]{{1,3}}) ?\}}?)?"  # noqa: E501
     rf"(?: ?/ ?([-+]? ?{_DIGITS}))?"
 )
 _FRAC = re.compile(rf"\\frac ?\{{ ?([-+]? ?{_DIGITS}) ?\}} ?\{{ ?([-+]? ?{_DIGITS}) ?\}}")
@@ -120,7 +120,7 @@ def hopeless(text: str) -> bool:
 
 @lru_cache(maxsize=20_000)
 def items(text: str) -> tuple[str, list[str]]:
-    r"""Brackets and items of a list: ("()", ["1", "2"]) of "(1,2)"; ("", ...) of "1, 2", ("or", ...) of "1 or 2", 1 \pm 2."""
+    r"""Brackets and items of a list: ("()", ["1", "2"]) of "(1,2)"; ("", ...) of "1, 2", ("or", ...) of "1 or 2", 1 \pm 2."""  # noqa: E501
     brackets, inside = enclosed(text)
     if brackets in ("()", r"\{\}", "[]"):
         spaced = (
@@ -135,13 +135,10 @@ def items(text: str) -> tuple[str, list[str]]:
         return "", [text]
     for separator in (OR, AND, ";", ", ", ","):
         if len(parts := [part.strip(" ,") for part in split(text, separator)]) > 1:
-            flat = [
-                item
-                for part in parts
-                for item in (
-                    [part] if (separator in (OR, ";") and "=" in part) or enclosed(part)[0] else items(part)[1]
-                )
-            ]
+            systems = separator in (OR, ";") or all("=" in part and "," in part for part in parts)
+            flat: list[str] = []
+            for part in parts:
+                flat += [part] if (systems and "=" in part) or enclosed(part)[0] else items(part)[1]
             return "or" if separator == OR else "", flat
     if len(re.findall(r"\\[pm][pm](?![a-z])", text)) == 1:
         return "or", [re.sub(r"\\[pm][pm](?![a-z])", sign, text).removeprefix("+").strip() for sign in "+-"]

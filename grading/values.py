@@ -3,7 +3,7 @@
 Only the worker imports this. Exact numbers are compared exactly. Others are compared to more digits than all numbers in
 them have, so that 2^{2024} + \\pi is not 2^{2024} + 1 + \\pi; expressions are compared so at random points of their natural
 domain, and where neither can be had, only simplification to zero accepts.
-"""
+"""  # noqa: E501
 
 import random
 import re

@@ -12,7 +12,7 @@ _SAID = [  # what is said in words, in the commonest languages of answers
         "no": "no|non|nein|nee|нет|否|不是",
         "true": "true|vrai|wahr|verdadero|vero|верно|истина|正确|对|真",
         "false": "false|faux|falsch|falso|неверно|ложь|错误?|假",
-        "none": r"none|nothing|(?:there (?:is|are) )?no (?:real |such )?(?:solutions?|values?|numbers?|integers?)(?: exists?)?"
+        "none": r"none|nothing|(?:there (?:is|are) )?no (?:real |such )?(?:solutions?|values?|numbers?|integers?)(?: exists?)?"  # noqa: E501
         r"|aucune?(?: solution)?|keine?(?: lösung(?:en)?)?|ning[uú]n[oa]?|nessun[oa]?|нет решений|无解|没有|\\emptyset"
         "|(?:the )?empty set|dne|does not exist|undefined|impossible",
     }.items()
@@ -57,7 +57,7 @@ def options(gold: str, answer: str, same: Same) -> bool:
 # ================================================================================================== remarks
 
 _REASON = re.compile(
-    r"\b(?:since|because|as (?:required|desired|claimed|\w+ ?=)|attained|achieved|occurs|obtained|by (?:the|symmetry|AM)|respectively"
+    r"\b(?:since|because|as (?:required|desired|claimed|\w+ ?=)|attained|achieved|occurs|obtained|by (?:the|symmetry|AM)|respectively"  # noqa: E501
     r"|for (?:all|any|every|each|some)|where|with|in (?:total|all)|altogether|для|因为)(?!\w)"
 )
 _DOMAIN = re.compile(r"[,(;]| (?=[a-zA-Z](?:_\w)? ?(?:\\(?:in|[lgn]e)(?![a-z])|[<>]))")
@@ -65,7 +65,7 @@ _RESTRICTS = re.compile(r"\b(?:if|otherwise|or|odd|even|else|except|remainder|no
 
 
 def without_remark(text: str) -> str:
-    r"""12 for "12 since 3\cdot4=12", 2x for "2x for all real x" and "2x, x\ne2"; "0 for odd n" and "2n where n=3" stay."""
+    r"""12 for "12 since 3\cdot4=12", 2x for "2x for all real x" and "2x, x\ne2"; "0 for odd n" and "2n where n=3" stay."""  # noqa: E501
     said = plain(text)
     cuts = [cut.start() for cut in _REASON.finditer(said)][:1] + [cut.start() for cut in _DOMAIN.finditer(said)]
     for cut in cuts[:9]:
@@ -111,7 +111,10 @@ def conclusion(gold: str, answer: str, same: Same) -> bool:
     cuts = is_words or list(re.finditer("=", said))
     if not cuts or "=" in gold or re.search("[a-z]{3} ", gold) or not re.match(r"[^\W\d_]{2}|[A-Z] ?[:=]", said):
         return False
-    sentence, value = re.sub(r"\\[a-zA-Z]+(?:_\{\w+\})?", "", said[: cuts[-1].start()]), said[cuts[-1].end() :].strip(" .")
+    sentence, value = (
+        re.sub(r"\\[a-zA-Z]+(?:_\{\w+\})?", "", said[: cuts[-1].start()]),
+        said[cuts[-1].end() :].strip(" ."),
+    )
     if not re.search(r"\b[a-z]{3}|\b[Aa]ns|[^\x00-\xff]", sentence) or r"\{" in said:
         return False
     return not (len(is_words) > 1 and re.search(AND, said)) and same(gold, value.strip("()") if "=" in value else value)

@@ -240,7 +240,7 @@ def test_hostile_answers_are_wrong_soon(answer):
     assert answers_equal(r"2\sqrt{2}", r"\sqrt{8}")  # the next one is graded as ever
 
 
-PIECES = r"7|1, |x |\text{a}|\ldots|sqrt |or |\pm |[1,|0.1|\mid |<|{|for all |\frac|\begin{cases}|a|,|=|(|\text{|is |and |^|_{a}|-"
+PIECES = r"7|1, |x |\text{a}|\ldots|sqrt |or |\pm |[1,|0.1|\mid |<|{|for all |\frac|\begin{cases}|a|,|=|(|\text{|is |and |^|_{a}|-"  # noqa: E501
 PATTERNS = [
     *(
         pattern
