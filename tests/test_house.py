@@ -25,7 +25,8 @@ OPTIONAL = (
     "sympy",
     "latex2sympy2_extended",
 )
-OURS = sorted(file for part in (".", "grading", "plumbing", "tiny", "experiments", "tests") for file in (ROOT / part).glob("*.py"))
+FOLDERS = (".", "grading", "plumbing", "tiny", "experiments", "tests")
+OURS = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))
 
 
 def floor(file: Path) -> str:
