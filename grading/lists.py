@@ -164,10 +164,10 @@ def solution_set(text: str) -> tuple[str, Any] | None:
         return str(read.lhs), read.rhs.doit()
     if isinstance(read, sympy.Set):
         return "", read.doit()
-    read = read.replace(lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Symbol(str(e), real=True))
-    if len(free := getattr(read, "free_symbols", ())) != 1 or not hasattr(read, "as_set"):
+    relation: Any = read.replace(lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Symbol(str(e), real=True))
+    if len(free := getattr(relation, "free_symbols", ())) != 1 or not hasattr(relation, "as_set"):
         return None
-    return str(*free), read.as_set()
+    return str(*free), relation.as_set()
 
 
 def sets(gold: str, answer: str, same: Same) -> bool:

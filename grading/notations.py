@@ -30,16 +30,8 @@ def points(gold: str, answer: str, same: Same) -> bool:
             return text[text.index("(") :]
         terms = re.findall(r"([-+]? ?[^-+]{0,40})\\hat ?\{? ?\\?([ijk])(?:math)? ?\}?", text)
         parts = {axis: part.replace(" ", "").removeprefix("+") for part, axis in terms}
-        return (
-            "("
-            + ", ".join(
-                {"": "1", "-": "-1"}.get(parts.get(i, "0"), parts.get(i, "0"))
-                for i in ("ijk" if "k" in parts or len(items(other)[1]) == 3 else "ij")
-            )
-            + ")"
-            if terms
-            else text
-        )
+        each = [parts.get(axis, "0") for axis in ("ijk" if "k" in parts or len(items(other)[1]) == 3 else "ij")]
+        return f"({', '.join(part + '1' if part in ('', '-') else part for part in each)})" if terms else text
 
     g, a = coordinates(gold, answer), coordinates(answer, gold)
     return (g, a) != (gold, answer) and enclosed(g)[0] == enclosed(a)[0] == "()" and same(g, a)
