@@ -22,8 +22,9 @@ import torch
 
 from engine.sampler import Sampler
 from engine.tokens import THINK_END, Completion, encode, thinks, thought_is_open
-from plumbing.answers import extract_answer, grade_all
-from plumbing.votes import wins_vote
+from grading.box import extract_answer
+from grading.verdict import grade_all
+from grading.votes import wins_vote
 
 # The forced-termination phrase of the authors' public code: what turns the model into the meta-prover μ.
 STOP_PHRASE = (
