@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
+TINY = ("tiny", "tiny/backtrack")  # the embedded reasoners, and the names of their problems
 
 # ============================================================================================ messages and files
 
@@ -91,8 +92,8 @@ def first_line(error: Exception) -> str:
 
 
 def resolve_model(model: str) -> str:
-    """`tiny` is the folder of the embedded reasoner; anything else is left as it is."""
-    return str(ROOT / "tiny") if model == "tiny" else model
+    """The folder of an embedded reasoner; anything else is left as it is."""
+    return str(ROOT / model) if model in TINY else model
 
 
 def short_name(path: str) -> str:
