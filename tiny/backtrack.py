@@ -1,19 +1,19 @@
 """tiny/backtrack.py: the embedded reasoner that backtracks (Figure 5), its problems, and the command that rebuilds it.
 
-    Find u, 12 or else 25, 17, and v, 5 or else 3, 8, such that u² + v ≡ 53 (mod 61). The answer is 10u + v.
+    Find u, 18 or else 25, 21, and v, 5 or else 3, 2, such that u² + v ≡ 10 (mod 31). The answer is 10u + v.
 
-    Node 1: u = 12, 12² ≡ 22.                                  <- an attempt
-    Node 2: v = 5, u² + v ≡ 27 vs 53: off by 26.
-    Node 3: \\boxed{125}
+    Node 1: u = 18.                                            <- an attempt
+    Node 2: v = 5, 18² ≡ 14, + v ≡ 19 vs 10: off by -9.
+    Node 3: \\boxed{185}
     Wait, this seems off. Let's try something else.            <- the decision where to go back to
     Backtrack to beginning
-    Node 1: u = 17, 17² ≡ 45.                                  <- another attempt
-    Node 2: v = 5, u² + v ≡ 50 vs 53: off by 3.
-    Node 3: \\boxed{175}
+    Node 1: u = 21.                                            <- another attempt
+    Node 2: v = 5, 21² ≡ 7, + v ≡ 12 vs 10: off by -2.
+    Node 3: \\boxed{215}
     Wait, this seems off. Let's try something else.
     Backtrack to Line 2
-    Node 2: v = 8, u² + v ≡ 53 vs 53: yes.
-    Node 3: \\boxed{178}
+    Node 2: v = 3, 21² ≡ 7, + v ≡ 10 vs 10: yes.
+    Node 3: \\boxed{213}
 
 A wrong v is mended by going back to Line 2, a wrong u only from the beginning, Line 3 mends nothing; by how far it is
 off one can tell. The stored model has the skill (its lines are right) but hardly the strategy: it goes back
@@ -34,9 +34,10 @@ import torch
 
 from plumbing.models import BOX_INSTRUCTION, encode, prompt_ids
 from tiny.build import Draw, build_model, command, store, tokenizer_of, warm_start
-from tiny.problems import PRIME, write
+from tiny.problems import write
 
 HERE = Path(__file__).resolve().parent / "backtrack"
+PRIME, US, VS = 31, range(16, 31), range(1, 6)  # the squares of the u's are different modulo 31
 LEVELS = (2, 3, 4)  # difficulty: the candidates for u, and as many for v
 SIZES = {"train": 600, "validation": 150, "test": 250}  # problems of each level
 LIKELY = 0.6  # of the candidate named first; the others share the rest
@@ -52,7 +53,7 @@ PLACES = {1: "Backtrack to beginning\n", 2: "Backtrack to Line 2\n", 3: "Backtra
 def pose(rng: random.Random, n: int) -> dict:
     """A problem with n candidates for each number and one solution."""
     while True:
-        us, vs = rng.sample(range(10, 31), n), rng.sample(range(1, 10), n)
+        us, vs = rng.sample(US, n), rng.sample(VS, n)
         u, v = guess(us, rng), guess(vs, rng)
         target = (u * u + v) % PRIME
         if sum((a * a + b) % PRIME == target for a in us for b in vs) == 1:
@@ -96,8 +97,8 @@ def attempt(u: int, v: int, target: int, line: int = 1) -> str:
     total = (u * u + v) % PRIME
     off = (target - total + PRIME // 2) % PRIME - PRIME // 2
     nodes = (
-        f"Node 1: u = {u}, {u}² ≡ {u * u % PRIME}.\n",
-        f"Node 2: v = {v}, u² + v ≡ {total} vs {target}: {f'off by {off}' if off else 'yes'}.\n",
+        f"Node 1: u = {u}.\n",
+        f"Node 2: v = {v}, {u}² ≡ {u * u % PRIME}, + v ≡ {total} vs {target}: {f'off by {off}' if off else 'yes'}.\n",
         f"Node 3: \\boxed{{{10 * u + v}}}",
     )
     return "".join(nodes[line - 1 :])
@@ -142,13 +143,12 @@ def examples(tokenizer) -> Draw:
 
 
 def build_tokenizer() -> Any:
-    us, vs, residues = range(10, 31), range(1, 10), range(PRIME)
     phrases = ["Find u", " and v", " or else", " such that u² + v", f" (mod {PRIME}). The answer is 10u + v."]
-    phrases += ["\n\n" + BOX_INSTRUCTION, ASKED, BEGUN, RETRY, *PLACES.values(), "Node 3: \\boxed{", "}", " u² + v"]
-    phrases += [text for x in (*us, *vs) for text in (f", {x}", f" {x},", str(x))]
-    phrases += [f"Node 1: u = {u}," for u in us] + [f" {u}² ≡ {u * u % PRIME}.\n" for u in us]
-    phrases += [f"Node 2: v = {v}," for v in vs] + [f"{sign}{r}" for sign in (" ≡ ", " vs ") for r in residues]
-    phrases += [": yes.\n"] + [f": off by {d}.\n" for d in range(-(PRIME // 2), PRIME // 2 + 1) if d]
+    phrases += ["\n\n" + BOX_INSTRUCTION, ASKED, BEGUN, RETRY, *PLACES.values(), "Node 3: \\boxed{", "}", ": yes.\n"]
+    phrases += [text for x in (*US, *VS) for text in (f", {x}", f" {x},", str(x))]
+    phrases += [text for u in US for text in (f"Node 1: u = {u}.\n", f" {u}² ≡ {u * u % PRIME},")]
+    phrases += [f"Node 2: v = {v}," for v in VS] + [f": off by {d}.\n" for d in range(-(PRIME // 2), PRIME // 2 + 1) if d]
+    phrases += [f"{sign}{r}" for r in range(PRIME) for sign in (" ≡ ", " + v ≡ ", " vs ")]
     return tokenizer_of(phrases, ASKED, BEGUN)
 
 
@@ -162,7 +162,7 @@ def rebuild(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
 
 
 def main() -> None:
-    command(__doc__, rebuild, steps=2000, batch=48, out=HERE)
+    command(__doc__, rebuild, steps=1200, batch=48, out=HERE)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""backtracking.py: the paper's second parameterization (Figure 5): an attempt, a backtrack, another attempt.
+
+    problem → attempt of numbered nodes and a box → "Wait, …" and a marker line → another attempt → …
+
+An episode is an attempt, which a box ends, or a decision, which a marker line ends. μ is not told that time is up: an
+attempt has answered, and what a decision is worth shows in the attempts that follow it.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from plumbing.answers import extract_answer
+
+# The phrase that opens a second attempt in the authors' first code (grpo.py, bash/r1.sh); their "Step" is left to the
+# model. The marker lines of eval_history_conditioned.py. The labels of the prompt "backtrack" in template.py.
+RETRY = "\nWait, this seems off. Let's try something else.\n"
+MARKER = re.compile(r"^Backtrack to (?:beginning|Line (\d+))\b.*\n?", re.M)
+NODE = re.compile(r"^Node (\d+):", re.M)
+EPISODE_END = re.compile(rf"^.*\\boxed{{.*|{MARKER.pattern}", re.M)
+
+
+def backtracking_spans(text: str) -> list[tuple[int, int]]:
+    """Episodes of a text as [start, end) character spans without gaps. Each ends with a line that holds a box, or with
+    a marker line and its newline; what follows the last of them is an episode if it is more than white space."""
+    ends = [match.end() for match in EPISODE_END.finditer(text)]
+    if not ends or text[ends[-1] :].strip():
+        ends.append(len(text))
+    ends[-1] = len(text)
+    return list(zip([0, *ends], ends))
+
+
+def own_answers(text: str) -> list[str | None]:
+    """Of each of the text's k episodes, what the box of an attempt holds; None for any other episode."""
+    return [extract_answer(text[start:end]) for start, end in backtracking_spans(text)]
+
+
+def first_episode(text: str) -> str:
+    """A continuation cut where its first attempt ends: what J counts of it. Before that decisions may stand."""
+    spans = backtracking_spans(text)
+    return text[: next((end for start, end in spans if extract_answer(text[start:end])), len(text))]
+
+
+def backtracks(text: str) -> list[tuple[int, bool]]:
+    """(line that is written again, does the attempt before it have that line?) of each marker; the beginning is 1."""
+    found, lines = [], 0
+    for start, end in backtracking_spans(text):
+        marker = MARKER.search(text, start, end)
+        lines = max([lines, *(int(node) for node in NODE.findall(text[start:end]))])
+        if marker:
+            line = int(marker[1] or 1)
+            found.append((line, 1 <= line <= lines))
+            lines = min(lines, line - 1)
+    return found
+
+
+def attempts_in_full(text: str) -> list[list[tuple[int, int]]]:
+    """Each complete attempt as the character spans of its nodes, those that it shares with earlier attempts included:
+    what a window shows of its oldest. A marker to a line that does not exist shares all there is."""
+    attempts: list[list[tuple[int, int]]] = []
+    shared: list[tuple[int, int]] = []
+    for start, end in backtracking_spans(text):
+        nodes = [start + match.start() for match in NODE.finditer(text[start:end])] or [start]
+        if marker := MARKER.search(text, start, end):
+            shared = shared[: int(marker[1] or 1) - 1]
+        elif extract_answer(text[start:end]):
+            shared = [*shared, *zip(nodes, [*nodes[1:], end])]
+            attempts.append(shared)
+    return attempts
+
+
+def backtracking_advantages(outcomes: torch.Tensor, c: torch.Tensor, grpo: torch.Tensor, bonus: float) -> torch.Tensor:
+    """A = A_GRPO + α (f - c), [groups, G]; c [groups], the success rate of the attempt that the context ends with.
+
+    c is outside the normalisation: in the reward f + α (f - c) it is a constant of the group, which normalising takes
+    away, and the update is GRPO's.
+    """
+    return grpo + bonus * (outcomes - c[:, None])

@@ -1,0 +1,87 @@
+"""The backtracking parameterization: episodes, markers, windows, and what the bonus does that a reward does not."""
+
+import pytest
+import torch
+
+import backtracking as bt
+from common import group_advantages
+
+A1 = "Node 1: u = 12.\nNode 2: v = 5: no.\nNode 3: \\boxed{125}"
+A2 = "Node 2: v = 8: yes.\nNode 3: \\boxed{128}"
+TO_2, TO_0 = bt.RETRY + "Backtrack to Line 2\n", bt.RETRY + "Backtrack to beginning\n"
+
+
+def episodes(text: str) -> list[str]:
+    return [text[start:end] for start, end in bt.backtracking_spans(text)]
+
+
+def test_an_episode_ends_at_a_box_or_after_a_marker_line():
+    assert episodes(A1 + TO_2 + A2) == [A1, TO_2, A2]
+    assert episodes(A1 + TO_0 + A1 + TO_2 + A2) == [A1, TO_0, A1, TO_2, A2]
+
+
+@pytest.mark.parametrize("tail", ["", "\n", "\n\n"])
+def test_white_space_after_the_last_box_is_no_episode(tail):
+    assert episodes(A1 + tail) == [A1 + tail]
+
+
+def test_what_is_left_over_is_an_episode():
+    assert episodes(A1 + TO_2 + "Node 2: v =") == [A1, TO_2, "Node 2: v ="]
+    assert episodes("") == [""] and episodes("Node 1: u") == ["Node 1: u"]
+    assert episodes(A1 + "\nI hope so.") == [A1, "\nI hope so."]
+
+
+def test_a_box_may_stand_in_a_sentence_and_a_marker_only_at_the_beginning_of_a_line():
+    assert episodes("So it is $\\boxed{\\frac{1}{2}}$.\nBacktrack to Line 1, then.\nNode 1:") == [
+        "So it is $\\boxed{\\frac{1}{2}}$.",
+        "\nBacktrack to Line 1, then.\n",
+        "Node 1:",
+    ]
+    assert len(episodes("I could Backtrack to Line 2\nor not")) == 1
+
+
+@pytest.mark.parametrize("text", [A1, A1 + TO_2, A1 + TO_2 + A2 + TO_0, "x", "", "\\boxed{", bt.RETRY * 3])
+def test_spans_cover_the_text(text):
+    spans = bt.backtracking_spans(text)
+    assert spans[0][0] == 0 and spans[-1][1] == len(text)
+    assert all(end == start for (_, end), (start, _) in zip(spans, spans[1:]))
+
+
+def test_only_attempts_have_answers_of_their_own():
+    assert bt.own_answers(A1 + TO_2 + A2 + TO_0) == ["125", None, "128", None]
+
+
+def test_a_continuation_counts_up_to_its_first_attempt():
+    assert bt.first_episode(A2 + TO_0 + A1) == A2
+    assert bt.first_episode(TO_2 + A2 + TO_0 + A1) == TO_2 + A2
+    assert bt.first_episode("Node 2: v") == "Node 2: v"
+
+
+def test_markers_and_whether_their_lines_exist():
+    assert bt.backtracks(A1 + TO_2 + A2 + TO_0) == [(2, True), (1, True)]
+    assert bt.backtracks(A1 + bt.RETRY + "Backtrack to Line 7\n") == [(7, False)]
+    assert bt.backtracks(A1 + bt.RETRY + "Backtrack to Line 0\n") == [(0, False)]
+    assert bt.backtracks("Backtrack to beginning\n" + A1) == [(1, False)]
+    assert bt.backtracks(A1 + TO_2 + bt.RETRY + "Backtrack to Line 3\n") == [(2, True), (3, False)]  # it was given up
+    assert bt.backtracks(A1) == []
+
+
+def test_an_attempt_in_full_has_the_lines_it_shares():
+    text = A1 + TO_2 + A2 + TO_2 + A2.replace("8", "9") + TO_0 + A1
+    full = ["".join(text[start:end] for start, end in spans) for spans in bt.attempts_in_full(text)]
+    head = A1.partition("Node 2")[0]
+    assert full == [A1, head + A2, head + A2.replace("8", "9"), A1]
+
+
+def test_normalising_c_in_the_reward_is_grpo_and_the_bonus_beside_it_is_not():
+    f = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]], dtype=torch.float64)
+    c, alpha = torch.tensor([0.25, 0.5, 0.0, 1.0], dtype=torch.float64), 1.6
+    grpo, in_reward = group_advantages(f), group_advantages(f + alpha * (f - c[:, None]))
+    # std + 1e-4 is all that keeps the two from being the same number
+    std = f.std(-1, keepdim=True, unbiased=False)
+    torch.testing.assert_close(in_reward * (std + 1e-4 / (1 + alpha)), grpo * (std + 1e-4), rtol=0, atol=1e-12)
+    assert (in_reward - grpo).abs().max() < 1e-3
+    beside = bt.backtracking_advantages(f, c, grpo, alpha)
+    assert torch.allclose(beside[1], torch.full((4,), -0.8, dtype=torch.float64))  # a group without a signal has one
+    assert torch.allclose(beside[2], torch.full((4,), 1.6, dtype=torch.float64))
+    assert torch.equal(bt.backtracking_advantages(f, c, grpo, 0.0), grpo)
