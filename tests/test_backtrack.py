@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import tiny.backtrack
 from common import Trace, read_traces
 from plumbing.data import load_problems
 from plumbing.hf_engine import TransformersEngine
@@ -98,3 +99,13 @@ def test_every_problem_has_exactly_one_solution():
         us, vs, target, right_u, right_v = parts(problem)
         assert len(set(us)) == len(set(vs)) == problem["level"] and problem["answer"] == str(10 * right_u + right_v)
         assert [(u, v) for u, v in product(us, vs) if (u**2 + v) % 31 == target] == [(right_u, right_v)]
+
+
+def test_the_example_of_the_docstring_is_a_problem_and_its_trace():
+    problem, _, trace = (
+        re.sub(r" +<-.*|^    ", "", tiny.backtrack.__doc__ or "", flags=re.M).partition("\n\n")[2].partition("\n\n")
+    )
+    us, vs, target, *_ = parts({"problem": problem, "answer": "213"})
+    assert [(u, v) for u, v in product(us, vs) if (u**2 + v) % 31 == target] == [(21, 3)]
+    texts = attempt(18, 5, target), PLACES[1] + attempt(21, 5, target), PLACES[2] + attempt(21, 3, target, 2)
+    assert trace.startswith(RETRY.join(texts) + "\n\n")

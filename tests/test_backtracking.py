@@ -1,5 +1,7 @@
 """The backtracking parameterization: episodes, markers, windows, and what the bonus does that a reward does not."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -44,7 +46,7 @@ def test_a_box_may_stand_in_a_sentence_and_a_marker_only_at_the_beginning_of_a_l
 def test_spans_cover_the_text(text):
     spans = bt.backtracking_spans(text)
     assert spans[0][0] == 0 and spans[-1][1] == len(text)
-    assert all(end == start for (_, end), (start, _) in zip(spans, spans[1:]))
+    assert all(end == start for (_, end), (start, _) in pairwise(spans))
 
 
 def test_only_attempts_have_answers_of_their_own():

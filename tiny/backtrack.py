@@ -1,6 +1,6 @@
 """tiny/backtrack.py: the embedded reasoner that backtracks (Figure 5), its problems, and the command that rebuilds it.
 
-    Find u, 18 or else 25, 21, and v, 5 or else 3, 2, such that u² + v ≡ 10 (mod 31). The answer is 10u + v.
+    Find u, 18 or else 20, 21, and v, 5 or else 3, 2, such that u² + v ≡ 10 (mod 31). The answer is 10u + v.
 
     Node 1: u = 18.                                            <- an attempt
     Node 2: v = 5, 18² ≡ 14, + v ≡ 19 vs 10: off by -9.
@@ -15,8 +15,8 @@
     Node 2: v = 3, 21² ≡ 7, + v ≡ 10 vs 10: yes.
     Node 3: \\boxed{213}
 
-A wrong v is mended by going back to Line 2, a wrong u only from the beginning, Line 3 mends nothing; by how far it is
-off one can tell. The stored model has the skill (its lines are right) but hardly the strategy: it goes back
+A wrong v is mended by going back to Line 2, a wrong u only from the beginning, Line 3 mends nothing; how far off it
+is tells which. The stored model has the skill (its lines are right) but hardly the strategy: it goes back
 anywhere, tries again what has failed, gives up early and goes on after it has found the answer.
 
     python -m tiny.backtrack --rebuild       # problems, and the warm start from scratch (about 15 minutes on one core)
@@ -147,7 +147,8 @@ def build_tokenizer() -> Any:
     phrases += ["\n\n" + BOX_INSTRUCTION, ASKED, BEGUN, RETRY, *PLACES.values(), "Node 3: \\boxed{", "}", ": yes.\n"]
     phrases += [text for x in (*US, *VS) for text in (f", {x}", f" {x},", str(x))]
     phrases += [text for u in US for text in (f"Node 1: u = {u}.\n", f" {u}² ≡ {u * u % PRIME},")]
-    phrases += [f"Node 2: v = {v}," for v in VS] + [f": off by {d}.\n" for d in range(-(PRIME // 2), PRIME // 2 + 1) if d]
+    phrases += [f"Node 2: v = {v}," for v in VS]
+    phrases += [f": off by {d}.\n" for d in range(-(PRIME // 2), PRIME // 2 + 1) if d]
     phrases += [f"{sign}{r}" for r in range(PRIME) for sign in (" ≡ ", " + v ≡ ", " vs ")]
     return tokenizer_of(phrases, ASKED, BEGUN)
 
