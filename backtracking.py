@@ -9,10 +9,16 @@ attempt has answered, and what a decision is worth shows in the attempts that fo
 from __future__ import annotations
 
 import re
+import zlib
+from bisect import bisect_left
 
+import numpy as np
 import torch
 
-from plumbing.answers import extract_answer
+from common import ForcedAnswer, Trace, read_answers, reward_of, success_rate
+from plumbing.answers import extract_answer, grade_all
+from plumbing.models import Completion
+from plumbing.sampler import Sampler
 
 # The phrase that opens a second attempt in the authors' first code (grpo.py, bash/r1.sh); their "Step" is left to the
 # model. The marker lines of eval_history_conditioned.py. The labels of the prompt "backtrack" in template.py.
@@ -69,6 +75,52 @@ def attempts_in_full(text: str) -> list[list[tuple[int, int]]]:
             shared = [*shared, *zip(nodes, [*nodes[1:], end])]
             attempts.append(shared)
     return attempts
+
+
+def first_attempt(completion: Completion) -> Completion:
+    """A completion cut where its first attempt ends; whole if it has none."""
+    end = len(first_episode(completion.text))
+    count = bisect_left(completion.offsets, end) if end < len(completion.text) else len(completion.token_ids)
+    ids, logprobs, offsets = completion.token_ids[:count], completion.logprobs[:count], completion.offsets[: count + 1]
+    return Completion(ids, logprobs, completion.finish_reason, completion.text[: offsets[-1]], offsets)
+
+
+def set_attempt_J(
+    sampler: Sampler, traces: list[Trace], n: int, max_tokens: int, temperature, top_p, seed: tuple
+) -> None:
+    """As `common.set_sampled_J`, for backtracking traces. J after an attempt is 1 if its own box is right, else 0, and
+    nothing is sampled. At the empty prefix, after a marker line and within an attempt it is the share of right ones
+    among n completions of one attempt."""
+    asked: dict[tuple, list[tuple[Trace, int]]] = {}
+    settled: list[tuple[Trace, int, str]] = []
+    for trace in traces:
+        starts = [0, *trace.boundaries]
+        trace.values, trace.answer_tokens = [trace.reward] * len(trace.boundaries), [0.0] * len(trace.boundaries)
+        trace.forced = [[] for _ in trace.boundaries]
+        for j, boundary in enumerate(trace.boundaries):
+            episode = trace.completion.text[trace.completion.offsets[starts[j]] : trace.completion.offsets[boundary]]
+            if box := extract_answer(episode):
+                settled.append((trace, j, box))
+            elif not (trace.finished and j == len(trace.boundaries) - 1):
+                prompt = (*trace.prompt, *trace.completion.token_ids[:boundary])
+                asked.setdefault((trace.problem["id"], prompt), []).append((trace, j))
+    verdicts = grade_all([(box, trace.problem["answer"]) for trace, _, box in settled])
+    for (trace, j, _), verdict in zip(settled, verdicts):
+        trace.values[j] = reward_of(verdict)
+    seeds = [(*seed, zlib.crc32(np.array(prompt, dtype="<i8").tobytes())) for _, prompt in asked]
+    rows = sampler.generate([list(p) for _, p in asked], max_tokens, seeds, n, temperature, top_p)
+    problems = [owners[0][0].problem for owners in asked.values()]
+    answers_of: list[list[ForcedAnswer]] = read_answers(problems, [[first_attempt(c) for c in row] for row in rows])
+    for owners, answers in zip(asked.values(), answers_of):
+        for trace, j in owners:
+            trace.values[j] = success_rate(answers)
+            trace.answer_tokens[j] = float(np.mean([answer.tokens for answer in answers]))
+            trace.forced[j] = answers
+
+
+def answer_within(trace: Trace, budget: int) -> str | None:
+    """The box of the last attempt that ended within a budget of tokens."""
+    return extract_answer(trace.prefix(max([b for b in trace.boundaries if b <= budget], default=0)))
 
 
 def backtracking_advantages(outcomes: torch.Tensor, c: torch.Tensor, grpo: torch.Tensor, bonus: float) -> torch.Tensor:

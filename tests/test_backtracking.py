@@ -6,7 +6,11 @@ import pytest
 import torch
 
 import backtracking as bt
-from common import group_advantages
+from common import Trace, grade_traces, group_advantages
+from plumbing.hf_engine import TransformersEngine
+from plumbing.models import Completion, encode, load_model, load_tokenizer, prompt_ids, text_and_offsets
+from plumbing.sampler import Sampler
+from tiny.backtrack import PLACES, RETRY, attempt, parts, problems
 
 A1 = "Node 1: u = 12.\nNode 2: v = 5: no.\nNode 3: \\boxed{125}"
 A2 = "Node 2: v = 8: yes.\nNode 3: \\boxed{128}"
@@ -87,3 +91,51 @@ def test_normalising_c_in_the_reward_is_grpo_and_the_bonus_beside_it_is_not():
     assert torch.allclose(beside[1], torch.full((4,), -0.8, dtype=torch.float64))  # a group without a signal has one
     assert torch.allclose(beside[2], torch.full((4,), 1.6, dtype=torch.float64))
     assert torch.equal(bt.backtracking_advantages(f, c, grpo, 0.0), grpo)
+
+
+# ------------------------------------------------------------------------------------------------ the embedded model
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return Sampler(TransformersEngine(load_model("tiny/backtrack", "cpu")), load_tokenizer("tiny/backtrack"))
+
+
+def trace_of(tokenizer, problem: dict, text: str, ends: bool) -> Trace:
+    """A trace of a given text, as `read_trace` will read it with this rule."""
+    prompt, ids = prompt_ids(tokenizer, problem["problem"]), encode(tokenizer, text) + [tokenizer.eos_token_id] * ends
+    completion = Completion(ids, [0.0] * len(ids), "stop" if ends else "length", *text_and_offsets(tokenizer, ids))
+    spans = bt.backtracking_spans(completion.text)
+    boundaries = [completion.offsets.index(start) for start, _ in spans] + [len(ids) - ends]
+    trace = Trace(problem, prompt, completion, boundaries, ends, completion.text)
+    grade_traces([trace])
+    return trace
+
+
+def test_J_of_attempts_is_their_verdict_and_of_markers_what_one_attempt_achieves(sampler):
+    problem = next(p for p in problems("train") if p["level"] == 3)
+    us, vs, target, u, v = parts(problem)
+    wrong_u, wrong_v = next(x for x in us if x != u), next(x for x in vs if x != v)
+    start = attempt(wrong_u, v, target) + RETRY + PLACES[2] + attempt(wrong_u, wrong_v, target, 2)
+    text = start + RETRY + PLACES[1] + attempt(u, wrong_v, target) + RETRY + PLACES[2] + attempt(u, v, target, 2)
+    trace = trace_of(sampler.tokenizer, problem, text, ends=True)
+    before = sampler.sampled_tokens
+    bt.set_attempt_J(sampler, [trace, trace_of(sampler.tokenizer, problem, text, True)], 200, 24, 1.0, 1.0, (1,))
+    assert [trace.values[j] for j in (1, 3, 5, 7)] == [0, 0, 0, 1] and not any(trace.forced[j] for j in (1, 3, 5, 7))
+    assert all(len(trace.forced[j]) == 200 for j in (0, 2, 4, 6))
+    assert trace.values[2] < 0.05 < 0.1 < trace.values[0] < 0.5  # no v mends a wrong u
+    assert 0.15 < trace.values[6]  # one does mend a wrong v
+    assert sampler.sampled_tokens - before < 5 * 200 * 24  # what both traces ask is asked once
+    assert all(a.text.count("\\boxed") <= 1 for answers in trace.forced for a in answers)
+
+
+def test_an_unfinished_attempt_is_completed_and_a_budget_keeps_the_last_that_ended(sampler):
+    problem = problems("train")[0]
+    us, vs, target, u, v = parts(problem)
+    text = attempt(u, v, target) + RETRY + PLACES[1] + attempt(us[0], vs[0], target)[:24]
+    trace = trace_of(sampler.tokenizer, problem, text, ends=False)
+    bt.set_attempt_J(sampler, [trace], 50, 24, 1.0, 1.0, (2,))
+    assert trace.values[1] == 1 and len(trace.forced[3]) == 50
+    end = trace.boundaries[1]
+    assert bt.answer_within(trace, end - 1) is None
+    assert bt.answer_within(trace, end) == bt.answer_within(trace, len(trace.completion.token_ids)) == problem["answer"]
