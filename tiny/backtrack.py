@@ -73,14 +73,20 @@ def parts(problem: dict) -> tuple[list[int], list[int], int, int, int]:
     return us, vs, rest[0], *divmod(int(problem["answer"]), 10)
 
 
+def numbers(problem: dict) -> tuple:
+    """What makes a problem the same as another, whatever order its candidates are in."""
+    us, vs, target, *_ = parts(problem)
+    return frozenset(us), frozenset(vs), target
+
+
 @cache
-def pool() -> dict[str, dict]:
-    """The problems of all splits by their text, so that no two are the same."""
+def pool() -> dict[tuple, dict]:
+    """The problems of all splits, no two the same, by their `numbers`."""
     rng, found = random.Random(PRIME), {}
     for name, n in ((f"{split}-{n}-{i}", n) for split in SIZES for i in range(SIZES[split]) for n in LEVELS):
-        while (problem := pose(rng, n))["problem"] in found:
+        while (key := numbers(problem := pose(rng, n))) in found:
             pass
-        found[problem["problem"]] = {**problem, "id": f"backtrack-{name}"}
+        found[key] = {**problem, "id": f"backtrack-{name}"}
     return found
 
 
@@ -130,7 +136,7 @@ def examples(tokenizer) -> Draw:
     imitates only right guesses learns to solve the problem without an attempt."""
 
     def draw(rng: random.Random) -> tuple[list[int], list[int], list[int]]:
-        while (problem := pose(rng, rng.choice(LEVELS)))["problem"] in pool():
+        while numbers(problem := pose(rng, rng.choice(LEVELS))) in pool():
             pass
         texts, ends = warm_start_trace(problem, rng)
         pieces = [prompt_ids(tokenizer, problem["problem"]), *(encode(tokenizer, text) for text in texts)]
