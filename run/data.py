@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import first_line
-from engine.models import ROOT
+from engine.models import ROOT, TINY
 from grading.box import extract_answer
 from grading.verdict import check_golds
 from run.files import fail, parse_lines
@@ -324,20 +324,21 @@ def load_from_hub(dataset: str, split: str, part: slice):
 
 
 def tiny_problems(dataset: str, split: str) -> list[dict]:
-    """The embedded reasoner's problems: `tiny`, all levels in turn, or `tiny:30`, one level (its candidates)."""
-    with gzip.open(ROOT / "tiny" / "problems.jsonl.gz", "rt", encoding="utf-8") as lines:
+    """An embedded reasoner's problems: `tiny`, all levels in turn, or `tiny:30`, one level (its candidates)."""
+    folder, _, subset = dataset.partition(":")
+    with gzip.open(ROOT / folder / "problems.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    subset = dataset.partition(":")[2] or "mixed"
+    subset = subset or "mixed"
     for flag, name, available in (
         (f"--dataset {dataset}", subset, sorted({name for row in rows for name in row["place"]})),
         (f"--split {split}", split, list(dict.fromkeys(row["split"] for row in rows))),
     ):
         if name not in available:
-            fail(f"{flag}: the tiny problems have {', '.join(available)}")
+            fail(f"{flag}: the {folder} problems have {', '.join(available)}")
     rows = [row for row in rows if row["split"] == split and subset in row["place"]]
     rows.sort(key=lambda row: row["place"][subset])
     return [{name: row[name] for name in ("problem", "answer", "id", "level")} for row in rows]
 
 
 def is_tiny_dataset(dataset: str) -> bool:
-    return dataset == "tiny" or dataset.startswith("tiny:")
+    return dataset.partition(":")[0] in TINY

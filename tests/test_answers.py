@@ -168,9 +168,9 @@ def test_a_changed_digit_sign_or_exponent_is_never_right(text, data):
     at = data.draw(st.sampled_from(places))
     digit = data.draw(st.sampled_from([d for d in "123456789" if d != text[at]]))
     changed = text[:at] + digit + text[at + 1 :]
-    assert not answers_equal(changed, text) or policy.number(changed) == policy.number(text)  # 2/4 and 3/6
+    assert not answers_equal(changed, text) or texts.number(changed) == texts.number(text)  # 2/4 and 3/6
     negative = text[1:] if text.startswith("-") else f"-{text}"
-    assert not answers_equal(negative, text) or policy.number(text) == 0
+    assert not answers_equal(negative, text) or texts.number(text) == 0
 
 
 # ---------------------------------------------------------------------------------------------- voting

@@ -57,6 +57,7 @@ SMALL = {
 }
 SMALL_OF = {
     "-m tiny.build": {"--steps": 2, "--batch": 2},
+    "-m tiny.backtrack": {"--steps": 2, "--batch": 2},
     "star_mrt.py": {"--limit": 9, "--max-tokens": 192, "--forced-answers": 4},  # the filter keeps something
 }
 
@@ -125,7 +126,7 @@ def at_toy_size(script: str, text: str, out: Path) -> list[str]:
 
 
 def test_every_script_has_a_command():
-    assert len(COMMANDS) > 20 and {script for script, _ in COMMANDS} >= {*MAIN, "-m tiny.build"}
+    assert len(COMMANDS) > 20 and {script for script, _ in COMMANDS} >= {*MAIN, "-m tiny.build", "-m tiny.backtrack"}
 
 
 @pytest.mark.parametrize("script, flags", COMMANDS, ids=[f"{script} {flags}" for script, flags in COMMANDS])
