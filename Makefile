@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo results lint test vllm test-vllm gpu-check
+.PHONY: demo results tiny lint test vllm test-vllm gpu-check
 
 .venv/ready: requirements-cpu.txt
 	@echo "setting up .venv: torch, transformers and the rest, a minute or two"
@@ -23,6 +23,10 @@ lint: .venv/ready
 
 results: .venv/ready
 	$(PY) -m experiments.compare
+
+tiny: .venv/ready
+	$(PY) -m tiny.build --rebuild
+	$(PY) -m tiny.backtrack --rebuild
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests

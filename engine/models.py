@@ -27,11 +27,12 @@ if platform.system() == "Linux" and not torch.cuda.is_available():
         ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 26)  # M_MMAP_THRESHOLD; larger ones would fragment the heap
         ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 ROOT = Path(__file__).resolve().parents[1]
+TINY = ("tiny", "tiny/backtrack")  # the embedded reasoners, and the names of their problems
 
 
 def resolve_model(model: str) -> str:
-    """`tiny` is the folder of the embedded reasoner; anything else is left as it is."""
-    return str(ROOT / "tiny") if model == "tiny" else model
+    """The folder of an embedded reasoner; anything else is left as it is."""
+    return str(ROOT / model) if model in TINY else model
 
 
 def is_tiny(model: str) -> bool:

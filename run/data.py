@@ -9,12 +9,14 @@ import json
 import re
 import sys
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from engine import first_line
-from engine.models import ROOT
-from plumbing.answers import check_gold, extract_answer
+from engine.models import ROOT, TINY
+from grading.box import extract_answer
+from grading.verdict import check_golds
 from run.files import fail, parse_lines
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages")
@@ -177,16 +179,23 @@ def usable_rows(
             f"(--problem-column and --answer-column name others); found {', '.join(columns)}"
         )
     used, unusable, several = [], [], 0
-    for number, row in enumerate(rows, 1):
-        if limit is not None and len(used) == limit:
-            break
-        try:
-            answer = gold_of(row, answer_columns)
-            text, name_of_row = text_of(row, problem_columns, "user"), str(row.get("id", number - 1))
-            used.append(({"problem": text, "answer": answer, "id": name_of_row}, extra(row)))
-            several += isinstance(answer, list)
-        except ValueError as error:
-            unusable.append(f"row {number}: {error}")
+    numbered = enumerate(rows, 1)
+    while part := list(islice(numbered, None if limit is None else limit - len(used))):
+        found = []
+        for number, row in part:
+            try:
+                answer = gold_of(row, answer_columns)
+                text, name_of_row = text_of(row, problem_columns, "user"), str(row.get("id", number - 1))
+                found.append((number, {"problem": text, "answer": answer, "id": name_of_row}, extra(row)))
+            except ValueError as error:
+                unusable.append((number, f"row {number}: {error}"))
+        for (number, problem, more), error in zip(found, check_golds([problem["answer"] for _, problem, _ in found])):
+            if error:
+                unusable.append((number, f"row {number}: {error}"))
+            else:
+                used.append((problem, more))
+                several += isinstance(problem["answer"], list)
+    unusable = [text for _, text in sorted(unusable)]
     if several:
         print(f"{name}: {several} row{'s have' if several > 1 else ' has'} several answers; any of them is right")
     if unusable and not skip_unusable:
@@ -253,7 +262,7 @@ def gold_of(row: dict, columns: Iterable[str]) -> str | list[str]:
 
 
 def gold_answer(text: str, is_solution: bool) -> str:
-    """The bare answer in the text of an answer column; ValueError if none can be graded."""
+    """The bare answer in the text of an answer column; ValueError if there is none."""
     if "####" in text:
         text = text.rsplit("####", 1)[1].strip().partition("\n")[0]
     elif is_solution or "\\boxed" in text:
@@ -264,7 +273,6 @@ def gold_answer(text: str, is_solution: bool) -> str:
     text = text.strip()
     if text.lower() in NOT_ANSWERS:
         raise ValueError(f"{text!r} is not an answer")
-    check_gold(text)
     return text
 
 
@@ -316,20 +324,21 @@ def load_from_hub(dataset: str, split: str, part: slice):
 
 
 def tiny_problems(dataset: str, split: str) -> list[dict]:
-    """The embedded reasoner's problems: `tiny`, all levels in turn, or `tiny:30`, one level (its candidates)."""
-    with gzip.open(ROOT / "tiny" / "problems.jsonl.gz", "rt", encoding="utf-8") as lines:
+    """An embedded reasoner's problems: `tiny`, all levels in turn, or `tiny:30`, one level (its candidates)."""
+    folder, _, subset = dataset.partition(":")
+    with gzip.open(ROOT / folder / "problems.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    subset = dataset.partition(":")[2] or "mixed"
+    subset = subset or "mixed"
     for flag, name, available in (
         (f"--dataset {dataset}", subset, sorted({name for row in rows for name in row["place"]})),
         (f"--split {split}", split, list(dict.fromkeys(row["split"] for row in rows))),
     ):
         if name not in available:
-            fail(f"{flag}: the tiny problems have {', '.join(available)}")
+            fail(f"{flag}: the {folder} problems have {', '.join(available)}")
     rows = [row for row in rows if row["split"] == split and subset in row["place"]]
     rows.sort(key=lambda row: row["place"][subset])
     return [{name: row[name] for name in ("problem", "answer", "id", "level")} for row in rows]
 
 
 def is_tiny_dataset(dataset: str) -> bool:
-    return dataset == "tiny" or dataset.startswith("tiny:")
+    return dataset.partition(":")[0] in TINY

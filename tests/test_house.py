@@ -77,7 +77,14 @@ def our_imports(file: Path) -> list[tuple[Path, str | None, str, bool]]:
 
 
 def test_the_top_level_is_the_paper_and_its_five_components():
-    names = {"analyze_r1.py", "star_mrt.py", "rl_mrt.py", "evaluate.py", "budget_force.py", "common.py"}
+    names = {
+        "analyze_r1.py",
+        "star_mrt.py",
+        "rl_mrt.py",
+        "evaluate.py",
+        "budget_force.py",
+        "common.py",
+    }
     assert {file.name for file in ROOT.glob("*.py")} == names
 
 

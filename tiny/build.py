@@ -28,9 +28,11 @@ tests/test_tiny.py has the figures that its samples must meet.
 """
 
 import argparse
+import json
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +123,12 @@ def warm_start_text(problem: dict, rng: random.Random) -> tuple[str, str, str, l
 
 
 def build_tokenizer() -> Any:
-    """A byte-level tokenizer (any text goes in and comes out) with whole phrases as tokens.
-
-    Operands carry their sign (` + 17`, ` ≡ 5`, ` vs 5`), as a trained BPE's tokens do: every copy is then a copy of a
-    typed token, one attention hop, and a model this small learns it in minutes instead of never.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    """Operands carry their sign (` + 17`, ` ≡ 5`, ` vs 5`), as a trained BPE's tokens do: every copy is then a copy of
+    a typed token, one attention hop, and a model this small learns it in minutes instead of never."""
     xs, residues = range(1, 31), range(PRIME)
     stop_head, stop_tail = STOP_PHRASE.split(THINK_END)
-    phrases = ["Find x between 1", " such that x²", f" (mod {PRIME}).", "Okay, ", *OPENINGS, ": no.\n\n"]
+    phrases = ["<think>", THINK_END]
+    phrases += ["Find x between 1", " such that x²", f" (mod {PRIME}).", "Okay, ", *OPENINGS, ": no.\n\n"]
     phrases += [stop_head, stop_tail, "\n\n", "\n\n**", "Final Answer:** ", "\\boxed{"]
     phrases += [f" and {x}" for x in range(2, 31)] + [str(x) for x in xs]
     phrases += [f"{verb} x = {x}:" for verb in ("try", "check") for x in xs]
@@ -141,25 +137,37 @@ def build_tokenizer() -> Any:
     for sentence in (*DOUBTS, GIVE_UP):  # talk costs about as many tokens as work: three pieces to a half-sentence
         words = sentence.rstrip("\n").split(" ")
         phrases += [words[0]] + [" " + w for w in words[1:-1]] + [" " + words[-1] + "\n\n"]
+    return tokenizer_of(phrases, begun="<think>\n")
+
+
+def tokenizer_of(phrases: list[str], asked: str = "", begun: str = "") -> Any:
+    """A byte-level tokenizer (any text goes in and comes out) with whole phrases as tokens. The chat template has
+    `asked` after the user's text, and the assistant's turn `begun` in the prompt."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ["<think>", THINK_END, *dict.fromkeys(phrases)]])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in dict.fromkeys(phrases)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", clean_up_tokenization_spaces=False
     )
+    asked = asked and f"{{% else %}}{{{{ {json.dumps(asked)} }}}}"
     wrapped.chat_template = (
         "{% for m in messages %}{{ '<|user|>' if m['role'] == 'user' else '<|assistant|>' }}{{ m['content'] }}"
-        "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+        "{% if m['role'] == 'assistant' %}<|end|>" + asked + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>" + begun + "{% endif %}"
     )
     return wrapped
 
 
-def build_model(vocabulary: int) -> Any:
-    """Qwen2 with 2 layers of width 128; a larger initialisation than usual, without which copying comes late."""
-    mark: dict[str, Any] = {"embedded_reasoner": True}  # how scripts recognise a model trained from this one
+def build_model(tokenizer, **more: Any) -> Any:
+    """Qwen2 with 2 layers of width 128; a larger initialisation than usual, without which copying comes late.
+    `more` entries go into its config.json."""
+    mark: dict[str, Any] = {"embedded_reasoner": True, **more}  # how scripts recognise a model trained from this one
     config = Qwen2Config(
-        vocab_size=math.ceil(vocabulary / 64) * 64,
+        vocab_size=math.ceil(len(tokenizer) / 64) * 64,
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=2,
@@ -170,19 +178,48 @@ def build_model(vocabulary: int) -> Any:
         initializer_range=0.05,
         **mark,
     )
-    return Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config)
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id, settings.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
+    return model
+
+
+def store(model, tokenizer, out: Path) -> None:
+    """Writes a model folder in bfloat16."""
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"written to {out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.2f} MB")
 
 
 # ------------------------------------------------------------------------------------------------ warm start
 
 
-def warm_start(model, tokenizer, steps: int, batch: int, lr: float, rng: random.Random, answer_weight: float) -> None:
-    """Supervised training on generated traces of the training problems. With an `answer_weight` the numbers answered
-    have a loss of their own, whose target is even over the candidates that are left: one sampled guess in a
-    hundred tokens is too weak a signal for μ to learn what a thought has ruled out."""
+Draw = Callable[[random.Random], tuple[list[int], list[int], list[int]]]  # (tokens, 1 where trained, candidates)
+
+
+def examples(tokenizer) -> Draw:
+    """Generated traces of the training problems."""
     by_level = [[pose(b, x, n, "train") for b, x in equations("train") if x <= n] for n in LEVELS]
     rows = [row for turn in zip(*by_level) for row in turn]
     prompts = {r["id"]: prompt_ids(tokenizer, r["problem"]) for r in rows}
+
+    def draw(rng: random.Random) -> tuple[list[int], list[int], list[int]]:
+        row = rng.choice(rows)
+        thought, stop, answer, candidates = warm_start_text(row, rng)
+        head = prompts[row["id"]] + encode(tokenizer, thought)
+        tail, end = encode(tokenizer, stop), encode(tokenizer, answer) + [tokenizer.eos_token_id]
+        natural = stop.startswith(THINK_END)
+        mask = [0] * len(prompts[row["id"]]) + [1] * (len(head) - len(prompts[row["id"]]))
+        return head + tail + end, mask + [int(natural)] * len(tail) + [1] * len(end), candidates
+
+    return draw
+
+
+def warm_start(model, tokenizer, draw: Draw, steps: int, batch: int, lr: float, rng, answer_weight: float) -> None:
+    """Supervised training on drawn examples. With an `answer_weight` the numbers answered have a loss of their own,
+    whose target is even over the candidates that are left: one sampled guess in a hundred tokens is too weak a signal
+    for μ to learn what a thought has ruled out."""
     number = [encode(tokenizer, str(x))[0] for x in range(31)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -191,27 +228,20 @@ def warm_start(model, tokenizer, steps: int, batch: int, lr: float, rng: random.
     began, tokens, pool = time.time(), 0, []
     for step in range(steps):
         if not pool:  # batches of similar length waste little on padding
-            texts = []
-            for row in (rng.choice(rows) for _ in range(batch * 16)):
-                thought, stop, answer, candidates = warm_start_text(row, rng)
-                head = prompts[row["id"]] + encode(tokenizer, thought)
-                tail, end = encode(tokenizer, stop), encode(tokenizer, answer) + [tokenizer.eos_token_id]
-                natural = stop.startswith(THINK_END)
-                mask = [0] * len(prompts[row["id"]]) + [1] * (len(head) - len(prompts[row["id"]]))
-                texts.append((head + tail + end, mask + [int(natural)] * len(tail) + [1] * len(end), candidates))
+            texts = [draw(rng) for _ in range(batch * 16)]
             texts.sort(key=lambda t: len(t[0]))
             pool = [texts[i : i + batch] for i in range(0, len(texts), batch)]
             rng.shuffle(pool)
-        examples = pool.pop()
-        width = max(len(ids) for ids, _, _ in examples)
-        ids = torch.tensor([i + [tokenizer.pad_token_id] * (width - len(i)) for i, _, _ in examples])
-        mask = torch.tensor([m + [0] * (width - len(m)) for _, m, _ in examples])
+        batch_texts = pool.pop()
+        width = max(len(ids) for ids, _, _ in batch_texts)
+        ids = torch.tensor([i + [tokenizer.pad_token_id] * (width - len(i)) for i, _, _ in batch_texts])
+        mask = torch.tensor([m + [0] * (width - len(m)) for _, m, _ in batch_texts])
         logits = model(input_ids=ids[:, :-1]).logits
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * mask[:, 1:]
-        rows_index, places = torch.arange(len(examples)), torch.tensor([len(text) - 4 for text, _, _ in examples])
-        even = torch.zeros(len(examples), logits.shape[-1])  # over the candidates that are left
-        for row_targets, (_, _, candidates) in zip(even, examples):
-            row_targets[[number[x] for x in candidates]] = 1 / len(candidates)
+        rows_index, places = torch.arange(len(batch_texts)), torch.tensor([len(text) - 4 for text, _, _ in batch_texts])
+        even = torch.zeros(len(batch_texts), logits.shape[-1])  # over the candidates that are left, if there are any
+        for row_targets, (_, _, candidates) in zip(even, batch_texts):
+            row_targets[[number[x] for x in candidates]] = 1 / max(1, len(candidates))
         answers = torch.nn.functional.cross_entropy(logits[rows_index, places], even)  # `}` and the end follow
         if answer_weight:
             losses[rows_index, places] = 0
@@ -226,7 +256,7 @@ def warm_start(model, tokenizer, steps: int, batch: int, lr: float, rng: random.
         if step % 50 == 0 or step == steps - 1:
             rate = tokens / (time.time() - began)
             left = (time.time() - began) / (step + 1) * (steps - step - 1) / 60
-            surplus = answers.item() - np.mean([math.log(len(candidates)) for _, _, candidates in examples])
+            surplus = answers.item() - np.mean([math.log(max(1, len(candidates))) for _, _, candidates in batch_texts])
             status = f"step {step:5d}  loss {loss.item():.4f}  answers {surplus:.3f} nats from even"
             print(f"{status}  {rate:,.0f} tokens/s  {left:.1f} min left", flush=True)
 
@@ -236,30 +266,30 @@ def rebuild(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = build_tokenizer()
-    model = build_model(len(tokenizer))
-    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
-    warm_start(model, tokenizer, steps, batch, lr, rng, answer_weight=0)
-    warm_start(model, tokenizer, max(1, 2 * steps // 5), batch, lr / 2, rng, answer_weight=2)
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    print(f"written to {out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.2f} MB")
+    model, draw = build_model(tokenizer), examples(tokenizer)
+    warm_start(model, tokenizer, draw, steps, batch, lr, rng, answer_weight=0)
+    warm_start(model, tokenizer, draw, max(1, 2 * steps // 5), batch, lr / 2, rng, answer_weight=2)
+    store(model, tokenizer, out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(doc: str | None, rebuild: Callable, steps: int, batch: int, out: Path) -> None:
+    """The command line of an embedded reasoner."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rebuild", action="store_true", help="store it in --out; without this flag nothing is done")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=out)
     args = parser.parse_args()
     if args.rebuild:
         rebuild(args.steps, args.batch, args.lr, args.seed, args.out)
     else:
         parser.print_help()
+
+
+def main() -> None:
+    command(__doc__, rebuild, steps=1500, batch=64, out=HERE)
 
 
 if __name__ == "__main__":

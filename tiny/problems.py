@@ -9,6 +9,7 @@ Checking a candidate is easy and guessing is hard. Difficulty is the number of c
 import gzip
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 FILE = Path(__file__).resolve().parent / "problems.jsonl.gz"
@@ -50,23 +51,23 @@ def problems(split: str, levels: tuple[int, ...] = LEVELS) -> list[dict]:
     return [rows[n][i] for i in range(min(map(len, rows.values()))) for n in levels]
 
 
-def rows() -> list[dict]:
-    """Every problem once, with its split and its place in each subset that has it: `mixed`, which is `tiny`, and
-    one per level."""
+def rows(problems: Callable, levels: tuple[int, ...]) -> list[dict]:
+    """Every problem once, with its split and its place in each subset that has it: `mixed`, which the name of the data
+    set alone means, and one per level."""
     by_id: dict[str, dict] = {}
     for split in SPLITS:
-        for subset, levels in (("mixed", LEVELS), *((str(n), (n,)) for n in LEVELS)):
-            for place, problem in enumerate(problems(split, levels)):
+        for subset, chosen in (("mixed", levels), *((str(n), (n,)) for n in levels)):
+            for place, problem in enumerate(problems(split, chosen)):
                 row = by_id.setdefault(problem["id"], {**problem, "split": split, "place": {}})
                 row["place"][subset] = place
     return list(by_id.values())
 
 
-def main() -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
-    FILE.write_bytes(gzip.compress(text.encode(), mtime=0))
-    print(f"{FILE}: {text.count(chr(10))} problems, {FILE.stat().st_size:,} bytes")
+def write(file: Path, problems: Callable, levels: tuple[int, ...]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(problems, levels))
+    file.write_bytes(gzip.compress(text.encode(), mtime=0))
+    print(f"{file}: {text.count(chr(10))} problems, {file.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    write(FILE, problems, LEVELS)
