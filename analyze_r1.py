@@ -87,7 +87,6 @@ def flags(argv=None) -> argparse.Namespace:
     flag("direct-samples", 32, 32, "Appendix D", type=positive_int, help="its answers")
     flag = add_group(parser, "what is shown")
     flag("budgets")
-    flag("dry-run", action="store_true", help="only tell the number of requests and tokens, at most")
     redrawn = "redraw an earlier run, or the records of any other script's with J, without a model"
     flag("from", dest="from_run", type=Path, metavar="RUN", help=redrawn)
     args = parse_flags(parser, argv)
@@ -116,32 +115,18 @@ def main() -> None:
 
 
 def tell_plan(args) -> None:
-    """--dry-run: what the analysis costs at most, without a model."""
-    problems = len(data.problems_of(args))
-    boundaries = math.ceil((args.max_steps + 1) / args.episodes_per_point) + 1
-    cost = plan(problems, boundaries, args)
-    print(
-        f"{problems} problems × {args.num_samples} thoughts of at most {args.max_tokens:,} tokens, "
-        f"{args.forced_answers} answers of at most {args.answer_tokens:,} at each of at most {boundaries} boundaries: "
-        f"{cost['requests']:,} requests, {cost['sampled']:,} tokens sampled, {cost['sent']:,} tokens of prompts, of "
-        f"which {cost['computed']:,} are computed where prefixes are cached"
-    )
-
-
-def plan(problems: int, boundaries: int, args, prompt=150, phrase=50, block=16) -> dict[str, int]:
-    """Requests and tokens; boundaries are evenly spaced from the empty prefix, which a problem's thoughts share, to the
-    whole thought. `prompt` and `phrase`: tokens of a problem and of the stop phrase. `computed`: with a cache of
-    prefixes in blocks of `block` tokens a trace is computed once, and of a request what follows the last block."""
-    thoughts = problems * args.num_samples
-    forced = args.forced_answers * (problems + thoughts * (boundaries - 1))
-    prefixes = thoughts * args.forced_answers * args.max_tokens * boundaries // 2
-    traces = thoughts * (args.max_tokens + (boundaries - 1) * phrase)
-    return {
-        "requests": thoughts + forced,
-        "sampled": thoughts * args.max_tokens + forced * args.answer_tokens,
-        "sent": (thoughts + forced) * prompt + forced * phrase + prefixes,
-        "computed": problems * (prompt + phrase) + traces + (thoughts + forced) * block // 2,
-    }
+    """--dry-run: what the analysis costs at most, without a model. The empty prefix is answered once a problem."""
+    if args.traces:
+        problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
+        thoughts, sampled = sum(map(len, responses)), 0
+    else:
+        problems = data.problems_of(args)
+        thoughts = sampled = len(problems) * args.num_samples
+    episodes = math.ceil((args.max_steps + 1) / args.episodes_per_point)
+    forced = args.forced_answers * (len(problems) + thoughts * episodes)
+    direct = len(problems) * args.direct_samples if args.direct_model else 0
+    work = ("thoughts", sampled, args.max_tokens), ("forced answers", forced, args.answer_tokens)
+    report.tell_plan(args.dry_run, len(problems), *work, ("direct answers", direct, args.max_tokens))
 
 
 def analyse(args) -> None:
@@ -188,6 +173,8 @@ def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -
     marked = any(opened or answer is not None for opened, _, answer in split)
     if not marked:
         print(f"{args.traces}: no response has {THINK_END}; each is read as a thought that holds its answer")
+    if kinds := data.marks_told([response for row in responses for response in row]):
+        print(f"{args.traces}: thoughts end {kinds}")
     groups, unused = [], Counter()
     for problem, prompt, row in zip(problems, prompts, responses):
         traces = [given_trace(args, tokenizer, problem, prompt, text, marked) for text in row if text.strip()]
@@ -227,7 +214,7 @@ def answer_directly(args, run: Path, problems: list[dict]) -> None:
     file = run / "direct.jsonl"
     if file.exists():
         recorded = read_jsonl(file)
-        model, count = recorded[0].get("model"), len(recorded) // len(group_by_problem(recorded))
+        model, count = recorded[0].get("model"), len(recorded) // len({r["id"] for r in recorded})
         if (model, count) != (args.direct_model, args.direct_samples):
             fail(
                 f"--direct-model {args.direct_model}: {file} has {count} answers of {model} to a problem; remove it or "
@@ -289,6 +276,7 @@ def summarise(args, records: list[dict]) -> dict:
         "episodes": mean_interval(records, lambda r: r["episodes"]),
         "tokens": mean_interval(records, lambda r: r["tokens"]),
         "right": mean_interval(records, lambda r: r["reward"]),
+        "forced_answers": max((len(answers) for r in records for answers in r["forced"]), default=0),  # of a boundary
         "forced_answers_without_box": float(np.mean([a["boxed"] is None for a in forced])) if forced else None,
         "panels": panels(args, records),
         "regret": {
@@ -420,12 +408,12 @@ def table(summary: dict) -> str:
         ]
     rows += [(f"normalised regret at {b}", cell(regret["normalised"])) for b, regret in summary["regret"].items()]
     rows.append(("regret against voting early (Appendix E)", cell(summary["additional_regret"])))
-    by_panel = []
+    by_panel, most = [], max(p for p in VOTES if p <= max(1, summary["forced_answers"]))
     for shown in summary["panels"]:
-        few, many = shown["weighted"][VOTES[0]], shown["weighted"][VOTES[-1]]
+        few, many = shown["weighted"][VOTES[0]], shown["weighted"][most]
         counts = f"{shown['traces']} ({shown['problems']})"
         by_panel.append(["{} to {}".format(*shown["episodes"]), counts, *map(cell, (few[0], few[-1], many[-1]))])
-    header = ["episodes", "traces (problems)", "maj@1 at the start", "maj@1 at the end", "maj@8 at the end"]
+    header = ["episodes", "traces (problems)", "maj@1 at the start", "maj@1 at the end", f"maj@{most} at the end"]
     return report.markdown(["", ""], rows) + "\n" + report.markdown(header, by_panel)
 
 
@@ -436,6 +424,7 @@ def draw_scaling(summary: dict, run: Path) -> Path:
     """Figure 3: a column a panel; above over episodes, below over tokens with the votes branching off."""
     shown = [p for p in summary["panels"] if p["traces"] >= 3][:8] or summary["panels"][:8]
     colors = report.pyplot().get_cmap("viridis")(np.linspace(0.75, 0.1, len(VOTES)))
+    ps = [p for p in VOTES if p <= summary["forced_answers"]] or [1]
     direct, above, below = [], [], []
     if "direct" in summary:
         for metric, label, color in (("pass@k", "direct, pass@k (oracle)", "C1"), ("maj@k", "direct, maj@k", "C3")):
@@ -445,14 +434,21 @@ def draw_scaling(summary: dict, run: Path) -> Path:
         first, last = column["episodes"]
         title = f"{first}–{last} episodes" if last > first else f"{first} episode{'s' * (first > 1)}"
         title += f"\n{column['traces']} traces, {column['problems']} problems"
-        labels = {"title": title, "xlabel": "episodes", "ylim": (0, 1), "xticks": episodes[:: len(episodes) // 5 + 1]}
-        curves = [Curve(episodes, votes[p], f"maj@{p}", ".-", c, band=p == 1) for p, c in zip(VOTES, colors)]
+        labels = {
+            "title": title,
+            "xlabel": "episodes",
+            "ylim": report.SHARE,
+            "xticks": episodes[:: len(episodes) // 5 + 1],
+        }
+        curves = [Curve(episodes, votes[p], f"maj@{p}", ".-", c, band=p == 1) for p, c in zip(ps, colors)]
         above.append(Panel(labels, curves))
         curves = [Curve(tokens[1], votes[1], "after each episode, maj@1", ".-", "C0")]
         for j in range(len(episodes)):
-            x, means = [tokens[p][j] for p in VOTES], [votes[p][j] for p in VOTES]
-            curves.append(Curve(x, means, None if j else "votes of 1, 2, 4, 8", ".--", "C2", band=False))
-        below.append(Panel({"xlabel": "tokens", "ylim": (0, 1)}, [*curves, *direct], tokens=True))
+            x, means = [tokens[p][j] for p in ps], [votes[p][j] for p in ps]
+            curves.append(
+                Curve(x, means, None if j else f"votes of {', '.join(map(str, ps))}", ".--", "C2", band=False)
+            )
+        below.append(Panel({"xlabel": "tokens", "ylim": report.SHARE}, [*curves, *direct], tokens=True))
     for row in (above, below):
         row[0].settings["ylabel"] = "accuracy"
     width = max(5 / len(shown), 2.1)
@@ -486,6 +482,7 @@ def draw_progress(summary: dict, run: Path) -> Path:
         if rows := moved["by_number"]:
             means = [row["mean"] for row in rows]
             report.draw_curve(by_number, [row["number"] for row in rows], means, "C0", style="o-")
+        by_number.xaxis.get_major_locator().set_params(integer=True)
         by_number.axhline(0, color="grey", linewidth=0.8)
         by_number.set(xlabel="number of the episode", ylabel="mean progress")
         fifths, below = moved["by_fifth_of_the_trace"], 0.0

@@ -101,7 +101,11 @@ def main() -> None:
     if args.compare:
         compare(args, args.compare)
         return
-    args.engine, thoughts = pick_engine(args.engine), read_thoughts(args) if args.thoughts else None
+    thoughts = read_thoughts(args) if args.thoughts else None
+    if args.dry_run:
+        tell_plan(args, thoughts)
+        return
+    args.engine = pick_engine(args.engine)
     names = args.model.split(",")
     forcings = each_in_its_folder(args, [short_name(name) for name in names], [{"model": name} for name in names])
     for one in forcings:  # what can be refused at once is
@@ -115,6 +119,22 @@ def main() -> None:
     for one in forcings:
         force(one, problems, thoughts)
     compare(args, [one.out for one in forcings])
+
+
+def tell_plan(args, thoughts: list[list[dict]] | None) -> None:
+    """--dry-run: what all models cost at most."""
+    problems = len(thoughts if thoughts is not None else data.problems_of(args))
+    count = (
+        sum(map(len, thoughts)) if thoughts is not None else problems * args.num_samples * len(args.model.split(","))
+    )
+    points = len(args.budgets) + len(extensions(vars(args)))
+    report.tell_plan(
+        args.dry_run,
+        problems,
+        ("thoughts", 0 if thoughts is not None else count, args.max_tokens),
+        ("extensions", count * args.extensions, args.extension_tokens),
+        ("forced answers", count * points * args.forced_answers, args.answer_tokens),
+    )
 
 
 def read_thoughts(args) -> list[list[dict]]:

@@ -84,6 +84,9 @@ def main() -> None:
     if args.compare:
         compare(args, args.compare)
         return
+    if args.dry_run:
+        tell_plan(args)
+        return
     args.engine = pick_engine(args.engine)
     pairs = [(model, dataset) for model in args.model.split(",") for dataset in args.dataset.split(",")]
     settings = [{"model": model, "dataset": dataset} for model, dataset in pairs]
@@ -97,6 +100,15 @@ def main() -> None:
         evaluate_model([one for one in evaluations if one.model == model], problems)
     if len(evaluations) > 1:
         compare(args, [one.out for one in evaluations])
+
+
+def tell_plan(args) -> None:
+    """--dry-run: what all models on all data sets cost at most."""
+    problems = sum(len(data.problems_of(changed(args, dataset=dataset))) for dataset in args.dataset.split(","))
+    traces = problems * args.num_samples * len(args.model.split(","))
+    forced = traces * (args.max_episodes + 1) * args.forced_answers * forces(args)
+    work = ("traces", traces, args.max_tokens), ("forced answers", forced, args.answer_tokens)
+    report.tell_plan(args.dry_run, problems, *work)
 
 
 def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, list[dict]]) -> None:
@@ -130,8 +142,9 @@ def sample(args, file: Path, sampler: Sampler, problems: list[dict], prompts: li
         fail(f"--metric {args.metric}: the records in {file} were made without forced answers; use another --out")
     for traces in new_traces(args, file, sampler, problems, prompts, segmentation(args), forced=forced):
         append_jsonl(file, [trace.record() for trace in traces])
-    groups = group_by_problem(folder.load_records(file))
-    return [record for problem in problems for record in groups[problem["id"]]]
+    order = {problem["id"]: number for number, problem in enumerate(problems)}
+    records = [record for record in folder.load_records(file) if record["id"] in order]
+    return sorted(records, key=lambda r: (order[r["id"]], r["sample"]))
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -187,7 +200,7 @@ def table_of(summaries: dict[str, dict], differences: dict[str, dict]) -> str:
 
 def compare(args, folders: list[Path]) -> None:
     """Tables, paired differences and figures from records alone; one section a data set, and a table of all."""
-    recorded = report.read_runs(folders, "reward")
+    recorded = report.read_runs(folders, "reward", "verdict", "boundaries")
     for flag in report.differing_flags(recorded, SAME):
         print(f"warning: the runs differ in {flag}")
     args.budgets = args.budgets or quarters(max(run.settings["max_tokens"] for run in recorded))

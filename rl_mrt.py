@@ -127,7 +127,6 @@ def flags(argv=None) -> argparse.Namespace:
     flag("max-tokens-per-batch", 4096, 32768, "ours")
     flag("checkpoint-every", 10, 10, "ours")
     flag("report-to", choices=("wandb", "trackio", "tensorboard"), help="metrics also go there")
-    flag("dry-run", action="store_true", help="print the plan and a memory estimate, load no weights")
     flag = add_group(parser, "held-out problems")
     flag("eval-dataset")
     flag("eval-split", "validation", "validation", "ours")
@@ -165,7 +164,8 @@ def main() -> None:
     args = flags()
     _, world = start_processes()
     check_engine(args, world)
-    folder.check_out(args)
+    if not args.dry_run:
+        folder.check_out(args)
     tokenizer = models.load_tokenizer(args.model)  # small: a wrong --model is reported before a data set is fetched
     problems = recorded_prefixes(args, tokenizer) if args.prefixes else data.problems_of(args)
     validation = data.held_out_of(args) if args.eval_every else []
@@ -175,6 +175,7 @@ def main() -> None:
     _, longest = prompts_of(args, tokenizer, problems + validation, forced=forced)
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
+        tell_plan(args, len(problems), len(validation))
         return
     model = models.load_model(args.model, models.pick_device())
     run = folder.open_run_once(args, problems)
@@ -184,6 +185,24 @@ def main() -> None:
     sampler = sampler_of(args, tokenizer, longest, trained=model)
     train(args, run, model, sampler, problems, validation)
     sampler.close()
+
+
+def tell_plan(args, problems: int, validated: int) -> None:
+    """--dry-run: what is sampled at most; with --max-sampled-tokens a training may end before."""
+    steps = args.steps or math.ceil(problems / args.problems_per_step)
+    started = steps * args.problems_per_step
+    rollouts, forced, partial_rollouts = started * args.group_size, 0, 0
+    if args.bonus and args.variant == "prefix":
+        partial_rollouts, forced = started, started * args.forced_answers
+    elif args.bonus and args.progress == "sampled":
+        forced = rollouts * (args.max_episodes + 1) * args.forced_answers
+    tested = validated * (steps // args.eval_every + 2) if args.eval_every else 0
+    sampled = rollouts + partial_rollouts + tested
+    work = (
+        ("rollouts and validation traces", sampled, args.max_tokens),
+        ("forced answers", forced + 3 * tested, args.answer_tokens),
+    )
+    report.tell_plan(args.dry_run, problems, *work)
 
 
 def check_engine(args, world: int) -> None:

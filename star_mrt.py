@@ -102,6 +102,9 @@ def flags(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     args = flags()
+    if args.dry_run:
+        tell_plan(args)
+        return
     start_processes()
     run, model, sampler, problems, held_out = prepare(args)
     score = training.prepare(model, models.pick_dtype(args.dtype), sampler.ways, not models.is_tiny(weights_of(args)))
@@ -112,6 +115,18 @@ def main() -> None:
     sampler.close()
     if any(ran_out):
         raise SystemExit(3)
+
+
+def tell_plan(args) -> None:
+    """--dry-run: what the samples and the held-out evaluations cost at most, without the fine-tuning."""
+    problems, held_out = len(data.problems_of(args)), len(data.held_out_of(args))
+    models_made = len(filters(args)) * args.iterations
+    samplings = models_made - len(filters(args)) + 1  # the first iteration's serve every filter
+    traces = args.num_samples * samplings * problems
+    tested = args.num_samples * (models_made + 1) * held_out
+    forced = (args.max_episodes + 1) * (traces * args.forced_answers + tested * 4)
+    work = ("traces", traces, args.max_tokens), ("held-out traces", tested, args.max_tokens)
+    report.tell_plan(args.dry_run, problems, *work, ("forced answers", forced, args.answer_tokens))
 
 
 def prepare(args):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -19,7 +21,7 @@ from grading.box import extract_answer
 from grading.verdict import check_golds
 from run.files import fail, parse_lines
 
-PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages")
+PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages", "turns")
 ANSWER_COLUMNS = ("final_answer", "expected_answer", "ground_truth", "reward_model.ground_truth", "answer", "solution")
 NOT_ANSWERS = ("proof", "notfound", "not found", "see solution", "n/a", "none", "unknown")  # NuminaMath has them
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
@@ -52,6 +54,9 @@ def load_problems(
     rows = read_rows(Path(dataset)) if from_file else load_from_hub(dataset, name, part)
     used = usable_rows(dataset, rows, limit, problem_column, answer_column, skip_unusable or not from_file)
     problems = [problem for problem, _ in used]
+    different = len({json.dumps([p["problem"], p["answer"]]) for p in problems})
+    if different < len(problems):
+        print(f"{dataset}: {len(problems)} rows are {different} problems; rows of one problem count as its samples")
     if len({p["id"] for p in problems}) < len(problems):
         print(f"{dataset}: ids repeat; a running number is added to each")
         for number, problem in enumerate(problems):
@@ -184,6 +189,7 @@ def usable_rows(
         found = []
         for number, row in part:
             try:
+                refuse_images(row)
                 answer = gold_of(row, answer_columns)
                 text, name_of_row = text_of(row, problem_columns, "user"), str(row.get("id", number - 1))
                 found.append((number, {"problem": text, "answer": answer, "id": name_of_row}, extra(row)))
@@ -207,6 +213,13 @@ def usable_rows(
     return used
 
 
+def refuse_images(row: dict) -> None:
+    """ValueError for a row whose problem is shown in a picture, too."""
+    for name, value in row.items():
+        if re.fullmatch(r"(decoded_)?images?(_\d+)?", str(name).lower()) and value not in (None, "", [], {}):
+            raise ValueError(f"column {name} holds an image, which no model here sees")
+
+
 def told(unusable: list[str]) -> str:
     """The number of unusable rows and the first ten of them."""
     return f"{len(unusable)} rows that cannot be used: {'; '.join(unusable[:10])}{'; ...' * (len(unusable) > 10)}"
@@ -224,26 +237,56 @@ def value_at(row: dict, column: str) -> Any:
 def text_of(row: dict, columns: Iterable[str], role: str) -> str:
     """The text of the first of the columns that is filled; of a chat, the last message by `role`."""
     column = next((column for column in columns if value_at(row, column) is not None), None)
-    text = message_of(value_at(row, column), role) if column else None
+    value = value_at(row, column) if column else None
+    if column == "turns" and isinstance(value, list):  # as LiveBench has it
+        if len(value) != 1:
+            raise ValueError(f"column turns holds {len(value)} turns, expected one")
+        value = value[0]
+    text = message_of(value, role)
     if text is None:
         raise ValueError(f"column {column or '|'.join(columns)} holds no text")
     return text
 
 
 def message_of(value: Any, role: str) -> str | None:
-    """Text unchanged; of a chat, the last message by `role`."""
+    """Text unchanged; of a chat, the last message by `role`. ValueError for what is no text."""
     if isinstance(value, list):
-        messages = [m.get("content") for m in value if isinstance(m, dict) and m.get("role") == role]
-        value = messages[-1] if messages else None
-        if isinstance(value, list):  # [{"type": "text", "text": ...}]
-            value = "".join(str(part.get("text", "")) for part in value if isinstance(part, dict))
+        messages = [m for m in value if isinstance(m, dict) and m.get("role") == role]
+        value = text_of_message(messages[-1]) if messages else None
+    elif isinstance(value, dict) and value.get("role", role) == role and "content" in value:
+        value = text_of_message(value)
     return value if isinstance(value, str) and value.strip() else None
+
+
+def text_of_message(message: dict) -> str:
+    """The content of a message, after its thought where that is apart (`reasoning_content`, `reasoning` or parts of the
+    content); a thought without content was cut."""
+    content, thought = message.get("content"), message.get("reasoning_content") or message.get("reasoning") or ""
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict)]
+        if pictures := [p["type"] for p in parts if re.search("image|audio|video", str(p.get("type")))]:
+            raise ValueError(f"its content holds {pictures[0]}, which no model here reads")
+        apart = [p.get("thinking") or p.get("reasoning") or p.get("text") or "" for p in parts if is_thought(p)]
+        thought = thought or "".join(map(str, apart))
+        content = "".join(str(part.get("text") or "") for part in parts if not is_thought(part))
+    if not isinstance(thought, str):
+        raise ValueError("its reasoning is no text")
+    if not content and not thought:
+        raise ValueError("its content is null" if content is None else "its content is empty")
+    return f"<think>\n{thought}" + (f"</think>\n{content}" if content else "") if thought else content
+
+
+def is_thought(part: dict) -> bool:
+    return part.get("type") in ("thinking", "reasoning", "reasoning_text")
 
 
 def responses_of(row: dict) -> list[str]:
     """The texts of a row's responses; an empty one counts, too."""
     listed = value_at(row, "responses")
     values = listed if isinstance(listed, list) else [value_at(row, "response") or row.get("response")]
+    thoughts = [value_at(row, name) for name in ("reasoning_content", "reasoning")]  # beside a single response
+    if len(values) == 1 and any(thoughts) and not isinstance(values[0], (list, dict)):
+        values = [{"content": values[0], "reasoning": thoughts[0] or thoughts[1]}]
     texts = [value if isinstance(value, str) else message_of(value, "assistant") for value in values]
     if not texts or None in texts:
         raise ValueError(f"column response holds no text; found {', '.join(row)}")
@@ -255,10 +298,31 @@ def gold_of(row: dict, columns: Iterable[str]) -> str | list[str]:
     column = next((column for column in columns if value_at(row, column) not in (None, [])), None)
     if column is None:
         raise ValueError("no answer")
-    value = value_at(row, column)
+    value = plain_value(value_at(row, column))
     is_solution = column.lower() == "solution"
-    golds = [gold_answer(str(text), is_solution) for text in (value if isinstance(value, list) else [value])]
+    golds = [gold_answer(str(plain_value(v)), is_solution) for v in (value if isinstance(value, list) else [value])]
     return golds[0] if len(golds) == 1 else golds
+
+
+def plain_value(value: Any) -> Any:
+    """A gold answer out of bytes, JSON text (`"7"`, `["7", "8"]`, `{"value": 7}`) or an object with one value. Text
+    like [1, 2], which is an interval, stays. ValueError for other objects."""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise ValueError("the answer is bytes, and not UTF-8") from None
+    if isinstance(value, str) and value.strip()[:1] in ('"', "[", "{"):
+        with contextlib.suppress(ValueError):
+            read = json.loads(value)
+            texts = isinstance(read, list) and bool(read) and all(isinstance(item, str) for item in read)
+            value = read if texts or isinstance(read, (str, dict)) else value
+    if isinstance(value, dict):
+        if len(value) != 1 or isinstance(next(iter(value.values())), (dict, list)):
+            names = ", ".join(map(str, value)) or "nothing"
+            raise ValueError(f"the answer is an object with {names}; --answer-column OUTER.INNER names a field")
+        return plain_value(next(iter(value.values())))
+    return value
 
 
 def gold_answer(text: str, is_solution: bool) -> str:
@@ -280,14 +344,22 @@ def gold_answer(text: str, is_solution: bool) -> str:
 
 _OPENING = re.compile(
     r"\s*(?:(?:<[｜|]begin[▁_]of[▁_](?:sentence|text)[｜|]>|<s>|<bos>|<\|im_start\|>(?:assistant)?|<\|start\|>assistant)\s*)*"
-    r"(<think>|<thinking>|\[THINK\]|<\|channel\|>\s*analysis\s*<\|message\|>)?\n?"
+    r"(<think>|<thinking>|<thought>|<\|begin_of_thought\|>|◁think▷|\[THINK\]|"
+    r"<\|channel\|>\s*analysis\s*<\|message\|>)?\n?"
 )
 _CLOSING = re.compile(
-    r"</think>|</thinking>|\[/THINK\]|(?:<\|end\|>\s*)?(?:<\|start\|>assistant\s*)?<\|channel\|>\s*final\s*<\|message\|>"
+    r"</think>|</thinking>|</thought>|<\|end_of_thought\|>|◁/think▷|\[/THINK\]|"
+    r"(?:<\|end\|>\s*)?(?:<\|start\|>assistant\s*)?<\|channel\|>\s*final\s*<\|message\|>"
 )
 _LAST = re.compile(
     r"(?:\s*(?:</think(?:ing)?>|\[/THINK\]|<\|(?:return|end|im_end)\|>|<[｜|]end[▁_]of[▁_]sentence[｜|]>))+\s*$"
 )
+
+
+def marks_told(responses: list[str]) -> str:
+    """How many responses end their thought by which mark, where there are several."""
+    found = Counter(mark[0].strip() for text in responses if (mark := _CLOSING.search(text)))
+    return ", ".join(f"{count} by {mark}" for mark, count in found.most_common()) if len(found) > 1 else ""
 
 
 def split_response(text: str) -> tuple[bool, str, str | None]:

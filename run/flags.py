@@ -49,6 +49,8 @@ def new_parser(doc: str | None, dataset: tuple, split: tuple, limit: tuple) -> a
     flag("config", type=Path, help="YAML file of defaults; flags override it")
     flag("resume", action="store_true", help="go on where the run in --out stopped")
     flag("overwrite", action="store_true", help="discard the run in --out and start again")
+    plan = "only tell requests and sampled tokens, at most, and the time at RATE tokens a second, if that is given"
+    flag("dry-run", nargs="?", const=True, default=False, type=positive_int, metavar="RATE", help=plan)
     return parser
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from run.files import fail, read_jsonl, write_json, write_text
-from run.folder import recorded_run
+from run.folder import duration, recorded_run
 
 # ============================================================================================ numbers
 
@@ -27,7 +27,11 @@ def group_by(records: Iterable[dict], key: Callable[[dict], Any]) -> dict[Any, l
 
 
 def group_by_problem(records: Iterable[dict]) -> dict[str, list[dict]]:
-    return group_by(records, lambda r: r["id"])
+    """Rows that repeat a problem and its answer (an AIME file × 64) are one problem with more samples."""
+    names: dict[str, str] = {}
+    return group_by(
+        records, lambda r: names.setdefault(json.dumps([r.get("problem", r["id"]), r.get("gold")]), r["id"])
+    )
 
 
 def problem_means(records: Iterable[dict], value: Callable[..., float], *more) -> np.ndarray:
@@ -50,9 +54,10 @@ def bootstrap_interval(
     mean carries it. To compare two methods pass the differences of their per-problem means: the spread between problems
     they share then cancels. The order of the problems does not matter.
 
-    Why studentised: where few problems are ever solved, a percentile interval of 15 or 30 problems covers .87 to .91 of
-    the time, this one .94 and more (tests/test_metrics.py). A resample's deviation counts at least a quarter of the
-    sample's, or one without a solved problem would divide by 0. The ends stay within the problems' range.
+    Why studentised: of 15 or 30 hard problems a percentile interval covers in .87 to .92 of simulations and of
+    paired differences in .89 to .90, this one in .96 to .98 and .93 to .95 (500 each; tests/test_metrics.py has a
+    coarse one). A resample's deviation counts as a quarter of the sample's at least, since one without a solved problem
+    has none, and as all of it at most. The ends stay within the problems' range.
 
     One problem says nothing about the spread between problems: low and high are NaN. ValueError for no problems, an
     empty row, NaN or infinity, level outside (0, 1), or draws < 1.
@@ -62,14 +67,15 @@ def bootstrap_interval(
     means = np.sort([np.mean(row) if np.size(row) else math.nan for row in per_problem])
     if len(means) == 0 or not np.all(np.isfinite(means)):
         raise ValueError("need at least one problem, at least one sample of each, and finite numbers")
-    mean, deviation = float(means.mean()), means.std()
+    mean, spread = float(means.mean()), means.std()
     if len(means) == 1:
         return mean, math.nan, math.nan
     if means[0] == means[-1]:
         return mean, mean, mean
     resampled = means[bootstrap_picks(len(means), draws, seed)]
-    errors = (resampled.mean(axis=1) - mean) / np.maximum(resampled.std(axis=1), deviation / 4)
-    low, high = (mean - deviation * np.quantile(errors, [(1 + level) / 2, (1 - level) / 2])).clip(means[0], means[-1])
+    errors = (resampled.mean(axis=1) - mean) / resampled.std(axis=1).clip(spread / 4, spread)
+    ends = mean - means.std(ddof=1) * np.quantile(errors, [(1 + level) / 2, (1 - level) / 2])
+    low, high = ends.clip(means[0], means[-1])
     return mean, float(low), float(high)
 
 
@@ -244,6 +250,16 @@ def keep_shared_problems(runs: list[RecordedRun]) -> int:
     return len(shared)
 
 
+def tell_plan(rate: int | bool, problems: int, *work: tuple[str, int, int]) -> None:
+    """--dry-run: what a run costs at most. `work`: what is sampled, how many completions, their token limit; `rate`:
+    tokens a second, where a number was given."""
+    requests, tokens = sum(n for _, n, _ in work), sum(n * limit for _, n, limit in work)
+    parts = ", ".join(f"{n:,} {what} of at most {limit:,} tokens" for what, n, limit in work if n)
+    time = "--dry-run RATE tells the time" if rate is True else f"{duration(tokens / rate)} at {rate:,} tokens a second"
+    print(f"{problems} problem{'s' * (problems != 1)}: {parts}")
+    print(f"{requests:,} requests, {tokens:,} sampled tokens at most; {time}")
+
+
 def write_summary(folder: Path, summary: dict, table: str, *others: Path) -> None:
     """summary.json and summary.md; prints the table and which files, of the `others` too, are there."""
     write_json(folder / "summary.json", summary)
@@ -256,6 +272,9 @@ def write_summary(folder: Path, summary: dict, table: str, *others: Path) -> Non
 
 # Okabe and Ito: told apart by colour-blind readers, and in grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+
+
+SHARE = (-0.03, 1.03)  # so that curves at 0 and at 1 are seen
 
 
 def pyplot():
@@ -311,6 +330,8 @@ def draw_panels(file: Path, *panels: Panel, rows=1, **layout) -> Path:
             draw_curve(axis, curve.x, curve.means, curve.color, curve.label, curve.style, curve.band)
         if panel.tokens:
             token_axis(axis)
+        elif all(x == int(x) for curve in panel.curves for x in curve.x):
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(**panel.settings)
     for row in axes.reshape(rows, -1):
         labelled = [axis for axis in row if axis.get_legend_handles_labels()[1]]
@@ -321,7 +342,7 @@ def draw_panels(file: Path, *panels: Panel, rows=1, **layout) -> Path:
 
 def anytime_panels(accuracy: list[Curve], regret: list[Curve]) -> tuple[Panel, Panel]:
     """Accuracy of the answer forced within each token budget, and the normalised regret, roughly the area above it."""
-    left = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then", "ylim": (0, 1)}
+    left = {"xlabel": "token budget", "ylabel": "accuracy of the answer forced by then", "ylim": SHARE}
     right = {"xlabel": "token budget C0", "ylabel": "normalised regret", "xticks": regret[0].x}
     return Panel({**left, "xlim": (0, max(accuracy[0].x))}, accuracy), Panel(right, regret)
 
@@ -363,8 +384,8 @@ def draw_training(run: Path) -> Path:
     """`progress.png`: the training so far, from its metrics.jsonl and validation.jsonl."""
     steps = read_jsonl(run / "metrics.jsonl")
     thousands = [step["sampled_tokens"] / 1e3 for step in steps]
-    figure, (accuracy, length, rest) = subplots(3)
-    accuracy.plot(thousands, [step["reward"] for step in steps], alpha=0.5, label="rollouts")
+    figure, (accuracy, length, shares, J, progress, entropy) = subplots(6, rows=2)
+    accuracy.plot(thousands, [step["reward"] for step in steps], ".-", alpha=0.5, label="rollouts")
     if (run / "validation.jsonl").exists():
         checks = read_jsonl(run / "validation.jsonl")
         x = [check["sampled_tokens"] / 1e3 for check in checks]
@@ -372,15 +393,24 @@ def draw_training(run: Path) -> Path:
         for budget in checks[0]["forced"]:
             forced = [check["forced"][budget] for check in checks]
             accuracy.plot(x, forced, ".--", label=f"validation, stopped at {budget} tokens")
-    accuracy.set(ylabel="share of right answers", ylim=(0, 1))
+    accuracy.set(ylabel="share of right answers", ylim=SHARE)
     length.plot(thousands, [step["tokens"] for step in steps])
     length.set(ylabel="tokens of a rollout", ylim=(0, None))
-    for name, label in (("entropy", "entropy (nats)"), ("truncated", "truncated"), ("flat_groups", "flat groups")):
-        rest.plot(thousands, [step[name] for step in steps], label=label)
-    for axis in (accuracy, length, rest):
+    for axis, label, limits, names in (
+        (shares, "share", SHARE, ("truncated", "flat_groups")),
+        (J, "J", SHARE, ("J_empty", "J_end", "J_prefix")),
+        (progress, "progress of J", None, ("progress_per_episode", "progress_of_going_on")),
+        (entropy, "entropy (nats)", (0, None), ("entropy",)),
+    ):
+        for name in names:
+            if name in steps[0]:
+                axis.plot(thousands, [step[name] for step in steps], label=name.replace("_", " "))
+        axis.set(ylabel=label, ylim=limits)
+        axis.set_visible(bool(axis.lines))  # GRPO estimates no J
+    for axis in (accuracy, length, shares, J, progress, entropy):
         axis.set_xlabel("sampled tokens (thousands)")
-    for axis, columns in ((accuracy, 2), (rest, 3)):
-        axis.legend(fontsize=6, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1))
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=6, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     return save_figure(figure, run / "progress.png")
 
 
