@@ -131,8 +131,8 @@ def fate_of(record: dict) -> str:
 def counted(fates: Iterable[str]) -> str:
     """How many there are of each, with the remedy."""
     counts = Counter(fates)
-    told = [f"{n} {fate}" + f" ({REMEDIES[fate]})" * (fate in REMEDIES) for fate, n in counts.most_common()]
-    return f"of {counts.total()} " + ", ".join(told)
+    told = [f"{n} {fate}" + (f" ({REMEDIES[fate]})" if fate in REMEDIES else "") for fate, n in counts.most_common()]
+    return f"of {counts.total()}, " + ", ".join(told)
 
 
 def why_zero(records: list[dict]) -> str:

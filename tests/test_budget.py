@@ -198,7 +198,7 @@ def test_flags_that_make_no_sense(capsys, argv):
 
 def test_the_thoughts_of_one_model_are_not_given_to_several(capsys, monkeypatch, tmp_path):
     analysis = a_run(tmp_path / "analysis", "analyze_r1.py", model="a", episodes_per_point=1, max_tokens=96)
-    (analysis / "records.jsonl").touch()
+    (analysis / "records.jsonl").write_text('{"id": "0", "sample": 0, "token_ids": [1], "boundaries": [0, 1]}\n')
     flags = ("--model", "a,b", "--out", tmp_path / "run", "--engine", "transformers")
     main = main_with(monkeypatch, budget_force, "--thoughts", analysis, *flags)
     assert "holds thoughts of --model a, not of a,b" in refusal(capsys, main)
@@ -207,7 +207,8 @@ def test_the_thoughts_of_one_model_are_not_given_to_several(capsys, monkeypatch,
 @pytest.mark.parametrize("limit, told", [(2, "the first 2 of the 3 problems"), (3, ""), (9, "")])
 def test_it_says_how_many_of_the_thoughts_are_taken(capsys, tmp_path, limit, told):
     analysis = a_run(tmp_path / "analysis", "analyze_r1.py", model="tiny", episodes_per_point=1, max_tokens=256)
-    lines = [json.dumps({"id": str(i), "sample": 0}) + "\n" for i in range(3)]
+    row = {"sample": 0, "token_ids": [1, 2], "boundaries": [0, 1]}
+    lines = [json.dumps({"id": str(i), **row}) + "\n" for i in range(3)]
     (analysis / "records.jsonl").write_text("".join(lines))
     args = options("--thoughts", analysis, "--limit", limit)
     assert len(budget_force.read_thoughts(args)) == min(3, limit)

@@ -1,6 +1,5 @@
 """A served model: against a small real server that fails on purpose, and against `vllm serve` where it is there."""
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -23,7 +22,6 @@ import urllib3
 from conftest import refusal
 from test_bad_input import main_with, parser_refusal
 
-import analyze_r1
 import evaluate
 import rl_mrt
 from common import STOP_PHRASE
@@ -347,6 +345,7 @@ def records(run: Path) -> list[dict]:
 
 def test_a_run_goes_on_where_the_server_died_and_holds_no_key(serve, capsys, monkeypatch, tmp_path):
     flags = ("--limit", "4", "--num-samples", "2", "--batch-problems", "1", "--max-tokens", "64", "--max-episodes", "4")
+    flags += ("--metric", "all")
     whole, first, second = serve(), serve(), serve()
     main_with(monkeypatch, evaluate, "--engine", whole.url, *flags, "--out", tmp_path / "whole")()
     first.dies_after = len(whole.bodies) // 2
@@ -360,32 +359,6 @@ def test_a_run_goes_on_where_the_server_died_and_holds_no_key(serve, capsys, mon
     assert asked < len(whole.bodies) - 2
     for file in tmp_path.rglob("*"):
         assert file.is_dir() or KEY.encode() not in file.read_bytes()
-
-
-def test_the_plan_of_an_analysis_counts_what_would_be_asked(capsys, monkeypatch):
-    problems, thoughts, tokens, boundaries, answers, limit, prompt, phrase = 3, 2, 800, 5, 4, 60, 150, 50
-    asked = [(prompt, tokens)] * (problems * thoughts) + [(prompt + phrase, limit)] * (problems * answers)
-    ends = [tokens * b // (boundaries - 1) for b in range(1, boundaries)]
-    asked += [(prompt + end + phrase, limit) for end in ends] * (problems * thoughts * answers)
-    args = argparse.Namespace(num_samples=thoughts, max_tokens=tokens, forced_answers=answers, answer_tokens=limit)
-    cost = analyze_r1.plan(problems, boundaries, args)
-    assert cost["requests"] == len(asked)
-    assert cost["sampled"] == sum(sampled for _, sampled in asked)
-    assert cost["sent"] == sum(sent for sent, _ in asked)
-    main_with(
-        monkeypatch,
-        analyze_r1,
-        "--dry-run",
-        "--model",
-        "no/such",
-        "--dataset",
-        "tiny",
-        "--split",
-        "test",
-        "--limit",
-        "2",
-    )()
-    assert "2 problems × 4 thoughts of at most 8,192 tokens" in capsys.readouterr().out
 
 
 # ============================================================================================ vllm serve
