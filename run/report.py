@@ -55,8 +55,9 @@ def bootstrap_interval(
     they share then cancels. The order of the problems does not matter.
 
     Why studentised: of 15 or 30 hard problems a percentile interval covers in .83 to .93 of simulations and of paired
-    differences in .89 to .93, this one in .94 to .98 and .93 to .95 (500 each; tests/test_first_contact.py). A resample's deviation counts as a quarter of the sample's at least, since one without a solved problem
-    has none, and as all of it at most. The ends stay within the problems' range.
+    differences in .89 to .93, this one in .94 to .98 and .93 to .95 (500 each; tests/test_first_contact.py). A
+    resample's deviation counts as a quarter of the sample's at least, since one without a solved problem has none, and
+    as all of it at most. The ends stay within the problems' range.
 
     One problem says nothing about the spread between problems: low and high are NaN. ValueError for no problems, an
     empty row, NaN or infinity, level outside (0, 1), or draws < 1.
