@@ -55,7 +55,7 @@ from engine.logprobs import token_logprobs
 from engine.processes import gather_over_ranks, ranks, start_processes, sum_over_ranks
 from engine.sampler import Sampler, Spent, pick_engine
 from engine.served_engine import is_served
-from engine.tokens import THINK_END, prompt_ids, thinks
+from engine.thoughts import thinks
 from run import data, folder, report, training
 from run.files import append_jsonl, end_in_one_line, fail, read_jsonl, write_json
 from run.flags import add_group, new_parser, non_negative, parse_flags, positive_int, whole_number
@@ -68,9 +68,11 @@ from run.traces import (
     VALIDATION,
     forcing_of,
     problem_key,
+    prompt_of,
     prompts_of,
     sampler_of,
     segmentation,
+    tokenizer_of,
 )
 
 MAX_WEIGHT = 2.0  # importance weights between sampler and trainer are capped there
@@ -149,11 +151,9 @@ def main() -> None:
     _, world = start_processes()
     check_engine(args, world)
     folder.check_out(args)
-    tokenizer = models.load_tokenizer(args.model)  # small: a wrong --model is reported before a data set is fetched
+    tokenizer = tokenizer_of(args)  # small: a wrong --model is reported before a data set is fetched
     problems = data.problems_of(args)
     validation = data.held_out_of(args) if args.eval_every else []
-    if not thinks(tokenizer):
-        print(f"{args.model} has no {THINK_END}: its whole completion is the thought, and should end with a box")
     _, longest = prompts_of(args, tokenizer, problems + validation)
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
@@ -224,7 +224,10 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
     training.save_checkpoint(run, model, sampler.tokenizer, optimizer, steps.state)
     training.save_model(run / "model", model, sampler.tokenizer)
     if rank == 0:
-        write_json(run / "summary.json", {"method": method(args), **read_jsonl(run / "metrics.jsonl")[-1]})
+        metrics = read_jsonl(run / "metrics.jsonl")
+        if not any(line["grad_norm"] for line in metrics):
+            print("warning: no step had a gradient: every group was all right or all wrong, so nothing was trained")
+        write_json(run / "summary.json", {"method": method(args), **metrics[-1]})
     print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
 
 
@@ -303,7 +306,7 @@ def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple
 
 
 def prompts_to(args, sampler: Sampler, problems: list[dict]) -> list[list[int]]:
-    return [prompt_ids(sampler.tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
+    return [prompt_of(args, sampler.tokenizer, problem) for problem in problems]
 
 
 # ---------------------------------------------------------------------------------------------- advantages
@@ -420,7 +423,8 @@ def update(args, model, score, reference, optimizer, groups: Groups, advantages:
                 gaps.append((logprobs.detach() - sampled).abs().cpu())
         if part is parts[0]:
             gap = training.check_gap(gaps, dtype)
-        norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm))
+        signal = part is parts[0] and sum_over_ranks([sum(float(np.abs(columns[i][0]).sum()) for i in part)])[0] > 0
+        norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm, expected=signal))
     counted = {"tokens": sum(c.shape[1] for c in columns), "with_prompts": sum(len(ids) for ids, _, _ in examples)}
     names = ("tokens", "with_prompts", "loss", "entropy", "clipped", "kl", "padded", "weight")
     total = dict(zip(names, sum_over_ranks([float({**sums, **counted}.get(name, 0.0)) for name in names])))

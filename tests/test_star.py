@@ -13,7 +13,7 @@ import star_mrt
 from common import Forcing, Trace, set_sampled_J
 from engine import models
 from engine.sampler import Sampler
-from engine.tokens import THINK_END, Completion, encode
+from engine.tokens import Completion, encode
 from engine.transformers_engine import TransformersEngine
 from run.traces import sample_traces
 from run.training import fine_tuning_step
@@ -97,7 +97,7 @@ def test_examples_are_the_sampled_tokens_and_end_in_a_right_answer(sampled, phra
         assert ids[:first] == t.prompt and len(ids) - first == len(weights) == row["tokens"]
         assert ids[first : first + row["cut"]] == t.completion.token_ids[: row["cut"]]
         assert ids[-1] == tokenizer.eos_token_id
-        answer = tokenizer.decode(ids[first:]).rsplit(THINK_END, 1)[1]
+        answer = tokenizer.decode(ids[first:]).rsplit("</think>", 1)[1]
         assert common.grade(answer, t.problem["answer"])
         told = encode(tokenizer, common.STOP_PHRASE)
         inside = any(ids[i : i + len(told)] == told for i in range(len(ids)))
