@@ -1,4 +1,4 @@
-"""budget_force.py: exploit a smaller budget, extrapolate to a larger one (Section 8, Figures 9 and 12, Appendix F)
+"""budget_force.py: exploit a smaller budget, extrapolate to a larger one (Section 8, Figure 9, Appendix F)
 
     python budget_force.py                             # the embedded model
     python budget_force.py --model A,B,C               # several models, one table and one figure
@@ -41,6 +41,7 @@ from run.traces import (
     forcing_of,
     new_traces,
     problem_key,
+    problem_of,
     prompts_of,
     sampler_of,
     tokenizer_of,
@@ -55,28 +56,28 @@ def flags(argv=None) -> argparse.Namespace:
     # Each flag: name, default with the embedded model, with any other, where the latter comes from.
     parser = new_parser(
         __doc__,
-        dataset=("tiny", "yentinglin/aime_2025", "Appendix F"),
+        dataset=("tiny", "yentinglin/aime_2025", "the authors' script"),
         split=("test", "train", "the only one of that set"),
-        limit=(40, 15, "Appendix F: 15 problems"),
+        limit=(40, 15, "the authors' script: 15 problems"),
     )
     flag = add_group(parser, "thoughts")
-    flag("num-samples", 4, 16, "Appendix F")
-    flag("max-tokens", 256, 16384, "Appendix F")
-    flag("temperature", 1.0, 0.6, "Appendix F")
-    flag("top-p", 1.0, 0.95, "Appendix F")
+    flag("num-samples", 4, 16, "the authors' script")
+    flag("max-tokens", 256, 16384, "the authors' script")
+    flag("temperature", 1.0, 0.6, "the authors' script")
+    flag("top-p", 1.0, 0.95, "the authors' script")
     flag("batch-problems", 64, 4, "ours")
     given = "thoughts of an analyze_r1.py run of the same model, with J at their episodes; its --max-tokens holds"
     flag("thoughts", type=Path, metavar="RUN", help=given)
     flag = add_group(parser, "answers")
-    flag("forced-answers", 8, 8, "Appendix F: 8 a point")
-    flag("answer-tokens", 8, 4096, "Appendix F")
+    flag("forced-answers", 8, 8, "the authors' script: 8 a point")
+    flag("answer-tokens", 8, 4096, "the authors' script")
     flag = add_group(parser, "exploit")
-    flag("budgets", "32,64,96,128,192,256", "2048,4096,8192,12288,16384", "Section 7 has the last four")
+    flag("budgets", "32,64,96,128,192,256", "2048,4096,8192,12288,16384", "Figure 9 has the last four")
     flag = add_group(parser, "extrapolate")
-    flag("extensions", 8, 8, "Appendix F", type=whole_number, help="continuations of a thought")
-    flag("answer-every", 2, 2, "Appendix F", type=positive_int, help="extensions between answers")
-    flag("strings", STRINGS, STRINGS, "Appendix F", help="continue strings, in turn")
-    flag("extension-tokens", 32, 2048, "Appendix F", type=positive_int, help="limit of one extension")
+    flag("extensions", 8, 8, "the authors' script", type=whole_number, help="continuations of a thought")
+    flag("answer-every", 2, 2, "the authors' script", type=positive_int, help="extensions between answers")
+    flag("strings", STRINGS, STRINGS, "the authors' script", help="continue strings, in turn")
+    flag("extension-tokens", 32, 2048, "the authors' script", type=positive_int, help="limit of one extension")
     style = "paper: a new line and a string, a limit for each extension, an unfinished last paragraph is dropped; "
     style += "s1: 'Wait' at the very end, all within --max-tokens"
     flag("style", choices=("paper", "s1"), default="paper", help=style)
@@ -103,8 +104,7 @@ def main() -> None:
         if not thinks(tokenizer := tokenizer_of(one)):
             fail(f"--model {one.model}: no thought to cut or to extend: {what_was_seen(tokenizer)}")
     if thoughts is not None:
-        fields = ("problem", "messages", "id")
-        problems = [{f: r[f] for f in fields if f in r} | {"answer": r["gold"]} for r, *_ in thoughts]
+        problems = [problem_of(record) for record, *_ in thoughts]
     else:
         problems = data.problems_of(args)
     for one in forcings:
@@ -238,7 +238,8 @@ def extend(args, sampler: Sampler, traces: list[Trace], thoughts: list[list[int]
 
 
 def ended(tokenizer, prompt: list[int], thought: list[int]) -> list[int]:
-    """The prompt, the thought and the end-of-thinking marker, without a word about time (Appendix F)."""
+    """The prompt, the thought and the end-of-thinking marker, without a word about time. Ours: the authors sample from
+    the thought as it stands (Appendix F)."""
     return prompt + thought + end_of_thought(tokenizer, prompt, text_and_offsets(tokenizer, thought)[0])
 
 
@@ -285,7 +286,7 @@ def extensions(settings: dict) -> range:
 
 
 def regret_budgets(settings: dict) -> list[int]:
-    """Inside: --budgets; beyond: the training budget + what the extensions may add (Section 7)."""
+    """Inside: --budgets; beyond: the training budget + what the extensions may add (Figure 9)."""
     more = settings["extension_tokens"] if settings["style"] == "paper" else 0
     return sorted({*settings["budgets"], *(settings["max_tokens"] + more * w for w in extensions(settings)[1:])})
 
@@ -343,7 +344,7 @@ def draw_regret(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
 
 
 def draw_accuracy(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
-    """Figure 12: accuracy against tokens; solid where thoughts are cut, dashed where they are extended."""
+    """Appendix F: accuracy against tokens; solid where thoughts are cut, dashed where they are extended."""
     budgets, points, cut, extended = settings["budgets"], extensions(settings), [], []
     for name, means in metrics.items():
         cut.append(Curve(budgets, [means[f"within {b}"] for b in budgets], name))

@@ -1,4 +1,4 @@
-"""evaluate.py: how often is a model right, after how many tokens, and how well does it use them? (Section 7)
+"""evaluate.py: how often is a model right, after how many tokens, and how well does it use them? (Section 8)
 
     python evaluate.py --metric pass@k                            # the embedded model on its test problems
     python evaluate.py --model runs/NAME/model --metric all       # pass@k, maj@k and normalised regret
@@ -6,7 +6,7 @@
     python evaluate.py --compare runs/A runs/B                    # table and figures from earlier evaluations' records
 
 Metrics: pass@1 (mean over samples), pass@k (unbiased), maj@k (exact, ties count ½), and with `--metric regret` or `all`
-the normalised regret (Section 7) from answers forced at every episode boundary of every trace. Every number has a 95 %
+the normalised regret (Figure 9) from answers forced at every episode boundary of every trace. Every number has a 95 %
 interval from a bootstrap over problems, which holds the noise of a problem's samples too; differences between models
 are paired on the same problems.
 """
@@ -43,15 +43,15 @@ def flags(argv=None) -> argparse.Namespace:
     # Each flag: name, default with the embedded model, with any other, where the latter comes from.
     parser = new_parser(
         __doc__,
-        dataset=("tiny", "HuggingFaceH4/aime_2024", "Table 1"),
+        dataset=("tiny", "HuggingFaceH4/aime_2024", "the first of Table 1"),
         split=("test", "test", "a set with one split is taken whatever it is called"),
         limit=(),
     )
     flag = add_group(parser, "sampling")
-    flag("num-samples", 8, 20, "Table 1")
-    flag("max-tokens", 256, 16384, "Table 1")
-    flag("temperature", 1.0, 0.6, "Appendix F")
-    flag("top-p", 1.0, 0.95, "Appendix F")
+    flag("num-samples", 8, 20, "the paper")
+    flag("max-tokens", 256, 16384, "the paper")
+    flag("temperature", 1.0, 0.6, "the authors' scripts of the regret")
+    flag("top-p", 1.0, 0.95, "the authors' scripts of the regret")
     flag("batch-problems", 64, 4, "ours")
     flag = add_group(parser, "forced answers, for the regret")
     flag("forced-answers", 4, 4, "ours")
@@ -221,7 +221,7 @@ def efficiency(records: list[dict]) -> dict[str, np.ndarray]:
 
 
 def token_ratio(base: dict[str, np.ndarray], other: dict[str, np.ndarray], metric: str) -> dict:
-    """Tokens the base needs over tokens the other needs for the highest score that both reach (Section 7, "token
+    """Tokens the base needs over tokens the other needs for the highest score that both reach (Section 8, "token
     efficiency"), with a bootstrap over the problems they share; above 1 the other is more efficient."""
 
     def ratio(chosen) -> tuple[float, float]:
@@ -275,7 +275,7 @@ def draw_anytime(args, recorded: list[RecordedRun], stem: str) -> Path | None:
 
 
 def draw_efficiency(args, efficiencies: dict[str, dict[str, np.ndarray]], stem: str) -> Path:
-    """pass@k and maj@k against the tokens of k samples (Figures 7 and 8)."""
+    """pass@k and maj@k against the tokens of k samples (Figure 7)."""
     panels = []
     for metric in SCORES:
         curves = [

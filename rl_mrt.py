@@ -11,6 +11,7 @@ rollouts start. l_FT is the outcome reward's objective, c_{j-1} the prefix befor
                                    rollouts stop and answer (they estimate J(μ|c)) and G go on thinking
     --bonus α --variant online     their later one (release v0.1): forced answers at every boundary of on-policy
                                    traces, each episode's tokens are credited with that episode's progress
+    --stop-credit β                ours, on top: credit for the decision to stop or go on at each boundary
     --length-penalty w             the paper's third baseline (Arora & Zanette, arXiv 2502.04463)
 
 On a laptop, with the embedded model (a minute or two on one core):
@@ -28,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import NoReturn
 
@@ -48,6 +50,7 @@ from common import (
     read_traces,
     set_likelihood_J,
     set_sampled_J,
+    stop_loss,
     success_rate,
 )
 from engine import models
@@ -56,9 +59,10 @@ from engine.processes import gather_over_ranks, ranks, start_processes, sum_over
 from engine.sampler import Sampler, Spent, pick_engine
 from engine.served_engine import is_served
 from engine.thoughts import thinks
+from engine.tokens import stop_ids_of_thought, text_and_offsets
 from run import data, folder, report, training
 from run.files import append_jsonl, end_in_one_line, fail, read_jsonl, write_json
-from run.flags import add_group, new_parser, non_negative, parse_flags, positive_int, whole_number
+from run.flags import add_group, new_parser, non_negative, parse_flags, positive_int, share, whole_number
 from run.traces import (
     FORCED,
     GOING_ON,
@@ -68,14 +72,16 @@ from run.traces import (
     VALIDATION,
     forcing_of,
     problem_key,
+    problem_of,
     prompt_of,
     prompts_of,
     sampler_of,
     segmentation,
     tokenizer_of,
+    trace_of,
 )
 
-MAX_WEIGHT = 2.0  # importance weights between sampler and trainer are capped there
+MAX_IMPORTANCE = 2.0  # importance weights between sampler and trainer are capped there
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -83,8 +89,8 @@ def flags(argv=None) -> argparse.Namespace:
     parser = new_parser(
         __doc__,
         dataset=("tiny:30", "AI-MO/NuminaMath-1.5", "the paper: NuminaMath, release not named"),
-        split=("train", "train", "Section 6"),
-        limit=(128, 4000, "Section 6: 4,000 NuminaMath problems"),
+        split=("train", "train", "the paper"),
+        limit=(128, 4000, "the paper: 4,000 NuminaMath problems"),
     )
     flag = add_group(parser, "MRT")
     flag("bonus", 1.0, 1.0, "the authors' v0.1", type=non_negative, help="α of Eq. 2; 0 is GRPO")
@@ -92,6 +98,11 @@ def flags(argv=None) -> argparse.Namespace:
     estimate = "J by sampled forced answers, by the gold answer's likelihood, or that in nats (default: log-likelihood "
     estimate += "for tiny online, else sampled, as the authors)"
     flag("progress", choices=("sampled", "likelihood", "log-likelihood"), help=estimate)
+    flag("stop-credit", type=non_negative, default=0.0, help="β of the decision to stop; ours, not the paper's")
+    stale = (
+        "prefixes and their J from the records of a run of analyze_r1.py, evaluate.py or star_mrt.py, one a problem, "
+    )
+    flag("prefixes", type=Path, metavar="RUN", help=stale + "in place of fresh ones: the authors' stale prefixes")
     flag("forced-answers", 4, 4, "v0.1; the prefix variant's m of Figure 6")
     flag("answer-tokens", 8, 1024, "ours")
     flag("max-episodes", 32, 6, "the authors' online variant")
@@ -104,6 +115,8 @@ def flags(argv=None) -> argparse.Namespace:
     flag("clip", 0.2, 0.2, "PPO's", type=non_negative, help="ε of the ratio's clipping")
     beta = "not published; the default of the trainer the authors built on"
     flag("kl", 0.0, 0.04, beta, type=non_negative, help="β of the k3 penalty to the initial model; 0: no copy kept")
+    mean = "the loss is a mean over all tokens, or over each sequence's and then over sequences (the authors' trainer)"
+    flag("loss-mean", choices=("token", "sequence"), default="token", help=mean)
     flag("updates-per-batch", type=positive_int, default=1, help="optimiser steps a batch")
     flag = add_group(parser, "optimisation")
     flag("steps", type=positive_int, help="default: one pass over the problems")
@@ -112,6 +125,7 @@ def flags(argv=None) -> argparse.Namespace:
     flag("schedule", "constant", "cosine", "Table 3", choices=("constant", "cosine"))
     flag("warmup", 0.0, 0.1, "Table 3")
     flag("weight-decay", 0.0, 0.01, "Table 3")
+    flag("adam-beta2", 0.95, 0.95, "ours; the authors' trainer: 0.999", type=share, help="β2 of AdamW")
     flag("max-grad-norm", 1.0, 1.0, "usual")
     flag("max-tokens-per-batch", 4096, 32768, "ours")
     flag("checkpoint-every", 10, 10, "ours")
@@ -136,6 +150,10 @@ def check_flags(args) -> None:
         fail("--group-size 1: a group of one has no spread to normalise by")
     if args.bonus > 0 and args.variant == "prefix" and args.progress != "sampled":
         fail(f"--progress {args.progress} needs --variant online: prefix samples its answers")
+    if args.stop_credit and args.bonus == 0:
+        fail(f"--stop-credit {args.stop_credit:g} needs a --bonus above 0: GRPO does not know J")
+    if args.prefixes and not (args.bonus and args.variant == "prefix"):
+        fail(f"--prefixes {args.prefixes}: needs --variant prefix and a bonus above 0")
     if args.length_penalty >= 1:
         fail(f"--length-penalty {args.length_penalty}: must be below 1, or right answers could lose to wrong ones")
     if args.max_tokens < 2:
@@ -152,7 +170,9 @@ def main() -> None:
     check_engine(args, world)
     folder.check_out(args)
     tokenizer = tokenizer_of(args)  # small: a wrong --model is reported before a data set is fetched
-    problems = data.problems_of(args)
+    if args.stop_credit and not stop_ids_of_thought(tokenizer):
+        fail(f"--stop-credit {args.stop_credit:g}: needs a model whose thoughts end with a token of their own")
+    problems = recorded_prefixes(args, tokenizer) if args.prefixes else data.problems_of(args)
     validation = data.held_out_of(args) if args.eval_every else []
     _, longest = prompts_of(args, tokenizer, problems + validation)
     if args.dry_run:
@@ -202,6 +222,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
     elif validation:
         validate(args, run, sampler, validation, steps.state)
     rollouts = ROLLOUTS[args.variant if args.bonus else "grpo"]
+    stop = stop_ids_of_thought(sampler.tokenizer)[0] if args.stop_credit else None
 
     for step in steps:
         drawn = training.draw_problems(problems, args.problems_per_step, step, args.seed)[rank::world]
@@ -210,7 +231,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
         advantages = advantages_of(args, groups)
         sampler.pause()
         try:
-            metrics = update(args, model, score, reference, optimizer, groups, advantages)
+            metrics = update(args, model, score, reference, optimizer, groups, advantages, stop)
         except FloatingPointError as error:
             give_up(run, step, groups, error)
         sampler.sync()  # what is sampled next is sampled from the new weights
@@ -260,41 +281,75 @@ def rollouts_online(args, sampler: Sampler, problems, seed: tuple) -> Groups:
 
 
 def rollouts_prefix(args, sampler: Sampler, problems, seed: tuple) -> Groups:
-    """MRT as in Figure 6: cut a partial rollout after some of its episodes, its prefix c; m rollouts stop there, which
-    gives J(μ|c), and G go on. Each group shares its prefix; a trace is what follows it."""
-    prompts, seeds = (
-        prompts_to(args, sampler, problems),
-        [(*seed, PARTIAL, p["place"], problem_key(p)) for p in problems],
-    )
-    cut = cut_rollouts(args, sampler, problems, prompts, seeds)
-    stops = [forced_prompt(sampler.tokenizer, trace, end) for trace, end in cut]
-    answers = force_answers(sampler, problems, stops, forcing_of(args), [(*s, STOPPED) for s in seeds])
-    contexts = [prompt + trace.completion.token_ids[:end] for prompt, (trace, end) in zip(prompts, cut)]
-    prefixes = [trace.prefix(end) for trace, end in cut]
-    limits = [args.max_tokens - end for _, end in cut]
-    groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, GOING_ON), prefixes)
-    for problem, group, stopped in zip(problems, groups, answers):
-        for trace in group:
-            trace.prefix_J = success_rate(problem, stopped)
+    """MRT as in Figure 6: a partial rollout is cut after some of its episodes, and G rollouts go on from its prefix c,
+    whose J(μ|c) is known. Each group shares its prefix; a trace is what follows it."""
+    if not args.prefixes:
+        problems = cut_rollouts(args, sampler, problems, seed)
+    prefixes = [problem["prefix"]["token_ids"] for problem in problems]
+    contexts = [prompt + prefix for prompt, prefix in zip(prompts_to(args, sampler, problems), prefixes)]
+    texts = [text_and_offsets(sampler.tokenizer, prefix)[0] for prefix in prefixes]
+    limits = [args.max_tokens - len(prefix) for prefix in prefixes]
+    groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, GOING_ON), texts)
+    for trace in (trace for group in groups for trace in group):
+        trace.prefix_J = trace.problem["prefix"]["J"]
     return groups
 
 
 ROLLOUTS = {"grpo": rollouts_grpo, "online": rollouts_online, "prefix": rollouts_prefix}
 
 
-def cut_rollouts(args, sampler: Sampler, problems, prompts, seeds) -> list[tuple[Trace, int]]:
-    """One partial rollout a problem and where it is cut: after a random number of its episodes, 0 included, all equally
-    likely. It is sampled by the model as it is before the update (the old policy), and never trained on."""
+def cut_rollouts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
+    """The problems, each with the prefix of a partial rollout: {token_ids, J}, J(μ|c) from m rollouts that stop there.
+    It is sampled by the model as it is before the update (the old policy), and never trained on."""
+    seeds = [(*seed, PARTIAL, problem["place"], problem_key(problem)) for problem in problems]
+    prompts, rule = prompts_to(args, sampler, problems), segmentation(args)
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
-    rule, cut = segmentation(args), []
-    for problem, prompt, (completion,), seed in zip(problems, prompts, rows, seeds):
-        trace = read_trace(sampler.tokenizer, problem, prompt, completion, rule)
-        ends = trace.boundaries
-        if not (trace.finished and thinks(sampler.tokenizer)):
-            ends = ends[:-1]  # the thought was cut off there, or holds the answer
-        ends = [end for end in ends if end + args.answer_tokens <= args.max_tokens] or [0]  # with room to answer
-        cut.append((trace, ends[int(np.random.default_rng(seed).integers(len(ends)))]))
-    return cut
+    partial_rollouts = [read_trace(sampler.tokenizer, p, q, c, rule) for p, q, (c,) in zip(problems, prompts, rows)]
+    ends = [t.boundaries[draw_cut(args, sampler.tokenizer, t, s)] for t, s in zip(partial_rollouts, seeds)]
+    stops = [forced_prompt(sampler.tokenizer, trace, end) for trace, end in zip(partial_rollouts, ends)]
+    answers = force_answers(sampler, problems, stops, forcing_of(args), [(*s, STOPPED) for s in seeds])
+    J = map(success_rate, problems, answers)
+    cut = [trace.completion.token_ids[:end] for trace, end in zip(partial_rollouts, ends)]
+    return [{**p, "prefix": {"token_ids": ids, "J": value}} for p, ids, value in zip(problems, cut, J)]
+
+
+def draw_cut(args, tokenizer, trace: Trace, seed: tuple) -> int:
+    """The number of the boundary where a trace is cut: all that leave room to answer equally likely, 0 included; not
+    its end where the thought was cut off or holds the answer."""
+    whole = trace.finished and thinks(tokenizer)
+    inside = trace.boundaries if whole else trace.boundaries[:-1]
+    count = sum(end + args.answer_tokens <= args.max_tokens for end in inside)
+    return int(np.random.default_rng(seed).integers(max(1, count)))
+
+
+def recorded_prefixes(args, tokenizer) -> list[dict]:
+    """--prefixes: the problems of a run, each with one prefix of its traces and the J recorded there, drawn once for
+    the whole training; --limit takes the first."""
+    run, config = args.prefixes, folder.config_of(args.prefixes) or {}
+    files = {"analyze_r1.py": "records.jsonl", "evaluate.py": "records.jsonl", "star_mrt.py": "samples_1.jsonl"}
+    file = run / files.get(config.get("script", ""), "none")
+    if not file.exists():
+        fail(f"--prefixes {run}: holds no traces of a run of {', '.join(files)}")
+    groups = report.group_by_problem(record for record in folder.load_records(file) if record["J"])
+    if not groups:
+        fail(f"--prefixes {run}: its traces were recorded without J, as without forced answers")
+    problems = []
+    for name, records in list(groups.items())[: args.limit]:
+        problem = problem_of(records[0])
+        rng = np.random.default_rng((args.seed, PARTIAL, problem_key(problem)))
+        record = records[int(rng.integers(len(records)))]
+        prompt = prompt_of(args, tokenizer, problem)
+        trace = trace_of(record, tokenizer, problem, prompt)
+        if len(prompt) != record["prompt_tokens"] or trace.completion.text != record["text"]:
+            fail(f"--prefixes {run}: problem {name} was recorded with another tokenizer or chat template")
+        j = draw_cut(args, tokenizer, trace, (args.seed, PARTIAL, problem_key(problem), trace.sample))
+        problems.append(
+            {**problem, "prefix": {"token_ids": record["token_ids"][: trace.boundaries[j]], "J": trace.J[j]}}
+        )
+    J, empty = ([p["prefix"][name] for p in problems] for name in ("J", "token_ids"))
+    shares = f"mean J {np.mean(J):.3f}, {sum(not ids for ids in empty)} of them empty"
+    print(f"{len(problems)} prefixes of {config['settings'].get('model')}, recorded before this training: {shares}")
+    return problems
 
 
 def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple, prefixes=None) -> Groups:
@@ -357,6 +412,8 @@ def episode_credit(group: list[Trace], scale=np.asarray) -> list[np.ndarray]:
     gets 0 - mean. Taken from the thought alone, the mean would be a fee for each episode that ending the thought
     avoids: a length penalty in disguise.
     Why no std: where no episode makes progress, it would blow the noise of J up to a signal.
+    α's unit: A_GRPO has unit variance in a group, progress is in units of J (or nats), so α = 1 weighs at most half of
+    what it weighs inside a reward that is normalised afterwards (docs/faithful.md).
     """
     progress = [episode_progress(scale(trace.J)) for trace in group]
     mean = np.concatenate(progress).mean() if any(map(len, progress)) else 0.0
@@ -385,56 +442,101 @@ def prefix_credit(group: list[Trace]) -> list[np.ndarray]:
     ]
 
 
+def stop_gains(trace: Trace) -> np.ndarray:
+    """What stopping instead would have gained: J_j - f at the token that follows a boundary j ≥ 1, 0 at the others,
+    [tokens]. In the prefix variant J is known at the cut alone, before the first token."""
+    gains = np.zeros(len(trace.completion.token_ids))
+    if trace.prefix_J is not None:
+        gains[0] = trace.prefix_J - trace.reward
+    for boundary, J in list(zip(trace.boundaries, trace.J))[1:]:
+        if boundary < len(gains):  # not where a thought was cut off: nothing was decided there
+            gains[boundary] = J - trace.reward
+    return gains
+
+
 # ---------------------------------------------------------------------------------------------- the update
 
 
-def update(args, model, score, reference, optimizer, groups: Groups, advantages: Advantages) -> dict[str, float]:
+def update(
+    args, model, score, reference, optimizer, groups: Groups, advantages: Advantages, stop: int | None = None
+) -> dict[str, float]:
     """One or more optimiser steps on the sampled tokens; returns the update's metrics. With several processes each has
-    its own groups; denominators and metrics are over all of them, and so is the gradient."""
-    traces, dtype, device = [t for group in groups for t in group], models.pick_dtype(args.dtype), model.device
-    columns = [np.stack([a, t.completion.logprobs]) for t, a in zip(traces, (a for row in advantages for a in row))]
-    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), c) for t, c in zip(traces, columns)]
+    its own groups; denominators and metrics are over all of them, and so is the gradient. `stop`: the token that ends a
+    thought, with --stop-credit."""
+    traces, dtype = [trace for group in groups for trace in group], models.pick_dtype(args.dtype)
+    examples = list(map(example_of, repeat(args), traces, chain.from_iterable(advantages)))
     parts = parts_of(args, traces)
     if len(parts) > 1:
-        examples = training.with_old_logprobs(args, score, examples, device)
+        examples = training.with_old_logprobs(args, score, examples, model.device)
     sums, gaps, norms = Counter(), [], []
     for part in parts:
-        denominator = sum_over_ranks([float(sum(columns[i].shape[1] for i in part))])[0]  # before the loop
+        denominator = sum_over_ranks([sum(float(examples[i][2][0].sum()) for i in part)])[0]  # before the loop
         optimizer.zero_grad()
-        for numbers, ids, where, (advantage, sampled, *old) in training.micro_batches(
-            examples, part, args.max_tokens_per_batch, device
+        for numbers, ids, where, columns in training.micro_batches(
+            examples, part, args.max_tokens_per_batch, model.device
         ):
             with models.autocast(dtype):
-                logprobs, entropies = score(ids, where, args.temperature)
-                ref = reference_logprobs(args, reference, ids, where)
-            before = old[0] if old else logprobs.detach()
-            # Truncated importance weights: 1 where sampler and trainer agree, which round differently.
-            weight = (before - sampled).exp().clamp(max=MAX_WEIGHT)
-            loss, found = grpo_loss(logprobs, before, advantage * weight, denominator, args.clip, ref, args.kl)
+                loss, found, gap = batch_loss(args, score, reference, ids, where, columns, denominator, stop)
             (loss * ranks()[1] * bool(numbers)).backward()  # FSDP takes the mean of the processes' gradients
-            if not numbers:
-                continue
-            if not torch.isfinite(loss):
+            if numbers and not torch.isfinite(loss):
                 names = ", ".join(sorted({traces[i].problem["id"] for i in numbers}))
                 raise FloatingPointError(f"the loss is {loss.item()} on samples of {names}")
-            sums.update(found | {"loss": loss.item() * denominator, "entropy": float(entropies.sum())})
-            sums.update({"padded": ids.numel(), "weight": float(weight.sum())})
-            if part is parts[0]:  # sampler and trainer are still the same policy
-                gaps.append((logprobs.detach() - sampled).abs().cpu())
+            if numbers:
+                sums.update(found)
+            if numbers and part is parts[0]:  # sampler and trainer are still the same policy
+                gaps.append(gap)
         if part is parts[0]:
-            gap = training.check_gap(gaps, dtype)
-        signal = part is parts[0] and sum_over_ranks([sum(float(np.abs(columns[i][0]).sum()) for i in part)])[0] > 0
-        norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm, expected=signal))
-    counted = {"tokens": sum(c.shape[1] for c in columns), "with_prompts": sum(len(ids) for ids, _, _ in examples)}
-    names = ("tokens", "with_prompts", "loss", "entropy", "clipped", "kl", "padded", "weight")
-    total = dict(zip(names, sum_over_ranks([float({**sums, **counted}.get(name, 0.0)) for name in names])))
+            all_gaps = training.check_gap(gaps, dtype)
+        signal = sum_over_ranks([sum(float(np.abs(examples[i][2][1]).sum()) for i in part)])[0] > 0
+        expected = signal and part is parts[0]  # later all ratios may be clipped
+        norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm, expected))
+    counts = {"tokens": sum(c.shape[1] for *_, c in examples), "weights": sum(float(c[0].sum()) for *_, c in examples)}
+    return update_metrics({**sums, **counts, "with_prompts": sum(len(ids) for ids, *_ in examples)}, all_gaps, norms)
+
+
+def example_of(args, trace: Trace, advantage: np.ndarray) -> training.Example:
+    """Prompt and completion; for each token of the completion its weight in the loss, its advantage, the sampler's
+    log-prob, and what stopping there would have gained: [4, tokens]."""
+    tokens = len(trace.completion.token_ids)
+    weight = np.full(tokens, 1 / tokens if args.loss_mean == "sequence" else 1.0)
+    columns = np.stack([weight, advantage, trace.completion.logprobs, stop_gains(trace)])
+    return trace.prompt + trace.completion.token_ids, len(trace.prompt), columns
+
+
+def batch_loss(args, score, reference, ids, where, columns, denominator: float, stop: int | None):
+    """The loss of a micro-batch: ids [B, T], `where` [B, T] marks its N trained tokens, columns [4 or 5, N] are those
+    of `example_of` (and the old log-probs, if there are several steps); the sums of what is measured; |log-prob of the
+    trainer - of the sampler| [N]."""
+    weights, advantage, sampled, gains, *old = columns
+    scores, entropies = score(ids, where, args.temperature, also=stop)
+    logprobs = scores if stop is None else scores[:, 0]
+    before = old[0] if old else logprobs.detach()
+    # Truncated importance weights: 1 where sampler and trainer agree, which round differently.
+    importance = (before - sampled).exp().clamp(max=MAX_IMPORTANCE)
+    ref = reference_logprobs(args, reference, ids, where)
+    loss, found = grpo_loss(
+        logprobs, before, advantage * importance, denominator, args.clip, ref, args.kl, weights=weights
+    )
+    if stop is not None:
+        loss = loss + args.stop_credit * stop_loss(scores[:, 1], gains, denominator)
+    found |= {"loss": loss.item() * denominator, "entropy": float(entropies.sum())}
+    found |= {"padded": ids.numel(), "importance": float(importance.sum())}
+    return loss, found, (logprobs.detach() - sampled).abs().cpu()
+
+
+def update_metrics(sums: dict, gaps: torch.Tensor, norms: list[float]) -> dict[str, float]:
+    """What metrics.jsonl has of an update, over all processes."""
+    names = ("tokens", "weights", "with_prompts", "loss", "entropy", "clipped", "kl", "padded", "importance")
+    total = dict(zip(names, sum_over_ranks([float(sums.get(name, 0.0)) for name in names])))
     return {
-        **{name: total[name] / total["tokens"] for name in ("loss", "entropy", "kl")},
+        "loss": total["loss"] / total["weights"],
         "grad_norm": float(np.mean(norms)),
+        "entropy": total["entropy"] / total["tokens"],
         "clip_share": total["clipped"] / total["tokens"],
-        "importance_weight": total["weight"] / total["tokens"],
-        "sampler_gap_mean": float(gap.mean()),
-        "sampler_gap_max": float(gap.max()),
+        "kl": total["kl"] / total["tokens"],
+        "importance_weight": total["importance"] / total["tokens"],
+        "sampler_gap_mean": float(gaps.mean()),
+        "sampler_gap_max": float(gaps.max()),
         "trained_tokens": int(total["tokens"]),
         "update_tokens": int(total["with_prompts"]),
         "padding_share": 1 - total["with_prompts"] / total["padded"],

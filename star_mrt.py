@@ -60,15 +60,15 @@ def flags(argv=None) -> argparse.Namespace:
     parser = new_parser(
         __doc__,
         dataset=("tiny", "AI-MO/NuminaMath-1.5", "the paper: NuminaMath, release not named"),
-        split=("train", "train", "Section 6"),
-        limit=(192, 10000, "Section 6"),
+        split=("train", "train", "the paper"),
+        limit=(192, 10000, "the paper"),
     )
     flag = add_group(parser, "MRT")
     flag("filter", "both", "mrt", "mrt, outcome or both", choices=("mrt", "outcome", "both"))
     flag("iterations", 2, 2, "not published", type=positive_int)
     flag("min-success", 0.5, 0.5, "ours", type=float, help="J that the prefix kept must have")
     flag("per-problem", 2, 2, "ours", type=positive_int, help="traces kept of a problem")
-    flag("forced-answers", 8, 20, "the authors' code")
+    flag("forced-answers", 8, 20, "the paper")
     flag("answer-tokens", 8, 4096, "the authors' script of Section 5")
     flag("max-episodes", 32, 16, "ours; longer thoughts: neighbours are joined")
     flag = add_group(parser, "sampling")
@@ -82,7 +82,7 @@ def flags(argv=None) -> argparse.Namespace:
     flag("batch-size", 32, 256, "Table 2", type=positive_int, help="examples of an optimiser step")
     flag("epochs", 2, 3, "Table 2", type=positive_int)
     flag("warmup", 0.1, 0.1, "Table 2")
-    flag("schedule", "cosine", "cosine", "ours", choices=("constant", "cosine"))
+    flag("schedule", "cosine", "cosine", "ours: Table 2 names none", choices=("constant", "cosine"))
     flag("weight-decay", 0.0, 0.0, "not published")
     flag("max-grad-norm", 1.0, 1.0, "usual")
     flag("max-tokens-per-batch", 4096, 32768, "ours")

@@ -17,20 +17,26 @@ CHUNK_LOGITS = 1 << 25  # 128 MiB in float32
 
 
 def token_logprobs(
-    model, input_ids: torch.Tensor, where: torch.Tensor, temperature: float = 1.0, way: str = "chunks"
+    model,
+    input_ids: torch.Tensor,
+    where: torch.Tensor,
+    temperature: float = 1.0,
+    way: str = "chunks",
+    also: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the tokens at `where` given all before them, under softmax(logits / temperature).
 
     input_ids [B, T], padded on the right; where [B, T] bool, never the first column. Returns (log-probs [N], entropies
-    [N], no gradient), N = where.sum(), in row-major order. The logits are the model's own, its scaling and capping
+    [N], no gradient), N = where.sum(), in row-major order; with `also`, a token, log-probs [N, 2]: the second column is
+    what that token would have had at the same places. The logits are the model's own, its scaling and capping
     included. By the way of "chunks" they exist for CHUNK_LOGITS / vocabulary tokens at a time and are computed again in
     the backward pass: no [tokens, vocabulary] tensor is ever kept. Dropout and other noise are off.
     """
     without_noise(model)
     if way == "rows" or input_ids.shape[1] > same_positions(model):
-        return row_logprobs(model, input_ids, where, temperature)
+        return row_logprobs(model, input_ids, where, temperature, also)
     output = body_of(model)(input_ids=input_ids, use_cache=False)
-    before, target = output.last_hidden_state[:, :-1][where[:, 1:]], input_ids[:, 1:][where[:, 1:]]
+    before, target = output.last_hidden_state[:, :-1][where[:, 1:]], beside(input_ids[:, 1:][where[:, 1:]], also)
     chunk = max(1, CHUNK_LOGITS // model.get_output_embeddings().weight.shape[0])
 
     def score_chunk(states, tokens):
@@ -49,14 +55,19 @@ def body_of(model):
     return model.get_decoder() if model.base_model is model else model.base_model
 
 
+def beside(tokens: torch.Tensor, also: int | None) -> torch.Tensor:
+    """Tokens [N], or [N, 2] with the token `also` beside each."""
+    return tokens if also is None else torch.stack([tokens, torch.full_like(tokens, also)], -1)
+
+
 def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
-    """(log-probs of the tokens [N] under logits [N, vocabulary], entropies [N]). A few rows at a time (4 MiB), since
-    memory of that size is reused: the fresh pages of larger tensors cost more than their arithmetic. The entropies come
-    last: the recomputation in the backward pass stops before them."""
+    """(log-probs of the tokens, [N] or [N, K], under logits [N, vocabulary], entropies [N]). A few rows at a time
+    (4 MiB), since memory of that size is reused: the fresh pages of larger tensors cost more than their arithmetic. The
+    entropies come last: the recomputation in the backward pass stops before them."""
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     few = max(1, (1 << 20) // logits.shape[-1])
     logprobs = [rows.log_softmax(-1) for rows in logits.split(few)]
-    chosen = [rows.gather(-1, ids[:, None]).squeeze(-1) for rows, ids in zip(logprobs, tokens.split(few))]
+    chosen = [rows.gather(-1, ids.view(len(ids), -1)).view_as(ids) for rows, ids in zip(logprobs, tokens.split(few))]
     with torch.no_grad():
         entropies = [-(rows.exp() * rows).sum(-1) for rows in logprobs]
     return torch.cat(chosen), torch.cat(entropies)
@@ -73,14 +84,15 @@ def head(model, states: torch.Tensor, kind: type) -> torch.Tensor:
         del body.forward
 
 
-def row_logprobs(model, input_ids, where, temperature):
+def row_logprobs(model, input_ids, where, temperature, also=None):
     """As `token_logprobs`, for models whose results differ in a batch: one forward per row, without padding."""
     parts = []
     for ids, wanted in zip(input_ids, where):
         if wanted.any():
             end = int(wanted.nonzero().max()) + 1
             ids, wanted = ids[:end], wanted[1:end]
-            parts.append(score_tokens(plain_logits(model, ids)[:-1][wanted], ids[1:][wanted], temperature))
+            target = beside(ids[1:][wanted], also)
+            parts.append(score_tokens(plain_logits(model, ids)[:-1][wanted], target, temperature))
     logprobs, entropies = zip(*parts)
     return torch.cat(logprobs), torch.cat(entropies)
 

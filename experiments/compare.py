@@ -1,4 +1,4 @@
-"""experiments/compare.py: does MRT beat outcome-reward RL, and when? Sections 6 and 7 on the embedded model.
+"""experiments/compare.py: does MRT beat outcome-reward RL, and when? Sections 6 and 8 on the embedded model.
 
     python -m experiments.compare             # the confirmation: fixed before it ran, on problems nothing was chosen by
     python -m experiments.compare --report    # tables and figures again, from the runs that are there

@@ -118,7 +118,7 @@ def numbers(flag: str, text: str) -> list[int]:
 
 
 def quarters(max_tokens: int) -> list[int]:
-    """The budgets that are looked at by default, as in Section 7."""
+    """The budgets that are looked at by default, as in Figure 9."""
     return sorted({max(1, max_tokens * part // 4) for part in (1, 2, 3, 4)})
 
 
@@ -129,6 +129,12 @@ def non_negative(text: str) -> float:
         value = -1.0
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def share(text: str) -> float:
+    if (value := non_negative(text)) >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not below 1")
     return value
 
 

@@ -145,7 +145,8 @@ def same_inputs(run: Path, problems: list[dict], model: str) -> None:
     than it began with (`inputs.json`); problems may be added."""
     file, folder = run / "inputs.json", Path(resolve_model(model))
     recorded = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"weights": {}, "problems": {}}
-    digests = {p["id"]: f"{zlib.crc32(json.dumps([p['problem'], p['answer']]).encode()):08x}" for p in problems}
+    contents = {p["id"]: [p["problem"], p["answer"], *([p["prefix"]] if "prefix" in p else [])] for p in problems}
+    digests = {name: f"{zlib.crc32(json.dumps(content).encode()):08x}" for name, content in contents.items()}
     changed = [name for name, digest in digests.items() if recorded["problems"].get(name, digest) != digest]
     if changed:
         fail(f"--out {run}: the run there has other problems ({len(changed)} of {len(digests)}, such as {changed[0]})")

@@ -140,6 +140,11 @@ def new_traces(
         yield traces
 
 
+def problem_of(record: dict) -> dict:
+    """The problem of a record."""
+    return {name: record[name] for name in ("problem", "messages", "id") if name in record} | {"answer": record["gold"]}
+
+
 def trace_of(record: dict, tokenizer, problem: dict, prompt: list[int]) -> Trace:
     """The trace of a record, with the very tokens that were sampled; their log-probs are not kept."""
     ids = record["token_ids"]

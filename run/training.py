@@ -152,7 +152,8 @@ def prepare(model, dtype: torch.dtype, ways: Ways, recompute: bool) -> Callable:
 
 
 def adamw(args, model) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    betas = 0.9, getattr(args, "adam_beta2", 0.95)
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=betas, weight_decay=args.weight_decay)
 
 
 Example = tuple[list[int], int, np.ndarray]  # token ids; the first trained one; numbers of each trained token, [C, n]
@@ -195,7 +196,8 @@ def with_old_logprobs(args, score, examples: list[Example], device) -> list[Exam
     with torch.no_grad(), autocast(pick_dtype(args.dtype)):
         for numbers, ids, where, _ in micro_batches(examples, range(len(examples)), args.max_tokens_per_batch, device):
             logprobs = score(ids, where, args.temperature)[0].cpu()
-            old |= dict(zip(numbers, logprobs.split([examples[i][2].shape[1] for i in numbers])))
+            if numbers:
+                old |= dict(zip(numbers, logprobs.split([examples[i][2].shape[1] for i in numbers])))
     return [(ids, first, np.vstack([columns, old[i]])) for i, (ids, first, columns) in enumerate(examples)]
 
 

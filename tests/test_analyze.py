@@ -85,7 +85,7 @@ def test_votes_at_each_boundary_are_exact(by_hand):
 
 
 def test_panels_count_their_traces_and_a_trace_that_ended_keeps_its_value(by_hand, monkeypatch):
-    summary = analyze_r1.summarise(options("--panel-episodes", "3"), by_hand)
+    summary = analyze_r1.summarise(options(), by_hand)
     (panel,) = summary["panels"]
     assert (panel["traces"], panel["problems"], panel["episodes"]) == (3, 2, [1, 3])
     assert panel["after_episodes"] == [0, 1, 2, 3]

@@ -261,6 +261,7 @@ def test_values_that_the_parser_refuses(capsys, argv):
         ["--group-size", "1"],
         ["--temperature", "0"],
         ["--length-penalty", "1"],
+        ["--stop-credit", "20", "--bonus", "0"],
         ["--progress", "likelihood", "--variant", "prefix"],
     ],
     ids=" ".join,
@@ -279,7 +280,6 @@ def test_the_prefix_variant_needs_room_for_a_prefix(capsys):
 
 
 def test_settings_that_look_odd_but_are_sound():
-    assert rl_mrt.flags(["--group-size", "1", "--no-std"]).group_size == 1
     assert rl_mrt.flags(["--bonus", "0", "--progress", "likelihood"]).bonus == 0
     assert evaluate.flags(["--temperature", "0"]).temperature == 0
 
@@ -377,11 +377,12 @@ def test_bad_data_does_not_cost_the_run_that_would_be_overwritten(capsys, monkey
 
 def test_a_config_file_sets_defaults_and_flags_override_it(tmp_path):
     file = write(
-        tmp_path / "c.yaml", "bonus: 0.5\nvariant: online\nmax-tokens: 99\ngroup_size: 3\nlr: 1e-6\nno-std: true\n"
+        tmp_path / "c.yaml",
+        "bonus: 0.5\nvariant: online\nmax-tokens: 99\ngroup_size: 3\nlr: 1e-6\nskip-unusable: true\n",
     )
     args = rl_mrt.flags(["--config", file, "--group-size", "5", "--bonus", "0"])
     assert (args.bonus, args.group_size) == (0.0, 5)
-    assert (args.variant, args.max_tokens, args.lr, args.no_std) == ("online", 99, 1e-6, True)
+    assert (args.variant, args.max_tokens, args.lr, args.skip_unusable) == ("online", 99, 1e-6, True)
     assert args.temperature == rl_mrt.flags([]).temperature
 
 
@@ -428,7 +429,7 @@ def test_config_files_that_cannot_be_read(capsys, tmp_path):
         "lr: {a: 1}",
         "variant: suffix",
         "dtype: float16",
-        "no-std: maybe",
+        "skip-unusable: maybe",
         "overwrite: 'false'",
         "resume: 2",
     ],

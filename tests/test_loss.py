@@ -1,5 +1,6 @@
 """The loss and the log-probs: each rule that a well-known GRPO implementation gets wrong somewhere is a test here."""
 
+import argparse
 import copy
 import math
 
@@ -171,9 +172,10 @@ def test_rule_10_log_probs_equal_a_plain_forward(model, tokenizer, padded, tempe
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_rule_10_chunks_change_neither_values_nor_gradients(tied, chunk, monkeypatch):
-    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", 50 * chunk)
+@pytest.mark.parametrize("chunk", [1, 3, 1000, None])  # None: one row at a time
+@pytest.mark.parametrize("also", [None, 0, 49])
+def test_rule_10_chunks_change_neither_values_nor_gradients(tied, chunk, also, monkeypatch):
+    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", 50 * (chunk or 1))
     torch.manual_seed(1)
     shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     config = Qwen2Config(vocab_size=50, num_key_value_heads=1, tie_word_embeddings=tied, **shape)
@@ -181,13 +183,15 @@ def test_rule_10_chunks_change_neither_values_nor_gradients(tied, chunk, monkeyp
     ids = torch.randint(0, 50, (3, 8))
     where = torch.rand(3, 8) > 0.4
     where[:, 0] = False
-    logp, _ = token_logprobs(net, ids, where, 0.8)
-    logp.sum().backward()
+    logp, _ = token_logprobs(net, ids, where, 0.8, "chunks" if chunk else "rows", also)
+    weights = torch.randn(logp.shape)
+    (logp * weights).sum().backward()
     got = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
-    full = (net(ids).logits[:, :-1] / 0.8).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    expected = full[where[:, 1:]]
-    expected.sum().backward()
+    full = (net(ids).logits[:, :-1] / 0.8).log_softmax(-1)
+    columns = [full.gather(-1, ids[:, 1:, None]).squeeze(-1), *([] if also is None else [full[..., also]])]
+    expected = torch.stack([column[where[:, 1:]] for column in columns], -1).view_as(logp)
+    (expected * weights).sum().backward()
     torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
     for a, p in zip(got, net.parameters()):
         torch.testing.assert_close(a, p.grad, atol=1e-5, rtol=1e-5)
@@ -239,3 +243,51 @@ def test_the_worked_example_of_a_micro_batch():
     assert numbers == [0, 1] and ids.tolist() == [[7, 8, 9, 4, 2], [7, 8, 3, 0, 0]]
     assert where.int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]]
     torch.testing.assert_close(columns, torch.tensor([[0.5, 0.5, 0.5, -0.1]]))
+
+
+# ------------------------------------------------------------------------------------------------ the mean of the loss
+
+
+@pytest.mark.parametrize(
+    "lengths, advantages, mean, loss, gradients",
+    [
+        ((1, 3), (2, -1), "token", 0.25, (-1 / 2, 1 / 4)),
+        ((1, 3), (2, -1), "sequence", -0.5, (-1, 1 / 6)),
+        ((1, 2, 4), (1, 1, -1), "token", 1 / 7, (-1 / 7, -1 / 7, 1 / 7)),
+        ((1, 2, 4), (1, 1, -1), "sequence", -1 / 3, (-1 / 3, -1 / 6, 1 / 12)),
+    ],
+)
+def test_the_mean_over_tokens_and_over_sequences(lengths, advantages, mean, loss, gradients):
+    weights = torch.cat([torch.full((n,), 1 / n if mean == "sequence" else 1.0) for n in lengths])
+    advantage = torch.cat([torch.full((n,), float(a)) for n, a in zip(lengths, advantages)])
+    logp = torch.zeros(sum(lengths), requires_grad=True)
+    got, _ = grpo_loss(logp, logp.detach(), advantage, float(weights.sum()), weights=weights)
+    got.backward()
+    assert got.item() == pytest.approx(loss, abs=1e-6)
+    expected = torch.cat([torch.full((n,), g) for n, g in zip(lengths, gradients)])
+    torch.testing.assert_close(logp.grad, expected, atol=1e-6, rtol=0)
+
+
+def test_the_mean_over_sequences_weighs_the_kl_penalty_too():
+    logp, weights = torch.zeros(4, requires_grad=True), torch.tensor([1, 1 / 3, 1 / 3, 1 / 3])
+    ref = torch.tensor([math.log(2), 0.0, 0.0, 0.0])
+    got, _ = grpo_loss(
+        logp, logp.detach(), torch.tensor([2.0, -1, -1, -1]), 2.0, ref_logprobs=ref, kl=0.1, weights=weights
+    )
+    got.backward()
+    assert got.item() == pytest.approx(-0.484657, abs=1e-6)
+    torch.testing.assert_close(logp.grad, torch.tensor([-1.05, 1 / 6, 1 / 6, 1 / 6]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("beta2, second", [(0.95, 0.067865), (0.999, 0.067006)])
+def test_beta2_of_adamw_is_the_flag(beta2, second):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    flags = argparse.Namespace(lr=0.1, weight_decay=0.0, adam_beta2=beta2)
+    optimizer = training.adamw(flags, torch.nn.ParameterList([weight]))
+    steps = []
+    for gradient in (1.0, 0.0):
+        before = weight.item()
+        weight.grad = torch.tensor([gradient])
+        optimizer.step()
+        steps.append(before - weight.item())
+    assert steps == pytest.approx([0.1, second], abs=1e-5)

@@ -1,12 +1,14 @@
 """What MRT adds to GRPO: credit for progress. Hand-computed examples, the traps of the method, and bonus 0 = GRPO."""
 
 import copy
+import json
 import types
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 
 import common
 import rl_mrt
@@ -269,3 +271,73 @@ def test_likelihood_agrees_with_many_sampled_answers(sampler, tokenizer, problem
     assert len(exact) > 12 and np.ptp(exact) > 0.5
     error = np.sqrt(np.maximum(exact * (1 - exact), 0.01) / 64)
     assert (np.abs(sampled - exact) < 5 * error + 0.02).all()
+
+
+# ------------------------------------------------------------------------------------------------ recorded prefixes
+
+
+@pytest.fixture()
+def recorded(sampler, problems, prompts, tmp_path):
+    """A run of analyze_r1.py on four problems, two traces each, as its folder."""
+    rows = sampler.generate(prompts[:4], 100, [(9, i) for i in range(4)], n=2)
+    groups = common.read_traces(sampler.tokenizer, problems[:4], prompts, rows)
+    traces = [trace for group in groups for trace in group]
+    set_sampled_J(sampler, traces, Forcing(4, 8), (3,))
+    config = {"script": "analyze_r1.py", "settings": {"model": "tiny"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(trace.record()) + "\n" for trace in traces))
+    return tmp_path
+
+
+def test_recorded_prefixes_are_those_of_the_records_and_only_what_follows_is_sampled(sampler, tokenizer, recorded):
+    args = options("--variant", "prefix", "--prefixes", str(recorded), "--group-size", "3")
+    problems = rl_mrt.recorded_prefixes(args, tokenizer)
+    assert problems == rl_mrt.recorded_prefixes(args, tokenizer)
+    records = [json.loads(line) for line in (recorded / "records.jsonl").read_text().splitlines()]
+    for problem in problems:
+        ids, J = problem["prefix"]["token_ids"], problem["prefix"]["J"]
+        assert any(
+            r["token_ids"][: len(ids)] == ids and (len(ids), J) in zip(r["boundaries"], r["J"])
+            for r in records
+            if r["id"] == problem["id"]
+        )
+    assert any(problem["prefix"]["token_ids"] for problem in problems)
+    before = sampler.sampled_tokens
+    groups = rl_mrt.rollouts_prefix(args, sampler, placed(problems), (0, 0))
+    drawn = [trace for group in groups for trace in group]
+    assert sampler.sampled_tokens - before == sum(len(trace.completion.token_ids) for trace in drawn)
+    for problem, group in zip(problems, groups):
+        for trace in group:
+            assert trace.prefix_J == problem["prefix"]["J"] and "prefix" not in trace.record()
+            assert (
+                trace.prompt[len(trace.prompt) - len(problem["prefix"]["token_ids"]) :]
+                == problem["prefix"]["token_ids"]
+            )
+
+
+@pytest.mark.parametrize(
+    "f, expected",
+    [((1, 0, 0, 1), (1.7498, -1.2498, -1.2498, 1.7498)), ((1, 1, 1, 1), (0.75,) * 4), ((0, 0, 0, 0), (-0.25,) * 4)],
+)
+def test_the_advantage_with_a_recorded_J(f, expected):
+    group = [a_trace([0.0], reward=float(outcome)) for outcome in f]
+    for trace in group:
+        trace.prefix_J = 0.25
+    (rows,) = rl_mrt.advantages_of(options("--variant", "prefix", "--bonus", "1"), [group])
+    np.testing.assert_allclose([row[0] for row in rows], expected, atol=5e-5)
+
+
+def test_records_that_are_no_prefixes_are_refused(tokenizer, recorded, capsys):
+    args = options("--variant", "prefix", "--prefixes", str(recorded))
+    records = [json.loads(line) for line in (recorded / "records.jsonl").read_text().splitlines()]
+    for change, message in (
+        ({"J": []}, "recorded without J"),
+        ({"prompt_tokens": 3}, "another tokenizer or chat template"),
+        ({"text": "?"}, "another tokenizer or chat template"),
+    ):
+        (recorded / "records.jsonl").write_text("".join(json.dumps({**r, **change}) + "\n" for r in records))
+        assert message in refusal(capsys, rl_mrt.recorded_prefixes, args, tokenizer)
+    (recorded / "config.json").write_text(json.dumps({"script": "budget_force.py", "settings": {}}))
+    assert "holds no traces of a run of" in refusal(capsys, rl_mrt.recorded_prefixes, args, tokenizer)
+    for flags in (["--bonus", "0", "--variant", "prefix"], ["--variant", "online"]):
+        assert "needs --variant prefix" in refusal(capsys, options, *flags, "--prefixes", str(recorded))

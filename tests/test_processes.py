@@ -32,9 +32,8 @@ from run import training
 FLAGS = (
     "--bonus 1 --variant online --progress likelihood --problems-per-step 5 --group-size 4 --max-tokens 96 --steps 3"
 )
-FLAGS += (
-    " --eval-every 3 --eval-problems 7 --checkpoint-every 1 --keep 3 --max-tokens-per-batch 700 --updates-per-batch 2"
-)
+FLAGS += " --eval-every 3 --eval-problems 7 --max-tokens-per-batch 700"
+FLAGS += " --updates-per-batch 2 --stop-credit 20"
 
 
 def torchrun(folder: Path, count: int, *flags, script: str = "rl_mrt.py") -> subprocess.Popen:
@@ -54,7 +53,7 @@ def torchrun(folder: Path, count: int, *flags, script: str = "rl_mrt.py") -> sub
 
 
 def finish(process: subprocess.Popen, folder: Path) -> str:
-    assert process.wait(timeout=PATIENCE) == 0, (folder / "out.txt").read_text()[-3000:]
+    assert process.wait(timeout=PATIENCE) == 0, (folder / "out.txt").read_text()[-9000:]
     return (folder / "out.txt").read_text()
 
 
@@ -90,18 +89,28 @@ def test_two_processes_train_as_one(of_two, alone):
     assert config["architectures"] == ["Qwen2ForCausalLM"]
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A training of two processes that SIGTERM stopped, with a checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped")
+    process = torchrun(folder, 2, "--out", "run")
+    while not (folder / "run/metrics.jsonl").exists():
+        assert process.poll() is None, (folder / "out.txt").read_text()
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(timeout=PATIENCE) != 0
+    return folder / "run"
+
+
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(tmp_path, execute, of_two, alone, count):
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(tmp_path, execute, stopped, alone, count):
     run = tmp_path / "run"
-    shutil.copytree(of_two, run)
-    for name in ("model", "checkpoints/step_000003", "checkpoints/step_000002"):
-        shutil.rmtree(run / name)
-    (run / "summary.json").unlink()
+    shutil.copytree(stopped, run)
     if count == 1:
         printed = succeeded(execute(tmp_path, "rl_mrt.py", *FLAGS.split(), "--out", "run", "--resume"))
     else:
         printed = finish(torchrun(tmp_path, count, "--out", "run", "--resume"), tmp_path)
-    assert "at step 1" in printed
+    assert "resumed from" in printed
     assert_same(run, alone)
 
 
@@ -137,7 +146,7 @@ def test_a_process_that_dies_brings_the_others_down(tmp_path):
 
 def test_fewer_problems_than_processes_are_refused(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rl_mrt.py", "--problems-per-step", "1"])
-    monkeypatch.setattr(training, "start_processes", lambda: (0, 2))
+    monkeypatch.setattr(rl_mrt, "start_processes", lambda: (0, 2))
     assert "--problems-per-step" in refusal(capsys, rl_mrt.main)
 
 
@@ -162,12 +171,12 @@ def test_sigterm_writes_a_checkpoint_from_which_the_run_goes_on(tmp_path, start,
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(tmp_path, model, tokenizer, capsys):
     """A limit on the size of files stands in for the disk: what writes the weights fails with an error of its own."""
     optimizer = torch.optim.AdamW(model.parameters())
-    training.save_checkpoint(tmp_path, model, tokenizer, optimizer, {"step": 1}, keep=1)
+    training.save_checkpoint(tmp_path, model, tokenizer, optimizer, {"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
-        message = refusal(capsys, training.save_checkpoint, tmp_path, model, tokenizer, optimizer, {"step": 2}, 1)
+        message = refusal(capsys, training.save_checkpoint, tmp_path, model, tokenizer, optimizer, {"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)

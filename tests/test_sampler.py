@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from engine import transformers_engine
 from engine.prefixes import pack_prefixes, pack_tensors
-from engine.sampler import Sampler
 from engine.tokens import encode, text_and_offsets
-from engine.transformers_engine import TransformersEngine, draw
+from engine.transformers_engine import draw
 
 
 def keys(prompts, seed=0):
@@ -66,13 +66,12 @@ def test_draws_follow_the_distribution():
         assert torch.isfinite(logprob).all() and token.item() in (1, 4)
 
 
-def test_a_sample_depends_on_its_seed_and_number_and_not_on_the_batch(sampler, uneven):
+def test_a_sample_depends_on_its_seed_and_number_and_not_on_the_batch(sampler, uneven, monkeypatch):
     together = sampler.generate(uneven, 50, keys(uneven), n=3)
     alone = sampler.generate(uneven[4:5], 50, [(0, 4)], n=3)[0]
     later = sampler.generate(uneven[4:5], 50, [(0, 4)], n=1, first=2)[0]
-    tight = Sampler(TransformersEngine(sampler.model, max_rows=2), sampler.tokenizer).generate(
-        uneven[3:6], 50, keys(uneven)[3:6], n=3
-    )[1]
+    monkeypatch.setattr(transformers_engine, "MAX_ROWS", 2)
+    tight = sampler.generate(uneven[3:6], 50, keys(uneven)[3:6], n=3)[1]
     expected = [c.token_ids for c in together[4]]
     assert [c.token_ids for c in alone] == expected and [c.token_ids for c in tight] == expected
     assert later[0].token_ids == expected[2]
