@@ -23,8 +23,9 @@ import torch
 from engine.sampler import Sampler
 from engine.thoughts import final_part, marks_of, opening_after, split_thought, thinks
 from engine.tokens import Completion, encode, end_of_thought
-from plumbing.answers import extract_answer, grade_all
-from plumbing.votes import wins_vote
+from grading.box import extract_answer
+from grading.verdict import grade_all
+from grading.votes import wins_vote
 
 # The forced-termination phrase of the authors' public code: what turns the model into the meta-prover μ. Its </think>
 # stands for the mark that ends a thought of the model at hand.

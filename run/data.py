@@ -9,13 +9,15 @@ import json
 import re
 import sys
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from engine import first_line
 from engine.models import ROOT
 from engine.thoughts import KNOWN_MARKS, ThinkMarks
-from plumbing.answers import check_gold, extract_answer
+from grading.box import extract_answer
+from grading.verdict import check_golds
 from run.files import fail, parse_lines
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages")
@@ -178,17 +180,23 @@ def usable_rows(
             f"(--problem-column and --answer-column name others); found {', '.join(columns)}"
         )
     used, unusable, several = [], [], 0
-    for number, row in enumerate(rows, 1):
-        if limit is not None and len(used) == limit:
-            break
-        try:
-            answer = gold_of(row, answer_columns)
-            chat, name_of_row = chat_of(row, problem_columns), str(row.get("id", number - 1))
-            problem = {"problem": chat[-1]["content"], "answer": answer, "id": name_of_row}
-            used.append(({**problem, **({"messages": chat} if len(chat) > 1 else {})}, extra(row)))
-            several += isinstance(answer, list)
-        except ValueError as error:
-            unusable.append(f"row {number}: {error}")
+    numbered = enumerate(rows, 1)
+    while part := list(islice(numbered, None if limit is None else limit - len(used))):
+        found = []
+        for number, row in part:
+            try:
+                chat, answer = chat_of(row, problem_columns), gold_of(row, answer_columns)
+                problem = {"problem": chat[-1]["content"], "answer": answer, "id": str(row.get("id", number - 1))}
+                found.append((number, problem | ({"messages": chat} if len(chat) > 1 else {}), extra(row)))
+            except ValueError as error:
+                unusable.append((number, f"row {number}: {error}"))
+        for (number, problem, more), error in zip(found, check_golds([problem["answer"] for _, problem, _ in found])):
+            if error:
+                unusable.append((number, f"row {number}: {error}"))
+            else:
+                used.append((problem, more))
+                several += isinstance(problem["answer"], list)
+    unusable = [text for _, text in sorted(unusable)]
     if several:
         print(f"{name}: {several} row{'s have' if several > 1 else ' has'} several answers; any of them is right")
     if unusable and not skip_unusable:
@@ -266,7 +274,7 @@ def gold_of(row: dict, columns: Iterable[str]) -> str | list[str]:
 
 
 def gold_answer(text: str, is_solution: bool) -> str:
-    """The bare answer in the text of an answer column; ValueError if none can be graded."""
+    """The bare answer in the text of an answer column; ValueError if there is none."""
     if "####" in text:
         text = text.rsplit("####", 1)[1].strip().partition("\n")[0]
     elif is_solution or "\\boxed" in text:
@@ -277,7 +285,6 @@ def gold_answer(text: str, is_solution: bool) -> str:
     text = text.strip()
     if text.lower() in NOT_ANSWERS:
         raise ValueError(f"{text!r} is not an answer")
-    check_gold(text)
     return text
 
 

@@ -26,7 +26,7 @@ from engine.models import check_ids, context_length, load_config, load_tokenizer
 from engine.sampler import Sampler, open_sampler
 from engine.served_engine import Served, is_served
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
-from plumbing.answers import group_answers
+from grading.verdict import group_answers
 from run.files import fail
 from run.folder import unrecorded
 

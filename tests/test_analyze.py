@@ -12,7 +12,7 @@ import analyze_r1
 import common
 from common import Forcing, Segmentation, set_sampled_J
 from engine.tokens import encode, prompt_ids
-from plumbing import answers
+from grading.box import extract_answer
 from run import data, report
 from run.traces import regret_at
 
@@ -166,7 +166,7 @@ def test_given_responses_of_every_kind(tokenizer, sampler, response, points, ans
     assert trace.boundaries[0] == 0 and trace.boundaries == sorted(set(trace.boundaries))
     rest = trace.completion.token_ids[trace.boundaries[-1] :]  # marker and answer count as tokens of the trace
     assert rest[:1] == (encode(tokenizer, "</think>") if trace.finished else [])
-    assert answers.extract_answer(trace.answer or "") == answer
+    assert extract_answer(trace.answer or "") == answer
     assert trace.completion.text.replace("<think>", "").strip() == response.replace("<think>", "").strip()
     for b in trace.boundaries[1:-1]:
         assert trace.prefix(b).endswith("\n\n")
@@ -184,7 +184,7 @@ def test_five_hundred_episodes_stop_at_the_limit_and_are_grouped(tokenizer):
 
 def test_responses_without_any_marker_hold_their_answers(tokenizer):
     trace = given(tokenizer, "3 + 4 is \\boxed{7}", marked=False)
-    assert answers.extract_answer(trace.answer) == "7" and not trace.finished
+    assert extract_answer(trace.answer) == "7" and not trace.finished
 
 
 def test_windows_line_ends_and_scattered_rows(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import grade
-from plumbing import answers as grading
-from plumbing.answers import answers_equal, extract_answer, grade_all, group_answers
-from plumbing.forms import parse
+from grading import box, lists, notations, policy, quantities, texts, values, words
+from grading import verdict as grading
+from grading.box import extract_answer
+from grading.verdict import answers_equal, check_golds, grade_all, group_answers
 
 CASES = [
     line
@@ -39,12 +41,15 @@ def boxed(answer):
 # ---------------------------------------------------------------------------------------------- verdicts
 
 
-@pytest.mark.parametrize("line", CASES)
-def test_policy(line):
+def test_policy():
     """answers.txt: + or -, a gold, and answers that are right or wrong."""
-    gold, answers = line[2:].split(" | ", 1)
-    verdicts = {answer: answers_equal(answer, gold) for answer in answers.split(" ; ")}
-    assert verdicts == dict.fromkeys(verdicts, line[0] == "+")
+    rows = [
+        (answer, line[2:].split(" | ")[0], line[0] == "+")
+        for line in CASES
+        for answer in line[2:].split(" | ", 1)[1].split(" ; ")
+    ]
+    verdicts = grade_all([(answer, gold) for answer, gold, _ in rows])
+    assert len(rows) > 1400 and not [row for row, verdict in zip(rows, verdicts) if (verdict == "right") is not row[2]]
 
 
 def test_any_of_several_golds_is_right():
@@ -52,9 +57,8 @@ def test_any_of_several_golds_is_right():
     assert not grade(boxed("8"), ["7", "-7"]) and not grade(boxed("7, -7"), ["7", "-7"])
     assert grade_all([("-7", ["7", "-7"]), ("0", ("7", "-7")), (None, ["7"])]) == ["right", "wrong", "none"]
     assert group_answers(["7", "3", "-7", "3.0"], ["7", "-7"]) == [0, 1, 0, 1]
-    for golds in ([], ["7", r"\frac{1}{"]):
-        with pytest.raises(ValueError, match="gold"):
-            grading.check_gold(golds)
+    errors = check_golds(["7", [], ["7", r"\frac{1}{"], r"\sqrt{2}", "1/0"])
+    assert [bool(error) for error in errors] == [False, True, True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,7 @@ numbers = st.one_of(
     st.builds(lambda a, b: rf"{a}\sqrt{{{b}}}", st.integers(2, 9), st.sampled_from([2, 3, 5, 6, 7])),
     st.builds(lambda a, b: rf"{a}x^{{{b}}}", st.integers(2, 9), st.integers(2, 9)),
 )
-texts = st.one_of(
+answers = st.one_of(
     numbers,
     st.lists(numbers, min_size=2, max_size=3).map(", ".join),
     st.builds("({}, {})".format, numbers, numbers),
@@ -139,9 +143,9 @@ bounded = settings(max_examples=150, derandomize=True, deadline=None, database=N
 
 
 @bounded
-@given(texts)
+@given(answers)
 def test_every_answer_equals_itself(text):
-    assert parse(text) is None or grade(boxed(text), text)
+    assert check_golds([text])[0] or grade(boxed(text), text)
 
 
 @bounded
@@ -151,9 +155,9 @@ def test_equality_has_no_direction(a, b):
 
 
 @bounded
-@given(texts, noise)
+@given(answers, noise)
 def test_layout_does_not_change_a_verdict(text, layout):
-    if parse(text) is not None and not text.endswith((".", ")", "3")):
+    if not check_golds([text])[0] and not text.endswith((".", ")", "3")) and r"\text" not in text:
         assert answers_equal(layout.replace("{}", text, 1) if "text" not in layout else r"\text{}" + text, text)
 
 
@@ -164,16 +168,9 @@ def test_a_changed_digit_sign_or_exponent_is_never_right(text, data):
     at = data.draw(st.sampled_from(places))
     digit = data.draw(st.sampled_from([d for d in "123456789" if d != text[at]]))
     changed = text[:at] + digit + text[at + 1 :]
-    if not same_by_value(changed, text):
-        assert not answers_equal(changed, text)
+    assert not answers_equal(changed, text) or policy.number(changed) == policy.number(text)  # 2/4 and 3/6
     negative = text[1:] if text.startswith("-") else f"-{text}"
-    assert not answers_equal(negative, text) or parse(text) == ("number", 0)
-
-
-def same_by_value(a, b):
-    """As 2/4 and 3/6, or 2\\sqrt{2} and ... never: only numbers can coincide."""
-    forms = parse(a), parse(b)
-    return forms[0] == forms[1]
+    assert not answers_equal(negative, text) or policy.number(text) == 0
 
 
 # ---------------------------------------------------------------------------------------------- voting
@@ -243,39 +240,54 @@ def test_hostile_answers_are_wrong_soon(answer):
     assert answers_equal(r"2\sqrt{2}", r"\sqrt{8}")  # the next one is graded as ever
 
 
-PIECES = [
-    "7",
-    "1, ",
-    "x ",
-    "\\text{a}",
-    "\\ldots",
-    "sqrt ",
-    "or ",
-    "\\pm ",
-    "[1,",
-    "0.1",
-    "\\mid ",
-    "<",
-    "{",
-    "for all ",
+PIECES = r"7|1, |x |\text{a}|\ldots|sqrt |or |\pm |[1,|0.1|\mid |<|{|for all |\frac|\begin{cases}|a|,|=|(|\text{|is |and |^|_{a}|-"  # noqa: E501
+WHOLE = [
+    texts.NAME,
+    texts._NUMBER,
+    words.OPTION,
+    quantities._TAIL,
+    quantities._CURRENCY,
+    *(row[1] for row in words._SAID),
+]
+MODULES = (box, lists, notations, policy, quantities, texts, values, words)
+PATTERNS = [
+    *(pattern for module in MODULES for pattern in vars(module).values() if isinstance(pattern, re.Pattern)),
+    *(row[0] for row in (*box._TABLE, *notations.TABLE, *values.MISREAD)),
 ]
 
 
-@pytest.mark.parametrize("piece", PIECES)
-def test_long_texts_take_no_quadratic_time(piece):
-    start = time.perf_counter()
-    for count in (2900 // len(piece), 100_000 // len(piece)):
-        parse(piece * count)
-    assert time.perf_counter() - start < 5
+@pytest.mark.parametrize("piece", PIECES.split("|"))
+def test_no_pattern_takes_more_than_linear_time(piece):
+    for text in (piece * (100_000 // len(piece)), "x" + piece * (100_000 // len(piece)) + "\n"):
+        for pattern in {*PATTERNS, *WHOLE}:
+            start = time.process_time()
+            (pattern.fullmatch if pattern in WHOLE else pattern.search)(text)
+            assert time.process_time() - start < 1.5, pattern.pattern
+
+
+letters = st.lists(st.text("abcdefgh \\{}()$^_,.=-+123", min_size=1, max_size=9), min_size=1, max_size=25).map(" ".join)
+prose = st.lists(
+    st.sampled_from("the is smallest possible value of 3 at origin and or for if x=2 \\frac12 (so) half".split()),
+    max_size=40,
+)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(st.one_of(letters, prose.map(" ".join)), st.sampled_from(["3", "x+1", "(1,2)", r"\text{no}"]))
+def test_prose_is_graded_soon(text, gold):
+    policy.right(gold, "")
+    start = time.process_time()
+    policy.right(gold, text[:300])
+    assert time.process_time() - start < 0.75 or "\\" in text  # mostly 1 ms; math-verify's parser warms up slowly
 
 
 def test_hang_is_a_timeout_and_counted():
-    before = grading.grader_timeouts
+    before = grading.timeouts
     pairs = [(r"\binom{1000000007}{500000000}", "1"), ("2", "2"), (None, "2"), ("3", "2")]
     assert grade_all(pairs) == ["timeout", "right", "none", "wrong"]
-    assert grading.grader_timeouts == before + 1
+    assert grading.timeouts == before + 1
     assert grade_all(pairs[:1] * 3) == ["timeout"] * 3  # remembered, not tried again
-    assert grading.grader_timeouts == before + 1
+    assert grading.timeouts == before + 1
 
 
 def test_dead_worker_is_replaced():
@@ -324,13 +336,13 @@ def test_many_answers_are_graded_by_several_workers(monkeypatch):
     monkeypatch.setattr(grading.os, "cpu_count", lambda: 3)
     pairs = [(rf"\sqrt{{{4 * k}}}", rf"{n}\sqrt{{{k}}}") for k in range(2, 90) for n in (2, 3)]
     assert grade_all(pairs) == ["right", "wrong"] * 88
-    assert 1 < len(grading._idle) <= 4
+    assert 1 < len(grading._idle) <= 6
 
 
 def test_works_from_a_script_and_leaves_no_process(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "print('once')\nfrom plumbing import answers as grading\n"
+        "print('once')\nfrom grading import verdict as grading\n"
         "assert grading.grade_all([(r'\\sqrt{8}', r'2\\sqrt{2}')]) == ['right']\n"
         "print(grading._idle[-1].process.pid)\n"
     )
@@ -388,7 +400,7 @@ def test_votes_that_were_chosen_to_be_hard():
 @needs_data
 def test_visible_examples():
     for row in rows("grading_examples.jsonl"):
-        decided = {None: row["expected"], "T": True, "T?": True, "F": False, "?": True}
+        decided = {None: row["expected"], "T": True, "T?": row["category"] != "unit", "F": False, "?": True}
         assert grade(row["output"], row["gold"]) is decided[row["policy"]], row
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import SHARED, refusal
 
 from common import grade
-from plumbing.answers import extract_answer
+from grading.box import extract_answer
 from run import data
 from run.data import load_problems, load_responses, split_response
 from run.flags import load_markers

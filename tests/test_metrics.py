@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import plumbing.votes
+import grading.votes
 from common import (
     EPISODE_MARKERS,
     Segmentation,
@@ -303,7 +303,7 @@ def test_maj_at_k_monte_carlo(monkeypatch):
     rng = np.random.default_rng(0)
     shuffled = [[answers[i] for i in rng.permutation(24)] for _ in range(41)]  # the same subsets of other answers
     assert maj_at_k(shuffled.pop(), "1", k, weights) != value
-    monkeypatch.setattr(plumbing.votes, "SUBSET_DRAWS", 500)
+    monkeypatch.setattr(grading.votes, "SUBSET_DRAWS", 500)
     few = [maj_at_k(order, "1", k, weights) for order in shuffled]
     assert np.std(few) == pytest.approx(0.5 / math.sqrt(500), rel=0.5)  # the stated error
 

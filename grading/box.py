@@ -1,0 +1,227 @@
+r"""First stage: the last box of a response, and one spelling for what means the same in LaTeX.
+
+extract_answer may run anywhere (one pass over the text). clean and the helpers run in the worker; none of their
+patterns is super-linear: blanks are collapsed first, and no repeated part holds another one.
+"""
+
+import html
+import re
+import unicodedata
+from fractions import Fraction
+
+_THOUGHT_END = re.compile(r"</think(?:ing)?>|\[/THINK\]|<\|channel\|>\s*final\s*(?:<\|message\|>)?")
+_THOUGHT_START = re.compile(r"<think(?:ing)?>|\[THINK\]|<\|channel\|>\s*analysis")
+_BOX_TOKEN = re.compile(
+    r"\\{1,2}(?:A?boxed|[fb]box|framebox)(?![a-zA-Z])(?:\[[^][{}]{0,80}\])?\s*(?:\{|([^\s{}$\\]+))?|\\.|[{}]", re.DOTALL
+)
+
+
+def extract_answer(response: str) -> str | None:
+    r"""Content of the last balanced \boxed{...}, \fbox{...}, \Aboxed{...} (also "\boxed 42"), or None; linear time.
+
+    Only what follows the thought counts; an open <think>, an unclosed box or an empty one is no answer.
+    """
+    pieces = _THOUGHT_END.split(response.rstrip())
+    while len(pieces) > 2 and not pieces[-1].strip():
+        pieces.pop()  # </think>\boxed{7}\n</think>
+    if _THOUGHT_START.search(pieces[-1]):
+        return None
+    last_start, last = -1, ""
+    open_braces: list[tuple[bool, int]] = []  # (opened by a box?, where its content starts)
+    for token in _BOX_TOKEN.finditer(pieces[-1]):
+        if token[0] == "}":
+            is_box, start = open_braces.pop() if open_braces else (False, 0)
+            if is_box and start > last_start:
+                last_start, last = start, pieces[-1][start : token.start()]
+        elif token[0].endswith("{") and token[0] != r"\{":
+            open_braces.append((token[0] != "{", token.end()))
+        elif token[1]:
+            last_start, last = token.start(), token[1].rstrip(".,;:)")
+    return last.strip() or None
+
+
+# ================================================================================================== cleaning
+
+_GLYPHS = r"""
+− -  – -  — -  ‐ -  ‑ -  × \times~  · \cdot~  ⋅ \cdot~  ÷ /  ∞ \infty~  ± \pm~  ∓ \mp~  ∠ \angle~  △ \triangle~
+≤ \le~  ⩽ \le~  ≦ \le~  ≥ \ge~  ⩾ \ge~  ≧ \ge~  ≠ \ne~  ≈ \approx~  ≡ \equiv~  ∧ \land~  ∨ \lor~  → \to~  ∴ \therefore~
+∪ \cup~  ∩ \cap~  ∈ \in~  ∖ \setminus~  ∅ \emptyset~  ∣ \mid~  ⟨ \langle~  ⟩ \rangle~  、 ,~  。 .  ‖ \|
+ℝ \mathbb{R}  ℤ \mathbb{Z}  ℕ \mathbb{N}  ℚ \mathbb{Q}  ℂ \mathbb{C}  √ sqrt  ∛ \sqrt[3]  ∜ \sqrt[4]
+∑ \sum~  ∏ \prod~  ∫ \int~  ⌊ \lfloor~  ⌋ \rfloor~  ⌈ \lceil~  ⌉ \rceil~  º ^\circ~  ° ^\circ~  ℃ ^\circ~  ℉ ^\circ~
+⁄ /  ∕ /  ∶ :  ′ '  ’ '  ″ ''  € $  £ $  ¥ $  ￥ $  ₹ $  ₩ $  µ \mu~
+"""
+_AS_LATEX = str.maketrans(dict(re.findall(r"(\S) (\S+)", _GLYPHS)))  # "~" is a space
+TEXT = r"\\text ?\{((?:[^{}]|\{[^{}]{0,80}\})*)\}"
+T = r"(?![a-zA-Z])"  # after a macro or a word
+W = r"(?<![\\a-zA-Z])"  # before a word that is not a macro
+_FUNCTIONS = (
+    "arc(?:sin|cos|tan|cot)h?|sinh?|cosh?|tanh?|coth?|sec|csc|ln|log|exp|gcd|lcm|(?:max|min|det)(?= ?[({_]| ?\\\\)"
+)
+_ROWS = r"aligned|align\*?|gathered|gather\*?|split|equation\*?|cases|dcases|rcases"
+
+
+def _repeating(whole: str, start: str, period: str) -> str:
+    r"""0.1666... as \frac{15}{90}."""
+    nines = (10 ** len(period) - 1) * 10 ** len(start)
+    value = Fraction(int((whole + start + period) or 0) - int((whole + start) or 0), nines)
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+_TABLE = [
+    (re.compile(pattern), new)
+    for pattern, new in [  # one spelling for each thing; order matters
+        # typesetting without meaning
+        (r"</?(?:b|i|em|strong|span|p|code|br|math) ?/?>|`+", " "),
+        (r"<(?P<s>su[pb])>([^<>]{1,80})</(?P=s)>", lambda m: ("^" if m[1] == "sup" else "_") + "{" + m[2] + "}"),
+        (rf"\\(?:left|right) ?\.|\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|(?:no)?limits){T}", ""),
+        (rf"\\(?:tiny|scriptsize|small|normalsize|large|Large|LARGE|huge|Huge|rm|bf|it|bfseries|strut|mathstrut){T}", ""),  # noqa: E501
+        (r"\\(?:[hv]space\*?|(?:text)?color|[hv]?phantom|tag\*?|label) ?\{[^{}]{0,80}\}", " "),
+        (r"(?<!\\)\\[,;:> ]|\\q?quad|\\enspace|\\thinspace|\\hfill|~", " "),
+        (r",? ?\\! ?", ","),
+        (rf"(?<!\\)\\[()\[\]]|\\?\$|\\(?:pounds|euro|yen){T}|\*\*(?=[^\d(a-zA-Z\\]|$)|(?<![\w)}}])\*\*", ""),
+        (rf"\\(?:boldsymbol|bm|pmb|underline|math(?:bf|it|sf|tt|normal|cal)|emph|ensuremath){T}", ""),
+        (rf"\\(?:mbox|text[a-z]+|mathrm|operatorname\*?){T}|\\text (?=\{{)", r"\\text"),
+        (r"\\(?:num|qty) ?\{", "{"),
+        (r"\\SI ?\{([^{}]{0,80})\} ?\{([^{}]{0,80})\}", r"\1\\text{\2}"),
+        (r"\\text ?\{ ?\}", " "),
+        (r"^\\text ?\{([^{}]*(?:[0-9,;]|\b(?:and|or)\b)[^{}]*)\}$", r"\1"),
+        (r"\\text ?\{([^{}a-zA-Z]*|\W?[A-J]\W?|\(?[A-J0-9]\)?(?:, ?\(?[A-J0-9]\)?)*)\}", r"\1"),
+        (r"^([A-J])\)", r"(\1)"),
+        (r"^\\text ?\{ ?(\w) ?\}$", r"\1"),
+        (r"\} ?- ?(?=\\\{)", r"}\\setminus "),
+        (rf"\\text ?\{{ ?((?:{_FUNCTIONS}|floor|ceil)|(?:max|min|det)(?=\}} ?[({{_\\])) ?\}}", r"\\\1 "),
+        (rf"\\[dtc]frac{T}", r"\\frac"),
+        # rows: a system, a chain or the pieces of a function
+        (rf"\\begin ?\{{(?:{_ROWS})\}}([^\0]{{0,2000}}?)\\end ?\{{(?:{_ROWS})\}}", lambda m: _rows(m[1])),
+        (r"\\begin ?\{array\} ?(?:\{[lcr| ]{0,20}\})?([^\0]{0,2000}?)\\end ?\{array\}", lambda m: _array(m[1])),
+        (r"\\p?matrix ?\{([^{}]*)\}", lambda m: rf"\begin{{pmatrix}}{m[1]}\end{{pmatrix}}".replace(r"\cr", r"\\")),
+        (r"(\\(?:begin|end)) ?\{(?:small|[bB])?matrix\}", r"\1{pmatrix}"),
+        (r"[\[(] ?(\\begin\{pmatrix\}[^\0]{0,2000}?\\end\{pmatrix\}) ?[\])]", r"\1"),
+        (r"^ ?\[ ?(\[[^\[\]]{1,200}\](?:, ?\[[^\[\]]{1,200}\]){0,20}) ?\]$", lambda m: _matrix(m[1])),
+        # one macro or sign for each meaning
+        (rf"\\(?:le|leq|leqslant){T}|<=", r"\\le "),
+        (rf"\\(?:ge|geq|geqslant){T}|>=", r"\\ge "),
+        (rf"\\lt{T}", "<"),
+        (rf"\\gt{T}", ">"),
+        (rf"\\(?:neq|ne|not ?=){T}|!=", r"\\ne "),
+        (rf"\\(lbrace|rbrace){T}", lambda m: r"\{" if m[1] == "lbrace" else r"\}"),
+        (rf"\\[lr]?vert{T}", "|"),
+        (rf"\\(?:vee|lor){T}", r"\\text{or}"),
+        (rf"\\(?:wedge|land){T}", r"\\text{and}"),
+        (rf"\\(?:smallsetminus|backslash){T}", r"\\setminus "),
+        (rf"\\(?:R|reals|Reals){T}", r"\\mathbb{R}"),
+        (rf"\\(?:[lc]?dots[bcmio]?|cdots){T}|\.\.\.+", r"\\ldots "),
+        (rf"\\varnothing{T}|\\\{{ ?\\\}}", r"\\emptyset "),
+        (rf"\\overline{T}", r"\\bar"),
+        (r"\^ ?\*|\*\*", "^"),
+        (rf"\\colon{T}", ":"),
+        (rf"{W}lg{T}|\\lg{T}|\\text ?\{{lg\}}", r"\\log_{10}"),
+        (rf"(?:\\|{W})(arc)?tg{T}|\\text ?\{{(arc)?tg\}}", lambda m: rf"\{m[1] or m[2] or ''}tan "),
+        (rf"(?:\\|{W})(arc)?c(?:o?tg){T}|\\text ?\{{(arc)?c(?:o?tg)\}}", lambda m: rf"\{m[1] or m[2] or ''}cot "),
+        (rf"\\cosec{T}|\\text ?\{{cosec\}}", r"\\csc "),
+        (r"\\(floor|ceil) ?\(([^()]{0,80})\)", r"\\l\1 \2\\r\1 "),
+        (r"\{([^{}]{0,80})\\(choose|over)(?![a-zA-Z])([^{}]{0,80})\}|^([^{}]{0,80})\\(choose|over)(?![a-zA-Z])([^{}]{0,80})$",
+         lambda m: rf"\{'binom' if 'choose' in m.groups() else 'frac'}{{{m[1] or m[4]}}}{{{m[3] or m[6]}}}"),
+        (r"\^ ?\{? ?\\prime ?\}?", "'"),
+        (r"\\frac ?\{ ?(d|\\partial) ?(?:\^ ?\{? ?([0-9]) ?\}?)? ?([a-zA-Z]) ?\} ?\{ ?\1 ?([a-zA-Z][^{}]{0,20}) ?\}",
+         lambda m: f"\\Xi_{{{m[1][1:]}d{m[2] or ''}{m[3]}{re.sub('[^0-9a-zA-Z]', '', m[4])}}}"),
+        (r"_ ?(?:\{ ?\\text ?\{ ?(\w+) ?\} ?\}|\\text ?\{ ?(\w+) ?\})", r"_{\1\2}"),
+        (r"_ ?\\(max|min)(?![a-z])|_ ?\{ ?\\(max|min) ?\}", r"_{\1\2}"),
+        (r"\\text ?\{ ?(?:\\?%|per ?cent(?:age)?|pct) ?\}|\\%|\b(?:per ?cent(?:age)?|pct)\b", "%"),
+        (rf"\^ ?\{{ ?\\circ ?\}}|\\degree(?:s|Celsius)?{T}|\^ ?\\circ{T}", r"^\\circ "),
+        # as people type it
+        (r"\bnp\.(?=[a-z])|\bmath\.(?=[a-z])", ""),
+        (rf"{W}(?:infinity|infty|inf|oo){T}", r"\\infty "),
+        (rf"{W}(pi|{_FUNCTIONS}){T}", r"\\\1 "),
+        (rf"{W}sqrt ?([0-9]+(?:\.[0-9]+)?|[a-zA-Z]{T}|\\[a-zA-Z]+)", r"\\sqrt{\1}"),
+        (rf"{W}sqrt(?= ?[({{\[])", r"\\sqrt"),
+        (r"\^ ?(-?[0-9]+(?:\.[0-9]+)?)", r"^{\1}"),
+        (r"\+ ?\\infty", r"\\infty"),
+        (r"([\[\]])([^][(),;]{1,80}[,;][^][(),;]{1,80})([\[\]])",  # French intervals: ]1,2[ is (1,2)
+         lambda m: ("(" if m[1] == "]" else "[") + m[2] + (")" if m[3] == "[" else "]")),
+        # fractions and roots without braces
+        (r"\\frac ?(?![{ ])(\\[a-zA-Z]+|\w)", r"\\frac{\1}"),
+        (r"(\\frac ?\{[^{}]{0,80}(?:\{[^{}]{0,80}\}[^{}]{0,80}){0,4}\}) ?(?![{ ])(\\[a-zA-Z]+|\w)", r"\1{\2}"),
+        (r"\\sqrt ?(\[\w+\])? ?(\\[a-zA-Z]+|\w)", r"\\sqrt\1{\2}"),
+        # numbers
+        (r"([0-9]{1,3})!!", lambda m: str(_double_factorial(int(m[1])))),
+        (r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20})\\(?:bar|dot) ?(?:\{ ?([0-9]{1,20}) ?\}|([0-9]))(?:([0-9]{0,20})\\dot ?\{?([0-9])\}?)?",  # noqa: E501
+         lambda m: _repeating(m[1], m[2], "".join(filter(None, m.groups()[2:])))),
+        (r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20}?)([0-9]{1,20}?)\3+ ?\\ldots", lambda m: _repeating(*m.groups())),
+        (r"(?<![0-9.])([0-9]{0,20})\.([0-9]{0,20})\(([0-9]{1,20})\)", lambda m: _repeating(*m.groups())),
+        (r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?: ?\{,\} ?| )[0-9]{3})+(?![0-9/])", lambda m: re.sub("[^0-9]", "", m[0])),
+    ]
+]  # fmt: skip
+
+
+def _double_factorial(n: int) -> int:
+    return n * _double_factorial(n - 2) if n > 1 else 1
+
+
+def _rows(rows: str) -> str:
+    r"""x&=3\\y&=4 as "x=3, y=4"; S&=1+2\\&=3 as "S=1+2 =3"; a,&x>0\\b&x<0 as "a \text{if} x>0, b \text{if} x<0"."""
+    rows = re.sub(r"\\\\ ?(?:\[\w{1,9}\])? ?(?=& ?=)", "", rows)
+    rows = re.sub(r"& ?(?=[=<>]|\\[lg]e(?![a-z])|\\approx)|(?<=[=<>]) ?&", "", rows)
+    parts = [[part.strip(" ,;") for part in row.split("&", 1)] for row in rows.split(r"\\")]
+    return ", ".join(r" \text{if} ".join(part) for part in parts if part[0])
+
+
+def _array(rows: str) -> str:
+    return _rows(rows) if "=" in rows else rf"\begin{{pmatrix}}{rows}\end{{pmatrix}}"
+
+
+def _matrix(rows: str) -> str:
+    """[1,2],[3,4] as a matrix."""
+    inner = r"\\".join(row.replace(",", "&") for row in re.findall(r"\[([^\[\]]*)\]", rows))
+    return rf"\begin{{pmatrix}}{inner}\end{{pmatrix}}"
+
+
+def _of_glyph(glyph: str) -> str:
+    """Fractions, digits of other scripts and Greek letters as LaTeX; nothing for what has no width."""
+    if unicodedata.decomposition(glyph).startswith("<fraction>"):
+        whole = unicodedata.normalize("NFKC", glyph).split("⁄")
+        return rf"\frac{{{whole[0]}}}{{{whole[1]}}}" if len(whole) == 2 and all(whole) else glyph
+    if unicodedata.category(glyph) == "Nd":
+        return str(unicodedata.decimal(glyph))
+    name = unicodedata.name(glyph, "").split()
+    if name[:1] == ["GREEK"] and len(name) == 4 and name[1] in ("SMALL", "CAPITAL"):
+        return rf"\{name[3].lower() if name[1] == 'SMALL' else name[3].capitalize()} "
+    return "" if unicodedata.category(glyph) == "Cf" else glyph
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` closes; the text's end if it does not."""
+    depth = 0
+    for at in range(start, len(text)):
+        depth += (text[at] in "({[") - (text[at] in ")}]")
+        if depth == 0:
+            return at
+    return len(text)
+
+
+def clean(text: str) -> str:
+    r"""LaTeX with one spelling for each sign, macro and number: "\Large 4\,\mathrm{cm}²" is "4 \text{cm}^{2}"."""
+    text = re.sub(r"&(?:lt|gt|amp|nbsp|le|ge|times|#[0-9]{1,5});", lambda m: html.unescape(m[0]), text)
+    for kind, sign in (("<super>", "^"), ("<sub>", "_")):
+        raised = {c for c in text if unicodedata.decomposition(c).startswith(kind) and c != "º"}
+        for run in dict.fromkeys(re.findall(f"[{re.escape(''.join(raised))}]+", text) if raised else ()):
+            text = text.replace(run, f"{sign}{{{unicodedata.normalize('NFKC', run)}}}")
+    text = "".join(map(_of_glyph, unicodedata.normalize("NFKC", "".join(map(_of_glyph, text.translate(_AS_LATEX))))))
+    text = " ".join(text.translate(_AS_LATEX).split())  # what NFKC made of full-width signs
+    if r"\begin" not in text and r"\\" in text:
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
+    for pattern, new in _TABLE:
+        text = " ".join(pattern.sub(new, text).split())
+    for opening, new in ((r"\\sqrt ?\(", r"\sqrt{"), (r"\\exp ?\(", "e^{"), (r"\^ ?\(", "^{")):
+        for _ in range(20):
+            if not (match := re.search(opening, text)):
+                break
+            end = _closing(text, match.end() - 1)
+            text = f"{text[: match.start()]}{new}{text[match.end() : end]}}}{text[end + 1 :]}"
+    if re.search(rf"\\(?:sin|cos|tan|cot|sec|csc)h?{T}", text):
+        text = re.sub(
+            r"([0-9]{1,20}(?:\.[0-9]{1,20})?|\\?[a-zA-Z]{1,20}|\([^()]{1,80}\)|\{[^{}]{1,80}\}) ?\^\\circ",
+            r"(\1\\cdot\\frac{\\pi}{180})",
+            text,
+        )
+    return re.sub(r"\^\\circ ?(?:\\text ?\{ ?[CF] ?\}|[CF](?![a-zA-Z]))?", "", text).strip()
