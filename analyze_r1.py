@@ -30,7 +30,8 @@ from common import (
     token_boundaries,
 )
 from engine.sampler import pick_engine
-from engine.tokens import THINK_END, Completion, encode, prompt_ids, text_and_offsets, thinks, thought_is_open
+from engine.thoughts import marks_of, opening_after
+from engine.tokens import Completion, encode, text_and_offsets
 from run import data, folder, report
 from run.files import append_jsonl, end_in_one_line, fail, json_line, read_jsonl, write_text
 from run.flags import add_group, new_parser, parse_flags, positive_int, quarters, whole_number, with_model
@@ -43,6 +44,7 @@ from run.traces import (
     new_traces,
     pass_rate,
     problem_key,
+    prompt_of,
     prompts_of,
     regret_at,
     room_for_answer,
@@ -146,7 +148,7 @@ def analyse(args) -> None:
     tokenizer = tokenizer_of(args)
     if args.traces:
         problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
-        prompts = [prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
+        prompts = [prompt_of(args, tokenizer, problem) for problem in problems]
         given, longest = read_given(args, tokenizer, problems, prompts, responses)
     else:
         problems, given = data.problems_of(args), None
@@ -175,15 +177,16 @@ def episodes_by(args, group_size: int) -> Segmentation:
 def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -> tuple[list[list[Trace]], int]:
     """Traces of given responses and the tokens of the longest prompt with an answer; tells what cannot be used.
 
-    A response is `[<think>] thought </think> answer`, or has other marks (`data.split_response`). One whose thought
-    does not end was cut off and has no answer; unless no response of the file has a mark: then they are solutions
-    without a separate thought.
+    A response is `[<think>] thought </think> answer`, or has μ's or other marks (`data.split_response`). One
+    whose thought does not end was cut off and has no answer; unless no response of the file has a mark: then they are
+    solutions without a separate thought.
     """
     context, room = context_of(args), room_for_answer(tokenizer, args.answer_tokens)
-    split = [data.split_response(response) for row in responses for response in row]
+    split = [data.split_response(response, marks_of(tokenizer)) for row in responses for response in row]
     marked = any(opened or answer is not None for opened, _, answer in split)
     if not marked:
-        print(f"{args.traces}: no response has {THINK_END}; each is read as a thought that holds its answer")
+        seen = f"the first begins {responses[0][0][:40]!r}; --think-marks OPEN CLOSE names others"
+        print(f"{args.traces}: no response has marks of a thought, so each is a thought that holds its answer ({seen})")
     groups, unused = [], Counter()
     for problem, prompt, row in zip(problems, prompts, responses):
         traces = [given_trace(args, tokenizer, problem, prompt, text, marked) for text in row if text.strip()]
@@ -206,14 +209,13 @@ def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -
 
 def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str, marked: bool) -> Trace:
     """A trace of text that another model may have written, in the tokens of μ."""
-    opened, thought, answer = data.split_response(response)
-    if opened and not thought_is_open(tokenizer, prompt):
-        thought = "<think>\n" + thought
-    ids = encode(tokenizer, thought)
-    written = ids + (encode(tokenizer, THINK_END + answer) if answer is not None else [])
+    marks = marks_of(tokenizer)
+    _, thought, answer = data.split_response(response, marks)
+    ids = encode(tokenizer, opening_after(tokenizer, prompt) + thought)
+    written = ids + (encode(tokenizer, (marks.closing if marks else "\n\n") + answer) if answer is not None else [])
     completion = Completion(written, [], "length" if marked and answer is None else "stop")
     completion.text, completion.offsets = text_and_offsets(tokenizer, written)
-    finished = answer is not None and thinks(tokenizer)
+    finished = answer is not None and marks is not None
     boundaries = token_boundaries(completion, len(ids), episodes_by(args, args.episodes_per_point))
     return Trace(problem, prompt, completion, boundaries, finished, answer if marked else response)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.models import load_tokenizer
 from engine.sampler import Sampler, pick_engine
 from run import data, folder, report
 from run.files import append_jsonl, end_in_one_line, fail
@@ -33,7 +32,6 @@ from run.traces import (
     segmentation,
     tokenizer_of,
     vote_rate,
-    weights_of,
 )
 
 SAME = ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes")  # of runs to be compared
@@ -88,7 +86,7 @@ def main() -> None:
     evaluations = each_in_its_folder(args, [label(*pair) for pair in pairs], settings)
     for one in evaluations:  # what can be refused at once is, before anything large is fetched
         folder.check_out(one, *MAY_CHANGE)
-        load_tokenizer(weights_of(one))
+        tokenizer_of(one)
     datasets = dict.fromkeys(one.dataset for one in evaluations)
     problems = {dataset: data.problems_of(changed(args, dataset=dataset)) for dataset in datasets}
     for model in dict.fromkeys(one.model for one in evaluations):

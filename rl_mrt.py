@@ -58,7 +58,8 @@ from engine.logprobs import token_logprobs
 from engine.processes import gather_over_ranks, ranks, start_processes, sum_over_ranks
 from engine.sampler import Sampler, Spent, pick_engine
 from engine.served_engine import is_served
-from engine.tokens import THINK_END, encode, prompt_ids, text_and_offsets, thinks
+from engine.thoughts import thinks
+from engine.tokens import stop_ids_of_thought, text_and_offsets
 from run import data, folder, report, training
 from run.files import append_jsonl, end_in_one_line, fail, read_jsonl, write_json
 from run.flags import add_group, new_parser, non_negative, parse_flags, positive_int, share, whole_number
@@ -71,9 +72,12 @@ from run.traces import (
     VALIDATION,
     forcing_of,
     problem_key,
+    problem_of,
+    prompt_of,
     prompts_of,
     sampler_of,
     segmentation,
+    tokenizer_of,
     trace_of,
 )
 
@@ -165,11 +169,11 @@ def main() -> None:
     _, world = start_processes()
     check_engine(args, world)
     folder.check_out(args)
-    tokenizer = models.load_tokenizer(args.model)  # small: a wrong --model is reported before a data set is fetched
+    tokenizer = tokenizer_of(args)  # small: a wrong --model is reported before a data set is fetched
+    if args.stop_credit and not stop_ids_of_thought(tokenizer):
+        fail(f"--stop-credit {args.stop_credit:g}: needs a model whose thoughts end with a token of their own")
     problems = recorded_prefixes(args, tokenizer) if args.prefixes else data.problems_of(args)
     validation = data.held_out_of(args) if args.eval_every else []
-    if not thinks(tokenizer):
-        print(f"{args.model} has no {THINK_END}: its whole completion is the thought, and should end with a box")
     _, longest = prompts_of(args, tokenizer, problems + validation)
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
@@ -218,7 +222,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
     elif validation:
         validate(args, run, sampler, validation, steps.state)
     rollouts = ROLLOUTS[args.variant if args.bonus else "grpo"]
-    stop = encode(sampler.tokenizer, THINK_END)[0] if args.stop_credit else None
+    stop = stop_ids_of_thought(sampler.tokenizer)[0] if args.stop_credit else None
 
     for step in steps:
         drawn = training.draw_problems(problems, args.problems_per_step, step, args.seed)[rank::world]
@@ -241,7 +245,10 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
     training.save_checkpoint(run, model, sampler.tokenizer, optimizer, steps.state)
     training.save_model(run / "model", model, sampler.tokenizer)
     if rank == 0:
-        write_json(run / "summary.json", {"method": method(args), **read_jsonl(run / "metrics.jsonl")[-1]})
+        metrics = read_jsonl(run / "metrics.jsonl")
+        if not any(line["grad_norm"] for line in metrics):
+            print("warning: no step had a gradient: every group was all right or all wrong, so nothing was trained")
+        write_json(run / "summary.json", {"method": method(args), **metrics[-1]})
     print(f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}")
 
 
@@ -328,10 +335,10 @@ def recorded_prefixes(args, tokenizer) -> list[dict]:
         fail(f"--prefixes {run}: its traces were recorded without J, as without forced answers")
     problems = []
     for name, records in list(groups.items())[: args.limit]:
-        problem = {"problem": records[0]["problem"], "answer": records[0]["gold"], "id": name}
+        problem = problem_of(records[0])
         rng = np.random.default_rng((args.seed, PARTIAL, problem_key(problem)))
         record = records[int(rng.integers(len(records)))]
-        prompt = prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs)
+        prompt = prompt_of(args, tokenizer, problem)
         trace = trace_of(record, tokenizer, problem, prompt)
         if len(prompt) != record["prompt_tokens"] or trace.completion.text != record["text"]:
             fail(f"--prefixes {run}: problem {name} was recorded with another tokenizer or chat template")
@@ -354,7 +361,7 @@ def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple
 
 
 def prompts_to(args, sampler: Sampler, problems: list[dict]) -> list[list[int]]:
-    return [prompt_ids(sampler.tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
+    return [prompt_of(args, sampler.tokenizer, problem) for problem in problems]
 
 
 # ---------------------------------------------------------------------------------------------- advantages
@@ -480,7 +487,9 @@ def update(
                 gaps.append(gap)
         if part is parts[0]:
             all_gaps = training.check_gap(gaps, dtype)
-        norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm))
+        signal = sum_over_ranks([sum(float(np.abs(examples[i][2][1]).sum()) for i in part)])[0] > 0
+        expected = signal and part is parts[0]  # later all ratios may be clipped
+        norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm, expected))
     counts = {"tokens": sum(c.shape[1] for *_, c in examples), "weights": sum(float(c[0].sum()) for *_, c in examples)}
     return update_metrics({**sums, **counts, "with_prompts": sum(len(ids) for ids, *_ in examples)}, all_gaps, norms)
 

@@ -29,11 +29,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common import Trace, end_of_thought, read_answers
+from common import Trace, read_answers
 from engine import models
 from engine.processes import gather_over_ranks, ranks, start_processes, wait_for_ranks
 from engine.sampler import Sampler, pick_engine
-from engine.tokens import THINK_END, thinks
+from engine.thoughts import thinks, what_was_seen
+from engine.tokens import end_of_thought
 from run import data, folder, report, training
 from run.files import append_jsonl, end_in_one_line, fail, json_line, write_json, write_text
 from run.flags import add_group, changed, new_parser, parse_flags, positive_int
@@ -120,7 +121,7 @@ def prepare(args):
     folder.check_out(args)
     tokenizer = tokenizer_of(args)
     if not thinks(tokenizer):
-        fail(f"--model {args.model}: has no {THINK_END} in its vocabulary, so no thought to cut")
+        fail(f"--model {args.model}: no thought to cut: {what_was_seen(tokenizer)}")
     problems, held_out = data.problems_of(args), data.held_out_of(args)
     _, longest = prompts_of(args, tokenizer, problems + held_out)
     model = models.load_model(weights_of(args), models.pick_device())
@@ -278,7 +279,7 @@ def add_answers(args, sampler: Sampler, traces: list[Trace], cuts: dict[int, int
     prompts = [example.fine_tuned()[0] for example in asked]
     seeds = [(args.seed, CHOSEN, iteration, problem_key(example.trace.problem), example.number) for example in asked]
     rows = sampler.generate(prompts, args.answer_tokens, seeds, args.forced_answers, args.temperature, args.top_p)
-    for example, completions, answers in zip(asked, rows, read_answers(problems, rows)):
+    for example, completions, answers in zip(asked, rows, read_answers(sampler.tokenizer, problems, rows)):
         ended = [(c, answer) for c, answer in zip(completions, answers) if c.finish_reason == "stop"]
         example.answer = next((c.token_ids for c, answer in ended if answer.verdict == "right"), [])
     return [example for example in examples if example.answer]
@@ -289,7 +290,7 @@ def begin_example(tokenizer, number: int, trace: Trace, cut: int) -> Example:
     with a right answer stays as it is."""
     if trace.finished and cut == trace.boundaries[-1] and ends_right(trace):
         return Example(number, trace, cut, [], trace.completion.token_ids[cut:])
-    return Example(number, trace, cut, end_of_thought(tokenizer, trace.prefix(cut)), [])
+    return Example(number, trace, cut, end_of_thought(tokenizer, trace.prompt, trace.prefix(cut)), [])
 
 
 def first_of_problem(examples: list[Example], count: int) -> list[Example]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from engine import first_line
 from engine.models import ROOT, TINY
+from engine.thoughts import KNOWN_MARKS, ThinkMarks
 from grading.box import extract_answer
 from grading.verdict import check_golds
 from run.files import fail, parse_lines
@@ -100,7 +101,7 @@ def load_responses(
     problems: dict[str, dict] = {}
     responses: dict[str, list[str]] = {}
     for problem, texts in used:
-        identity = json.dumps([problem["problem"], problem["answer"]])
+        identity = json.dumps([problem.get("messages", problem["problem"]), problem["answer"]])
         problems.setdefault(identity, {**problem, "id": str(len(problems))})
         responses.setdefault(identity, []).extend(texts)
     return list(problems.values())[:limit], list(responses.values())[:limit]
@@ -184,9 +185,9 @@ def usable_rows(
         found = []
         for number, row in part:
             try:
-                answer = gold_of(row, answer_columns)
-                text, name_of_row = text_of(row, problem_columns, "user"), str(row.get("id", number - 1))
-                found.append((number, {"problem": text, "answer": answer, "id": name_of_row}, extra(row)))
+                chat, answer = chat_of(row, problem_columns), gold_of(row, answer_columns)
+                problem = {"problem": chat[-1]["content"], "answer": answer, "id": str(row.get("id", number - 1))}
+                found.append((number, problem | ({"messages": chat} if len(chat) > 1 else {}), extra(row)))
             except ValueError as error:
                 unusable.append((number, f"row {number}: {error}"))
         for (number, problem, more), error in zip(found, check_golds([problem["answer"] for _, problem, _ in found])):
@@ -221,33 +222,44 @@ def value_at(row: dict, column: str) -> Any:
     return None if isinstance(value, str) and not value.strip() else value
 
 
-def text_of(row: dict, columns: Iterable[str], role: str) -> str:
-    """The text of the first of the columns that is filled; of a chat, the last message by `role`."""
+def chat_of(row: dict, columns: Iterable[str]) -> list[dict]:
+    """The messages in the first of the columns that is filled, up to the last of the user, which is the problem."""
     column = next((column for column in columns if value_at(row, column) is not None), None)
-    text = message_of(value_at(row, column), role) if column else None
-    if text is None:
+    value = value_at(row, column) if column else None
+    messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    if "user" not in roles:
         raise ValueError(f"column {column or '|'.join(columns)} holds no text")
-    return text
+    last = len(roles) - roles[::-1].index("user")
+    chat = [{"role": role, "content": text_of(m)} for role, m in zip(roles[:last], messages) if m.get("content") != ""]
+    if not chat or chat[-1]["role"] != "user" or any(m["content"] is None or m["role"] is None for m in chat):
+        raise ValueError(f"column {column} holds no text, or a message that is not only text")
+    return chat
 
 
-def message_of(value: Any, role: str) -> str | None:
-    """Text unchanged; of a chat, the last message by `role`."""
-    if isinstance(value, list):
-        messages = [m.get("content") for m in value if isinstance(m, dict) and m.get("role") == role]
-        value = messages[-1] if messages else None
-        if isinstance(value, list):  # [{"type": "text", "text": ...}]
-            value = "".join(str(part.get("text", "")) for part in value if isinstance(part, dict))
-    return value if isinstance(value, str) and value.strip() else None
+def text_of(message: Any) -> str | None:
+    """The text of a chat's message; None if it has none, or more than text (pictures, calls of tools)."""
+    value = message.get("content") if isinstance(message, dict) else None
+    if isinstance(value, list):  # [{"type": "text", "text": ...}]
+        parts = [part.get("text") if isinstance(part, dict) else None for part in value]
+        value = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    return value if isinstance(value, str) and value.strip() and not message.get("tool_calls") else None
 
 
 def responses_of(row: dict) -> list[str]:
     """The texts of a row's responses; an empty one counts, too."""
     listed = value_at(row, "responses")
     values = listed if isinstance(listed, list) else [value_at(row, "response") or row.get("response")]
-    texts = [value if isinstance(value, str) else message_of(value, "assistant") for value in values]
+    texts = [value if isinstance(value, str) else last_answer(value) for value in values]
     if not texts or None in texts:
         raise ValueError(f"column response holds no text; found {', '.join(row)}")
     return [text.replace("\r\n", "\n") for text in texts if text is not None]
+
+
+def last_answer(chat: Any) -> str | None:
+    """The last message of the assistant in a chat."""
+    said = [m for m in chat if isinstance(m, dict) and m.get("role") == "assistant"] if isinstance(chat, list) else []
+    return text_of(said[-1]) if said else None
 
 
 def gold_of(row: dict, columns: Iterable[str]) -> str | list[str]:
@@ -278,31 +290,27 @@ def gold_answer(text: str, is_solution: bool) -> str:
 
 # ================================================================================================== responses
 
-_OPENING = re.compile(
-    r"\s*(?:(?:<[｜|]begin[▁_]of[▁_](?:sentence|text)[｜|]>|<s>|<bos>|<\|im_start\|>(?:assistant)?|<\|start\|>assistant)\s*)*"
-    r"(<think>|<thinking>|\[THINK\]|<\|channel\|>\s*analysis\s*<\|message\|>)?\n?"
-)
-_CLOSING = re.compile(
-    r"</think>|</thinking>|\[/THINK\]|(?:<\|end\|>\s*)?(?:<\|start\|>assistant\s*)?<\|channel\|>\s*final\s*<\|message\|>"
-)
-_LAST = re.compile(
-    r"(?:\s*(?:</think(?:ing)?>|\[/THINK\]|<\|(?:return|end|im_end)\|>|<[｜|]end[▁_]of[▁_]sentence[｜|]>))+\s*$"
-)
+_STARTS = r"<[｜|]begin[▁_]of[▁_](?:sentence|text)[｜|]>|<s>|<bos>|<\|im_start\|>(?:assistant)?|<\|start\|>assistant"
+_ENDS = r"<\|(?:return|end|im_end)\|>|<[｜|]end[▁_]of[▁_]sentence[｜|]>"
+_HARMONY = r"(?:<\|end\|>\s*)?(?:<\|start\|>assistant\s*)?<\|channel\|>\s*final\s*<\|message\|>"
 
 
-def split_response(text: str) -> tuple[bool, str, str | None]:
+def split_response(text: str, marks: ThinkMarks | None = None) -> tuple[bool, str, str | None]:
     r"""(is the thought opened by a mark?, the thought, the answer or None if the thought does not end).
 
-    The marks are `<think>`, `<thinking>`, `[THINK]` or the channels of harmony, after any BOS token and white space;
-    neither the thought nor the answer includes one: `</think>\boxed{7}\n</think>` has the answer `\boxed{7}`.
+    The marks are those given or any of `KNOWN_MARKS`, after any BOS token and white space; neither the thought nor the
+    answer includes one: `</think>\boxed{7}\n</think>` has the answer `\boxed{7}`.
     """
-    opening = _OPENING.match(text)
+    own = [(marks.opening, marks.closing)] if marks else []
+    openings, closings = ("|".join(map(re.escape, side)) for side in zip(*own, *KNOWN_MARKS))
+    opening = re.match(rf"\s*(?:(?:{_STARTS})\s*)*({openings})?\n?", text)
     opened = bool(opening and opening[1])
     start = opening.end() if opening and (opened or opening[0].strip()) else 0
-    closing = _CLOSING.search(text, start)
+    closing = re.compile(f"{closings}|{_HARMONY}").search(text, start)
     if closing is None:
         return opened, text[start:], None
-    return opened, text[start : closing.start()], _LAST.sub("", text[closing.end() :])
+    answer = re.sub(rf"(?:\s*(?:{closings}|{_ENDS}))+\s*$", "", text[closing.end() :])
+    return opened, text[start : closing.start()], answer
 
 
 # ================================================================================================== the Hub and tiny

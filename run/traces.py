@@ -10,7 +10,6 @@ from pathlib import Path
 from common import (
     ANSWER_CUE,
     EPISODE_MARKERS,
-    STOP_PHRASE,
     ForcedAnswer,
     Forcing,
     Segmentation,
@@ -20,8 +19,10 @@ from common import (
     pass_at_k,
     read_traces,
     set_sampled_J,
+    stop_phrase,
 )
-from engine.models import context_length, load_tokenizer, pick_dtype
+from engine import Refused
+from engine.models import check_ids, context_length, load_config, load_tokenizer, pick_dtype
 from engine.sampler import Sampler, open_sampler
 from engine.served_engine import Served, is_served
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
@@ -50,14 +51,26 @@ def segmentation(args, max_steps: int = 49, group_size: int = 1) -> Segmentation
 def prompts_of(args, tokenizer, problems: list[dict], more: int = 0) -> tuple[list[list[int]], int]:
     """The prompts of the problems, and the tokens of the longest with a thought (and `more`) and a forced answer after
     it; ends the run if they exceed the model's context."""
-    prompts = [prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
+    prompts = [prompt_of(args, tokenizer, problem) for problem in problems]
     room = args.max_tokens + more + room_for_answer(tokenizer, args.answer_tokens)
+    if not is_served(args.engine):
+        asked = [*prompts, encode(tokenizer, stop_phrase(tokenizer))]
+        check_ids(f"--model {args.model}", load_config(args.model), asked)
     return prompts, check_lengths(args, problems, prompts, room)
+
+
+def prompt_of(args, tokenizer, problem: dict) -> list[int]:
+    """The prompt of a problem, with the messages before it if its data set has such; ends the run if the model's chat
+    template does not take them."""
+    try:
+        return prompt_ids(tokenizer, problem.get("messages", problem["problem"]), args.chat_template_kwargs)
+    except Refused as why:
+        fail(f"problem {problem['id']}: {why}")
 
 
 def room_for_answer(tokenizer, answer_tokens: int) -> int:
     """Tokens that a forced answer may add to a thought: the stop phrase and the answer."""
-    return len(encode(tokenizer, "\n\n" + STOP_PHRASE + ANSWER_CUE)) + answer_tokens
+    return len(encode(tokenizer, "\n\n" + stop_phrase(tokenizer) + ANSWER_CUE)) + answer_tokens
 
 
 def weights_of(args) -> str:
@@ -66,7 +79,7 @@ def weights_of(args) -> str:
 
 
 def tokenizer_of(args):
-    return load_tokenizer(weights_of(args))
+    return load_tokenizer(weights_of(args), args.think_marks)
 
 
 def sampler_of(args, tokenizer, longest: int, trained=None) -> Sampler:
@@ -125,6 +138,11 @@ def new_traces(
         if forced:
             set_sampled_J(sampler, traces, forcing_of(args), (args.seed, FORCED))
         yield traces
+
+
+def problem_of(record: dict) -> dict:
+    """The problem of a record."""
+    return {name: record[name] for name in ("problem", "messages", "id") if name in record} | {"answer": record["gold"]}
 
 
 def trace_of(record: dict, tokenizer, problem: dict, prompt: list[int]) -> Trace:

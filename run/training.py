@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM
 from engine import Refused, first_line
 from engine.checks import Ways, name_of
 from engine.logprobs import CHUNK_LOGITS, check_training, token_logprobs
-from engine.models import autocast, load_config, pick_dtype
+from engine.models import autocast, load_config, load_model, pick_dtype
 from engine.processes import full_weights, gather_over_ranks, ranks, shard, sum_over_ranks, wait_for_ranks
-from run.files import append_jsonl, fail, whole_lines, write_text
+from run.files import append_jsonl, checksum, fail, whole_lines, write_text
 from run.folder import duration, metrics_reporter
 
 # ============================================================================================ steps
@@ -213,14 +213,33 @@ def check_gap(gaps: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     return gap
 
 
-def optimizer_step(model, optimizer, max_grad_norm: float) -> float:
-    """A step on the clipped gradient; returns its norm before clipping. FloatingPointError if that is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"gradient norm is {float(norm)}")
+def total_of(norm: torch.Tensor) -> float:
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def share_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def optimizer_step(model, optimizer, max_grad_norm: float, expected: bool = True) -> float:
+    """A step on the clipped gradient; returns its norm before clipping. FloatingPointError if that is not finite, or 0
+    where a gradient is `expected`, and if the weights are not finite afterwards, or did not move."""
+    norm = total_of(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm is {norm}")
+    if expected and norm == 0:
+        raise FloatingPointError("the gradient is 0: these settings train nothing")
+    matrices = sorted((p for p in model.parameters() if p.ndim > 1), key=torch.Tensor.numel)
+    matrix = next((p for p in matrices if p.grad is not None and share_of(p.grad).any()), None)
+    before = None if matrix is None else share_of(matrix.detach()).clone()
     optimizer.step()
-    return float(norm)
+    if not math.isfinite(total_of(torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()]))):
+        raise FloatingPointError("the weights are not finite after the step")
+    rate, peak = optimizer.param_groups[0]["lr"], optimizer.defaults["lr"]  # at the end of a cosine nothing need move
+    if matrix is not None and rate > peak / 100 and torch.equal(before, share_of(matrix.detach())):
+        raise FloatingPointError(f"the weights did not move (gradient norm {norm:.3g}, learning rate {rate:.3g})")
+    return norm
 
 
 # ============================================================================================ fine-tuning
@@ -238,9 +257,10 @@ def fine_tune(args, folder: Path, model, score, tokenizer, examples: list[Exampl
         epoch, number = divmod(step, steps_per_epoch)
         order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
         batch = [examples[i] for i in order[number::steps_per_epoch]]  # an epoch's batches are about equal in size
-        loss = steps.state["loss"] = fine_tuning_step(args, model, score, optimizer, batch)
-        if not math.isfinite(loss):
-            fail(f"step {step + 1} of the fine-tuning in {folder}: the loss is {loss}")
+        try:
+            loss = steps.state["loss"] = fine_tuning_step(args, model, score, optimizer, batch)
+        except FloatingPointError as error:
+            fail(f"step {step + 1} of the fine-tuning in {folder}: {error}")
         shown = (step + 1) % max(1, count // 5) == 0
         steps.record({"examples": len(batch)}, f"step {step + 1} of {count}  loss {loss:.4f}" if shown else "")
         steps.checkpoint()
@@ -261,6 +281,8 @@ def fine_tuning_step(args, model, score, optimizer, batch: list[Example]) -> flo
         loss = -(weights * logprobs).sum() / total_weight * bool(numbers)
         (loss * world).backward()  # FSDP takes the mean of the processes' gradients
         total += loss.item()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss is {total}")
     optimizer_step(model, optimizer, args.max_grad_norm)
     return sum_over_ranks([total])[0]
 
@@ -282,7 +304,8 @@ def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict) -> None
             temporary.mkdir(parents=True)
             model.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
-            torch.save({"optimizer": moments, "state": state}, temporary / "training.pt")
+            files = {file.name: checksum(file) for file in temporary.glob("*.safetensors")}
+            torch.save({"optimizer": moments, "state": state, "weights": files}, temporary / "training.pt")
             temporary.rename(final)
         except Exception as error:  # a full disk, most likely; each library has its own exception for it
             shutil.rmtree(temporary, ignore_errors=True)
@@ -299,7 +322,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 def load_weights(model, folder: Path | str) -> None:
     """Loads weights in Hugging Face format, in place, into a model that may be sharded."""
-    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    weights = load_model(str(folder), "cpu").state_dict()
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=ranks()[1] > 1))
 
 
@@ -308,6 +331,9 @@ def load_checkpoint(folder: Path, model, optimizer) -> dict:
     end the program."""
     try:
         saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        damaged = [name for name, value in saved.get("weights", {}).items() if checksum(folder / name) != value]
+        if damaged:
+            raise ValueError(f"{damaged[0]} is not as it was written")
         load_weights(model, folder)
         options = StateDictOptions(full_state_dict=ranks()[1] > 1)
         set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from engine.models import ROOT, load_model, load_tokenizer
 from engine.sampler import Sampler
-from engine.tokens import encode, prompt_ids, text_and_offsets, thinks, thought_is_open
+from engine.thoughts import thinks, thought_is_open
+from engine.tokens import encode, prompt_ids, text_and_offsets
 from engine.transformers_engine import TransformersEngine, ways_of
 from run import flags, training
 from run.folder import open_run, same_inputs
