@@ -185,6 +185,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
             setattr(args, name, getattr(action, "by_model", (None, None))[not tiny])
     if args.resume and args.overwrite:
         fail("--resume and --overwrite: not both")
+    args.markers_file = args.markers
     args.markers = load_markers(args.markers) if args.markers else []
     if "budgets" in args:
         compared = getattr(args, "compare", None)  # then the records say how long thoughts may be
