@@ -26,26 +26,25 @@ from common import (
     additional_regret,
     episode_spans,
     grade_traces,
-    read_traces,
     token_boundaries,
 )
 from engine.sampler import pick_engine
 from engine.thoughts import marks_of, opening_after
 from engine.tokens import Completion, encode, text_and_offsets
 from run import data, folder, report
-from run.files import append_jsonl, end_in_one_line, fail, json_line, read_jsonl, write_text
-from run.flags import add_group, new_parser, parse_flags, positive_int, quarters, whole_number, with_model
+from run.files import append_jsonl, digest, end_in_one_line, fail
+from run.flags import add_group, changed, new_parser, parse_flags, positive_int, quarters, whole_number, with_model
 from run.folder import short_name
 from run.report import Curve, Panel, cell, group_by, group_by_problem, interval, mean_interval, problem_means
 from run.traces import (
     DIRECT,
     accuracy_at,
     context_of,
+    inputs_of,
     new_traces,
     pass_rate,
-    problem_key,
-    prompt_of,
     prompts_of,
+    prompts_to,
     regret_at,
     room_for_answer,
     sampler_of,
@@ -148,22 +147,29 @@ def analyse(args) -> None:
     tokenizer = tokenizer_of(args)
     if args.traces:
         problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
-        prompts = [prompt_of(args, tokenizer, problem) for problem in problems]
+        prompts = prompts_to(args, tokenizer, problems)
         given, longest = read_given(args, tokenizer, problems, prompts, responses)
     else:
-        problems, given = data.problems_of(args), None
+        problems, responses, given = data.problems_of(args), [], None
         prompts, longest = prompts_of(args, tokenizer, problems)
-    direct = with_model(args, args.direct_model) if args.direct_model else None
-    if direct:
-        tokenizer_of(direct)  # a wrong name is told now
-    run = folder.open_run(args, problems, *MAY_CHANGE)
-    file, sampler, single = run / "records.jsonl", sampler_of(args, tokenizer, longest), episodes_by(args, 1)
+    inputs, direct = inputs_of(args, problems, prompts), None
+    for problem, row in zip(problems, responses):
+        inputs.setdefault("responses", {}).update({f"{problem['id']} {n}": digest(text) for n, text in enumerate(row)})
+    if args.direct_model:  # a wrong name is told now
+        direct = with_model(changed(args, num_samples=args.direct_samples), args.direct_model)
+        questions, longest_of_direct = prompts_of(direct, tokenizer_of(direct), problems)
+        of_direct = inputs_of(direct, problems, questions)
+        inputs["weights"] |= of_direct["weights"]
+        inputs[f"problems or prompts of {direct.model}"] = of_direct["problems or prompts"]
+    sampler, single = sampler_of(args, tokenizer, longest), episodes_by(args, 1)
+    run = folder.open_run(args, inputs, *MAY_CHANGE)
+    file = run / "records.jsonl"
     for traces in new_traces(args, file, sampler, problems, prompts, episodes_by(args, args.episodes_per_point), given):
         episodes = [len(episode_spans(trace.prefix(trace.boundaries[-1]), single)) for trace in traces]
         append_jsonl(file, [{**trace.record(), "episodes": n} for trace, n in zip(traces, episodes)])
     sampler.close()
     if direct:
-        answer_directly(direct, run, problems)
+        answer_directly(direct, run / "direct.jsonl", problems, questions, longest_of_direct)
 
 
 def episodes_by(args, group_size: int) -> Segmentation:
@@ -220,26 +226,14 @@ def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str
     return Trace(problem, prompt, completion, boundaries, finished, answer if marked else response)
 
 
-def answer_directly(args, run: Path, problems: list[dict]) -> None:
-    """The baseline of Figure 3: many whole answers of a model, in `direct.jsonl`."""
-    file = run / "direct.jsonl"
-    if file.exists():
-        recorded = read_jsonl(file)
-        model, count = recorded[0].get("model"), len(recorded) // len(group_by_problem(recorded))
-        if (model, count) != (args.direct_model, args.direct_samples):
-            fail(
-                f"--direct-model {args.direct_model}: {file} has {count} answers of {model} to a problem; remove it or "
-                "name another --out"
-            )
-        return
-    tokenizer = tokenizer_of(args)
-    prompts, longest = prompts_of(args, tokenizer, problems)
-    sampler = sampler_of(args, tokenizer, longest)
-    seeds = [(args.seed, DIRECT, problem_key(problem)) for problem in problems]
-    rows = sampler.generate(prompts, args.max_tokens, seeds, args.direct_samples, args.temperature, args.top_p)
-    groups = read_traces(tokenizer, problems, prompts, rows)
-    lines = [json_line({**trace.record(), "model": args.model}) for group in groups for trace in group]
-    write_text(file, "".join(lines))
+def answer_directly(args, file: Path, problems: list[dict], prompts: list[list[int]], longest: int) -> None:
+    """The baseline of Figure 3: many whole answers of a model to every problem, in direct.jsonl."""
+    models = {record["model"] for record in folder.load_records(file)} if file.exists() else set()
+    if models - {args.model}:
+        fail(f"--direct-model {args.model}: {file} has answers of {', '.join(models)}; remove it or name another --out")
+    sampler = sampler_of(args, tokenizer_of(args), longest)
+    for traces in new_traces(args, file, sampler, problems, prompts, forced=False, drawn=(DIRECT,)):
+        append_jsonl(file, [{**trace.record(), "model": args.model} for trace in traces])
     sampler.close()
 
 
@@ -255,7 +249,11 @@ def write_report(args, run: Path) -> None:
         record["maj"] = {kind: votes(record, kind) for kind in ("weighted", "plain")}
     summary = summarise(args, records)
     if (run / "direct.jsonl").exists():
-        summary["direct"] = direct_summary(folder.load_records(run / "direct.jsonl"))
+        ids, direct = {r["id"] for r in records}, folder.load_records(run / "direct.jsonl")
+        if missing := ids - {r["id"] for r in direct}:
+            print(f"{run / 'direct.jsonl'}, left out: lacks {len(missing)} problems, which --direct-model would add")
+        else:
+            summary["direct"] = direct_summary([r for r in direct if r["id"] in ids])
     figures = [draw_scaling(summary, run), draw_budgets(summary, run), draw_progress(summary, run)]
     page = report.write_page(records, run / "trace.html")
     report.write_summary(run, summary, table(summary), f"figures: {', '.join(map(str, figures))}   page: {page}")

@@ -32,13 +32,14 @@ from engine.sampler import Sampler, pick_engine
 from engine.thoughts import opening_after, thinks, thought_tokens, what_was_seen
 from engine.tokens import encode, end_of_thought, stop_ids_of_thought, text_and_offsets
 from run import data, folder, report
-from run.files import append_jsonl, end_in_one_line, fail
+from run.files import append_jsonl, digest, end_in_one_line, fail
 from run.flags import add_group, each_in_its_folder, new_parser, parse_flags, positive_int, whole_number
 from run.folder import short_name
 from run.report import Curve, Panel, Values, interval, problem_means
 from run.traces import (
     FORCED_BUDGET,
     forcing_of,
+    inputs_of,
     new_traces,
     problem_key,
     problem_of,
@@ -139,8 +140,10 @@ def force(args, problems: list[dict], thoughts: list[list[dict]] | None) -> None
         [trace_of(record, tokenizer, problem, prompt) for record in row]
         for problem, prompt, row in zip(problems, prompts, thoughts)
     ]
-    run = folder.open_run(args, problems, "compare")
-    file, sampler = run / "records.jsonl", sampler_of(args, tokenizer, longest)
+    sampler = sampler_of(args, tokenizer, longest)
+    read = {f"{r['id']} {r['sample']}": digest(r) for row in thoughts or [] for r in row}
+    run = folder.open_run(args, {**inputs_of(args, problems, prompts), "thoughts": read}, "compare")
+    file = run / "records.jsonl"
     for traces in new_traces(args, file, sampler, problems, prompts, given=given, forced=False):
         points = zip(traces, exploit(args, sampler, traces), extrapolate(args, sampler, traces))
         append_jsonl(file, [{**trace.record(), "exploit": e, "extrapolate": x} for trace, e, x in points])

@@ -24,6 +24,7 @@ from run.folder import short_name
 from run.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
 from run.traces import (
     accuracy_at,
+    inputs_of,
     new_traces,
     pass_rate,
     prompts_of,
@@ -102,7 +103,8 @@ def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, li
     prompts = {one.dataset: prompts_of(one, tokenizer, problems[one.dataset]) for one in evaluations}
     sampler = sampler_of(first, tokenizer, max(longest for _, longest in prompts.values()))
     for one in evaluations:
-        run = folder.open_run(one, problems[one.dataset], *MAY_CHANGE)
+        inputs = inputs_of(one, problems[one.dataset], prompts[one.dataset][0])
+        run = folder.open_run(one, inputs, *MAY_CHANGE)
         records = sample(one, run / "records.jsonl", sampler, problems[one.dataset], prompts[one.dataset][0])
         summary = summarise(records, problem_values(one, records))
         report.write_summary(run, summary, table_of({run.name: summary}, {}), f"records: {run / 'records.jsonl'}")

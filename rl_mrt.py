@@ -71,10 +71,12 @@ from run.traces import (
     STOPPED,
     VALIDATION,
     forcing_of,
+    inputs_of,
     problem_key,
     problem_of,
     prompt_of,
     prompts_of,
+    prompts_to,
     sampler_of,
     segmentation,
     tokenizer_of,
@@ -174,12 +176,12 @@ def main() -> None:
         fail(f"--stop-credit {args.stop_credit:g}: needs a model whose thoughts end with a token of their own")
     problems = recorded_prefixes(args, tokenizer) if args.prefixes else data.problems_of(args)
     validation = data.held_out_of(args) if args.eval_every else []
-    _, longest = prompts_of(args, tokenizer, problems + validation)
+    prompts, longest = prompts_of(args, tokenizer, problems + validation)
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
         return
     model = models.load_model(args.model, models.pick_device())
-    run = folder.open_run_once(args, problems)
+    run = folder.open_run_once(args, inputs_of(args, problems, prompts, validation))
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
         return
@@ -219,14 +221,14 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
     print(f"{method(args)}: {len(problems)} problems, {rollouts_a_step}, {goal}")
     if steps.state["step"]:
         sampler.sync()
-    elif validation:
-        validate(args, run, sampler, validation, steps.state)
+    if validation and steps.due(args.eval_every) and not validated(run, steps.state["step"]):
+        validate(args, steps, sampler, validation)
     rollouts = ROLLOUTS[args.variant if args.bonus else "grpo"]
     stop = stop_ids_of_thought(sampler.tokenizer)[0] if args.stop_credit else None
 
     for step in steps:
         drawn = training.draw_problems(problems, args.problems_per_step, step, args.seed)[rank::world]
-        with sampler.counting() as spent:
+        with steps.can_be_left(), sampler.counting() as spent:
             groups = rollouts(args, sampler, drawn, (args.seed, step))
         advantages = advantages_of(args, groups)
         sampler.pause()
@@ -237,7 +239,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
         sampler.sync()  # what is sampled next is sampled from the new weights
         record(args, steps, groups, metrics, spent)
         if validation and steps.due(args.eval_every):
-            validate(args, run, sampler, validation, steps.state)
+            validate(args, steps, sampler, validation)
         if rank == 0 and steps.due(args.checkpoint_every):
             report.draw_training(run)
         steps.checkpoint()
@@ -265,7 +267,7 @@ Advantages = list[list[np.ndarray]]  # [problems][G], each [tokens of the comple
 def rollouts_grpo(args, sampler: Sampler, problems, seed: tuple) -> Groups:
     """GRPO: G traces a problem."""
     return sample_groups(
-        args, sampler, problems, prompts_to(args, sampler, problems), args.max_tokens, (*seed, ROLLOUT)
+        args, sampler, problems, prompts_to(args, sampler.tokenizer, problems), args.max_tokens, (*seed, ROLLOUT)
     )
 
 
@@ -286,7 +288,7 @@ def rollouts_prefix(args, sampler: Sampler, problems, seed: tuple) -> Groups:
     if not args.prefixes:
         problems = cut_rollouts(args, sampler, problems, seed)
     prefixes = [problem["prefix"]["token_ids"] for problem in problems]
-    contexts = [prompt + prefix for prompt, prefix in zip(prompts_to(args, sampler, problems), prefixes)]
+    contexts = [prompt + prefix for prompt, prefix in zip(prompts_to(args, sampler.tokenizer, problems), prefixes)]
     texts = [text_and_offsets(sampler.tokenizer, prefix)[0] for prefix in prefixes]
     limits = [args.max_tokens - len(prefix) for prefix in prefixes]
     groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, GOING_ON), texts)
@@ -302,7 +304,7 @@ def cut_rollouts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
     """The problems, each with the prefix of a partial rollout: {token_ids, J}, J(μ|c) from m rollouts that stop there.
     It is sampled by the model as it is before the update (the old policy), and never trained on."""
     seeds = [(*seed, PARTIAL, problem["place"], problem_key(problem)) for problem in problems]
-    prompts, rule = prompts_to(args, sampler, problems), segmentation(args)
+    prompts, rule = prompts_to(args, sampler.tokenizer, problems), segmentation(args)
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
     partial_rollouts = [read_trace(sampler.tokenizer, p, q, c, rule) for p, q, (c,) in zip(problems, prompts, rows)]
     ends = [t.boundaries[draw_cut(args, sampler.tokenizer, t, s)] for t, s in zip(partial_rollouts, seeds)]
@@ -358,10 +360,6 @@ def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple
     seeds = [(*seed, problem["place"], problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
     return read_traces(sampler.tokenizer, problems, prompts, rows, segmentation(args), prefixes=prefixes)
-
-
-def prompts_to(args, sampler: Sampler, problems: list[dict]) -> list[list[int]]:
-    return [prompt_of(args, sampler.tokenizer, problem) for problem in problems]
 
 
 # ---------------------------------------------------------------------------------------------- advantages
@@ -621,30 +619,38 @@ def rollout_stats(args, groups: Groups) -> dict[str, float]:
     return stats
 
 
-def validate(args, run: Path, sampler: Sampler, problems: list[dict], state: dict) -> None:
+def validated(run: Path, step: int) -> bool:
+    """Has the model been validated after this step, before the run was stopped?"""
+    file = run / "validation.jsonl"
+    return file.exists() and step in [line["step"] for line in read_jsonl(file)]
+
+
+def validate(args, steps: training.Steps, sampler: Sampler, problems: list[dict]) -> None:
     """Accuracy and tokens on validation problems, one trace each, and the accuracy had the thoughts been stopped at a
     few budgets (traces that end within a budget count as they are). Its tokens are not counted as the run's."""
-    rank, world = ranks()
+    (rank, world), state = ranks(), steps.state
     share = problems[rank::world]  # none where there are fewer problems than processes
-    seeds, prompts = [(args.seed, VALIDATION, problem_key(p)) for p in share], prompts_to(args, sampler, share)
-    rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
-    traces = [trace for (trace,) in read_traces(sampler.tokenizer, share, prompts, rows)]
+    seeds = [(args.seed, VALIDATION, problem_key(p)) for p in share]
+    prompts = prompts_to(args, sampler.tokenizer, share)
     budgets = [args.max_tokens // 4, args.max_tokens // 2, args.max_tokens]
-    spent = [len(trace.completion.token_ids) if trace.stopped else math.inf for trace in traces]
-    cut = [(i, budget) for i, tokens in enumerate(spent) for budget in budgets if tokens > budget]
-    asked = [forced_prompt(sampler.tokenizer, traces[i], cut_at_budget(traces[i], budget)) for i, budget in cut]
     forcing = Forcing(1, args.answer_tokens, args.temperature)
-    answers = force_answers(sampler, [share[i] for i, _ in cut], asked, forcing, [(*seeds[i], b) for i, b in cut])
+    with steps.can_be_left():
+        rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
+        traces = [trace for (trace,) in read_traces(sampler.tokenizer, share, prompts, rows)]
+        spent = [len(trace.completion.token_ids) if trace.stopped else math.inf for trace in traces]
+        cut = [(i, budget) for i, tokens in enumerate(spent) for budget in budgets if tokens > budget]
+        asked = [forced_prompt(sampler.tokenizer, traces[i], cut_at_budget(traces[i], budget)) for i, budget in cut]
+        answers = force_answers(sampler, [share[i] for i, _ in cut], asked, forcing, [(*seeds[i], b) for i, b in cut])
     forced = {(i, budget): success_rate(share[i], a) for (i, budget), a in zip(cut, answers)}
     sums = [sum(trace.reward for trace in traces), sum(len(trace.completion.token_ids) for trace in traces)]
     sums += [sum(forced.get((i, budget), t.reward) for i, t in enumerate(traces)) for budget in budgets]
     accuracy, tokens, *by_budget = (total / len(problems) for total in sum_over_ranks(sums))
     metrics = {"step": state["step"], "sampled_tokens": state["sampled_tokens"], "accuracy": accuracy, "tokens": tokens}
     if rank == 0:
-        append_jsonl(run / "validation.jsonl", [{**metrics, "forced": dict(zip(budgets, by_budget))}])
+        append_jsonl(steps.run / "validation.jsonl", [{**metrics, "forced": dict(zip(budgets, by_budget))}])
     text = "  ".join(f"forced at {budget}: {right:.3f}" for budget, right in zip(budgets, by_budget))
     print(f"  validation after {state['step']} steps: right {accuracy:.3f}  tokens {tokens:.1f}  {text}", flush=True)
 
 
 if __name__ == "__main__":
-    end_in_one_line(main)
+    end_in_one_line(main, shares_work=True)

@@ -22,7 +22,6 @@ that stopping there is what is learnt. --stop-phrase masked or trained keeps μ'
 """
 
 import argparse
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from run.flags import add_group, changed, new_parser, parse_flags, positive_int
 from run.report import Curve, Panel, Values, interval, problem_means
 from run.traces import (
     CHOSEN,
+    inputs_of,
     new_traces,
     problem_key,
     prompts_of,
@@ -123,9 +123,9 @@ def prepare(args):
     if not thinks(tokenizer):
         fail(f"--model {args.model}: no thought to cut: {what_was_seen(tokenizer)}")
     problems, held_out = data.problems_of(args), data.held_out_of(args)
-    _, longest = prompts_of(args, tokenizer, problems + held_out)
+    prompts, longest = prompts_of(args, tokenizer, problems + held_out)
     model = models.load_model(weights_of(args), models.pick_device())
-    run = folder.open_run_once(args, problems + held_out)
+    run = folder.open_run_once(args, inputs_of(args, problems, prompts, held_out))
     return run, model, sampler_of(args, tokenizer, longest, trained=model), problems, held_out
 
 
@@ -330,7 +330,7 @@ def write_report(args, run: Path) -> None:
     """Table, summary.json and figure of base and filters, from the records."""
     names, iterations = filters(args), range(1, args.iterations + 1)
     files = {name: [run / name / f"iteration_{i}.json" for i in iterations] for name in names}
-    kept = {name: [json.loads(file.read_text()) for file in files[name] if file.exists()] for name in names}
+    kept = {name: [about for file in files[name] if (about := folder.parsed(file))] for name in names}
     columns = "iteration traces tokens mean_tokens mean_episodes progress_per_episode problems".split()
     rows = [[name, *(f"{about[column]:.4g}" for column in columns)] for name in names for about in kept[name]]
     text = "What the filters kept:\n\n"
@@ -377,4 +377,4 @@ def draw(args, summary: dict, run: Path) -> Path:
 
 
 if __name__ == "__main__":
-    end_in_one_line(main)
+    end_in_one_line(main, shares_work=True)

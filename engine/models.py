@@ -75,9 +75,8 @@ def load_tokenizer(model: str, think_marks: list[str] | None = None):
 def load_model(model: str, device: str | torch.device, dtype: torch.dtype = torch.float32):
     """The model. Training keeps its weights in float32 and does bf16 arithmetic over them by `autocast`."""
     try:
-        loaded, about = AutoModelForCausalLM.from_pretrained(
-            resolve_model(model), dtype=dtype, output_loading_info=True
-        )
+        both: Any = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype, output_loading_info=True)
+        loaded, about = both
     except Exception as error:
         raise Refused(f"--model {model}: cannot be loaded: {first_line(error)}") from error
     if lacking := sorted(about["missing_keys"]):

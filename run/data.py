@@ -8,6 +8,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -52,11 +53,20 @@ def load_problems(
         fail(f"--split {split}: {dataset} is a file, which has no splits to take a part of")
     rows = read_rows(Path(dataset)) if from_file else load_from_hub(dataset, name, part)
     used = usable_rows(dataset, rows, limit, problem_column, answer_column, skip_unusable or not from_file)
-    problems = [problem for problem, _ in used]
-    if len({p["id"] for p in problems}) < len(problems):
-        print(f"{dataset}: ids repeat; a running number is added to each")
-        for number, problem in enumerate(problems):
-            problem["id"] = f"{problem['id']}-{number}"
+    return with_distinct_ids(dataset, [problem for problem, _ in used])
+
+
+def with_distinct_ids(name: str, problems: list[dict]) -> list[dict]:
+    """The problems; an id that an earlier one has gets a number. Later ones, and so --limit, change no id."""
+    number, taken = Counter(), set()
+    for problem in problems:
+        own = problem["id"]
+        while problem["id"] in taken:
+            number[own] += 1
+            problem["id"] = f"{own}-{number[own]}"
+        taken.add(problem["id"])
+    if number:
+        print(f"{name}: ids repeat; from the second time a number is added to each")
     return problems
 
 
@@ -102,9 +112,9 @@ def load_responses(
     responses: dict[str, list[str]] = {}
     for problem, texts in used:
         identity = json.dumps([problem.get("messages", problem["problem"]), problem["answer"]])
-        problems.setdefault(identity, {**problem, "id": str(len(problems))})
+        problems.setdefault(identity, problem)
         responses.setdefault(identity, []).extend(texts)
-    return list(problems.values())[:limit], list(responses.values())[:limit]
+    return with_distinct_ids(str(file), list(problems.values())[:limit]), list(responses.values())[:limit]
 
 
 # ================================================================================================== rows of a file
@@ -188,6 +198,7 @@ def usable_rows(
                 chat, answer = chat_of(row, problem_columns), gold_of(row, answer_columns)
                 problem = {"problem": chat[-1]["content"], "answer": answer, "id": str(row.get("id", number - 1))}
                 found.append((number, problem | ({"messages": chat} if len(chat) > 1 else {}), extra(row)))
+                check_text(found[-1])
             except ValueError as error:
                 unusable.append((number, f"row {number}: {error}"))
         for (number, problem, more), error in zip(found, check_golds([problem["answer"] for _, problem, _ in found])):
@@ -206,6 +217,14 @@ def usable_rows(
     if not used:
         fail(f"--dataset {name}: no usable problem")
     return used
+
+
+def check_text(value: Any) -> None:
+    """ValueError if a text holds half a character: JSON can write one, but no tokenizer reads it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a character (a lone surrogate)") from None
 
 
 def told(unusable: list[str]) -> str:
@@ -242,7 +261,8 @@ def text_of(message: Any) -> str | None:
     value = message.get("content") if isinstance(message, dict) else None
     if isinstance(value, list):  # [{"type": "text", "text": ...}]
         parts = [part.get("text") if isinstance(part, dict) else None for part in value]
-        value = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        texts = [part for part in parts if isinstance(part, str)]
+        value = "".join(texts) if len(texts) == len(parts) else None
     return value if isinstance(value, str) and value.strip() and not message.get("tool_calls") else None
 
 

@@ -193,6 +193,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
             setattr(args, name, getattr(action, "by_model", (None, None))[not tiny])
     if args.resume and args.overwrite:
         fail("--resume and --overwrite: not both")
+    args.markers_file = args.markers
     args.markers = load_markers(args.markers) if args.markers else []
     if args.think_marks and ("" in map(str.strip, args.think_marks) or len(set(args.think_marks)) < 2):
         fail("--think-marks: needs two different marks")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,8 +27,8 @@ from engine.sampler import Sampler, open_sampler
 from engine.served_engine import Served, is_served
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
 from grading.verdict import group_answers
-from run.files import fail
-from run.folder import unrecorded
+from run.files import digest, fail
+from run.folder import unrecorded, weights_digest
 
 # A draw depends on its seed alone, a tuple of whole numbers: --seed, in a training the step, what is drawn (one of
 # these), the problem (`problem_key`), and what else tells draws apart; the sampler adds the number of the sample. No
@@ -51,12 +51,16 @@ def segmentation(args, max_steps: int = 49, group_size: int = 1) -> Segmentation
 def prompts_of(args, tokenizer, problems: list[dict], more: int = 0) -> tuple[list[list[int]], int]:
     """The prompts of the problems, and the tokens of the longest with a thought (and `more`) and a forced answer after
     it; ends the run if they exceed the model's context."""
-    prompts = [prompt_of(args, tokenizer, problem) for problem in problems]
+    prompts = prompts_to(args, tokenizer, problems)
     room = args.max_tokens + more + room_for_answer(tokenizer, args.answer_tokens)
     if not is_served(args.engine):
         asked = [*prompts, encode(tokenizer, stop_phrase(tokenizer))]
         check_ids(f"--model {args.model}", load_config(args.model), asked)
     return prompts, check_lengths(args, problems, prompts, room)
+
+
+def prompts_to(args, tokenizer, problems: list[dict]) -> list[list[int]]:
+    return [prompt_of(args, tokenizer, problem) for problem in problems]
 
 
 def prompt_of(args, tokenizer, problem: dict) -> list[int]:
@@ -66,6 +70,21 @@ def prompt_of(args, tokenizer, problem: dict) -> list[int]:
         return prompt_ids(tokenizer, problem.get("messages", problem["problem"]), args.chat_template_kwargs)
     except Refused as why:
         fail(f"problem {problem['id']}: {why}")
+
+
+def inputs_of(args, problems: list[dict], prompts: list[list[int]], held_out: Sequence[dict] = ()) -> dict[str, dict]:
+    """What a run reads, for `open_run`: digests of its weights, and of each problem with its place, its gold answer and
+    its prompt. The prompts of `held_out` are the last."""
+    return {
+        "weights": {weights_of(args): weights_digest(weights_of(args))},
+        "problems or prompts": problem_digests(problems, prompts),
+        "held-out problems or prompts": problem_digests(held_out, prompts[len(problems) :]),
+    }
+
+
+def problem_digests(problems: Sequence[dict], prompts: list[list[int]]) -> dict[str, str]:
+    """{id: digest of the problem with all it holds, its place and its prompt}."""
+    return {p["id"]: digest([number, p, prompt]) for number, (p, prompt) in enumerate(zip(problems, prompts))}
 
 
 def room_for_answer(tokenizer, answer_tokens: int) -> int:
@@ -113,25 +132,35 @@ def forcing_of(args) -> Forcing:
     return Forcing(args.forced_answers, args.answer_tokens, args.temperature, getattr(args, "top_p", 1.0))
 
 
-def sample_traces(args, sampler: Sampler, problems, prompts, rule=Segmentation(), first: int = 0):
+def sample_traces(args, sampler: Sampler, problems, prompts, rule=Segmentation(), first: int = 0, drawn=()):
     """Graded traces number `first` to --num-samples of each problem: [problems][samples]."""
-    seeds, count = [(args.seed, problem_key(problem)) for problem in problems], args.num_samples - first
+    seeds, count = [(args.seed, *drawn, problem_key(problem)) for problem in problems], args.num_samples - first
     rows = sampler.generate(prompts, args.max_tokens, seeds, count, args.temperature, args.top_p, first)
     return read_traces(sampler.tokenizer, problems, prompts, rows, rule, first)
 
 
 def new_traces(
-    args, file: Path, sampler: Sampler, problems, prompts, rule=Segmentation(), given=None, forced=True, process=(0, 1)
+    args,
+    file: Path,
+    sampler: Sampler,
+    problems,
+    prompts,
+    rule=Segmentation(),
+    given=None,
+    forced=True,
+    process=(0, 1),
+    drawn=(),
 ) -> Iterator[list[Trace]]:
     """The traces that a records.jsonl lacks, a batch of problems at a time: --num-samples a problem or those `given`,
-    with J(μ) at every boundary if `forced`. `process`: this one's number and how many share the work."""
+    with J(μ) at every boundary if `forced`. `process`: this one's number and how many share the work; `drawn`: what
+    their seeds have between --seed and the problem."""
     counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
     rank, world = process
     for batch, first in unrecorded(file, problems, counts, args.batch_problems, sampler):
         share = batch[rank::world]
         if given is None:
             inputs = [problems[i] for i in share], [prompts[i] for i in share]
-            groups = sample_traces(args, sampler, *inputs, rule, first)
+            groups = sample_traces(args, sampler, *inputs, rule, first, drawn)
         else:
             groups = [given[i][first:] for i in share]
         traces = [trace for group in groups for trace in group]
