@@ -99,7 +99,7 @@ def check_out(args: argparse.Namespace, *may_change: str) -> bool:
     """Ends the program if the run may not be written to --out; returns whether there is one to continue. `may_change`:
     settings that only say how much this script makes or shows, so that --resume may have others. `args.date` becomes
     the day on which the run began: what a chat template is told that asks for today's."""
-    out, args.date = args.out, datetime.date.today().isoformat()
+    out, args.date = args.out, getattr(args, "date", None) or datetime.date.today().isoformat()
     names, existing = names_in(out), config_of(out)
     if not names - BEFORE:
         return False

@@ -65,8 +65,8 @@ def prompts_to(args, tokenizer, problems: list[dict]) -> list[list[int]]:
 
 
 def inputs_of(args, problems: list[dict], prompts: list[list[int]], held_out: Sequence[dict] = ()) -> dict[str, dict]:
-    """What a run reads, for `open_run`: digests of its weights, and of each problem with its place, its gold answer and
-    its prompt. The prompts of `held_out` are the last."""
+    """What a run reads, for `open_run`: a digest of its weights, and of each problem its place and a digest of it, its
+    gold answer and its prompt. The prompts of `held_out` are the last."""
     return {
         "weights": {weights_of(args): weights_digest(weights_of(args))},
         "problems or prompts": problem_digests(problems, prompts),
@@ -76,7 +76,7 @@ def inputs_of(args, problems: list[dict], prompts: list[list[int]], held_out: Se
 
 def problem_digests(problems: Sequence[dict], prompts: list[list[int]]) -> dict[str, str]:
     numbered = enumerate(zip(problems, prompts))
-    return {p["id"]: digest([number, p["problem"], p["answer"], prompt]) for number, (p, prompt) in numbered}
+    return {p["id"]: f"{number} {digest(p['problem'], p['answer'], prompt)}" for number, (p, prompt) in numbered}
 
 
 def room_for_answer(tokenizer, answer_tokens: int) -> int:

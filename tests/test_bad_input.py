@@ -376,7 +376,8 @@ def test_bad_data_does_not_cost_the_run_that_would_be_overwritten(capsys, monkey
 
 def test_a_config_file_sets_defaults_and_flags_override_it(tmp_path):
     file = write(
-        tmp_path / "c.yaml", "bonus: 0.5\nvariant: online\nmax-tokens: 99\ngroup_size: 3\nlr: 1e-6\nskip-unusable: true\n"
+        tmp_path / "c.yaml",
+        "bonus: 0.5\nvariant: online\nmax-tokens: 99\ngroup_size: 3\nlr: 1e-6\nskip-unusable: true\n",
     )
     args = rl_mrt.flags(["--config", file, "--group-size", "5", "--bonus", "0"])
     assert (args.bonus, args.group_size) == (0.0, 5)
