@@ -10,6 +10,8 @@ From that come [maj@p]_j, the accuracy of p votes after j episodes (Figure 3), t
 progress of each episode, and trace.html, a page to read traces in. Intervals are 95 %, from a bootstrap over problems.
 """
 
+from run.files import append_jsonl, digest, end_in_one_line, fail  # isort: split
+
 import argparse
 import math
 import sys
@@ -32,7 +34,6 @@ from engine.sampler import pick_engine
 from engine.thoughts import marks_of, opening_after
 from engine.tokens import Completion, encode, text_and_offsets
 from run import data, folder, report
-from run.files import append_jsonl, digest, end_in_one_line, fail
 from run.flags import add_group, changed, new_parser, parse_flags, positive_int, quarters, whole_number, with_model
 from run.folder import short_name
 from run.report import Curve, Panel, cell, group_by, group_by_problem, interval, mean_interval, problem_means
@@ -159,8 +160,7 @@ def analyse(args) -> None:
         direct = with_model(changed(args, num_samples=args.direct_samples), args.direct_model)
         questions, longest_of_direct = prompts_of(direct, tokenizer_of(direct), problems)
         of_direct = inputs_of(direct, problems, questions)
-        inputs["weights"] |= of_direct["weights"]
-        inputs[f"problems or prompts of {direct.model}"] = of_direct["problems or prompts"]
+        inputs |= {f"{kind} of {direct.model}": read for kind, read in of_direct.items()}
     sampler, single = sampler_of(args, tokenizer, longest), episodes_by(args, 1)
     run = folder.open_run(args, inputs, *MAY_CHANGE)
     file = run / "records.jsonl"

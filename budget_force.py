@@ -11,6 +11,8 @@ the end-of-thinking marker, --extensions times, and answers are sampled after 0,
 (tokens, accuracy) of one curve; the normalised regret is the area above it, inside and beyond the training budget.
 """
 
+from run.files import append_jsonl, digest, end_in_one_line, fail  # isort: split
+
 import argparse
 from dataclasses import asdict
 from functools import partial
@@ -32,7 +34,6 @@ from engine.sampler import Sampler, pick_engine
 from engine.thoughts import opening_after, thinks, thought_tokens, what_was_seen
 from engine.tokens import encode, end_of_thought, stop_ids_of_thought, text_and_offsets
 from run import data, folder, report
-from run.files import append_jsonl, digest, end_in_one_line, fail
 from run.flags import add_group, each_in_its_folder, new_parser, parse_flags, positive_int, whole_number
 from run.folder import short_name
 from run.report import Curve, Panel, Values, interval, problem_means
@@ -118,6 +119,7 @@ def read_thoughts(args) -> list[list[dict]]:
     analysis = folder.settings_of(args.thoughts, "--thoughts", "analyze_r1.py", "episodes_per_point")
     if analysis["model"] != args.model:
         fail(f"--thoughts {args.thoughts}: holds thoughts of --model {analysis['model']}, not of {args.model}")
+    args.date = (folder.config_of(args.thoughts) or {}).get("date")  # what their prompts say, if they say one
     if not analysis.get("traces") and args.max_tokens != analysis["max_tokens"]:
         args.max_tokens = analysis["max_tokens"]
         print(f"training budget: {args.max_tokens} tokens, the --max-tokens of {args.thoughts}")
@@ -125,6 +127,16 @@ def read_thoughts(args) -> list[list[dict]]:
     if args.limit and args.limit < len(rows):
         print(f"the first {args.limit} of the {len(rows)} problems of {args.thoughts} (--limit)")
     return rows[: args.limit]
+
+
+def check_thoughts(args, inputs: dict[str, dict]) -> None:
+    """Ends the run if the thoughts go on from other prompts, or are of other weights, than the model here has."""
+    analysis = folder.parsed(args.thoughts / "inputs.json") or {}
+    for kind in ("weights", "problems or prompts"):
+        of_thoughts = analysis.get(kind, {})
+        for name, read in inputs[kind].items():
+            if read.split()[-1] != of_thoughts.get(name, read).split()[-1]:  # whatever their places
+                fail(f"--thoughts {args.thoughts}: made with other {kind} ({name})")
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -140,9 +152,12 @@ def force(args, problems: list[dict], thoughts: list[list[dict]] | None) -> None
         [trace_of(record, tokenizer, problem, prompt) for record in row]
         for problem, prompt, row in zip(problems, prompts, thoughts)
     ]
+    inputs = inputs_of(args, problems, prompts)
+    if thoughts:
+        check_thoughts(args, inputs)
+        inputs["thoughts"] = {f"{r['id']} {r['sample']}": digest(r) for row in thoughts for r in row}
     sampler = sampler_of(args, tokenizer, longest)
-    read = {f"{r['id']} {r['sample']}": digest(r) for row in thoughts or [] for r in row}
-    run = folder.open_run(args, {**inputs_of(args, problems, prompts), "thoughts": read}, "compare")
+    run = folder.open_run(args, inputs, "compare")
     file = run / "records.jsonl"
     for traces in new_traces(args, file, sampler, problems, prompts, given=given, forced=False):
         points = zip(traces, exploit(args, sampler, traces), extrapolate(args, sampler, traces))

@@ -11,6 +11,8 @@ interval from a bootstrap over problems, which holds the noise of a problem's sa
 are paired on the same problems.
 """
 
+from run.files import append_jsonl, end_in_one_line, fail  # isort: split
+
 import argparse
 from pathlib import Path
 
@@ -18,7 +20,6 @@ import numpy as np
 
 from engine.sampler import Sampler, pick_engine
 from run import data, folder, report
-from run.files import append_jsonl, end_in_one_line, fail
 from run.flags import add_group, changed, each_in_its_folder, new_parser, numbers, parse_flags, quarters
 from run.folder import short_name
 from run.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means

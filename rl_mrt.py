@@ -22,6 +22,8 @@ On GPUs, with the paper's data and settings (Table 3):
     torchrun --nproc-per-node 8 rl_mrt.py --config configs/rl_r1_distill_1.5b.yaml
 """
 
+from run.files import append_jsonl, end_in_one_line, fail, read_jsonl, write_json  # isort: split
+
 import argparse
 import importlib.util
 import math
@@ -61,7 +63,6 @@ from engine.served_engine import is_served
 from engine.thoughts import thinks
 from engine.tokens import stop_ids_of_thought, text_and_offsets
 from run import data, folder, report, training
-from run.files import append_jsonl, end_in_one_line, fail, read_jsonl, write_json
 from run.flags import add_group, new_parser, non_negative, parse_flags, positive_int, share, whole_number
 from run.traces import (
     FORCED,
@@ -167,8 +168,8 @@ def check_flags(args) -> None:
 
 
 def main() -> None:
-    args = flags()
     _, world = start_processes()
+    args = flags()
     check_engine(args, world)
     folder.check_out(args)
     tokenizer = tokenizer_of(args)  # small: a wrong --model is reported before a data set is fetched
@@ -653,4 +654,4 @@ def validate(args, steps: training.Steps, sampler: Sampler, problems: list[dict]
 
 
 if __name__ == "__main__":
-    end_in_one_line(main, shares_work=True)
+    end_in_one_line(main)

@@ -21,6 +21,8 @@ A cut thought ends as the model's own thoughts do, with the end-of-thinking mark
 that stopping there is what is learnt. --stop-phrase masked or trained keeps μ's forced answer after the stop phrase.
 """
 
+from run.files import append_jsonl, end_in_one_line, fail, json_line, write_json, write_text  # isort: split
+
 import argparse
 from collections import Counter
 from dataclasses import dataclass
@@ -35,7 +37,6 @@ from engine.sampler import Sampler, pick_engine
 from engine.thoughts import thinks, what_was_seen
 from engine.tokens import end_of_thought
 from run import data, folder, report, training
-from run.files import append_jsonl, end_in_one_line, fail, json_line, write_json, write_text
 from run.flags import add_group, changed, new_parser, parse_flags, positive_int
 from run.report import Curve, Panel, Values, interval, problem_means
 from run.traces import (
@@ -102,8 +103,8 @@ def flags(argv=None) -> argparse.Namespace:
 
 
 def main() -> None:
-    args = flags()
     start_processes()
+    args = flags()
     run, model, sampler, problems, held_out = prepare(args)
     score = training.prepare(model, models.pick_dtype(args.dtype), sampler.ways, not models.is_tiny(weights_of(args)))
     evaluate(args, run / "base.jsonl", sampler, held_out)
@@ -377,4 +378,4 @@ def draw(args, summary: dict, run: Path) -> Path:
 
 
 if __name__ == "__main__":
-    end_in_one_line(main, shares_work=True)
+    end_in_one_line(main)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine import Refused, first_line
-from engine.processes import ranks
+
+# The scripts import this file first: it loads nothing large, and from then on Ctrl-C is one line.
 
 
 def fail(message: str) -> NoReturn:
@@ -23,22 +24,25 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def end_in_one_line(main: Callable[[], None], shares_work: bool = False) -> None:
+def end_in_one_line(main: Callable[[], None]) -> None:
     """Runs a script; what is refused on the way ends it in one line, exit code 2, and so does a signal that asks it to
-    end, exit code 128 + its number. `shares_work`: several processes under torchrun may run it."""
+    end, exit code 128 + its number."""
     for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")  # where they cannot write ×
     try:
-        if ranks()[1] > 1 and not shares_work:
-            raise Refused(f"{Path(sys.argv[0]).name} runs in one process: start it without torchrun")
         on_stop(stop_now)
         main()
     except Refused as why:
         fail(str(why))
     except KeyboardInterrupt as stop:
-        number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
-        print(f"stopped by {number.name}; what is recorded is kept, --resume goes on", file=sys.stderr, flush=True)
-        raise SystemExit(128 + number) from None
+        raise SystemExit(say_stopped(stop.args[0] if stop.args else signal.SIGINT)) from None
+
+
+def say_stopped(number: int) -> int:
+    """The line that a signal ends with; returns the exit code."""
+    name = signal.Signals(number).name
+    print(f"stopped by {name}; what is recorded is kept, --resume goes on", file=sys.stderr, flush=True)
+    return 128 + number
 
 
 # What asks a process to end: Ctrl-C, a terminal that closes, and what schedulers send before they kill.
@@ -46,9 +50,9 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def on_stop(handler) -> None:
-    """Sets what happens on these signals; one that is ignored, as `nohup` does with SIGHUP, stays so."""
+    """Sets what happens on these signals; SIGHUP stays ignored where `nohup` has done so."""
     for number in STOPPING:
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
@@ -56,6 +60,10 @@ def stop_now(number: int, _frame) -> NoReturn:
     """Ends what is running; the next such signal ends the process, whatever it does then."""
     on_stop(signal.SIG_DFL)
     raise KeyboardInterrupt(number)
+
+
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "/").absolute().parent == Path(__file__).parents[1]:
+    on_stop(lambda number, _frame: os._exit(say_stopped(number)))  # while a script's libraries are loaded
 
 
 def read_jsonl(path: Path) -> list[dict]:

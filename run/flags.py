@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from engine import first_line
 from engine.models import is_tiny
+from engine.processes import ranks
 from engine.served_engine import find_served, is_served
 from run.files import fail
 from run.folder import config_of
@@ -184,6 +186,8 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
         argv = from_file + (sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     args.context = None
+    if ranks()[1] > 1 and not torch.distributed.is_initialized():
+        fail(f"{parser.prog} runs in one process: start it without torchrun")
     if is_served(args.engine) and not any(getattr(args, flag, None) for flag in ("compare", "from_run", "dry_run")):
         ask_server(args)
     args.model = args.model or "tiny"

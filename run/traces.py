@@ -73,8 +73,8 @@ def prompt_of(args, tokenizer, problem: dict) -> list[int]:
 
 
 def inputs_of(args, problems: list[dict], prompts: list[list[int]], held_out: Sequence[dict] = ()) -> dict[str, dict]:
-    """What a run reads, for `open_run`: digests of its weights, and of each problem with its place, its gold answer and
-    its prompt. The prompts of `held_out` are the last."""
+    """What a run reads, for `open_run`: a digest of its weights, and of each problem its place and a digest of it, its
+    gold answer and its prompt. The prompts of `held_out` are the last."""
     return {
         "weights": {weights_of(args): weights_digest(weights_of(args))},
         "problems or prompts": problem_digests(problems, prompts),
@@ -83,8 +83,9 @@ def inputs_of(args, problems: list[dict], prompts: list[list[int]], held_out: Se
 
 
 def problem_digests(problems: Sequence[dict], prompts: list[list[int]]) -> dict[str, str]:
-    """{id: digest of the problem with all it holds, its place and its prompt}."""
-    return {p["id"]: digest([number, p, prompt]) for number, (p, prompt) in enumerate(zip(problems, prompts))}
+    """{id: its place, and a digest of the problem with all it holds and of its prompt}."""
+    numbered = enumerate(zip(problems, prompts))
+    return {problem["id"]: f"{number} {digest(problem, prompt)}" for number, (problem, prompt) in numbered}
 
 
 def room_for_answer(tokenizer, answer_tokens: int) -> int:
