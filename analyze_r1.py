@@ -10,6 +10,8 @@ From that come [maj@p]_j, the accuracy of p votes after j episodes (Figure 3), t
 progress of each episode, and trace.html, a page to read traces in. Intervals are 95 %, from a bootstrap over problems.
 """
 
+from run.files import append_jsonl, digest, end_in_one_line, fail  # isort: split
+
 import argparse
 import math
 import sys
@@ -26,24 +28,24 @@ from common import (
     additional_regret,
     episode_spans,
     grade_traces,
-    read_traces,
     token_boundaries,
 )
 from engine.sampler import pick_engine
-from engine.tokens import THINK_END, Completion, encode, prompt_ids, text_and_offsets, thinks, thought_is_open
+from engine.thoughts import marks_of, opening_after
+from engine.tokens import Completion, encode, text_and_offsets
 from run import data, folder, report
-from run.files import append_jsonl, end_in_one_line, fail, json_line, read_jsonl, write_text
-from run.flags import add_group, new_parser, parse_flags, positive_int, quarters, whole_number, with_model
+from run.flags import add_group, changed, new_parser, parse_flags, positive_int, quarters, whole_number, with_model
 from run.folder import short_name
 from run.report import Curve, Panel, cell, group_by, group_by_problem, interval, mean_interval, problem_means
 from run.traces import (
     DIRECT,
     accuracy_at,
     context_of,
+    inputs_of,
     new_traces,
     pass_rate,
-    problem_key,
     prompts_of,
+    prompts_to,
     regret_at,
     room_for_answer,
     sampler_of,
@@ -136,21 +138,27 @@ def analyse(args) -> None:
     tokenizer = tokenizer_of(args)
     if args.traces:
         problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
-        prompts = [prompt_ids(tokenizer, p["problem"], args.chat_template_kwargs) for p in problems]
+        prompts = prompts_to(args, tokenizer, problems)
         given, longest = read_given(args, tokenizer, problems, prompts, responses)
     else:
-        problems, given = data.problems_of(args), None
+        problems, responses, given = data.problems_of(args), [], None
         prompts, longest = prompts_of(args, tokenizer, problems)
-    direct = with_model(args, args.direct_model) if args.direct_model else None
-    if direct:
-        tokenizer_of(direct)  # a wrong name is told now
-    run = folder.open_run(args, problems, *MAY_CHANGE)
-    file, sampler = run / "records.jsonl", sampler_of(args, tokenizer, longest)
+    inputs, direct = inputs_of(args, problems, prompts), None
+    for problem, row in zip(problems, responses):
+        inputs.setdefault("responses", {}).update({f"{problem['id']} {n}": digest(text) for n, text in enumerate(row)})
+    if args.direct_model:  # a wrong name is told now
+        direct = with_model(changed(args, num_samples=args.direct_samples), args.direct_model)
+        questions, longest_of_direct = prompts_of(direct, tokenizer_of(direct), problems, forced=False)
+        of_direct = inputs_of(direct, problems, questions)
+        inputs |= {f"{kind} of {direct.model}": read for kind, read in of_direct.items()}
+    sampler = sampler_of(args, tokenizer, longest)
+    run = folder.open_run(args, inputs, *MAY_CHANGE)
+    file = run / "records.jsonl"
     for traces in new_traces(args, file, sampler, problems, prompts, episodes_by(args, args.episodes_per_point), given):
         append_jsonl(file, [trace.record() for trace in traces])
     sampler.close()
     if direct:
-        answer_directly(direct, run, problems)
+        answer_directly(direct, run / "direct.jsonl", problems, questions, longest_of_direct)
 
 
 def episodes_by(args, group_size: int) -> Segmentation:
@@ -164,16 +172,17 @@ def episodes_by(args, group_size: int) -> Segmentation:
 def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -> tuple[list[list[Trace]], int]:
     """Traces of given responses and the tokens of the longest prompt with an answer; tells what cannot be used.
 
-    A response is `[<think>] thought </think> answer`, or has other marks (`data.split_response`). One whose thought
-    does not end was cut off and has no answer; unless no response of the file has a mark: then they are solutions
-    without a separate thought.
+    A response is `[<think>] thought </think> answer`, or has μ's or other marks (`data.split_response`). One
+    whose thought does not end was cut off and has no answer; unless no response of the file has a mark: then they are
+    solutions without a separate thought.
     """
     context, room = context_of(args), room_for_answer(tokenizer, args.answer_tokens)
-    split = [data.split_response(response) for row in responses for response in row]
+    split = [data.split_response(response, marks_of(tokenizer)) for row in responses for response in row]
     marked = any(opened or answer is not None for opened, _, answer in split)
     if not marked:
-        print(f"{args.traces}: no response has {THINK_END}; each is read as a thought that holds its answer")
-    if kinds := data.marks_told([response for row in responses for response in row]):
+        seen = f"the first begins {responses[0][0][:40]!r}; --think-marks OPEN CLOSE names others"
+        print(f"{args.traces}: no response has marks of a thought, so each is a thought that holds its answer ({seen})")
+    if kinds := data.marks_told([response for row in responses for response in row], marks_of(tokenizer)):
         print(f"{args.traces}: thoughts end {kinds}")
     groups, unused = [], Counter()
     for problem, prompt, row in zip(problems, prompts, responses):
@@ -197,38 +206,25 @@ def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -
 
 def given_trace(args, tokenizer, problem: dict, prompt: list[int], response: str, marked: bool) -> Trace:
     """A trace of text that another model may have written, in the tokens of μ."""
-    opened, thought, answer = data.split_response(response)
-    if opened and not thought_is_open(tokenizer, prompt):
-        thought = "<think>\n" + thought
-    ids = encode(tokenizer, thought)
-    written = ids + (encode(tokenizer, THINK_END + answer) if answer is not None else [])
+    marks = marks_of(tokenizer)
+    _, thought, answer = data.split_response(response, marks)
+    ids = encode(tokenizer, opening_after(tokenizer, prompt) + thought)
+    written = ids + (encode(tokenizer, (marks.closing if marks else "\n\n") + answer) if answer is not None else [])
     completion = Completion(written, [], "length" if marked and answer is None else "stop")
     completion.text, completion.offsets = text_and_offsets(tokenizer, written)
-    finished = answer is not None and thinks(tokenizer)
+    finished = answer is not None and marks is not None
     boundaries = token_boundaries(completion, len(ids), episodes_by(args, args.episodes_per_point))
     return Trace(problem, prompt, completion, boundaries, finished, answer if marked else response)
 
 
-def answer_directly(args, run: Path, problems: list[dict]) -> None:
-    """The baseline of Figure 3: many whole answers of a model, in `direct.jsonl`."""
-    file = run / "direct.jsonl"
-    if file.exists():
-        recorded = read_jsonl(file)
-        model, count = recorded[0].get("model"), len(recorded) // len({r["id"] for r in recorded})
-        if (model, count) != (args.direct_model, args.direct_samples):
-            fail(
-                f"--direct-model {args.direct_model}: {file} has {count} answers of {model} to a problem; remove it or "
-                "name another --out"
-            )
-        return
-    tokenizer = tokenizer_of(args)
-    prompts, longest = prompts_of(args, tokenizer, problems, forced=False)
-    sampler = sampler_of(args, tokenizer, longest)
-    seeds = [(args.seed, DIRECT, problem_key(problem)) for problem in problems]
-    rows = sampler.generate(prompts, args.max_tokens, seeds, args.direct_samples, args.temperature, args.top_p)
-    groups = read_traces(tokenizer, problems, prompts, rows)
-    lines = [json_line({**trace.record(), "model": args.model}) for group in groups for trace in group]
-    write_text(file, "".join(lines))
+def answer_directly(args, file: Path, problems: list[dict], prompts: list[list[int]], longest: int) -> None:
+    """The baseline of Figure 3: many whole answers of a model to every problem, in direct.jsonl."""
+    models = {record["model"] for record in folder.load_records(file)} if file.exists() else set()
+    if models - {args.model}:
+        fail(f"--direct-model {args.model}: {file} has answers of {', '.join(models)}; remove it or name another --out")
+    sampler = sampler_of(args, tokenizer_of(args), longest)
+    for traces in new_traces(args, file, sampler, problems, prompts, forced=False, drawn=(DIRECT,)):
+        append_jsonl(file, [{**trace.record(), "model": args.model} for trace in traces])
     sampler.close()
 
 
@@ -245,7 +241,11 @@ def write_report(args, source: Path, run: Path) -> None:
         record["maj"] = {kind: votes(record, kind) for kind in ("weighted", "plain")}
     summary = summarise(args, records)
     if (source / "direct.jsonl").exists():
-        summary["direct"] = direct_summary(folder.load_records(source / "direct.jsonl"))
+        ids, direct = {r["id"] for r in records}, folder.load_records(source / "direct.jsonl")
+        if missing := ids - {r["id"] for r in direct}:
+            print(f"{run / 'direct.jsonl'}, left out: lacks {len(missing)} problems, which --direct-model would add")
+        else:
+            summary["direct"] = direct_summary([r for r in direct if r["id"] in ids])
     figures = [draw_scaling(summary, run), draw_budgets(summary, run), draw_progress(summary, run)]
     page = report.write_page(records, run / "trace.html")
     report.write_summary(run, summary, table(summary) + report.why_zero(records), *figures, page)

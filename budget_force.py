@@ -11,6 +11,8 @@ the end-of-thinking marker, --extensions times, and answers are sampled after 0,
 (tokens, accuracy) of one curve; the normalised regret is the area above it, inside and beyond the training budget.
 """
 
+from run.files import append_jsonl, digest, end_in_one_line, fail  # isort: split
+
 import argparse
 import sys
 from dataclasses import asdict
@@ -23,7 +25,6 @@ from common import (
     ForcedAnswer,
     Trace,
     cut_at_budget,
-    end_of_thought,
     force_answers,
     forced_prompt,
     last_paragraph_end,
@@ -31,17 +32,19 @@ from common import (
     success_rate,
 )
 from engine.sampler import Sampler, pick_engine
-from engine.tokens import THINK_END, encode, text_and_offsets, thinks
+from engine.thoughts import opening_after, thinks, thought_tokens, what_was_seen
+from engine.tokens import encode, end_of_thought, stop_ids_of_thought, text_and_offsets
 from run import data, folder, report
-from run.files import append_jsonl, end_in_one_line, fail
 from run.flags import add_group, each_in_its_folder, new_parser, parse_flags, positive_int, whole_number
 from run.folder import short_name
 from run.report import Curve, Panel, Values, interval, problem_means
 from run.traces import (
     FORCED_BUDGET,
     forcing_of,
+    inputs_of,
     new_traces,
     problem_key,
+    problem_of,
     prompts_of,
     sampler_of,
     tokenizer_of,
@@ -110,10 +113,10 @@ def main() -> None:
     forcings = each_in_its_folder(args, [short_name(name) for name in names], [{"model": name} for name in names])
     for one in forcings:  # what can be refused at once is
         folder.check_out(one, "compare")
-        if not thinks(tokenizer_of(one)):
-            fail(f"--model {one.model}: has no {THINK_END} in its vocabulary, so no thought to cut or to extend")
+        if not thinks(tokenizer := tokenizer_of(one)):
+            fail(f"--model {one.model}: no thought to cut or to extend: {what_was_seen(tokenizer)}")
     if thoughts is not None:
-        problems = [{"problem": r["problem"], "answer": r["gold"], "id": r["id"]} for r, *_ in thoughts]
+        problems = [problem_of(record) for record, *_ in thoughts]
     else:
         problems = data.problems_of(args)
     for one in forcings:
@@ -144,11 +147,22 @@ def read_thoughts(args) -> list[list[dict]]:
         fail(f"--thoughts {args.thoughts}: holds thoughts of --model {settings['model']}, not of {args.model}")
     if any("step" in record for record in records):
         fail(f"--thoughts {args.thoughts}: this run of {script} holds thoughts of a model that changes in training")
+    args.date = (folder.config_of(args.thoughts) or {}).get("date")  # what their prompts say, if they say one
     print(f"training budget: {args.max_tokens} tokens, as long as the thoughts of {args.thoughts} may be")
     rows = list(report.group_by(records, lambda r: r["id"]).values())
     if args.limit and args.limit < len(rows):
         print(f"the first {args.limit} of the {len(rows)} problems of {args.thoughts} (--limit)")
     return rows[: args.limit]
+
+
+def check_thoughts(args, inputs: dict[str, dict]) -> None:
+    """Ends the run if the thoughts go on from other prompts, or are of other weights, than the model here has."""
+    analysis = folder.parsed(args.thoughts / "inputs.json") or {}
+    for kind in ("weights", "problems or prompts"):
+        of_thoughts = analysis.get(kind, {})
+        for name, read in inputs[kind].items():
+            if read.split()[-1] != of_thoughts.get(name, read).split()[-1]:  # whatever their places
+                fail(f"--thoughts {args.thoughts}: made with other {kind} ({name})")
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -164,8 +178,13 @@ def force(args, problems: list[dict], thoughts: list[list[dict]] | None) -> None
         [trace_of(record, tokenizer, problem, prompt) for record in row]
         for problem, prompt, row in zip(problems, prompts, thoughts)
     ]
-    run = folder.open_run(args, problems, "compare")
-    file, sampler = run / "records.jsonl", sampler_of(args, tokenizer, longest)
+    inputs = inputs_of(args, problems, prompts)
+    if thoughts:
+        check_thoughts(args, inputs)
+        inputs["thoughts"] = {f"{r['id']} {r['sample']}": digest(r) for row in thoughts for r in row}
+    sampler = sampler_of(args, tokenizer, longest)
+    run = folder.open_run(args, inputs, "compare")
+    file = run / "records.jsonl"
     for traces in new_traces(args, file, sampler, problems, prompts, given=given, forced=False):
         points = zip(traces, exploit(args, sampler, traces), extrapolate(args, sampler, traces))
         append_jsonl(file, [{**trace.record(), "exploit": e, "extrapolate": x} for trace, e, x in points])
@@ -226,7 +245,7 @@ def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, d
     points: list[dict[int, dict]] = [{} for _ in traces]
     for w in range(args.extensions + 1):
         if w in extensions(vars(args)):
-            prompts = [trace.prompt + ended(tokenizer, thought) for trace, thought in zip(traces, thoughts)]
+            prompts = [ended(tokenizer, trace.prompt, thought) for trace, thought in zip(traces, thoughts)]
             seeds = [(*seed_of(args, trace), 1, w) for trace in traces]
             for t, answers in enumerate(answers_to(args, sampler, traces, prompts, seeds)):
                 points[t][w] = point(traces[t].problem, len(thoughts[t]), answers, generated=generated[t])
@@ -242,7 +261,8 @@ def extend(args, sampler: Sampler, traces: list[Trace], thoughts: list[list[int]
     has one limit, which "Wait" does not renew."""
     tokenizer, paper = sampler.tokenizer, args.style == "paper"
     string = encode(tokenizer, ("\n" if paper else "") + args.strings[w % len(args.strings)])
-    starts = [thought + string for thought in thoughts]
+    openings = [encode(tokenizer, opening_after(tokenizer, trace.prompt)) for trace in traces]  # of a thought yet empty
+    starts = [(thought or opening) + string for thought, opening in zip(thoughts, openings)]
     limits = [args.extension_tokens if paper else args.max_tokens - len(start) for start in starts]
     going = [t for t, limit in enumerate(limits) if limit > 0]
     rows = sampler.generate(
@@ -251,22 +271,21 @@ def extend(args, sampler: Sampler, traces: list[Trace], thoughts: list[list[int]
         [(*seed_of(args, traces[t]), 2, w) for t in going],
         temperature=args.temperature,
         top_p=args.top_p,
-        stop=encode(tokenizer, THINK_END),
+        stop=stop_ids_of_thought(tokenizer),
     )
     extended, new = list(thoughts), [0] * len(thoughts)
     for t, (completion,) in zip(going, rows):
-        stopped = completion.finish_reason == "stop"  # by the marker, or by the end of the turn
-        new[t] = len(completion.token_ids)
-        extended[t] = starts[t] + completion.token_ids[: new[t] - stopped]
-        if not stopped and paper:
+        new[t], end = len(completion.token_ids), thought_tokens(tokenizer, completion)
+        extended[t] = starts[t] + completion.token_ids[:end]
+        if end == new[t] and paper:
             extended[t] = drop_unfinished(tokenizer, extended[t], keep=len(thoughts[t]), first=len(starts[t]))
     return extended, new
 
 
-def ended(tokenizer, thought: list[int]) -> list[int]:
-    """The thought and the end-of-thinking marker, without a word about time. Ours: the authors sample from the thought
-    as it stands (Appendix F)."""
-    return thought + end_of_thought(tokenizer, text_and_offsets(tokenizer, thought)[0])
+def ended(tokenizer, prompt: list[int], thought: list[int]) -> list[int]:
+    """The prompt, the thought and the end-of-thinking marker, without a word about time. Ours: the authors sample from
+    the thought as it stands (Appendix F)."""
+    return prompt + thought + end_of_thought(tokenizer, prompt, text_and_offsets(tokenizer, thought)[0])
 
 
 def drop_unfinished(tokenizer, thought: list[int], keep: int, first: int = 0) -> list[int]:

@@ -21,15 +21,17 @@ import numpy as np
 import torch
 
 from engine.sampler import Sampler
-from engine.tokens import THINK_END, Completion, encode, thinks, thought_is_open
+from engine.thoughts import final_part, marks_of, opening_after, split_thought, thinks
+from engine.tokens import Completion, encode, end_of_thought
 from grading.box import extract_answer
 from grading.verdict import grade_all
 from grading.votes import wins_vote
 
-# The forced-termination phrase of the authors' public code: what turns the model into the meta-prover μ.
+# The forced-termination phrase of the authors' public code: what turns the model into the meta-prover μ. Its </think>
+# stands for the mark that ends a thought of the model at hand.
 STOP_PHRASE = (
     "Time is up.\n\nGiven the time I've spent and the approaches I've tried, I should stop thinking and formulate a "
-    f"final answer based on what I already have.\n{THINK_END}\n\n**Step-by-Step Explanation and Answer:**\n\n1. **"
+    "final answer based on what I already have.\n</think>\n\n**Step-by-Step Explanation and Answer:**\n\n1. **"
 )
 ANSWER_CUE = "Final Answer:** \\boxed{"  # ours: where the gold answer's likelihood is read off
 EPISODE_MARKERS = (
@@ -161,26 +163,9 @@ class Trace:
 
 
 def read_trace(tokenizer, problem: dict, prompt: list[int], completion: Completion, rule=Segmentation()) -> Trace:
-    """Splits a completion at the end-of-thinking marker, and its thought into episodes.
-
-    Without a marker in the vocabulary the whole completion is thought and answer at once. With one, a thought that
-    was cut before the marker has no answer, whatever boxes it holds; a completion that answers at once, after a prompt
-    that has closed the thought or opened none, has an empty thought.
-    """
-    ids, offsets = completion.token_ids, completion.offsets
-    if thinks(tokenizer):
-        marker = encode(tokenizer, THINK_END)[0]
-        finished = marker in ids
-        end = ids.index(marker) if finished else len(ids) - (completion.finish_reason == "stop")  # no end-of-turn token
-        answer = completion.text[offsets[end + 1] :] if finished else None
-        opened = None if finished else thought_is_open(tokenizer, prompt + ids)
-        if not finished and (opened is False or (opened is None and completion.finish_reason == "stop")):
-            finished, end, answer = True, 0, completion.text  # it answers without a thought
-    else:
-        finished = completion.finish_reason == "stop"
-        end, answer = len(ids) - finished, completion.text
-    boundaries = token_boundaries(completion, end, rule)
-    return Trace(problem, prompt, completion, boundaries, finished, answer)
+    """Splits a completion where its thought ends (`split_thought`), and the thought into episodes."""
+    end, answer, finished = split_thought(tokenizer, prompt, completion)
+    return Trace(problem, prompt, completion, token_boundaries(completion, end, rule), finished, answer)
 
 
 def token_boundaries(completion: Completion, end: int, rule: Segmentation) -> list[int]:
@@ -215,24 +200,23 @@ def forced_prompt(tokenizer, trace: Trace, boundary: int) -> list[int]:
     """The prompt of the meta-prover μ: the prefix of the thought up to a boundary, told that time is up (Def. 4.1).
 
     As in the authors' code the complete thought gets only the end-of-thinking marker. The stop phrase is appended as
-    tokens to the very tokens that were sampled.
+    tokens to the very tokens that were sampled; a thought that the model opens itself is opened at the empty prefix.
     """
     text = trace.prefix(boundary)
-    writes_opening = trace.completion.text.startswith("<think>")  # so the chat template does not
-    opening = "<think>\n" if boundary == 0 and writes_opening else ""
     if thinks(tokenizer) and trace.finished and boundary == trace.boundaries[-1]:
-        tail = end_of_thought(tokenizer, text)
+        tail = end_of_thought(tokenizer, trace.prompt, text)
     else:
-        newlines = len(text) - len(text.rstrip("\n"))
+        opening = "" if boundary else opening_after(tokenizer, trace.prompt, trace.completion.text)
+        newlines = len(opening + text) - len((opening + text).rstrip("\n"))
         gap = "\n" * max(0, 2 - newlines)  # the phrase is a paragraph of its own
-        phrase = STOP_PHRASE if thinks(tokenizer) else STOP_PHRASE.replace(THINK_END + "\n", "")
-        tail = encode(tokenizer, opening + gap + phrase)
+        tail = encode(tokenizer, opening + gap + stop_phrase(tokenizer))
     return trace.prompt + trace.completion.token_ids[:boundary] + tail  # MRT 2: μ, the model forced to answer here
 
 
-def end_of_thought(tokenizer, text: str) -> list[int]:
-    """The tokens that end a thought of this text as the model ends its own: the marker, on a line of its own."""
-    return encode(tokenizer, ("" if text.endswith("\n") else "\n") + THINK_END)
+def stop_phrase(tokenizer) -> str:
+    """The stop phrase with the mark that ends the model's thoughts; without, if it has none."""
+    marks = marks_of(tokenizer)
+    return STOP_PHRASE.replace("</think>", marks.closing) if marks else STOP_PHRASE.replace("</think>\n", "")
 
 
 @dataclass(frozen=True)
@@ -263,7 +247,7 @@ def set_sampled_J(sampler: Sampler, traces: list[Trace], forcing: Forcing, seed:
 def force_answers(sampler: Sampler, problems: list[dict], prompts, forcing: Forcing, seeds) -> list[list[ForcedAnswer]]:
     """Sampled and graded answers to each prompt of μ, [prompts][n]; only what follows the prompt is graded."""
     rows = sampler.generate(prompts, forcing.max_tokens, seeds, forcing.n, forcing.temperature, forcing.top_p)
-    return read_answers(problems, rows)
+    return read_answers(sampler.tokenizer, problems, rows)
 
 
 def set_likelihood_J(sampler: Sampler, traces: list[Trace]) -> None:
@@ -408,16 +392,17 @@ def grade_traces(traces: list[Trace]) -> None:
         trace.verdict, trace.reward = verdict, reward(trace.problem, trace.answer or "")
 
 
-def read_answers(problems: list[dict], rows: list[list[Completion]]) -> list[list[ForcedAnswer]]:
+def read_answers(tokenizer, problems: list[dict], rows: list[list[Completion]]) -> list[list[ForcedAnswer]]:
     """Each problem's forced answers, graded."""
-    boxes = [[extract_answer(completion.text) for completion in row] for row in rows]
+    texts = [[final_part(tokenizer, completion.text) for completion in row] for row in rows]
+    boxes = [[extract_answer(text) for text in row] for row in texts]
     verdicts = iter(grade_all([(box, p["answer"]) for p, row in zip(problems, boxes) for box in row]))
     return [
         [
-            ForcedAnswer(box, next(verdicts), len(c.token_ids), float(np.mean(c.logprobs)), c.text)
-            for box, c in zip(row, completions)
+            ForcedAnswer(box, next(verdicts), len(c.token_ids), float(np.mean(c.logprobs)), text)
+            for box, text, c in zip(*row)
         ]
-        for row, completions in zip(boxes, rows)
+        for row in zip(boxes, texts, rows)
     ]
 
 

@@ -11,20 +11,21 @@ interval from a bootstrap over problems, which holds the noise of a problem's sa
 are paired on the same problems.
 """
 
+from run.files import append_jsonl, end_in_one_line, fail  # isort: split
+
 import argparse
 from pathlib import Path
 
 import numpy as np
 
-from engine.models import load_tokenizer
 from engine.sampler import Sampler, pick_engine
 from run import data, folder, report
-from run.files import append_jsonl, end_in_one_line, fail
 from run.flags import add_group, changed, each_in_its_folder, new_parser, numbers, parse_flags, quarters
 from run.folder import short_name
 from run.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
 from run.traces import (
     accuracy_at,
+    inputs_of,
     new_traces,
     pass_rate,
     prompts_of,
@@ -33,7 +34,6 @@ from run.traces import (
     segmentation,
     tokenizer_of,
     vote_rate,
-    weights_of,
 )
 
 SAME = ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes")  # of runs to be compared
@@ -93,7 +93,7 @@ def main() -> None:
     evaluations = each_in_its_folder(args, [label(*pair) for pair in pairs], settings)
     for one in evaluations:  # what can be refused at once is, before anything large is fetched
         folder.check_out(one, *MAY_CHANGE)
-        load_tokenizer(weights_of(one))
+        tokenizer_of(one)
     datasets = dict.fromkeys(one.dataset for one in evaluations)
     problems = {dataset: data.problems_of(changed(args, dataset=dataset)) for dataset in datasets}
     for model in dict.fromkeys(one.model for one in evaluations):
@@ -119,7 +119,8 @@ def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, li
     prompts = {one.dataset: prompts_of(one, tokenizer, problems[one.dataset], forced=forced) for one in evaluations}
     sampler = sampler_of(first, tokenizer, max(longest for _, longest in prompts.values()))
     for one in evaluations:
-        run = folder.open_run(one, problems[one.dataset], *MAY_CHANGE)
+        inputs = inputs_of(one, problems[one.dataset], prompts[one.dataset][0])
+        run = folder.open_run(one, inputs, *MAY_CHANGE)
         records = sample(one, run / "records.jsonl", sampler, problems[one.dataset], prompts[one.dataset][0])
         summary = summarise(records, problem_values(one, records))
         drawn = draw(one, run, [RecordedRun(run.name, vars(one), records)])

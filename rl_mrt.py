@@ -22,6 +22,8 @@ On GPUs, with the paper's data and settings (Table 3):
     torchrun --nproc-per-node 8 rl_mrt.py --config configs/rl_r1_distill_1.5b.yaml
 """
 
+from run.files import append_jsonl, end_in_one_line, fail, read_jsonl, write_json  # isort: split
+
 import argparse
 import importlib.util
 import math
@@ -58,9 +60,9 @@ from engine.logprobs import token_logprobs
 from engine.processes import gather_over_ranks, ranks, start_processes, sum_over_ranks
 from engine.sampler import Sampler, Spent, pick_engine
 from engine.served_engine import is_served
-from engine.tokens import THINK_END, encode, prompt_ids, text_and_offsets, thinks
+from engine.thoughts import thinks
+from engine.tokens import stop_ids_of_thought, text_and_offsets
 from run import data, folder, report, training
-from run.files import append_jsonl, end_in_one_line, fail, read_jsonl, write_json
 from run.flags import add_group, new_parser, non_negative, parse_flags, positive_int, share, whole_number
 from run.traces import (
     FORCED,
@@ -70,11 +72,16 @@ from run.traces import (
     STOPPED,
     VALIDATION,
     forcing_of,
+    inputs_of,
     problem_key,
+    problem_of,
+    prompt_of,
     prompts_of,
+    prompts_to,
     sampler_of,
     segmentation,
     tell_single_episodes,
+    tokenizer_of,
     trace_of,
 )
 
@@ -161,24 +168,23 @@ def check_flags(args) -> None:
 
 
 def main() -> None:
-    args = flags()
     _, world = start_processes()
+    args = flags()
     check_engine(args, world)
     if not args.dry_run:
         folder.check_out(args)
-    tokenizer = models.load_tokenizer(args.model)  # small: a wrong --model is reported before a data set is fetched
+    tokenizer = tokenizer_of(args)  # small: a wrong --model is reported before a data set is fetched
+    if args.stop_credit and not stop_ids_of_thought(tokenizer):
+        fail(f"--stop-credit {args.stop_credit:g}: needs a model whose thoughts end with a token of their own")
     problems = recorded_prefixes(args, tokenizer) if args.prefixes else data.problems_of(args)
     validation = data.held_out_of(args) if args.eval_every else []
-    if not thinks(tokenizer):
-        print(f"{args.model} has no {THINK_END}: its whole completion is the thought, and should end with a box")
-    forced = bool(args.bonus or validation)
-    _, longest = prompts_of(args, tokenizer, problems + validation, forced=forced)
+    prompts, longest = prompts_of(args, tokenizer, problems + validation, forced=bool(args.bonus or validation))
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
         tell_plan(args, len(problems), len(validation))
         return
     model = models.load_model(args.model, models.pick_device())
-    run = folder.open_run_once(args, problems)
+    run = folder.open_run_once(args, inputs_of(args, problems, prompts, validation))
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
         return
@@ -236,14 +242,14 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
     print(f"{method(args)}: {len(problems)} problems, {rollouts_a_step}, {goal}")
     if steps.state["step"]:
         sampler.sync()
-    elif validation:
-        validate(args, run, sampler, validation, steps.state)
+    if validation and steps.due(args.eval_every) and not validated(run, steps.state["step"]):
+        validate(args, steps, sampler, validation)
     rollouts, told = ROLLOUTS[args.variant if args.bonus else "grpo"], False
-    stop = encode(sampler.tokenizer, THINK_END)[0] if args.stop_credit else None
+    stop = stop_ids_of_thought(sampler.tokenizer)[0] if args.stop_credit else None
 
     for step in steps:
         drawn = training.draw_problems(problems, args.problems_per_step, step, args.seed)[rank::world]
-        with sampler.counting() as spent:
+        with steps.can_be_left(), sampler.counting() as spent:
             groups = rollouts(args, sampler, drawn, (args.seed, step))
         told = told or not args.bonus or tell_single_episodes([trace for group in groups for trace in group])
         advantages = advantages_of(args, groups)
@@ -255,13 +261,16 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
         sampler.sync()  # what is sampled next is sampled from the new weights
         record(args, steps, groups, metrics, spent)
         if validation and steps.due(args.eval_every):
-            validate(args, run, sampler, validation, steps.state)
+            validate(args, steps, sampler, validation)
         steps.checkpoint()
 
     training.save_checkpoint(run, model, sampler.tokenizer, optimizer, steps.state)
     training.save_model(run / "model", model, sampler.tokenizer)
     if rank == 0:
-        write_json(run / "summary.json", {"method": method(args), **read_jsonl(run / "metrics.jsonl")[-1]})
+        metrics = read_jsonl(run / "metrics.jsonl")
+        if not any(line["grad_norm"] for line in metrics):
+            print("warning: no step had a gradient: every group was all right or all wrong, so nothing was trained")
+        write_json(run / "summary.json", {"method": method(args), **metrics[-1]})
     print(
         f"model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'progress.png'}   traces: "
         f"{run / 'trace.html'}"
@@ -281,7 +290,7 @@ Advantages = list[list[np.ndarray]]  # [problems][G], each [tokens of the comple
 def rollouts_grpo(args, sampler: Sampler, problems, seed: tuple) -> Groups:
     """GRPO: G traces a problem."""
     return sample_groups(
-        args, sampler, problems, prompts_to(args, sampler, problems), args.max_tokens, (*seed, ROLLOUT)
+        args, sampler, problems, prompts_to(args, sampler.tokenizer, problems), args.max_tokens, (*seed, ROLLOUT)
     )
 
 
@@ -302,7 +311,7 @@ def rollouts_prefix(args, sampler: Sampler, problems, seed: tuple) -> Groups:
     if not args.prefixes:
         problems = cut_rollouts(args, sampler, problems, seed)
     prefixes = [problem["prefix"]["token_ids"] for problem in problems]
-    contexts = [prompt + prefix for prompt, prefix in zip(prompts_to(args, sampler, problems), prefixes)]
+    contexts = [prompt + prefix for prompt, prefix in zip(prompts_to(args, sampler.tokenizer, problems), prefixes)]
     texts = [text_and_offsets(sampler.tokenizer, prefix)[0] for prefix in prefixes]
     limits = [args.max_tokens - len(prefix) for prefix in prefixes]
     groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, GOING_ON), texts)
@@ -318,7 +327,7 @@ def cut_rollouts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
     """The problems, each with the prefix of a partial rollout: {token_ids, J}, J(μ|c) from m rollouts that stop there.
     It is sampled by the model as it is before the update (the old policy), and never trained on."""
     seeds = [(*seed, PARTIAL, problem["place"], problem_key(problem)) for problem in problems]
-    prompts, rule = prompts_to(args, sampler, problems), segmentation(args)
+    prompts, rule = prompts_to(args, sampler.tokenizer, problems), segmentation(args)
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
     partial_rollouts = [read_trace(sampler.tokenizer, p, q, c, rule) for p, q, (c,) in zip(problems, prompts, rows)]
     ends = [t.boundaries[draw_cut(args, sampler.tokenizer, t, s)] for t, s in zip(partial_rollouts, seeds)]
@@ -351,10 +360,10 @@ def recorded_prefixes(args, tokenizer) -> list[dict]:
         fail(f"--prefixes {run}: its traces were recorded without J, as without forced answers")
     problems = []
     for name, records in list(groups.items())[: args.limit]:
-        problem = {"problem": records[0]["problem"], "answer": records[0]["gold"], "id": name}
+        problem = problem_of(records[0])
         rng = np.random.default_rng((args.seed, PARTIAL, problem_key(problem)))
         record = records[int(rng.integers(len(records)))]
-        prompt = prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs)
+        prompt = prompt_of(args, tokenizer, problem)
         trace = trace_of(record, tokenizer, problem, prompt)
         if len(prompt) != record["prompt_tokens"] or trace.completion.text != record["text"]:
             fail(f"--prefixes {run}: problem {name} was recorded with another tokenizer or chat template")
@@ -374,10 +383,6 @@ def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple
     seeds = [(*seed, problem["place"], problem_key(problem)) for problem in problems]
     rows = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
     return read_traces(sampler.tokenizer, problems, prompts, rows, segmentation(args), prefixes=prefixes)
-
-
-def prompts_to(args, sampler: Sampler, problems: list[dict]) -> list[list[int]]:
-    return [prompt_ids(sampler.tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
 
 
 # ---------------------------------------------------------------------------------------------- advantages
@@ -503,7 +508,9 @@ def update(
                 gaps.append(gap)
         if part is parts[0]:
             all_gaps = training.check_gap(gaps, dtype)
-        norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm))
+        signal = sum_over_ranks([sum(float(np.abs(examples[i][2][1]).sum()) for i in part)])[0] > 0
+        expected = signal and part is parts[0]  # later all ratios may be clipped
+        norms.append(training.optimizer_step(model, optimizer, args.max_grad_norm, expected))
     counts = {"tokens": sum(c.shape[1] for *_, c in examples), "weights": sum(float(c[0].sum()) for *_, c in examples)}
     return update_metrics({**sums, **counts, "with_prompts": sum(len(ids) for ids, *_ in examples)}, all_gaps, norms)
 
@@ -653,27 +660,35 @@ def rollout_stats(args, groups: Groups) -> dict[str, float]:
     return stats
 
 
-def validate(args, run: Path, sampler: Sampler, problems: list[dict], state: dict) -> None:
+def validated(run: Path, step: int) -> bool:
+    """Has the model been validated after this step, before the run was stopped?"""
+    file = run / "validation.jsonl"
+    return file.exists() and step in [line["step"] for line in read_jsonl(file)]
+
+
+def validate(args, steps: training.Steps, sampler: Sampler, problems: list[dict]) -> None:
     """Accuracy and tokens on validation problems, one trace each, and the accuracy had the thoughts been stopped at a
     few budgets (traces that end within a budget count as they are). Its tokens are not counted as the run's."""
-    rank, world = ranks()
+    (rank, world), state = ranks(), steps.state
     share = problems[rank::world]  # none where there are fewer problems than processes
-    seeds, prompts = [(args.seed, VALIDATION, problem_key(p)) for p in share], prompts_to(args, sampler, share)
-    rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
-    traces = [trace for (trace,) in read_traces(sampler.tokenizer, share, prompts, rows)]
+    seeds = [(args.seed, VALIDATION, problem_key(p)) for p in share]
+    prompts = prompts_to(args, sampler.tokenizer, share)
     budgets = [args.max_tokens // 4, args.max_tokens // 2, args.max_tokens]
-    spent = [len(trace.completion.token_ids) if trace.stopped else math.inf for trace in traces]
-    cut = [(i, budget) for i, tokens in enumerate(spent) for budget in budgets if tokens > budget]
-    asked = [forced_prompt(sampler.tokenizer, traces[i], cut_at_budget(traces[i], budget)) for i, budget in cut]
     forcing = Forcing(1, args.answer_tokens, args.temperature)
-    answers = force_answers(sampler, [share[i] for i, _ in cut], asked, forcing, [(*seeds[i], b) for i, b in cut])
+    with steps.can_be_left():
+        rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
+        traces = [trace for (trace,) in read_traces(sampler.tokenizer, share, prompts, rows)]
+        spent = [len(trace.completion.token_ids) if trace.stopped else math.inf for trace in traces]
+        cut = [(i, budget) for i, tokens in enumerate(spent) for budget in budgets if tokens > budget]
+        asked = [forced_prompt(sampler.tokenizer, traces[i], cut_at_budget(traces[i], budget)) for i, budget in cut]
+        answers = force_answers(sampler, [share[i] for i, _ in cut], asked, forcing, [(*seeds[i], b) for i, b in cut])
     forced = {(i, budget): success_rate(share[i], a) for (i, budget), a in zip(cut, answers)}
     sums = [sum(trace.reward for trace in traces), sum(len(trace.completion.token_ids) for trace in traces)]
     sums += [sum(forced.get((i, budget), t.reward) for i, t in enumerate(traces)) for budget in budgets]
     accuracy, tokens, *by_budget = (total / len(problems) for total in sum_over_ranks(sums))
     metrics = {"step": state["step"], "sampled_tokens": state["sampled_tokens"], "accuracy": accuracy, "tokens": tokens}
     if rank == 0:
-        append_jsonl(run / "validation.jsonl", [{**metrics, "forced": dict(zip(budgets, by_budget))}])
+        append_jsonl(steps.run / "validation.jsonl", [{**metrics, "forced": dict(zip(budgets, by_budget))}])
     text = "  ".join(f"forced at {budget}: {right:.3f}" for budget, right in zip(budgets, by_budget))
     print(f"  validation after {state['step']} steps: right {accuracy:.3f}  tokens {tokens:.1f}  {text}", flush=True)
 

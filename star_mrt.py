@@ -21,25 +21,27 @@ A cut thought ends as the model's own thoughts do, with the end-of-thinking mark
 that stopping there is what is learnt. --stop-phrase masked or trained keeps μ's forced answer after the stop phrase.
 """
 
+from run.files import append_jsonl, end_in_one_line, fail, json_line, write_json, write_text  # isort: split
+
 import argparse
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common import Trace, end_of_thought, read_answers
+from common import Trace, read_answers
 from engine import models
 from engine.processes import gather_over_ranks, ranks, start_processes, wait_for_ranks
 from engine.sampler import Sampler, pick_engine
-from engine.tokens import THINK_END, thinks
+from engine.thoughts import thinks, what_was_seen
+from engine.tokens import end_of_thought
 from run import data, folder, report, training
-from run.files import append_jsonl, end_in_one_line, fail, json_line, write_json, write_text
 from run.flags import add_group, changed, new_parser, parse_flags, positive_int
 from run.report import Curve, Panel, Values, interval, problem_means
 from run.traces import (
     CHOSEN,
+    inputs_of,
     new_traces,
     problem_key,
     prompts_of,
@@ -101,11 +103,11 @@ def flags(argv=None) -> argparse.Namespace:
 
 
 def main() -> None:
+    start_processes()
     args = flags()
     if args.dry_run:
         tell_plan(args)
         return
-    start_processes()
     run, model, sampler, problems, held_out = prepare(args)
     score = training.prepare(model, models.pick_dtype(args.dtype), sampler.ways, not models.is_tiny(weights_of(args)))
     evaluate(args, run / "base.jsonl", sampler, held_out)
@@ -135,12 +137,12 @@ def prepare(args):
     folder.check_out(args)
     tokenizer = tokenizer_of(args)
     if not thinks(tokenizer) and "mrt" in filters(args):
-        why = f"has no {THINK_END} in its vocabulary, so no thought to cut; --filter outcome (plain STaR) needs none"
+        why = f"no thought to cut: {what_was_seen(tokenizer)}; --filter outcome (plain STaR) cuts none"
         fail(f"--model {args.model}: {why}")
     problems, held_out = data.problems_of(args), data.held_out_of(args)
-    _, longest = prompts_of(args, tokenizer, problems + held_out)
+    prompts, longest = prompts_of(args, tokenizer, problems + held_out)
     model = models.load_model(weights_of(args), models.pick_device())
-    run = folder.open_run_once(args, problems + held_out)
+    run = folder.open_run_once(args, inputs_of(args, problems, prompts, held_out))
     return run, model, sampler_of(args, tokenizer, longest, trained=model), problems, held_out
 
 
@@ -310,7 +312,7 @@ def add_answers(args, sampler: Sampler, traces: list[Trace], cuts: dict[int, int
     prompts = [example.fine_tuned()[0] for example in asked]
     seeds = [(args.seed, CHOSEN, iteration, problem_key(example.trace.problem), example.number) for example in asked]
     rows = sampler.generate(prompts, args.answer_tokens, seeds, args.forced_answers, args.temperature, args.top_p)
-    for example, completions, answers in zip(asked, rows, read_answers(problems, rows)):
+    for example, completions, answers in zip(asked, rows, read_answers(sampler.tokenizer, problems, rows)):
         ended = [(c, answer) for c, answer in zip(completions, answers) if c.finish_reason == "stop"]
         example.answer = next((c.token_ids for c, answer in ended if answer.verdict == "right"), [])
     return [example for example in examples if example.answer]
@@ -321,7 +323,7 @@ def begin_example(tokenizer, number: int, trace: Trace, cut: int) -> Example:
     with a right answer stays as it is."""
     if trace.finished and cut == trace.boundaries[-1] and ends_right(trace):
         return Example(number, trace, cut, [], trace.completion.token_ids[cut:])
-    return Example(number, trace, cut, end_of_thought(tokenizer, trace.prefix(cut)), [])
+    return Example(number, trace, cut, end_of_thought(tokenizer, trace.prompt, trace.prefix(cut)), [])
 
 
 def first_of_problem(examples: list[Example], count: int) -> list[Example]:
@@ -361,7 +363,7 @@ def write_report(args, run: Path) -> None:
     """Table, summary.json and figure of base and filters, from the records."""
     names, iterations = filters(args), range(1, args.iterations + 1)
     files = {name: [run / name / f"iteration_{i}.json" for i in iterations] for name in names}
-    kept = {name: [json.loads(file.read_text()) for file in files[name] if file.exists()] for name in names}
+    kept = {name: [about for file in files[name] if (about := folder.parsed(file))] for name in names}
     columns = "iteration traces tokens mean_tokens mean_episodes progress_per_episode problems".split()
     rows = [[name, *(f"{about[column]:.4g}" for column in columns)] for name in names for about in kept[name]]
     text = "What the filters kept:\n\n"

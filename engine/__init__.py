@@ -7,10 +7,13 @@ served_engine.py           a model behind a server
 prefixes.py              rows that share prefixes, and the likelihoods read off them
 logprobs.py              log-probs of an update
 checks.py                the plain forward, which every other way is measured against
-tokens.py                prompts, the text of tokens, thoughts
+tokens.py                prompts, the text of tokens
+thoughts.py              the marks of a thought, where it ends, chat templates
 models.py                tokenizers, configurations, weights
 processes.py             several processes
 """
+
+from functools import lru_cache
 
 
 class Refused(Exception):
@@ -19,3 +22,8 @@ class Refused(Exception):
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@lru_cache
+def say_once(text: str) -> None:
+    print(text, flush=True)

@@ -10,9 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from engine import Refused, first_line
+from engine import Refused, first_line, say_once
 from engine.checks import name_of, off, plain_logits, probes, rms, same_positions, tolerance, truth, with_short_windows
-from engine.models import say_once
 
 CHUNK_LOGITS = 1 << 25  # 128 MiB in float32
 

@@ -8,15 +8,15 @@ import json
 import logging
 import os
 import platform
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from engine import Refused, first_line
+from engine import Refused, first_line, say_once
+from engine.thoughts import marks_of, what_was_seen
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; failures are reported in one line here
@@ -44,8 +44,9 @@ def is_tiny(model: str) -> bool:
         raise Refused(f"--model {model}: its config.json is not JSON") from None
 
 
-def load_tokenizer(model: str):
-    """The tokenizer of a Hub id, a folder or `tiny`."""
+def load_tokenizer(model: str, think_marks: list[str] | None = None):
+    """The tokenizer of a Hub id, a folder or `tiny`; `think_marks`, what opens and what closes a thought, is saved with
+    it. What the model's prompts and thoughts lack is said once."""
     transformers_logging.disable_progress_bar()
     path = resolve_model(model)
     if Path(path).is_dir():
@@ -60,26 +61,30 @@ def load_tokenizer(model: str):
         raise Refused(
             f"--model {model}: neither a model folder nor a model that the Hub provides: {first_line(error)}"
         ) from error
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise Refused(f"--model {model}: its {type(tokenizer).__name__} is Python only; a tokenizer.json is needed")
+    if think_marks:
+        tokenizer.init_kwargs["think_marks"] = think_marks
     if tokenizer.chat_template is None:
         say_once(f"{model} has no chat template: its prompt is the bare problem")
+    if marks_of(tokenizer) is None:
+        say_once(f"{model}: {what_was_seen(tokenizer)}; its whole completion is the thought, and should end with a box")
     return tokenizer
-
-
-@lru_cache
-def say_once(text: str) -> None:
-    if text:
-        print(text, flush=True)
 
 
 def load_model(model: str, device: str | torch.device, dtype: torch.dtype = torch.float32):
     """The model. Training keeps its weights in float32 and does bf16 arithmetic over them by `autocast`."""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype)
+        both: Any = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype, output_loading_info=True)
+        loaded, about = both
     except Exception as error:
         raise Refused(f"--model {model}: cannot be loaded: {first_line(error)}") from error
-    return loaded.to(device).eval()
+    if lacking := sorted(about["missing_keys"]):
+        raise Refused(f"--model {model}: its weights lack {lacking[0]}{' and others' * (len(lacking) > 1)}")
+    loaded = loaded.to(device).eval()
+    if broken := [name for name, weights in loaded.named_parameters() if not weights.isfinite().all()]:
+        raise Refused(f"--model {model}: its weights {broken[0]} are not finite")
+    return loaded
 
 
 def pick_device() -> str:
@@ -98,6 +103,13 @@ def load_config(model: str) -> Any:
         return AutoConfig.from_pretrained(resolve_model(model)).get_text_config()
     except Exception as error:
         raise Refused(f"--model {model}: its config.json cannot be used: {first_line(error)}") from error
+
+
+def check_ids(name: str, config, sequences: list[list[int]]) -> None:
+    """Refuses token ids that a model has no embedding for."""
+    rows, most = getattr(config.get_text_config(), "vocab_size", None) or 1 << 30, max(map(max, sequences), default=0)
+    if most >= rows:
+        raise Refused(f"{name}: token {most} is beyond its {rows} embeddings; the tokenizer is another model's")
 
 
 def context_length(model: str) -> int:

@@ -15,20 +15,35 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from engine import Refused, first_line
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # a launcher like torchrun sets all
+
 
 def ranks() -> tuple[int, int]:
-    """(rank, number of processes) of a training under torchrun. (vLLM initialises torch.distributed in any process,
-    so that alone says nothing.)"""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """(rank, number of processes) as a launcher set them; (0, 1) without one, whatever single variables say. (vLLM
+    initialises torch.distributed in any process, so that says nothing.)"""
+    if not all(os.environ.get(name) for name in LAUNCHED):
+        return 0, 1
+    try:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except ValueError:
+        rank, world = 0, 0
+    if not 0 <= rank < world:
+        raise Refused(f"RANK={os.environ['RANK']} of WORLD_SIZE={os.environ['WORLD_SIZE']}: no launcher sets that")
+    return rank, world
 
 
 def start_processes() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun set them; (0, 1) without it. Only rank 0 prints."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    """`ranks`, once the processes have met. Only rank 0 prints."""
+    _, world = ranks()
     if world > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        except Exception as error:
+            raise Refused(f"the {world} processes do not find each other: {first_line(error)}") from error
         atexit.register(end_processes)
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")

@@ -14,10 +14,10 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from engine import Refused
+from engine import Refused, say_once
 from engine.checks import Ways, name_of, off, probes, rms, same_positions, tolerance, truth, with_short_windows
 from engine.logprobs import head, way_to_update
-from engine.models import autocast, say_once
+from engine.models import autocast, check_ids
 from engine.prefixes import Pack, own_masks, pack_prefixes, packed_states, score_sequences, way_to_score
 from engine.processes import full_weights
 from engine.tokens import Completion
@@ -43,6 +43,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
         self.model.eval()
+        check_ids(name_of(self.model), self.model.config, prompts)
         done: list[list[Completion]] = [[] for _ in prompts]
         longest = max(map(len, prompts), default=1) + max(limits, default=1)
         way = self.ways.sample if longest <= same_positions(self.model) else "uncached"
@@ -101,6 +102,7 @@ class TransformersEngine:
         return drawn
 
     def score(self, heads: list[list[int]], tails: list[list[int]]) -> tuple[np.ndarray, int]:
+        check_ids(name_of(self.model), self.model.config, [*heads, *tails])
         return score_sequences(self.model, self.dtype, self.ways.score, heads, tails)
 
     def pause(self) -> None: ...

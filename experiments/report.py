@@ -15,7 +15,6 @@ import evaluate
 from common import Trace, episode_spans, set_likelihood_J
 from engine import models
 from engine.sampler import Sampler
-from engine.tokens import THINK_END
 from engine.transformers_engine import TransformersEngine
 from run import data
 from run.files import read_jsonl, write_json, write_text
@@ -108,7 +107,7 @@ def grid_of(config) -> np.ndarray:
 
 def waste(record: dict) -> tuple[float, int]:
     """(share of the episodes up to the find that try no candidate for the first time, number of episodes after it)."""
-    thought = record["text"].split(THINK_END)[0]
+    thought = record["text"].split("</think>")[0]
     episodes = [thought[start:end] for start, end in episode_spans(thought)]
     find = next((j for j, episode in enumerate(episodes) if "yes, x = " in episode), len(episodes) - 1)
     tried: set[str] = set()

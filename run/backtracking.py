@@ -111,7 +111,9 @@ def set_attempt_J(
     seeds = [(*seed, zlib.crc32(np.array(prompt, dtype="<i8").tobytes())) for _, prompt in asked]
     rows = sampler.generate([list(p) for _, p in asked], max_tokens, seeds, n, temperature, top_p)
     problems = [owners[0][0].problem for owners in asked.values()]
-    answers_of: list[list[ForcedAnswer]] = read_answers(problems, [[first_attempt(c) for c in row] for row in rows])
+    answers_of: list[list[ForcedAnswer]] = read_answers(
+        sampler.tokenizer, problems, [[first_attempt(c) for c in row] for row in rows]
+    )
     for owners, answers in zip(asked.values(), answers_of):
         for trace, j in owners:
             trace.J[j] = success_rate(trace.problem, answers)

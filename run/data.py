@@ -17,6 +17,7 @@ from typing import Any
 
 from engine import first_line
 from engine.models import ROOT, TINY
+from engine.thoughts import KNOWN_MARKS, ThinkMarks
 from grading.box import extract_answer
 from grading.verdict import check_golds
 from run.files import fail, parse_lines
@@ -57,10 +58,20 @@ def load_problems(
     different = len({json.dumps([p["problem"], p["answer"]]) for p in problems})
     if different < len(problems):
         print(f"{dataset}: {len(problems)} rows are {different} problems; rows of one problem count as its samples")
-    if len({p["id"] for p in problems}) < len(problems):
-        print(f"{dataset}: ids repeat; a running number is added to each")
-        for number, problem in enumerate(problems):
-            problem["id"] = f"{problem['id']}-{number}"
+    return with_distinct_ids(dataset, problems)
+
+
+def with_distinct_ids(name: str, problems: list[dict]) -> list[dict]:
+    """The problems; an id that an earlier one has gets a number. Later ones, and so --limit, change no id."""
+    number, taken = Counter(), set()
+    for problem in problems:
+        own = problem["id"]
+        while problem["id"] in taken:
+            number[own] += 1
+            problem["id"] = f"{own}-{number[own]}"
+        taken.add(problem["id"])
+    if number:
+        print(f"{name}: ids repeat; from the second time a number is added to each")
     return problems
 
 
@@ -105,10 +116,10 @@ def load_responses(
     problems: dict[str, dict] = {}
     responses: dict[str, list[str]] = {}
     for problem, texts in used:
-        identity = json.dumps([problem["problem"], problem["answer"]])
-        problems.setdefault(identity, {**problem, "id": str(len(problems))})
+        identity = json.dumps([problem.get("messages", problem["problem"]), problem["answer"]])
+        problems.setdefault(identity, problem)
         responses.setdefault(identity, []).extend(texts)
-    return list(problems.values())[:limit], list(responses.values())[:limit]
+    return with_distinct_ids(str(file), list(problems.values())[:limit]), list(responses.values())[:limit]
 
 
 # ================================================================================================== rows of a file
@@ -190,9 +201,10 @@ def usable_rows(
         for number, row in part:
             try:
                 refuse_images(row)
-                answer = gold_of(row, answer_columns)
-                text, name_of_row = text_of(row, problem_columns, "user"), str(row.get("id", number - 1))
-                found.append((number, {"problem": text, "answer": answer, "id": name_of_row}, extra(row)))
+                chat, answer = chat_of(row, problem_columns), gold_of(row, answer_columns)
+                problem = {"problem": chat[-1]["content"], "answer": answer, "id": str(row.get("id", number - 1))}
+                found.append((number, problem | ({"messages": chat} if len(chat) > 1 else {}), extra(row)))
+                check_text(found[-1])
             except ValueError as error:
                 unusable.append((number, f"row {number}: {error}"))
         for (number, problem, more), error in zip(found, check_golds([problem["answer"] for _, problem, _ in found])):
@@ -220,6 +232,14 @@ def refuse_images(row: dict) -> None:
             raise ValueError(f"column {name} holds an image, which no model here sees")
 
 
+def check_text(value: Any) -> None:
+    """ValueError if a text holds half a character: JSON can write one, but no tokenizer reads it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a character (a lone surrogate)") from None
+
+
 def told(unusable: list[str]) -> str:
     """The number of unusable rows and the first ten of them."""
     return f"{len(unusable)} rows that cannot be used: {'; '.join(unusable[:10])}{'; ...' * (len(unusable) > 10)}"
@@ -234,28 +254,33 @@ def value_at(row: dict, column: str) -> Any:
     return None if isinstance(value, str) and not value.strip() else value
 
 
-def text_of(row: dict, columns: Iterable[str], role: str) -> str:
-    """The text of the first of the columns that is filled; of a chat, the last message by `role`."""
+def chat_of(row: dict, columns: Iterable[str]) -> list[dict]:
+    """The messages in the first of the columns that is filled, up to the last of the user, which is the problem."""
     column = next((column for column in columns if value_at(row, column) is not None), None)
     value = value_at(row, column) if column else None
     if column == "turns" and isinstance(value, list):  # as LiveBench has it
         if len(value) != 1:
             raise ValueError(f"column turns holds {len(value)} turns, expected one")
         value = value[0]
-    text = message_of(value, role)
-    if text is None:
+    messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    if "user" not in roles:
         raise ValueError(f"column {column or '|'.join(columns)} holds no text")
-    return text
+    last = len(roles) - roles[::-1].index("user")
+    chat = [{"role": role, "content": text_of(m)} for role, m in zip(roles[:last], messages) if m.get("content") != ""]
+    if not chat or chat[-1]["role"] != "user" or any(m["content"] is None or m["role"] is None for m in chat):
+        raise ValueError(f"column {column} holds no text, or a message that is not only text")
+    return chat
 
 
-def message_of(value: Any, role: str) -> str | None:
-    """Text unchanged; of a chat, the last message by `role`. ValueError for what is no text."""
-    if isinstance(value, list):
-        messages = [m for m in value if isinstance(m, dict) and m.get("role") == role]
-        value = text_of_message(messages[-1]) if messages else None
-    elif isinstance(value, dict) and value.get("role", role) == role and "content" in value:
-        value = text_of_message(value)
-    return value if isinstance(value, str) and value.strip() else None
+def text_of(message: Any) -> str | None:
+    """The text of a chat's message; None if it has none, or more than text (pictures, calls of tools)."""
+    value = message.get("content") if isinstance(message, dict) else None
+    if isinstance(value, list):  # [{"type": "text", "text": ...}]
+        parts = [part.get("text") if isinstance(part, dict) else None for part in value]
+        texts = [part for part in parts if isinstance(part, str)]
+        value = "".join(texts) if len(texts) == len(parts) else None
+    return value if isinstance(value, str) and value.strip() and not message.get("tool_calls") else None
 
 
 def text_of_message(message: dict) -> str:
@@ -287,10 +312,17 @@ def responses_of(row: dict) -> list[str]:
     thoughts = [value_at(row, name) for name in ("reasoning_content", "reasoning")]  # beside a single response
     if len(values) == 1 and any(thoughts) and not isinstance(values[0], (list, dict)):
         values = [{"content": values[0], "reasoning": thoughts[0] or thoughts[1]}]
-    texts = [value if isinstance(value, str) else message_of(value, "assistant") for value in values]
+    texts = [value if isinstance(value, str) else last_answer(value) for value in values]
     if not texts or None in texts:
         raise ValueError(f"column response holds no text; found {', '.join(row)}")
     return [text.replace("\r\n", "\n") for text in texts if text is not None]
+
+
+def last_answer(chat: Any) -> str | None:
+    """The last message of the assistant in a chat, or a single message."""
+    messages = [m for m in (chat if isinstance(chat, list) else [chat]) if isinstance(m, dict)]
+    said = [m for m in messages if m.get("role", "assistant") == "assistant" and not m.get("tool_calls")]
+    return text_of_message(said[-1]) if said else None
 
 
 def gold_of(row: dict, columns: Iterable[str]) -> str | list[str]:
@@ -342,39 +374,35 @@ def gold_answer(text: str, is_solution: bool) -> str:
 
 # ================================================================================================== responses
 
-_OPENING = re.compile(
-    r"\s*(?:(?:<[｜|]begin[▁_]of[▁_](?:sentence|text)[｜|]>|<s>|<bos>|<\|im_start\|>(?:assistant)?|<\|start\|>assistant)\s*)*"
-    r"(<think>|<thinking>|<thought>|<\|begin_of_thought\|>|◁think▷|\[THINK\]|"
-    r"<\|channel\|>\s*analysis\s*<\|message\|>)?\n?"
-)
-_CLOSING = re.compile(
-    r"</think>|</thinking>|</thought>|<\|end_of_thought\|>|◁/think▷|\[/THINK\]|"
-    r"(?:<\|end\|>\s*)?(?:<\|start\|>assistant\s*)?<\|channel\|>\s*final\s*<\|message\|>"
-)
-_LAST = re.compile(
-    r"(?:\s*(?:</think(?:ing)?>|\[/THINK\]|<\|(?:return|end|im_end)\|>|<[｜|]end[▁_]of[▁_]sentence[｜|]>))+\s*$"
-)
+_STARTS = r"<[｜|]begin[▁_]of[▁_](?:sentence|text)[｜|]>|<s>|<bos>|<\|im_start\|>(?:assistant)?|<\|start\|>assistant"
+_ENDS = r"<\|(?:return|end|im_end)\|>|<[｜|]end[▁_]of[▁_]sentence[｜|]>"
+_HARMONY = r"(?:<\|end\|>\s*)?(?:<\|start\|>assistant\s*)?<\|channel\|>\s*final\s*<\|message\|>"
 
 
-def marks_told(responses: list[str]) -> str:
+def marks_told(responses: list[str], marks: ThinkMarks | None = None) -> str:
     """How many responses end their thought by which mark, where there are several."""
-    found = Counter(mark[0].strip() for text in responses if (mark := _CLOSING.search(text)))
+    closings = [closing for _, closing in KNOWN_MARKS] + ([marks.closing] if marks else [])
+    ends = re.compile("|".join(map(re.escape, closings)))
+    found = Counter(mark[0] for text in responses if (mark := ends.search(text)))
     return ", ".join(f"{count} by {mark}" for mark, count in found.most_common()) if len(found) > 1 else ""
 
 
-def split_response(text: str) -> tuple[bool, str, str | None]:
+def split_response(text: str, marks: ThinkMarks | None = None) -> tuple[bool, str, str | None]:
     r"""(is the thought opened by a mark?, the thought, the answer or None if the thought does not end).
 
-    The marks are `<think>`, `<thinking>`, `[THINK]` or the channels of harmony, after any BOS token and white space;
-    neither the thought nor the answer includes one: `</think>\boxed{7}\n</think>` has the answer `\boxed{7}`.
+    The marks are those given or any of `KNOWN_MARKS`, after any BOS token and white space; neither the thought nor the
+    answer includes one: `</think>\boxed{7}\n</think>` has the answer `\boxed{7}`.
     """
-    opening = _OPENING.match(text)
+    own = [(marks.opening, marks.closing)] if marks else []
+    openings, closings = ("|".join(map(re.escape, side)) for side in zip(*own, *KNOWN_MARKS))
+    opening = re.match(rf"\s*(?:(?:{_STARTS})\s*)*({openings})?\n?", text)
     opened = bool(opening and opening[1])
     start = opening.end() if opening and (opened or opening[0].strip()) else 0
-    closing = _CLOSING.search(text, start)
+    closing = re.compile(f"{closings}|{_HARMONY}").search(text, start)
     if closing is None:
         return opened, text[start:], None
-    return opened, text[start : closing.start()], _LAST.sub("", text[closing.end() :])
+    answer = re.sub(rf"(?:\s*(?:{closings}|{_ENDS}))+\s*$", "", text[closing.end() :])
+    return opened, text[start : closing.start()], answer
 
 
 # ================================================================================================== the Hub and tiny

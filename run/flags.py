@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from engine import first_line
 from engine.models import is_tiny
+from engine.processes import ranks
 from engine.served_engine import find_served, is_served
 from run.files import fail
 from run.folder import config_of
@@ -34,6 +36,8 @@ def new_parser(doc: str | None, dataset: tuple, split: tuple, limit: tuple) -> a
     flag("skip-unusable", action="store_true", help="leave out rows of a file that cannot be used")
     template = """arguments of the chat template, such as '{"enable_thinking": false}'"""
     flag("chat-template-kwargs", type=json_object, metavar="JSON", help=template)
+    marks = "what opens and what ends a thought, where chat template and vocabulary do not say it"
+    flag("think-marks", nargs=2, metavar=("OPEN", "CLOSE"), help=marks)
     markers = "phrases, one a line, that open an episode besides the published ones"
     flag("markers", type=Path, metavar="FILE", help=markers)
     flag = add_group(parser, "run")
@@ -177,13 +181,15 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
             # Passed as flags before the others, they go through the same checks.
             if action.nargs == 0:
                 from_file += [f"--{name}"] * value
-            elif action.nargs == "+" and isinstance(value, list):
+            elif action.nargs in ("+", 2) and isinstance(value, list):
                 from_file += [f"--{name}", *map(str, value)]
             elif value is not None:
                 from_file.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
         argv = from_file + (sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     args.context = None
+    if ranks()[1] > 1 and not torch.distributed.is_initialized():
+        fail(f"{parser.prog} runs in one process: start it without torchrun")
     if is_served(args.engine) and not any(getattr(args, flag, None) for flag in ("compare", "from_run", "dry_run")):
         ask_server(args)
     args.model = args.model or "tiny"
@@ -198,7 +204,10 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
             setattr(args, name, value)
     if args.resume and args.overwrite:
         fail("--resume and --overwrite: not both")
+    args.markers_file = args.markers
     args.markers = load_markers(args.markers) if args.markers else []
+    if args.think_marks and ("" in map(str.strip, args.think_marks) or len(set(args.think_marks)) < 2):
+        fail("--think-marks: needs two different marks")
     if "budgets" in args:
         # Where there are records or given thoughts, they say how long these are.
         records = any(getattr(args, name, None) for name in ("compare", "traces", "from_run"))
@@ -208,6 +217,8 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
         fail(f"--warmup {args.warmup}: is a share of the run, below 1")
     if getattr(args, "compare", None) and args.out and config_of(args.out):
         fail(f"--out {args.out}: holds a run; name another folder for the comparison")
+    if getattr(args, "lr", 1.0) == 0:
+        fail("--lr 0: trains nothing")
     if not 0 < getattr(args, "top_p", 1.0) <= 1:
         fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
     return args
@@ -220,7 +231,7 @@ def changed(args: argparse.Namespace, **settings) -> argparse.Namespace:
 
 def with_model(args: argparse.Namespace, model: str) -> argparse.Namespace:
     """The settings for another model, which a server at --engine has to serve, too."""
-    other = changed(args, model=model, tokenizer=None)
+    other = changed(args, model=model, tokenizer=None, think_marks=None)
     if is_served(args.engine):
         ask_server(other)
     return other

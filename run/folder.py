@@ -9,24 +9,25 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
-import zlib
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub import try_to_load_from_cache
 
-from engine import first_line
+from engine import first_line, say_once
 from engine.models import ROOT, resolve_model
 from engine.processes import ranks, wait_for_ranks
 from engine.served_engine import is_served
-from run.files import checksum, fail, repair, whole_lines, write_json
+from run.files import digest, fail, parse_lines, read_jsonl, remove, repair, whole_lines, write_json, writing
 
 
 def short_name(path: str) -> str:
@@ -42,10 +43,15 @@ def script_name() -> str:
 
 def config_of(run: Path) -> dict | None:
     """config.json of the run in a folder; None if there is none (a model's folder has another config.json)."""
+    config = parsed(run / "config.json")
+    return config if isinstance(config, dict) and isinstance(config.get("settings"), dict) else None
+
+
+def parsed(file: Path) -> Any:
+    """What a JSON file holds; None if it is not there or is cut."""
     try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        return config if isinstance(config["settings"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 
@@ -71,7 +77,8 @@ def recorded_run(run: Path, flag: str, *fields: str) -> tuple[str, dict, list[di
     return script, settings, records
 
 
-MAY_CHANGE = "resume overwrite config out concurrency context batch_problems checkpoint_every keep report_to dry_run"
+MAY_CHANGE = "resume overwrite config markers_file out concurrency context batch_problems checkpoint_every report_to "
+MAY_CHANGE += "dry_run"
 
 
 def identity(args: argparse.Namespace, *may_change: str) -> dict:
@@ -83,12 +90,13 @@ def identity(args: argparse.Namespace, *may_change: str) -> dict:
 
 
 LOCK = ".lock"  # in the folder of a run; the operating system releases it when its owner ends, in any way
+BEFORE = {LOCK, "inputs.json", "inputs.json.tmp", "config.json.tmp"}  # what is there before a run has its config.json
 held: list[FileLock] = []
 
 
 def own(out: Path) -> None:
     """Reserves a folder for this process (of several, the first) until it ends; if another has it, ends the program."""
-    if os.environ.get("RANK", "0") != "0":
+    if ranks()[0] > 0:
         return
     try:
         held.append(FileLock(out / LOCK, timeout=0, is_singleton=True))
@@ -103,19 +111,22 @@ def check_out(args: argparse.Namespace, *may_change: str) -> bool:
     """Ends the program if the run may not be written to --out; returns whether there is one to continue. `may_change`:
     settings that only say how much this script makes or shows, so that --resume may have others."""
     out = args.out
-    if out.exists() and not out.is_dir():
-        fail(f"--out {out}: is not a folder")
-    if not out.exists() or not any(path.name != LOCK for path in out.iterdir()):
+    names, existing = names_in(out), config_of(out)
+    if not names - BEFORE:
         return False
-    existing = config_of(out)
     if existing is None:
-        fail(f"--out {out}: holds something that is not a run of this program; name another folder")
+        if LOCK not in names or parsed(out / "config.json") is not None:
+            fail(f"--out {out}: holds something that is not a run of this program; name another folder")
+        if not args.overwrite:
+            fail(f"--out {out}: holds a run whose config.json is cut; --overwrite starts again")
+        existing = {"settings": {}}
     own(out)
     earlier, now = existing["settings"], identity(args, *may_change)
     script = existing.get("script", script_name())
     if script != script_name():  # such as the training run that holds the model to evaluate
         fail(f"--out {out}: holds a run of {script}; name another folder")
     if args.overwrite:
+        spare_inputs(args)
         return False
     if not args.resume:
         fail(f"--out {out}: holds a run already; add --resume to continue it or --overwrite to discard it")
@@ -123,55 +134,103 @@ def check_out(args: argparse.Namespace, *may_change: str) -> bool:
     if changed:
         differences = ", ".join(f"--{k.replace('_', '-')} {earlier.get(k)} (now {now[k]})" for k in changed)
         fail(f"--out {out}: the run there has other settings: {differences}")
+    if parsed(out / "inputs.json") is None:
+        fail(f"--out {out}: what the run there read is not recorded; --overwrite starts again")
     return True
 
 
-def open_run(args: argparse.Namespace, problems: list[dict], *may_change: str) -> Path:
-    """Creates the folder of a run on these problems and its `config.json`, or makes the one there ready to be
-    continued. `may_change` as in `check_out`."""
+def names_in(out: Path) -> set[str]:
+    """What a folder holds, nothing if there is none. Ends the program if it could not be made; the try leaves nothing
+    behind."""
+    try:
+        if out.is_dir():
+            return {path.name for path in out.iterdir()}
+        if out.exists():
+            fail(f"--out {out}: is not a folder")
+        missing = [folder for folder in (out, *out.parents) if not folder.exists()] if ranks()[0] == 0 else []
+        if missing:
+            out.mkdir(parents=True)
+        for folder in missing:
+            with contextlib.suppress(OSError):  # by now another run is in it
+                folder.rmdir()
+        return set()
+    except FileNotFoundError:  # another process has tried meanwhile
+        return set()
+    except OSError as error:
+        fail(f"--out {str(out)[:200]}: cannot be made: {first_line(error)}")
+
+
+READ = "config markers_file model tokenizer dataset eval_dataset traces thoughts direct_model".split()
+
+
+def spare_inputs(args: argparse.Namespace) -> None:
+    """Ends the program if --overwrite would delete what a flag names, also behind links."""
+    for flag in READ:
+        for name in str(getattr(args, flag, None) or "").split(","):
+            read = [Path(name), *Path(name).glob("*")] if name and Path(name).exists() else []
+            for file in read:
+                if any(Path(at(file)).is_relative_to(at(args.out)) for at in (os.path.abspath, os.path.realpath)):
+                    flag = flag.removesuffix("_file").replace("_", "-")
+                    fail(f"--out {args.out}: --overwrite would delete what --{flag} {name} names; take another folder")
+
+
+def open_run(args: argparse.Namespace, inputs: dict[str, dict], *may_change: str, may_grow: bool = True) -> Path:
+    """Creates the folder of a run with these `inputs` and its `config.json`, or makes the one there ready to be
+    continued, if its inputs are the same. `may_change` as in `check_out`.
+
+    `inputs`: {what they are: {name: digest}}. With `may_grow` there may be more of a kind than there were; with --limit
+    among what may change also fewer. A run of which inputs.json is missing is one that was being overwritten."""
     out = args.out
     if check_out(args, *may_change):
         repair(out)
-    else:
+        recorded: dict[str, dict] = parsed(out / "inputs.json")
+        for kind, now in inputs.items():
+            before = recorded.get(kind, now)
+            names = [*now, *before] if "limit" not in may_change else [*now]
+            other = [n for n in names if before.get(n) != now.get(n) and (n in before or not may_grow)]
+            if other:
+                fail(f"--out {out}: the run there has other {kind} ({len(other)} of {len(before)}, such as {other[0]})")
+        merged = {kind: {**recorded.get(kind, {}), **inputs.get(kind, {})} for kind in {**recorded, **inputs}}
+        if merged != recorded:
+            write_json(out / "inputs.json", merged)
+        return out
+    with writing(out, "nothing was begun"):
         out.mkdir(parents=True, exist_ok=True)
         own(out)
+        remove(out / "inputs.json")
         for path in out.iterdir():  # of the run to overwrite
-            if path.name != LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        about = {"script": script_name(), "versions": versions(), "device": device_name(), "command": sys.argv}
-        write_json(out / "config.json", {"settings": identity(args), **about})
-    same_inputs(out, problems, args.tokenizer or args.model)
+            if path.name not in (LOCK, "config.json"):
+                remove(path)
+    write_json(out / "inputs.json", inputs)
+    about = {"script": script_name(), "id": uuid.uuid4().hex[:8], "command": sys.argv}
+    about |= {"versions": versions(), "device": device_name()}
+    write_json(out / "config.json", {"settings": identity(args), **about})
     return out
 
 
-def open_run_once(args, problems: list[dict]) -> Path:
-    """`open_run` by one process, once all have looked at the folder."""
+def open_run_once(args, inputs: dict[str, dict]) -> Path:
+    """`open_run` of a training by one process, once all have looked at the folder. Its problems are drawn from all of
+    them, so none may be added."""
     wait_for_ranks()
     if ranks()[0] == 0:
-        open_run(args, problems)
+        open_run(args, inputs, may_grow=False)
     wait_for_ranks()
     return args.out
 
 
-def same_inputs(run: Path, problems: list[dict], model: str) -> None:
-    """Ends a run that is continued with other problems under the same ids, or with other weights in its model's folder
-    than it began with (`inputs.json`); problems may be added."""
-    file, folder = run / "inputs.json", Path(resolve_model(model))
-    recorded = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"weights": {}, "problems": {}}
-    contents = {p["id"]: [p["problem"], p["answer"], *([p["prefix"]] if "prefix" in p else [])] for p in problems}
-    digests = {name: f"{zlib.crc32(json.dumps(content).encode()):08x}" for name, content in contents.items()}
-    changed = [name for name, digest in digests.items() if recorded["problems"].get(name, digest) != digest]
-    if changed:
-        fail(f"--out {run}: the run there has other problems ({len(changed)} of {len(digests)}, such as {changed[0]})")
-    weights = {path.name: checksum(path) for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])}
-    if weights != recorded["weights"] and file.exists():
-        fail(f"--out {run}: the run there began with other weights in {model}")
-    write_json(file, {"weights": weights, "problems": {**recorded["problems"], **digests}})
+def weights_digest(model: str) -> str:
+    """Of the files that decide what a model writes; of one of the Hub the commit."""
+    folder = Path(resolve_model(model))
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(model, "config.json")
+        return Path(cached).parent.name if isinstance(cached, str) else ""
+    patterns = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer.json")
+    return digest(*sorted(path for pattern in patterns for path in folder.glob(pattern)))
 
 
 def load_records(file: Path) -> list[dict]:
     """The traces of a records.jsonl, each (step, problem, sample) once; a line that a crash cut is dropped."""
-    records = [json.loads(line) for line in whole_lines(file)]
+    records = parse_lines(file, whole_lines(file))
     if records and "samples" in records[0]:
         fail(f"{file}: holds one line per problem, as earlier versions wrote it; run it again")
     return list({(r.get("step"), r["id"], r["sample"]): r for r in records}.values())
@@ -232,14 +291,47 @@ def device_name() -> str:
 
 
 def metrics_reporter(args: argparse.Namespace, run: Path) -> Callable[[dict], object]:
-    """A function that sends a step's metrics to --report-to; `metrics.jsonl` and a picture are written in any case."""
-    if getattr(args, "report_to", None) is None:
+    """A function that sends a step's metrics to --report-to, from the first process and each step once. `metrics.jsonl`
+    and a picture are written in any case, so a service that fails costs a warning."""
+    if getattr(args, "report_to", None) is None or ranks()[0] > 0:
         return lambda metrics: None
-    if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(run / "tensorboard")
-        return lambda metrics: [writer.add_scalar(name, value, metrics["step"]) for name, value in metrics.items()]
-    service = importlib.import_module(args.report_to)  # wandb and trackio have the same two calls
-    service.init(project="mrt", name=run.name, config={k: str(v) for k, v in vars(args).items()})
-    return lambda metrics: service.log(metrics, step=metrics["step"])
+    def warned(call: Callable, *values):
+        try:
+            return call(*values)
+        except Exception as error:
+            say_once(f"warning: --report-to {args.report_to}: {first_line(error)}; {run / 'metrics.jsonl'} has it all")
+
+    send = warned(tensorboard if args.report_to == "tensorboard" else service, args, run)
+    return lambda metrics: send and warned(send, metrics)
+
+
+def tensorboard(_args, run: Path) -> Callable[[dict], object]:
+    """Its files are written again from metrics.jsonl: those of a run that was killed have steps that are repeated."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    remove(run / "tensorboard")
+    writer = SummaryWriter(run / "tensorboard")
+
+    def send(metrics: dict) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, metrics["step"])
+
+    for metrics in read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []:
+        send(metrics)
+    return send
+
+
+def service(args: argparse.Namespace, run: Path) -> Callable[[dict], object]:
+    """wandb or trackio. A run that is resumed is one run there, too; the last step it was told is in `reported`."""
+    logs, reported = importlib.import_module(args.report_to), run / "reported"  # the two have the same two calls
+    more = {"id": (config_of(run) or {}).get("id")} if args.report_to == "wandb" else {}
+    config = {name: str(value) for name, value in vars(args).items()}
+    logs.init(project="mrt", name=run.name, config=config, resume="allow", **more)
+
+    def send(metrics: dict) -> None:
+        if metrics["step"] > (parsed(reported) or 0):
+            logs.log(metrics, step=metrics["step"])
+            write_json(reported, metrics["step"])
+
+    return send

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from run.files import fail, read_jsonl, write_json, write_text
+from run.files import fail, read_jsonl, write_bytes, write_json, write_text
 from run.folder import duration, recorded_run
 
 # ============================================================================================ numbers
@@ -377,9 +378,11 @@ def token_axis(axis) -> None:
 
 def save_figure(figure, path: Path) -> Path:
     """Writes the PNG all or nothing."""
-    figure.savefig(path.with_suffix(".tmp.png"), dpi=160)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=160)
     pyplot().close(figure)
-    return path.with_suffix(".tmp.png").replace(path)
+    write_bytes(path, picture.getvalue())
+    return path
 
 
 def draw_training(run: Path) -> Path:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from common import (
     ANSWER_CUE,
     EPISODE_MARKERS,
-    STOP_PHRASE,
     ForcedAnswer,
     Forcing,
     Segmentation,
@@ -20,14 +19,16 @@ from common import (
     pass_at_k,
     read_traces,
     set_sampled_J,
+    stop_phrase,
 )
-from engine.models import context_length, load_tokenizer, pick_dtype
+from engine import Refused
+from engine.models import check_ids, context_length, load_config, load_tokenizer, pick_dtype
 from engine.sampler import Sampler, open_sampler
 from engine.served_engine import Served, is_served
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
 from grading.verdict import group_answers
-from run.files import fail
-from run.folder import unrecorded
+from run.files import digest, fail
+from run.folder import unrecorded, weights_digest
 
 # A draw depends on its seed alone, a tuple of whole numbers: --seed, in a training the step, what is drawn (one of
 # these), the problem (`problem_key`), and what else tells draws apart; the sampler adds the number of the sample. No
@@ -50,14 +51,46 @@ def segmentation(args, max_steps: int = 49, group_size: int = 1) -> Segmentation
 def prompts_of(args, tokenizer, problems: list[dict], more: int = 0, forced=True) -> tuple[list[list[int]], int]:
     """The prompts of the problems, and the tokens of the longest with a completion and `more`, and an answer `forced`
     after it, if any is; ends the run if they exceed the model's context."""
-    prompts = [prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
+    prompts = prompts_to(args, tokenizer, problems)
+    if not is_served(args.engine):
+        asked = [*prompts, encode(tokenizer, stop_phrase(tokenizer))]
+        check_ids(f"--model {args.model}", load_config(args.model), asked)
     after = more + (room_for_answer(tokenizer, args.answer_tokens) if forced else 0)
     return prompts, check_lengths(args, problems, prompts, after)
 
 
+def prompts_to(args, tokenizer, problems: list[dict]) -> list[list[int]]:
+    return [prompt_of(args, tokenizer, problem) for problem in problems]
+
+
+def prompt_of(args, tokenizer, problem: dict) -> list[int]:
+    """The prompt of a problem, with the messages before it if its data set has such; ends the run if the model's chat
+    template does not take them."""
+    try:
+        return prompt_ids(tokenizer, problem.get("messages", problem["problem"]), args.chat_template_kwargs)
+    except Refused as why:
+        fail(f"problem {problem['id']}: {why}")
+
+
+def inputs_of(args, problems: list[dict], prompts: list[list[int]], held_out: Sequence[dict] = ()) -> dict[str, dict]:
+    """What a run reads, for `open_run`: a digest of its weights, and of each problem its place and a digest of it, its
+    gold answer and its prompt. The prompts of `held_out` are the last."""
+    return {
+        "weights": {weights_of(args): weights_digest(weights_of(args))},
+        "problems or prompts": problem_digests(problems, prompts),
+        "held-out problems or prompts": problem_digests(held_out, prompts[len(problems) :]),
+    }
+
+
+def problem_digests(problems: Sequence[dict], prompts: list[list[int]]) -> dict[str, str]:
+    """{id: its place, and a digest of the problem with all it holds and of its prompt}."""
+    numbered = enumerate(zip(problems, prompts))
+    return {problem["id"]: f"{number} {digest(problem, prompt)}" for number, (problem, prompt) in numbered}
+
+
 def room_for_answer(tokenizer, answer_tokens: int) -> int:
     """Tokens that a forced answer may add to a thought: the stop phrase and the answer."""
-    return len(encode(tokenizer, "\n\n" + STOP_PHRASE + ANSWER_CUE)) + answer_tokens
+    return len(encode(tokenizer, "\n\n" + stop_phrase(tokenizer) + ANSWER_CUE)) + answer_tokens
 
 
 def weights_of(args) -> str:
@@ -66,7 +99,7 @@ def weights_of(args) -> str:
 
 
 def tokenizer_of(args):
-    return load_tokenizer(weights_of(args))
+    return load_tokenizer(weights_of(args), args.think_marks)
 
 
 def sampler_of(args, tokenizer, longest: int, trained=None) -> Sampler:
@@ -103,25 +136,35 @@ def forcing_of(args) -> Forcing:
     return Forcing(args.forced_answers, args.answer_tokens, args.temperature, getattr(args, "top_p", 1.0))
 
 
-def sample_traces(args, sampler: Sampler, problems, prompts, rule=Segmentation(), first: int = 0):
+def sample_traces(args, sampler: Sampler, problems, prompts, rule=Segmentation(), first: int = 0, drawn=()):
     """Graded traces number `first` to --num-samples of each problem: [problems][samples]."""
-    seeds, count = [(args.seed, problem_key(problem)) for problem in problems], args.num_samples - first
+    seeds, count = [(args.seed, *drawn, problem_key(problem)) for problem in problems], args.num_samples - first
     rows = sampler.generate(prompts, args.max_tokens, seeds, count, args.temperature, args.top_p, first)
     return read_traces(sampler.tokenizer, problems, prompts, rows, rule, first)
 
 
 def new_traces(
-    args, file: Path, sampler: Sampler, problems, prompts, rule=Segmentation(), given=None, forced=True, process=(0, 1)
+    args,
+    file: Path,
+    sampler: Sampler,
+    problems,
+    prompts,
+    rule=Segmentation(),
+    given=None,
+    forced=True,
+    process=(0, 1),
+    drawn=(),
 ) -> Iterator[list[Trace]]:
     """The traces that a records.jsonl lacks, a batch of problems at a time: --num-samples a problem or those `given`,
-    with J(μ) at every boundary if `forced`. `process`: this one's number and how many share the work."""
+    with J(μ) at every boundary if `forced`. `process`: this one's number and how many share the work; `drawn`: what
+    their seeds have between --seed and the problem."""
     counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
     (rank, world), told = process, False
     for batch, first in unrecorded(file, problems, counts, args.batch_problems, sampler):
         share = batch[rank::world]
         if given is None:
             inputs = [problems[i] for i in share], [prompts[i] for i in share]
-            groups = sample_traces(args, sampler, *inputs, rule, first)
+            groups = sample_traces(args, sampler, *inputs, rule, first, drawn)
         else:
             groups = [given[i][first:] for i in share]
         traces = [trace for group in groups for trace in group]
@@ -140,6 +183,11 @@ def tell_single_episodes(traces: list[Trace]) -> bool:
             flush=True,
         )
     return True
+
+
+def problem_of(record: dict) -> dict:
+    """The problem of a record."""
+    return {name: record[name] for name in ("problem", "messages", "id") if name in record} | {"answer": record["gold"]}
 
 
 def trace_of(record: dict, tokenizer, problem: dict, prompt: list[int]) -> Trace:

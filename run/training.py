@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import shutil
 import signal
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,21 @@ from transformers import AutoModelForCausalLM
 from engine import Refused, first_line
 from engine.checks import Ways, name_of
 from engine.logprobs import CHUNK_LOGITS, check_training, token_logprobs
-from engine.models import autocast, load_config, pick_dtype
+from engine.models import autocast, load_config, load_model, pick_dtype
 from engine.processes import full_weights, gather_over_ranks, ranks, shard, sum_over_ranks, wait_for_ranks
-from run.files import append_jsonl, fail, whole_lines, write_text
+from run.files import (
+    append_jsonl,
+    digest,
+    fail,
+    json_line,
+    on_stop,
+    parse_lines,
+    remove,
+    stop_now,
+    whole_lines,
+    write_text,
+    writing,
+)
 from run.folder import duration, metrics_reporter
 
 # ============================================================================================ steps
@@ -38,6 +51,9 @@ class Steps:
 
     It begins at the checkpoint in `run`, if there is one, and ends after `steps` steps or `sampled_tokens` tokens.
     `state` is what a checkpoint keeps beside weights and moments; a step is done when `record` has counted it.
+
+    A signal that asks the process to end is looked at after the step (`checkpoint`), or sooner where no weight changes:
+    what stands in `with steps.can_be_left()` is left at once, and a step that was left is made again by --resume.
     """
 
     def __init__(
@@ -46,6 +62,8 @@ class Steps:
         self.args, self.run, self.model, self.tokenizer, self.optimizer = args, run, model, tokenizer, optimizer
         self.steps, self.sampled_tokens = steps, sampled_tokens
         self.state = {"step": 0, **fresh}
+        self.signals: list[int] = []
+        self.first_signal, self.leaving = 0.0, False
         if checkpoint := latest_checkpoint(run):
             self.state = load_checkpoint(checkpoint, model, optimizer)
             print(f"resumed from {checkpoint} at step {self.state['step']}")
@@ -61,14 +79,39 @@ class Steps:
         return self.state["step"] % every == 0 or self.done() >= 1
 
     def __iter__(self) -> Iterator[int]:
-        self.tell, self.signals = metrics_reporter(self.args, self.run), on_stop()
+        self.tell = metrics_reporter(self.args, self.run)
+        on_stop(self.note)
         self.first, self.began = self.done(), time.time()
         while self.done() < 1:
             self.step_began, self.rate = time.time(), learning_rate(self.args, self.done())
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate
             yield self.state["step"]
-        end_on_stop()
+        on_stop(stop_now)
+
+    def note(self, number: int, _frame) -> None:
+        if not self.signals:
+            self.signals, self.first_signal = [number], time.time()
+            if self.leaving:
+                raise KeyboardInterrupt(number)
+            print(f"{signal.Signals(number).name}: finishing the step; a second one ends at once", flush=True)
+        elif time.time() - self.first_signal > 3:  # torchrun passes Ctrl-C on to processes that have it already
+            stop_now(number, _frame)
+
+    @contextlib.contextmanager
+    def can_be_left(self) -> Iterator[None]:
+        """Around sampling, in all processes: after a signal in any of them all end here, with a checkpoint."""
+        try:
+            self.leaving = True
+            if self.signals:
+                raise KeyboardInterrupt
+            yield
+            self.leaving = False
+        except KeyboardInterrupt:
+            self.leaving = False
+            if not self.signals:  # before the first step
+                raise
+        self.end_if_asked()
 
     def record(self, metrics: dict, text: str, **counts: float) -> None:
         """Counts a step: adds `counts` to the state, writes the metrics, prints the text (if any) and the time left."""
@@ -84,10 +127,13 @@ class Steps:
 
     def checkpoint(self) -> None:
         """Writes a checkpoint every --checkpoint-every steps; after a signal writes one and ends the run."""
-        stopping = sum_over_ranks([float(bool(self.signals))])[0] > 0
-        if self.state["step"] % self.args.checkpoint_every == 0 or stopping:
+        if self.state["step"] % self.args.checkpoint_every == 0:
             save_checkpoint(self.run, self.model, self.tokenizer, self.optimizer, self.state)
-        if stopping:
+        self.end_if_asked()
+
+    def end_if_asked(self) -> None:
+        if sum_over_ranks([float(bool(self.signals))])[0] > 0:
+            save_checkpoint(self.run, self.model, self.tokenizer, self.optimizer, self.state)
             print(f"stopped after step {self.state['step']}, with a checkpoint; --resume goes on", flush=True)
             raise SystemExit(128 + (self.signals or [signal.SIGTERM])[0])
 
@@ -109,27 +155,6 @@ def learning_rate(args, done: float) -> float:
     if args.schedule == "constant":
         return args.lr
     return args.lr * 0.5 * (1 + math.cos(math.pi * (done - args.warmup) / max(1e-9, 1 - args.warmup)))
-
-
-def on_stop() -> list[int]:
-    """Signals that ask the process to end (Ctrl-C; SIGTERM, as schedulers send before they kill) are noted here, to be
-    looked at between steps. After the first a second one ends the process at once."""
-    received: list[int] = []
-
-    def note(number, _frame):
-        received.append(number)
-        end_on_stop()
-        print(f"{signal.Signals(number).name}: finishing the step; a second one ends at once", flush=True)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return received
-
-
-def end_on_stop() -> None:
-    """These signals end the process at once again, for work whose records are complete line by line."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
 
 
 # ============================================================================================ an update
@@ -213,14 +238,33 @@ def check_gap(gaps: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     return gap
 
 
-def optimizer_step(model, optimizer, max_grad_norm: float) -> float:
-    """A step on the clipped gradient; returns its norm before clipping. FloatingPointError if that is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"gradient norm is {float(norm)}")
+def total_of(norm: torch.Tensor) -> float:
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def share_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def optimizer_step(model, optimizer, max_grad_norm: float, expected: bool = True) -> float:
+    """A step on the clipped gradient; returns its norm before clipping. FloatingPointError if that is not finite, or 0
+    where a gradient is `expected`, and if the weights are not finite afterwards, or did not move."""
+    norm = total_of(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm is {norm}")
+    if expected and norm == 0:
+        raise FloatingPointError("the gradient is 0: these settings train nothing")
+    matrices = sorted((p for p in model.parameters() if p.ndim > 1), key=torch.Tensor.numel)
+    matrix = next((p for p in matrices if p.grad is not None and share_of(p.grad).any()), None)
+    before: Any = None if matrix is None else share_of(matrix.detach()).clone()
     optimizer.step()
-    return float(norm)
+    if not math.isfinite(total_of(torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()]))):
+        raise FloatingPointError("the weights are not finite after the step")
+    rate, peak = optimizer.param_groups[0]["lr"], optimizer.defaults["lr"]  # at the end of a cosine nothing need move
+    if matrix is not None and rate > peak / 100 and torch.equal(before, share_of(matrix.detach())):
+        raise FloatingPointError(f"the weights did not move (gradient norm {norm:.3g}, learning rate {rate:.3g})")
+    return norm
 
 
 # ============================================================================================ fine-tuning
@@ -238,9 +282,10 @@ def fine_tune(args, folder: Path, model, score, tokenizer, examples: list[Exampl
         epoch, number = divmod(step, steps_per_epoch)
         order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
         batch = [examples[i] for i in order[number::steps_per_epoch]]  # an epoch's batches are about equal in size
-        loss = steps.state["loss"] = fine_tuning_step(args, model, score, optimizer, batch)
-        if not math.isfinite(loss):
-            fail(f"step {step + 1} of the fine-tuning in {folder}: the loss is {loss}")
+        try:
+            loss = steps.state["loss"] = fine_tuning_step(args, model, score, optimizer, batch)
+        except FloatingPointError as error:
+            fail(f"step {step + 1} of the fine-tuning in {folder}: {error}")
         shown = (step + 1) % max(1, count // 5) == 0
         steps.record({"examples": len(batch)}, f"step {step + 1} of {count}  loss {loss:.4f}" if shown else "")
         steps.checkpoint()
@@ -261,6 +306,8 @@ def fine_tuning_step(args, model, score, optimizer, batch: list[Example]) -> flo
         loss = -(weights * logprobs).sum() / total_weight * bool(numbers)
         (loss * world).backward()  # FSDP takes the mean of the processes' gradients
         total += loss.item()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss is {total}")
     optimizer_step(model, optimizer, args.max_grad_norm)
     return sum_over_ranks([total])[0]
 
@@ -277,19 +324,20 @@ def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict) -> None
     moments = get_optimizer_state_dict(model, optimizer, options=options)
     if ranks()[0] == 0 and not final.exists():
         temporary = final.with_suffix(".tmp")
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            model.save_pretrained(temporary, state_dict=weights)
-            tokenizer.save_pretrained(temporary)
-            torch.save({"optimizer": moments, "state": state}, temporary / "training.pt")
-            temporary.rename(final)
-        except Exception as error:  # a full disk, most likely; each library has its own exception for it
-            shutil.rmtree(temporary, ignore_errors=True)
-            newest = latest_checkpoint(run)
-            fail(f"{final} cannot be written: {first_line(error)}; the last good checkpoint is {newest or 'none'}")
+        with writing(final, f"the last good checkpoint is {latest_checkpoint(run) or 'none'}"):
+            try:
+                remove(temporary)
+                temporary.mkdir(parents=True)
+                model.save_pretrained(temporary, state_dict=weights)
+                tokenizer.save_pretrained(temporary)
+                files = {file.name: digest(file) for file in temporary.glob("*.safetensors")}
+                torch.save({"optimizer": moments, "state": state, "weights": files}, temporary / "training.pt")
+                temporary.rename(final)
+            except Exception:
+                shutil.rmtree(temporary, ignore_errors=True)  # room for what else is to be written
+                raise
         for old in sorted((run / "checkpoints").glob("step_??????"))[:-1]:
-            shutil.rmtree(old)
+            remove(old)
     wait_for_ranks()
 
 
@@ -299,7 +347,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 def load_weights(model, folder: Path | str) -> None:
     """Loads weights in Hugging Face format, in place, into a model that may be sharded."""
-    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    weights = load_model(str(folder), "cpu").state_dict()
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=ranks()[1] > 1))
 
 
@@ -308,6 +356,9 @@ def load_checkpoint(folder: Path, model, optimizer) -> dict:
     end the program."""
     try:
         saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        damaged = [name for name, value in saved.get("weights", {}).items() if digest(folder / name) != value]
+        if damaged:
+            raise ValueError(f"{damaged[0]} is not as it was written")
         load_weights(model, folder)
         options = StateDictOptions(full_state_dict=ranks()[1] > 1)
         set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
@@ -320,8 +371,8 @@ def rewind(run: Path, step: int) -> None:
     """Drops the lines of steps after the checkpoint that a run resumes from; those steps are repeated."""
     for name in ("metrics.jsonl", "records.jsonl", "validation.jsonl"):
         if (run / name).exists():
-            kept = [line for line in whole_lines(run / name) if step and json.loads(line)["step"] <= step]
-            write_text(run / name, "".join(kept))
+            rows = parse_lines(run / name, whole_lines(run / name)) if step else []
+            write_text(run / name, "".join(json_line(row) for row in rows if row["step"] <= step))
 
 
 def save_model(folder: Path, model, tokenizer) -> None:
@@ -329,11 +380,12 @@ def save_model(folder: Path, model, tokenizer) -> None:
     weights = dict(full_weights(model))
     if ranks()[0] == 0:
         temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        with writing(folder, "the last checkpoint has its weights, --resume goes on"):
+            remove(temporary)
+            model.save_pretrained(temporary, state_dict=weights)
+            tokenizer.save_pretrained(temporary)
+            remove(folder)
+            temporary.rename(folder)
     wait_for_ranks()
 
 

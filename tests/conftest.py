@@ -7,6 +7,7 @@ number within `TOLERANCE`: `assert_same_content`.
 """
 
 import argparse
+import errno
 import json
 import math
 import multiprocessing
@@ -153,9 +154,34 @@ class Done:
     stderr: str
 
 
-def child(script: str, argv: list[str], folder: Path) -> None:
+def inject(kind: str, number: int, folder: Path) -> None:
+    """Of what this process does to names and files in a folder (opening to write, renaming, removing, cutting, making
+    a folder) the `number`-th fails as on a full disk (kind "fail") or is where the process is killed ("kill"). How many
+    there were so far is in faults.txt beside the folder."""
+    count = 0
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal count
+        changes = event in ("os.rename", "os.remove", "os.truncate", "os.mkdir", "os.rmdir")
+        changes = changes or (event == "open" and isinstance(args[1], str) and bool(set(args[1]) & set("wax+")))
+        if not changes or not isinstance(args[0], (str, Path)):
+            return
+        if folder in Path(os.path.abspath(args[0])).parents:
+            count += 1
+            (folder.parent / "faults.txt").write_text(str(count))
+            if count == number and kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif count == number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+
+    sys.addaudithook(hook)
+
+
+def child(script: str, argv: list[str], folder: Path, fault: tuple | None = None) -> None:
     """In the forked process: what `python script argv` does, or `python -m script argv`, with its output in files."""
     os.chdir(folder)
+    if fault:
+        inject(*fault, folder / "run")
     for stream, name in ((1, "stdout.txt"), (2, "stderr.txt")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.argv = [script, *argv]
@@ -167,7 +193,7 @@ def child(script: str, argv: list[str], folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def start():
-    """start(folder, script, *flags) → a running process."""
+    """start(folder, script, *flags, fault=…) → a running process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*SCRIPTS, "tiny.build", "datasets", "matplotlib.pyplot"])
     with pytest.MonkeyPatch.context() as patch:  # the server keeps the environment that it starts in
@@ -175,8 +201,8 @@ def start():
         patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
 
-    def start_one(folder: Path, script: str, *flags) -> multiprocessing.Process:
-        process = context.Process(target=child, args=(script, [str(f) for f in flags], folder))
+    def start_one(folder: Path, script: str, *flags, fault=None) -> multiprocessing.Process:
+        process = context.Process(target=child, args=(script, [str(f) for f in flags], folder, fault))
         process.start()
         return process
 
@@ -185,10 +211,10 @@ def start():
 
 @pytest.fixture(scope="session")
 def execute(start):
-    """execute(folder, script, *flags) → Done, when the process has ended."""
+    """execute(folder, script, *flags, fault=…) → Done, when the process has ended."""
 
-    def run_one(folder: Path, script: str, *flags) -> Done:
-        process = start(folder, script, *flags)
+    def run_one(folder: Path, script: str, *flags, fault=None) -> Done:
+        process = start(folder, script, *flags, fault=fault)
         process.join(PATIENCE)
         if process.is_alive():
             process.kill()

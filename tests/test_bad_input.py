@@ -53,7 +53,7 @@ def a_run(folder: Path, script: str | None = None, **settings) -> Path:
     """A folder as a run leaves it, with something to lose; `script` if not this process's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script or sys.argv[0]])
-        open_run(run_settings(folder, **settings), [])
+        open_run(run_settings(folder, **settings), {})
     held.pop().release()  # that run has ended
     write(folder / "metrics.jsonl", '{"step": 1}\n')
     return folder
@@ -314,18 +314,18 @@ def test_settings_of_an_evaluation_that_make_no_sense(capsys, argv):
 def test_a_run_is_neither_mixed_with_another_nor_lost(capsys, tmp_path):
     run = a_run(tmp_path / "run", bonus=0.0, lr=1e-3)
     before = {f.name: f.read_bytes() for f in run.iterdir()}
-    message = refusal(capsys, open_run, run_settings(run, bonus=0.0, lr=1e-3), [])
+    message = refusal(capsys, open_run, run_settings(run, bonus=0.0, lr=1e-3), {})
     assert str(run) in message and "--resume" in message and "--overwrite" in message
-    message = refusal(capsys, open_run, run_settings(run, resume=True, bonus=1.0, lr=1e-3), [])
+    message = refusal(capsys, open_run, run_settings(run, resume=True, bonus=1.0, lr=1e-3), {})
     assert "--bonus 0.0 (now 1.0)" in message and "--lr" not in message
     assert {f.name: f.read_bytes() for f in run.iterdir()} == before
-    open_run(run_settings(run, resume=True, bonus=0.0, lr=1e-3), [])
+    open_run(run_settings(run, resume=True, bonus=0.0, lr=1e-3), {})
     assert {f.name: f.read_bytes() for f in run.iterdir()} == before
 
 
 def test_overwrite_replaces_a_run(tmp_path):
     run = a_run(tmp_path / "run", bonus=0.0)
-    open_run(run_settings(run, overwrite=True, bonus=1.0), [])
+    open_run(run_settings(run, overwrite=True, bonus=1.0), {})
     assert {f.name for f in run.iterdir()} == {".lock", "config.json", "inputs.json"}
     assert json.loads((run / "config.json").read_text())["settings"]["bonus"] == 1.0
 
@@ -343,14 +343,14 @@ def test_what_is_not_a_run_is_never_touched(capsys, tmp_path, what, resume, over
         if what != "thesis":
             write(folder / "config.json", '{"settings": {"mod' if what == "broken" else "[1, 2]")
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    assert str(folder) in refusal(capsys, open_run, run_settings(folder, resume, overwrite), [])
+    assert str(folder) in refusal(capsys, open_run, run_settings(folder, resume, overwrite), {})
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_output_folder_that_is_a_file(capsys, tmp_path, overwrite):
     write(tmp_path / "out", "notes")
-    assert str(tmp_path / "out") in refusal(capsys, open_run, run_settings(tmp_path / "out", overwrite=overwrite), [])
+    assert str(tmp_path / "out") in refusal(capsys, open_run, run_settings(tmp_path / "out", overwrite=overwrite), {})
     assert (tmp_path / "out").read_text() == "notes"
 
 
@@ -505,7 +505,7 @@ def test_the_run_of_another_script_is_not_overwritten(tmp_path, capsys):
     """`evaluate.py --model runs/a/model --out runs/a --overwrite` would delete the model that it evaluates."""
     run = a_run(tmp_path / "run", script="another.py")
     with pytest.raises(SystemExit) as stop:
-        open_run(run_settings(run, overwrite=True), [])
+        open_run(run_settings(run, overwrite=True), {})
     assert stop.value.code == 2 and "another.py" in capsys.readouterr().err
     assert (run / "metrics.jsonl").exists()
 

@@ -11,7 +11,7 @@ from test_bad_input import a_run, main_with
 import budget_force
 import common
 from engine.sampler import Sampler
-from engine.tokens import THINK_END, Completion, encode, text_and_offsets
+from engine.tokens import Completion, encode, text_and_offsets
 from engine.transformers_engine import TransformersEngine
 from run.traces import sample_traces
 
@@ -94,7 +94,7 @@ def test_extensions_continue_the_very_tokens_and_no_budget_restarts(watched, tok
     args = options("--style", style, "--extensions", "6", "--extension-tokens", "20")
     before = watched.sampled_tokens
     results = budget_force.extrapolate(args, watched, traces)
-    marker = encode(tokenizer, THINK_END)[0]
+    marker = encode(tokenizer, "</think>")[0]
     answering = [call for call in watched.calls if not call[2]]
     thinking = [call for call in watched.calls if call[2]]
     assert [list(of) for of in results] == [[0, 2, 4, 6]] * len(traces) and len(answering) == 4
@@ -149,7 +149,7 @@ def test_results_do_not_depend_on_the_batch(watched, traces):
 
 
 def test_a_stop_token_ends_a_completion_and_belongs_to_it(watched, tokenizer, prompts):
-    marker = encode(tokenizer, THINK_END)[0]
+    marker = encode(tokenizer, "</think>")[0]
     rows = watched.generate(prompts, 250, [(0, i) for i in range(len(prompts))], stop=[marker])
     ended = [c for (c,) in rows if c.finish_reason == "stop"]
     assert ended and all(c.token_ids[-1] == marker and c.token_ids.count(marker) == 1 for c in ended)

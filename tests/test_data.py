@@ -52,7 +52,7 @@ def chat(*texts):
 )
 def test_columns_and_answers_seen_in_the_wild(tmp_path, row, gold):
     (problem,) = load_problems(write(tmp_path / "d.jsonl", [row]), "train")
-    assert problem == {"problem": "p", "answer": gold, "id": "0"}
+    assert {**problem, "messages": None} == {"problem": "p", "answer": gold, "id": "0", "messages": None}
 
 
 def test_columns_of_other_names(tmp_path, capsys):

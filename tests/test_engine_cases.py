@@ -17,10 +17,11 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from engine.models import ROOT, load_model, load_tokenizer
 from engine.sampler import Sampler
-from engine.tokens import encode, prompt_ids, text_and_offsets, thinks, thought_is_open
+from engine.thoughts import thinks, thought_is_open
+from engine.tokens import encode, prompt_ids, text_and_offsets
 from engine.transformers_engine import TransformersEngine, ways_of
 from run import flags, training
-from run.folder import open_run, same_inputs
+from run.folder import open_run
 
 ROOT = ROOT
 
@@ -121,32 +122,20 @@ def test_a_setting_given_twice_is_refused(tmp_path, capsys):
         assert "is set twice" in refusal(capsys, flags.read_config, tmp_path / "c.yaml")
 
 
-def test_the_same_problems_and_weights_or_another_run(tmp_path, capsys):
-    problems = [{"id": str(i), "problem": f"{i}+{i}?", "answer": str(2 * i)} for i in range(3)]
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "model.safetensors").write_bytes(b"1")
-    same_inputs(tmp_path, problems[:2], str(tmp_path / "m"))
-    same_inputs(tmp_path, problems, str(tmp_path / "m"))  # one more
-    changed = [*problems[:2], {**problems[2], "answer": "7"}]
-    assert "other problems" in refusal(capsys, same_inputs, tmp_path, changed, str(tmp_path / "m"))
-    (tmp_path / "m" / "model.safetensors").write_bytes(b"2")
-    assert "other weights" in refusal(capsys, same_inputs, tmp_path, problems, str(tmp_path / "m"))
-
-
 def test_a_folder_has_one_owner_and_a_killed_one_leaves_it(tmp_path, capsys):
     code = (
         f"import sys, time; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; sys.argv[0] = {sys.argv[0]!r}\n"
         f"from pathlib import Path; from conftest import run_settings; from run.folder import open_run\n"
-        f"open_run(run_settings(Path({str(tmp_path / 'run')!r})), []); print('open', flush=True); time.sleep(60)"
+        f"open_run(run_settings(Path({str(tmp_path / 'run')!r})), {{}}); print('open', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout and other.stdout.readline() == "open\n"
     for resume, overwrite in ((True, False), (False, True)):
-        error = refusal(capsys, open_run, run_settings(tmp_path / "run", resume, overwrite), [])
+        error = refusal(capsys, open_run, run_settings(tmp_path / "run", resume, overwrite), {})
         assert "another process is writing there" in error
     other.kill()
     other.wait()
-    open_run(run_settings(tmp_path / "run", resume=True), [])
+    open_run(run_settings(tmp_path / "run", resume=True), {})
 
 
 @pytest.mark.parametrize("damage", ["training.pt", "model.safetensors", "missing"])

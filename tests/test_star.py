@@ -15,7 +15,7 @@ from common import Forcing, Trace, set_sampled_J
 from engine import models
 from engine.logprobs import token_logprobs
 from engine.sampler import Sampler
-from engine.tokens import THINK_END, Completion
+from engine.tokens import Completion
 from engine.transformers_engine import TransformersEngine
 from run.traces import sample_traces
 from run.training import fine_tuning_step
@@ -98,7 +98,7 @@ def test_examples_are_the_sampled_tokens_and_end_in_a_right_answer(sampled):
         assert ids[:first] == t.prompt and len(ids) - first == weights.size == row["tokens"] and (weights == 1).all()
         assert ids[first : first + row["cut"]] == t.completion.token_ids[: row["cut"]]
         assert ids[-1] == tokenizer.eos_token_id
-        answer = tokenizer.decode(ids[first:]).rsplit(THINK_END, 1)[1]
+        answer = tokenizer.decode(ids[first:]).rsplit("</think>", 1)[1]
         assert common.grade(answer, t.problem["answer"])
         cuts += row["cut"] < t.boundaries[-1]
         assert row["J"] >= 0.5 and row["J"] > row["J_empty"]

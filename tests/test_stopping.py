@@ -12,7 +12,7 @@ import rl_mrt
 from common import Trace
 from engine.logprobs import token_logprobs
 from engine.sampler import Sampler
-from engine.tokens import THINK_END, Completion, encode
+from engine.tokens import Completion, encode
 from engine.transformers_engine import TransformersEngine
 from run import data
 
@@ -84,7 +84,7 @@ def test_a_credit_of_zero_is_no_credit_to_the_last_bit(model, rolled_out):
 
 def test_the_update_adds_the_credit_for_stopping_however_it_is_split(model, tokenizer, rolled_out):
     """Against a plain forward of each trace; J itself counts, whatever unit progress has."""
-    stop, traces = encode(tokenizer, THINK_END)[0], [trace for group in rolled_out[1] for trace in group]
+    stop, traces = encode(tokenizer, "</think>")[0], [trace for group in rolled_out[1] for trace in group]
     tokens, net = sum(len(trace.completion.token_ids) for trace in traces), copy.deepcopy(model)
     for trace in traces:
         ids = torch.tensor([trace.prompt + trace.completion.token_ids])

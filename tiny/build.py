@@ -42,10 +42,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from common import ANSWER_CUE, STOP_PHRASE
-from engine.tokens import THINK_END, encode, prompt_ids
+from engine.tokens import encode, prompt_ids
 from tiny.problems import LEVELS, PRIME, equations, pose
 
 HERE = Path(__file__).resolve().parent
+THINK_END = "</think>"
 OPENINGS = ("Wait, ", "Alternatively, ", "But hold on, ")
 DOUBTS = (
     "maybe there is no such x at all.\n\n",

@@ -1,0 +1,340 @@
+"""A run and what surrounds it: what it reads, who it is, what asks it to end, disks that fail at any write."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+from conftest import PATIENCE, ROOT, SCRIPTS, assert_same_bits, jsonl, refusal, run_settings, same_content, succeeded
+
+import rl_mrt
+from engine.processes import LAUNCHED, ranks
+from run import data
+from run.files import append_jsonl, read_jsonl, repair, whole_lines, write_text
+from run.folder import held, metrics_reporter, open_run, weights_digest
+from run.traces import problem_digests, prompts_to
+
+# ------------------------------------------------------------------------------------------------ faults at any place
+
+FAST = "--max-tokens 64 --engine transformers".split()
+SAMPLED = [*FAST, *"--limit 4 --num-samples 2 --forced-answers 2 --batch-problems 2".split()]
+RUNS = {
+    "rl_mrt": [*FAST, *"--bonus 0 --problems-per-step 2 --group-size 2 --steps 3 --checkpoint-every 2".split()]
+    + "--eval-every 2 --eval-problems 2".split(),
+    "evaluate": SAMPLED,
+    "analyze_r1": [*SAMPLED, *"--direct-model tiny --direct-samples 2".split()],
+    "budget_force": [*SAMPLED, *"--budgets 32,64 --extensions 2 --extension-tokens 8".split()],
+    "star_mrt": [
+        *SAMPLED,
+        *"--limit 6 --filter outcome --iterations 1 --epochs 1 --batch-size 2 --eval-problems 2".split(),
+    ],
+}
+FILES = {
+    "rl_mrt": ("records.jsonl", "metrics.jsonl", "validation.jsonl", "model/model.safetensors"),
+    "analyze_r1": ("records.jsonl", "direct.jsonl"),
+    "star_mrt": ("samples_1.jsonl", "base.jsonl", "outcome/model_1/model.safetensors"),
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, execute):
+    """{script: (folder of a run that nothing disturbed, how many faults it had room for)}, made when asked for."""
+    made = {}
+
+    def of(script: str):
+        if script not in made:
+            folder = tmp_path_factory.mktemp(script)
+            succeeded(execute(folder, f"{script}.py", *RUNS[script], "--out", "run", fault=("count", 0)))
+            made[script] = folder / "run", int((folder / "faults.txt").read_text())
+        return made[script]
+
+    return of
+
+
+PLACES = [("kill", 0.02), ("kill", 0.5), ("fail", 0.15), ("fail", 0.8)]
+if os.environ.get("MRT_EVERY_FAULT"):  # hours
+    PLACES = [(kind, place / 100) for kind in ("kill", "fail") for place in range(100)]
+
+
+@pytest.mark.parametrize("kind, place", PLACES, ids=str)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_goes_on_from_any_fault_to_the_same_bits(tmp_path, execute, straight, script, kind, place):
+    undisturbed, count = straight(script)
+    flags = [*RUNS[script], "--out", "run"]
+    done = execute(tmp_path, f"{script}.py", *flags, fault=(kind, 1 + int(place * (count - 1))))
+    assert "Traceback" not in done.stderr, done.stderr
+    if kind == "kill":
+        assert done.returncode == -signal.SIGKILL
+    else:
+        told = done.stderr.splitlines()[-1] if done.stderr else ""
+        assert (done.returncode, told[:7]) == (2, "error: ") or done.returncode == 0, done.stderr
+    succeeded(execute(tmp_path, f"{script}.py", *flags, "--resume"))
+    assert_same_bits(tmp_path / "run", undisturbed, FILES.get(script, ("records.jsonl",)))
+    same_content(*(json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", undisturbed)), 0.0)
+
+
+@pytest.mark.parametrize("script, number", [("evaluate", signal.SIGINT), ("rl_mrt", signal.SIGUSR1)])
+def test_a_signal_is_one_line_and_an_exit_code(tmp_path, start, execute, straight, script, number):
+    flags = [*RUNS[script], "--out", "run"]
+    process, deadline = start(tmp_path, f"{script}.py", *flags), time.time() + PATIENCE
+    while not (tmp_path / "run" / "config.json").exists():
+        assert process.is_alive() and time.time() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join(PATIENCE)
+    assert process.exitcode == 128 + number and "Traceback" not in (tmp_path / "stderr.txt").read_text()
+    succeeded(execute(tmp_path, f"{script}.py", *flags, "--resume"))
+    assert_same_bits(tmp_path / "run", straight(script)[0], FILES.get(script, ("records.jsonl",)))
+
+
+# ------------------------------------------------------------------------------------------------ what a run reads
+
+
+def opened(run, inputs, *may_change, resume=False, overwrite=False, may_grow=True, **settings) -> None:
+    open_run(run_settings(run, resume, overwrite, **settings), inputs, *may_change, may_grow=may_grow)
+    while held:
+        held.pop().release()
+
+
+@pytest.mark.parametrize(
+    "names, may_change, may_grow, goes_on",
+    [
+        ("abc", (), True, True),
+        ("abcd", (), True, True),
+        ("abcd", (), False, False),  # a training draws from all of its problems
+        ("ab", (), True, False),
+        ("ab", ("limit",), True, True),
+        ("dabc", (), True, False),
+        ("acb", ("limit",), True, False),
+        ("abx", (), True, False),
+    ],
+)
+def test_what_may_grow_may_grow_at_the_end(capsys, tmp_path, names, may_change, may_grow, goes_on):
+    inputs = [{"problems": {name: f"{place} {name}" for place, name in enumerate(of)}} for of in ("abc", names)]
+    opened(tmp_path / "run", inputs[0])
+    before = (tmp_path / "run" / "inputs.json").read_bytes()
+    if goes_on:
+        opened(tmp_path / "run", inputs[1], *may_change, resume=True, may_grow=may_grow)
+        recorded = json.loads((tmp_path / "run" / "inputs.json").read_text())["problems"]
+        assert list(recorded) == sorted({*"abc", *names})
+    else:
+        told = refusal(capsys, opened, tmp_path / "run", inputs[1], *may_change, resume=True, may_grow=may_grow)
+        assert "other problems" in told and (tmp_path / "run" / "inputs.json").read_bytes() == before
+
+
+def test_a_digest_is_of_problem_gold_prompt_and_weights(tmp_path):
+    problem = {"id": "a", "problem": "1+1?", "answer": "2"}
+    same = problem_digests([problem], [[1, 2]])
+    assert problem_digests([dict(problem)], [[1, 2]]) == same
+    for other in (
+        ([{**problem, "answer": "3"}], [[1, 2]]),
+        ([{**problem, "problem": "?"}], [[1, 2]]),
+        ([problem], [[1]]),
+    ):
+        assert problem_digests(*other)["a"] != same["a"]
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    first = weights_digest(str(tmp_path))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert weights_digest(str(tmp_path)) != first
+
+
+def test_a_template_that_asks_for_the_date_gets_the_day_the_run_began(tokenizer, capsys):
+    args = run_settings(ROOT, chat_template_kwargs=None, date="2024-02-29")
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}: {{ messages[0]['content'] }}"
+        prompts = [prompts_to(args, tokenizer, [{"problem": "x"}])[0] for _ in range(2)]
+        expected = tokenizer.encode("29 February 2024: x", add_special_tokens=False)
+    finally:
+        tokenizer.chat_template = template
+    assert prompts == [expected, expected] and capsys.readouterr().out.count("2024-02-29") == 1
+
+
+@pytest.mark.parametrize(
+    "ids, expected",
+    [("ab", "a b"), ("aba", "a b a-1"), ("aaa", "a a-1 a-2"), (["a", "a-1", "a"], "a a-1 a-2"), ([None] * 2, "0 1")],
+    ids=str,
+)
+def test_an_id_does_not_depend_on_later_rows(tmp_path, ids, expected):
+    rows = [{"problem": f"{n}+1?", "answer": str(n), **({"id": name} if name else {})} for n, name in enumerate(ids)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for limit in range(1, len(rows) + 1):
+        found = [p["id"] for p in data.load_problems(str(tmp_path / "d.jsonl"), "train", limit)]
+        assert found == expected.split()[:limit]
+
+
+# ------------------------------------------------------------------------------------------------ nothing is destroyed
+
+
+@pytest.mark.parametrize(
+    "flag, place", [("model", "model"), ("dataset", "d.jsonl"), ("config", "c.yaml"), ("traces", "")]
+)
+@pytest.mark.parametrize("way", ["plain", "through a link", "with dots", "linked from outside"])
+def test_overwrite_spares_what_the_run_reads(capsys, tmp_path, flag, place, way):
+    run = tmp_path / "run"
+    opened(run, {})
+    (run / "model").mkdir()
+    for name in ("model/w.safetensors", "d.jsonl", "c.yaml"):
+        (run / name).write_text("precious")
+    (tmp_path / "link").symlink_to(run)
+    (tmp_path / "outside").symlink_to(run / place)
+    named = {"plain": run / place, "through a link": tmp_path / "link" / place, "with dots": run / ".." / "run" / place}
+    value = named.get(way, tmp_path / "outside")
+    assert f"--{flag}" in refusal(capsys, opened, run, {}, overwrite=True, **{flag: str(value)})
+    assert (run / "model/w.safetensors").exists() and (run / "d.jsonl").exists() and (run / "inputs.json").exists()
+
+
+def test_overwrite_takes_links_away_and_nothing_behind_them(tmp_path):
+    opened(tmp_path / "run", {})
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "step").write_text("precious")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
+    (tmp_path / "run" / "model").symlink_to(tmp_path / "gone")
+    opened(tmp_path / "run", {}, overwrite=True)
+    assert {f.name for f in (tmp_path / "run").iterdir()} <= {".lock", "config.json", "inputs.json"}
+    assert (tmp_path / "scratch" / "step").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "files, ways",
+    [
+        ({".lock": "", "config.json.tmp": "{"}, ["", "resume", "overwrite"]),
+        ({".lock": "", "inputs.json": "{}"}, ["", "resume", "overwrite"]),
+        ({".lock": "", "config.json": '{"settings": {"mo', "inputs.json": "{}"}, ["overwrite"]),
+        ({".lock": "", "config.json": '{"settings": {}}', "records.jsonl": ""}, ["overwrite"]),  # inputs went first
+    ],
+    ids=["config half written", "before config", "config cut", "half overwritten"],
+)
+@pytest.mark.parametrize("way", ["", "resume", "overwrite"])
+def test_a_half_made_folder_can_be_taken_up(capsys, tmp_path, files, ways, way):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, text in files.items():
+        (run / name).write_text(text)
+    settings = {way: True} if way else {}
+    if way in ways:
+        opened(run, {}, **settings)
+        assert {f.name for f in run.iterdir()} <= {".lock", "config.json", "inputs.json"}
+    else:
+        assert "--overwrite" in refusal(capsys, opened, run, {}, **settings)
+
+
+@pytest.mark.parametrize("out", ["/dev/null/run", "x" * 300, "link", "file/run"])
+def test_an_out_that_cannot_be_made(capsys, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "further")
+    (tmp_path / "file").write_text("notes")
+    assert "--out" in refusal(capsys, opened, tmp_path / out if out[0] != "/" else type(tmp_path)(out), {})
+    assert {f.name for f in tmp_path.iterdir()} == {"link", "file"}
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+@pytest.mark.parametrize("field", ["problem", "answer", "id"])
+def test_half_a_character_in_a_row_is_told(capsys, tmp_path, field):
+    row = {"problem": "1+1?", "answer": "2", "id": "a"}
+    rows = row, {**row, field: "2 \ud83d"}
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert "row 2: holds half a character" in refusal(capsys, data.load_problems, str(tmp_path / "d.jsonl"), "train")
+
+
+def test_half_a_character_is_written_and_read_back(tmp_path):
+    row = {"text": "² \ud83d"}
+    append_jsonl(tmp_path / "r.jsonl", [row])
+    assert read_jsonl(tmp_path / "r.jsonl") == [row]
+    write_text(tmp_path / "t.md", row["text"])
+    assert (tmp_path / "t.md").read_text(encoding="utf-8") == "² \\ud83d"
+
+
+WHOLE = b'{"a": 1}\n{"a": 2}\n'
+
+
+@pytest.mark.parametrize("end", [b"", b'{"a": ', b'{"a": \n', b'{"a": "\xc2', b"\n\n", b'{"a"\n\n\0\0', b'"text"\n'])
+def test_a_cut_line_is_dropped_wherever_it_stands_at_the_end(tmp_path, end):
+    file = tmp_path / "r.jsonl"
+    file.write_bytes(WHOLE + end)
+    assert whole_lines(file) == WHOLE
+    repair(tmp_path)
+    assert file.read_bytes() == WHOLE
+    file.write_bytes(WHOLE[:-1])  # an editor may take the last newline away
+    assert whole_lines(file) == WHOLE
+
+
+# ------------------------------------------------------------------------------------------------ processes, services
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "1"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "", "MASTER_PORT": "1"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (1, 2)),
+    ],
+    ids=str,
+)
+def test_a_rank_is_believed_from_a_launcher_only(monkeypatch, variables, expected):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert ranks() == expected
+
+
+def launched(monkeypatch, rank: int, world: int) -> None:
+    for name, value in zip(LAUNCHED, (rank, world, rank, "localhost", 1)):
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("rank, world", [(2, 2), (-1, 2), ("one", 2)])
+def test_ranks_that_cannot_be(capsys, monkeypatch, rank, world):
+    launched(monkeypatch, rank, world)
+    assert "RANK" in refusal(capsys, ranks)
+
+
+@pytest.mark.parametrize("script", ["evaluate", "analyze_r1", "budget_force"])
+def test_a_script_of_one_process_refuses_torchrun(capsys, monkeypatch, script):
+    launched(monkeypatch, 1, 2)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    assert "without torchrun" in refusal(capsys, __import__(script).main)
+
+
+SERVICE = """
+def init(**settings): print("init", settings["id"], settings["resume"])
+def log(metrics, step):
+    if step == 3: raise OSError("no network")
+    print("log", step)
+"""
+
+
+def test_a_service_is_told_each_step_once_and_costs_a_warning_at_most(capsys, monkeypatch, tmp_path):
+    (tmp_path / "wandb.py").write_text(SERVICE)
+    monkeypatch.syspath_prepend(tmp_path)
+    run, args = tmp_path / "run", rl_mrt.flags(["--report-to", "wandb"])
+    opened(run, {})
+    for steps in ([1, 2], [1, 2, 3, 4]):
+        tell = metrics_reporter(args, run)
+        for step in steps:
+            tell({"step": step, "loss": 0.5})
+    printed = capsys.readouterr().out
+    name = json.loads((run / "config.json").read_text())["id"]
+    assert printed.count(f"init {name} allow") == 2 and printed.count("no network") == 1
+    assert [line for line in printed.splitlines() if line.startswith("log")] == ["log 1", "log 2", "log 4"]
+    launched(monkeypatch, 1, 2)
+    assert metrics_reporter(args, run)({"step": 9}) is None and capsys.readouterr().out == ""
+
+
+def test_tensorboard_has_each_step_once(tmp_path, execute):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = [*RUNS["rl_mrt"], "--report-to", "tensorboard", "--out", "run"]
+    execute(tmp_path, "rl_mrt.py", *flags, fault=("kill", 60))
+    succeeded(execute(tmp_path, "rl_mrt.py", *flags, "--resume"))
+    told = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    told.Reload()
+    assert [e.step for e in told.Scalars("loss")] == [
+        line["step"] for line in jsonl(tmp_path / "run" / "metrics.jsonl")
+    ]
