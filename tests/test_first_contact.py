@@ -188,8 +188,8 @@ def test_golds_out_of_their_wrappings(gold, read):
         ({"problem": "?", "answer": {"a": 1, "b": 2}}, "an object with a, b"),
         ({"problem": "?", "answer": "7", "image": "x.png"}, "column image holds an image"),
         ({"turns": ["a", "b"], "answer": "7"}, "holds 2 turns"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}], "answer": "7"}, "image_url"),
-        ({"messages": [{"role": "user", "content": None}], "answer": "7"}, "null"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}], "answer": "7"}, "not only text"),
+        ({"messages": [{"role": "user", "content": None}], "answer": "7"}, "no text"),
     ],
 )
 def test_what_is_no_text_is_refused_by_row(row, says, tmp_path, capsys):
