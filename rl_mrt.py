@@ -262,6 +262,8 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
         record(args, steps, groups, metrics, spent)
         if validation and steps.due(args.eval_every):
             validate(args, steps, sampler, validation)
+        if rank == 0 and steps.due(args.checkpoint_every):
+            report.draw_training(run)
         steps.checkpoint()
 
     training.save_checkpoint(run, model, sampler.tokenizer, optimizer, steps.state)
@@ -600,14 +602,13 @@ def record(args, steps: training.Steps, groups: Groups, metrics: dict, spent: Sp
         f"truncated {stats['truncated']:.2f}  episodes {stats['episodes']:.1f}  flat groups {stats['flat_groups']:.2f} "
         f" loss {stats['loss']:+.4f}  sampled {so_far:,.0f}k tokens  {spent.seconds:.1f} + {update_seconds:.1f} s"
     )
-    if stats["flat_groups"] == 1:
-        text += "  every group is flat: no signal from the outcome" + report.why_zero(rows).rstrip().replace(
-            "\n", "\n  "
-        )
     counts = {"sampled_tokens": sampled, "computed_tokens": computed, "seconds": time.time() - steps.step_began}
     steps.record({**stats, **seconds}, text, **counts)
+    if ranks()[0] == 0 and stats["flat_groups"] == 1:
+        print(
+            "  every group is flat: no signal from the outcome. " + " ".join(report.why_zero(rows).split()), flush=True
+        )
     if ranks()[0] == 0 and steps.due(args.checkpoint_every):
-        report.draw_training(steps.run)
         report.write_page(rows, steps.run / "trace.html")
 
 
