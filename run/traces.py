@@ -8,6 +8,8 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
+from transformers.utils import chat_template_utils
+
 from common import (
     ANSWER_CUE,
     EPISODE_MARKERS,
@@ -60,8 +62,10 @@ def prompts_to(args, tokenizer, problems: list[dict]) -> list[list[int]]:
     """The prompts of the problems. A chat template that asks for today's date is told the day the run began."""
     if "strftime_now" in str(tokenizer.chat_template):
         say_once(f"{weights_of(args)}: its chat template asks for today's date; for all of this run it is {args.date}")
-    template = {"strftime_now": datetime.fromisoformat(args.date).strftime, **(args.chat_template_kwargs or {})}
-    return [prompt_ids(tokenizer, problem["problem"], template) for problem in problems]
+        day = datetime.fromisoformat(args.date)
+        # transformers takes no function for a template, but asks this name for the time.
+        chat_template_utils.datetime = type("Pinned", (datetime,), {"now": classmethod(lambda *_: day)})
+    return [prompt_ids(tokenizer, problem["problem"], args.chat_template_kwargs) for problem in problems]
 
 
 def inputs_of(args, problems: list[dict], prompts: list[list[int]], held_out: Sequence[dict] = ()) -> dict[str, dict]:
