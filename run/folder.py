@@ -130,12 +130,12 @@ def check_out(args: argparse.Namespace, *may_change: str) -> bool:
         return False
     if not args.resume:
         fail(f"--out {out}: holds a run already; add --resume to continue it or --overwrite to discard it")
+    if parsed(out / "inputs.json") is None:
+        fail(f"--out {out}: what the run there read is not recorded; --overwrite starts again")
     changed = [k for k in now if now[k] != earlier.get(k)]
     if changed:
         differences = ", ".join(f"--{k.replace('_', '-')} {earlier.get(k)} (now {now[k]})" for k in changed)
         fail(f"--out {out}: the run there has other settings: {differences}")
-    if parsed(out / "inputs.json") is None:
-        fail(f"--out {out}: what the run there read is not recorded; --overwrite starts again")
     return True
 
 
