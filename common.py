@@ -397,13 +397,11 @@ def read_answers(tokenizer, problems: list[dict], rows: list[list[Completion]]) 
     texts = [[final_part(tokenizer, completion.text) for completion in row] for row in rows]
     boxes = [[extract_answer(text) for text in row] for row in texts]
     verdicts = iter(grade_all([(box, p["answer"]) for p, row in zip(problems, boxes) for box in row]))
-    return [
-        [
-            ForcedAnswer(box, next(verdicts), len(c.token_ids), float(np.mean(c.logprobs)), text)
-            for box, text, c in zip(*row)
-        ]
-        for row in zip(boxes, texts, rows)
-    ]
+
+    def answer(box: str | None, text: str, c: Completion) -> ForcedAnswer:
+        return ForcedAnswer(box, next(verdicts), len(c.token_ids), float(np.mean(c.logprobs)), text)
+
+    return [list(map(answer, *row)) for row in zip(boxes, texts, rows)]
 
 
 def success_rate(problem: dict, answers: list[ForcedAnswer]) -> float:

@@ -188,7 +188,7 @@ def test_regret_budgets_go_on_where_extensions_may_reach():
 def test_a_model_without_a_thinking_marker_is_refused(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(budget_force, "thinks", lambda _: False)
     main = main_with(monkeypatch, budget_force, "--out", tmp_path / "run", "--engine", "transformers")
-    assert "has no </think>" in refusal(capsys, main) and not (tmp_path / "run").exists()
+    assert "no thought to cut or to extend" in refusal(capsys, main) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("argv", [["--budgets", "0"], ["--budgets", "x"], ["--strings", "Wait,,But"], ["--top-p", "0"]])
