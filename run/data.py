@@ -298,7 +298,8 @@ def text_of_message(message: dict) -> str:
         raise ValueError("its reasoning is no text")
     if not content and not thought:
         raise ValueError("its content is null" if content is None else "its content is empty")
-    return f"<think>\n{thought}" + (f"</think>\n{content}" if content else "") if thought else content
+    answer = str(content or "")
+    return f"<think>\n{thought}" + (f"</think>\n{answer}" if answer else "") if thought else answer
 
 
 def is_thought(part: dict) -> bool:

@@ -194,7 +194,8 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
         ask_server(args)
     args.model = args.model or "tiny"
     tiny = is_tiny(args.tokenizer or args.model.split(",")[0])
-    defaults = {name: action.by_model[not tiny] for name, action in actions.items() if hasattr(action, "by_model")}
+    by_model: dict[str, Any] = {name: getattr(action, "by_model", None) for name, action in actions.items()}
+    defaults = {name: both[not tiny] for name, both in by_model.items() if both}
     for name in ("answer_tokens", "extension_tokens"):  # as much less as --max-tokens is than its default
         if args.max_tokens and name in args:
             less = defaults[name] * args.max_tokens // defaults["max_tokens"]

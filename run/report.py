@@ -65,7 +65,7 @@ def bootstrap_interval(
     """
     if not 0 < level < 1 or draws < 1:
         raise ValueError(f"need 0 < level < 1 and draws >= 1, got {level} and {draws}")
-    means = np.sort([np.mean(row) if np.size(row) else math.nan for row in per_problem])
+    means = np.sort(np.array([np.mean(row) if np.size(row) else math.nan for row in per_problem], dtype=float))
     if len(means) == 0 or not np.all(np.isfinite(means)):
         raise ValueError("need at least one problem, at least one sample of each, and finite numbers")
     mean, spread = float(means.mean()), means.std()
