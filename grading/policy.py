@@ -99,35 +99,23 @@ def cleaned(text: str) -> str | None:
     return text
 
 
-def read_gold(gold: str) -> str:
-    """A gold, cleaned; ValueError, naming it, if nothing can be compared with it: that is an error in the data."""
+def read_gold(gold: str) -> str | None:
+    """A gold, cleaned; None if nothing can be compared with it: that is an error in the data."""
     text = extract_boxed_content(gold, "last") if re.search(r"\\(?:boxed|fbox)", gold) else gold
-    if len(text) > MAX_GOLD:
-        return text
-    if not text or (read := cleaned(text)) is None:
-        raise ValueError(f"gold answer cannot be parsed: {gold if len(gold) < 200 else gold[:200] + '...'!r}")
-    return read
-
-
-def check(gold: str) -> str | None:
-    """What is wrong with a gold, or None."""
-    try:
-        return read_gold(gold) and None
-    except ValueError as error:
-        return str(error)
+    return text if len(text) > MAX_GOLD else cleaned(text)
 
 
 def right(gold: str, answer: str) -> bool:
-    """Is an extracted answer the gold? ValueError for a gold that cannot be read."""
+    """Is an extracted answer the gold?"""
     read = read_gold(gold)
     text = cleaned(answer) if len(answer) <= max(MAX_CHARS, 2 * len(gold)) else None
-    return text is not None and equal(read, text, {})
+    return text is not None and read is not None and equal(read, text, {})
 
 
 def as_asked(gold: str, answer: str) -> str | None:
     """An answer read as the gold's form asks, for voting: a bare list with its brackets, x=5 as 5 if no name is asked."""  # noqa: E501
     read, text = read_gold(gold), cleaned(answer) if len(answer) <= MAX_CHARS else None
-    if text is None:
+    if text is None or read is None:
         return None
     text = bare(plainer(text))
     if option := OPTION.fullmatch(plain(text)):
@@ -153,3 +141,6 @@ def same_vote(gold: str, a: str, b: str) -> bool:
     """Are two wrong answers one and the same answer to the question with this gold?"""
     x, y = as_asked(gold, a), as_asked(gold, b)
     return x is not None and y is not None and (equal(x, y, {}) or equal(y, x, {}))
+
+
+QUESTIONS = {"right": right, "vote": same_vote, "readable": lambda gold: read_gold(gold) is not None}
