@@ -5,6 +5,6 @@ verdict.py     the public functions; they ask a child process, limited in CPU ti
 values.py        math-verify's reading of LaTeX, and exact evidence that two values are equal
 policy.py      vetoes and additions to that verdict: what counts as the same answer. Its rules:
 lists.py         lists, systems, equations, sets; brackets, items, numbers
-notations.py     quantities, ratios, points, congruences, pieces, bases
+notations.py     quantities, ratios, points, congruences, bases
 votes.py       which answer wins a vote of k of n
 """

@@ -102,6 +102,8 @@ _TABLE = [
         (r"^\\text ?\{([^{}]*(?:[0-9,;]|\b(?:and|or)\b)[^{}]*)\}$", r"\1"),
         (r"\\text ?\{([^{}a-zA-Z]*|\W?[A-J]\W?|\(?[A-J0-9]\)?(?:, ?\(?[A-J0-9]\)?)*)\}", r"\1"),
         (r"^([A-J])\)", r"(\1)"),
+        (r"\} ?- ?(?=\\\{)", r"}\\setminus "),
+        (r"\^ ?\{? ?\\prime ?\}?", "'"),
         (rf"\\text ?\{{ ?((?:{_FUNCTIONS}|floor|ceil)|(?:max|min|det)(?=\}} ?[({{_\\])) ?\}}", r"\\\1 "),
         (rf"\\text ?\{{ ?(c?tg|cotg|arcc?tg|lg|cosec) ?\}}|{W}((?:arc)?c?tg|lg){T}", lambda m: _MACROS[m[1] or m[2]]),
         # rows: a system, a chain or the pieces of a function

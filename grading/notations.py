@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from grading.box import TEXT
-from grading.lists import AND, NAME, RELATION, Same, enclosed, items, number, plain, split, squeeze
+from grading.lists import AND, Same, enclosed, items, number, plain, split, squeeze
 
 _NAMES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"  # noqa: E501
 NUMBERS = {word: n for n, word in enumerate(_NAMES.split())}
@@ -27,10 +27,10 @@ def in_digits(text: str) -> str:
         word = token if token in NUMBERS | _SCALES | _PARTS else token.removesuffix("s")
         if word in NUMBERS and first not in "0123456789":
             current += NUMBERS[word]
+        elif word == "hundred":
+            current *= 100
         elif word in _SCALES:
-            total, current = (
-                (total, current * 100) if word == "hundred" else (total + current * _SCALES[word], Fraction())
-            )
+            total, current = total + current * _SCALES[word], Fraction()
         elif word in _PARTS or word in _POWERS:
             whole = total + current
             total, current = whole / _PARTS[word] if word in _PARTS else whole ** _POWERS[word], Fraction()
@@ -168,26 +168,6 @@ def congruences(gold: str, answer: str, same: Same) -> bool:
 
     g, a = residues(gold), residues(answer)
     return bool(g[2] and g[1:] == a[1:] and (not g[0] or not a[0] or g[0] == a[0]))
-
-
-def pieces(gold: str, answer: str, same: Same) -> bool:
-    r"""The pieces of a function, in any order: "-x if x<0, x if x\ge0" for \begin{cases}x&x\ge0\\-x&x<0\end{cases}."""
-
-    def parts(text: str) -> list[list[str]]:
-        text = re.sub(r",? ?\b(?:if|for|when|where)\b,? ?", " if ", plain(text)).replace("  ", " ")
-        text = re.sub(r"(?: if)+", " if", text)
-        each = [part.split(" if ") for part in split(text, "[,;]")]
-        return each if all(len(part) == 2 for part in each) else []
-
-    def condition(x: str, y: str) -> bool:
-        one, two = (sorted(set(re.findall(r"\\?\w+|[^\w ]", text)) - {"is", "n", "$"}) for text in (x, y))
-        return (one == two and RELATION.search(x) is None) or same(x, y)
-
-    name, _, body = gold.partition("=")
-    if NAME.fullmatch(name.strip()) and answer.startswith(name):
-        gold, answer = body, answer[len(name) + 1 :]
-    g, a = parts(gold), parts(answer)
-    return len(g) == len(a) > 1 and all(any(same(x, y) and condition(c, d) for y, d in a) for x, c in g)
 
 
 def bases(gold: str, answer: str, same: Same) -> bool:

@@ -18,8 +18,8 @@ from grading.lists import (
     renamed_argument, sets, sides, solution_set, split, squeeze, worth,
 )  # fmt: skip
 from grading.notations import (
-    bases, congruences, decimal_comma, dimensions, durations, in_digits, percents, pieces, plainer, points,
-    ratios, units,
+    bases, congruences, decimal_comma, dimensions, durations, in_digits, percents, plainer, points, ratios,
+    units,
 )  # fmt: skip
 
 # isort: on
@@ -155,7 +155,7 @@ def misread(gold: str, answer: str) -> bool:
 READINGS = (plainer, without_remark, in_digits)
 ADDITIONS = (
     named, lists, assigned, renamed_argument, sets, words, options, renamed_parameter, units, durations, percents,
-    ratios, points, congruences, pieces, bases, decimal_comma, dimensions, conclusion,
+    ratios, points, congruences, bases, decimal_comma, dimensions, conclusion,
 )  # fmt: skip
 
 

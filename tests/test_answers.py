@@ -259,10 +259,13 @@ def patterns():
             whole = name if name in ("fullmatch", "match") else "search"
             if of != "re" and isinstance(pattern := vars(module).get(of), re.Pattern):
                 found.add((pattern, whole))
-            elif name in ("sub", "search", "match", "fullmatch", "findall", "finditer", "split") and of in ("re", ""):
-                written = ast.Expression(call.args[1 if of == "" else 0])
+            elif (of == "re" and name not in ("compile", "escape")) or (
+                name == "split" and isinstance(call.func, ast.Name)
+            ):  # the second is lists.split
+                written = ast.Expression(call.args[0 if of == "re" else 1])
                 if not {node.id for node in ast.walk(written) if isinstance(node, ast.Name)} - set(vars(module)):
-                    found.add((re.compile(eval(compile(written, "", "eval"), vars(module))), whole))
+                    pattern = eval(compile(written, "", "eval"), vars(module))
+                    found |= {(re.compile(pattern), whole)} if isinstance(pattern, str) else set()
     return sorted(found, key=str)
 
 
