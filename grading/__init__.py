@@ -1,14 +1,10 @@
-r"""Is a boxed answer the gold answer? Plain texts in, verdicts out; nothing in this folder knows the rest of the project.
+r"""Is a boxed answer the gold answer? Plain texts in, verdicts out; nothing here knows the rest of the project.
 
 box.py         the last \boxed{...} of a response, and one spelling for what means the same in LaTeX
-verdict.py     the public functions; they ask a child process:
-worker.py        the child, limited in CPU time and memory, which alone reads golds and answers
+verdict.py     the public functions; they ask a child process, limited in CPU time and memory
 values.py        math-verify's reading of LaTeX, and exact evidence that two values are equal
 policy.py      vetoes and additions to that verdict: what counts as the same answer. Its rules:
-lists.py         lists, systems, equations, sets
-words.py         words, options, remarks, parameters
-quantities.py    numbers in words, units, durations, percents
-notations.py     ratios, points, congruences, pieces, bases, binomials
-texts.py         what the rules share: brackets, items, numbers
+lists.py         lists, systems, equations, sets; brackets, items, numbers
+notations.py     quantities, ratios, points, congruences, bases
 votes.py       which answer wins a vote of k of n
-"""  # noqa: E501
+"""

@@ -60,6 +60,23 @@ _FUNCTIONS = (
 _ROWS = r"aligned|align\*?|gathered|gather\*?|split|equation\*?|cases|dcases|rcases"
 
 
+_MACROS = {  # one macro or sign for each meaning
+    name: new
+    for new, names in {
+        "": "left right middle displaystyle textstyle limits nolimits strut mathstrut pounds yen euro"
+        " tiny scriptsize small normalsize large Large LARGE huge Huge rm bf it bfseries"
+        " boldsymbol bm pmb underline mathbf mathit mathsf mathtt mathnormal mathcal emph ensuremath",
+        r"\le ": "le leq leqslant", r"\ge ": "ge geq geqslant", r"\ne ": "ne neq", "<": "lt", ">": "gt",
+        r"\{": "lbrace", r"\}": "rbrace", "|": "vert lvert rvert", r"\text{or}": "lor vee", r"\text{and}": "land wedge",
+        ":": "colon", r"\setminus ": "smallsetminus backslash", r"\mathbb{R}": "R reals Reals",
+        r"\emptyset ": "varnothing", r"\ldots ": "dots cdots ldots dotsb dotsc dotsm",
+        r"\frac": "dfrac tfrac cfrac", r"\bar": "overline", r"\log_{10} ": "lg", r"\tan ": "tg", r"\cot ": "ctg cotg",
+        r"\csc ": "cosec", r"\arctan ": "arctg", r"\arccot ": "arcctg",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
+
+
 def _repeating(whole: str, start: str, period: str) -> str:
     r"""0.1666... as \frac{15}{90}."""
     nines = (10 ** len(period) - 1) * 10 ** len(start)
@@ -71,66 +88,46 @@ _TABLE = [
     (re.compile(pattern), new)
     for pattern, new in [  # one spelling for each thing; order matters
         # typesetting without meaning
+        (rf"\\(?:left|right) ?\.|\\[bB]igg?[lrm]?{T}", ""),
+        (r"\\([a-zA-Z]+)", lambda m: _MACROS.get(m[1], m[0])),
         (r"</?(?:b|i|em|strong|span|p|code|br|math) ?/?>|`+", " "),
         (r"<(?P<s>su[pb])>([^<>]{1,80})</(?P=s)>", lambda m: ("^" if m[1] == "sup" else "_") + "{" + m[2] + "}"),
-        (rf"\\(?:left|right) ?\.|\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|(?:no)?limits){T}", ""),
-        (rf"\\(?:tiny|scriptsize|small|normalsize|large|Large|LARGE|huge|Huge|rm|bf|it|bfseries|strut|mathstrut){T}", ""),  # noqa: E501
         (r"\\(?:[hv]space\*?|(?:text)?color|[hv]?phantom|tag\*?|label) ?\{[^{}]{0,80}\}", " "),
         (r"(?<!\\)\\[,;:> ]|\\q?quad|\\enspace|\\thinspace|\\hfill|~", " "),
         (r",? ?\\! ?", ","),
         (rf"(?<!\\)\\[()\[\]]|\\?\$|\\(?:pounds|euro|yen){T}|\*\*(?=[^\d(a-zA-Z\\]|$)|(?<![\w)}}])\*\*", ""),
-        (rf"\\(?:boldsymbol|bm|pmb|underline|math(?:bf|it|sf|tt|normal|cal)|emph|ensuremath){T}", ""),
         (rf"\\(?:mbox|text[a-z]+|mathrm|operatorname\*?){T}|\\text (?=\{{)", r"\\text"),
         (r"\\(?:num|qty) ?\{", "{"),
         (r"\\SI ?\{([^{}]{0,80})\} ?\{([^{}]{0,80})\}", r"\1\\text{\2}"),
-        (r"\\text ?\{ ?\}", " "),
         (r"^\\text ?\{([^{}]*(?:[0-9,;]|\b(?:and|or)\b)[^{}]*)\}$", r"\1"),
         (r"\\text ?\{([^{}a-zA-Z]*|\W?[A-J]\W?|\(?[A-J0-9]\)?(?:, ?\(?[A-J0-9]\)?)*)\}", r"\1"),
         (r"^([A-J])\)", r"(\1)"),
-        (r"^\\text ?\{ ?(\w) ?\}$", r"\1"),
         (r"\} ?- ?(?=\\\{)", r"}\\setminus "),
+        (r"\^ ?\{? ?\\prime ?\}?", "'"),
         (rf"\\text ?\{{ ?((?:{_FUNCTIONS}|floor|ceil)|(?:max|min|det)(?=\}} ?[({{_\\])) ?\}}", r"\\\1 "),
-        (rf"\\[dtc]frac{T}", r"\\frac"),
+        (rf"\\text ?\{{ ?(c?tg|cotg|arcc?tg|lg|cosec) ?\}}|{W}((?:arc)?c?tg|lg){T}", lambda m: _MACROS[m[1] or m[2]]),
         # rows: a system, a chain or the pieces of a function
         (rf"\\begin ?\{{(?:{_ROWS})\}}([^\0]{{0,2000}}?)\\end ?\{{(?:{_ROWS})\}}", lambda m: _rows(m[1])),
         (r"\\begin ?\{array\} ?(?:\{[lcr| ]{0,20}\})?([^\0]{0,2000}?)\\end ?\{array\}", lambda m: _array(m[1])),
-        (r"\\p?matrix ?\{([^{}]*)\}", lambda m: rf"\begin{{pmatrix}}{m[1]}\end{{pmatrix}}".replace(r"\cr", r"\\")),
         (r"(\\(?:begin|end)) ?\{(?:small|[bB])?matrix\}", r"\1{pmatrix}"),
         (r"[\[(] ?(\\begin\{pmatrix\}[^\0]{0,2000}?\\end\{pmatrix\}) ?[\])]", r"\1"),
         (r"^ ?\[ ?(\[[^\[\]]{1,200}\](?:, ?\[[^\[\]]{1,200}\]){0,20}) ?\]$", lambda m: _matrix(m[1])),
         # one macro or sign for each meaning
-        (rf"\\(?:le|leq|leqslant){T}|<=", r"\\le "),
-        (rf"\\(?:ge|geq|geqslant){T}|>=", r"\\ge "),
-        (rf"\\lt{T}", "<"),
-        (rf"\\gt{T}", ">"),
-        (rf"\\(?:neq|ne|not ?=){T}|!=", r"\\ne "),
-        (rf"\\(lbrace|rbrace){T}", lambda m: r"\{" if m[1] == "lbrace" else r"\}"),
-        (rf"\\[lr]?vert{T}", "|"),
-        (rf"\\(?:vee|lor){T}", r"\\text{or}"),
-        (rf"\\(?:wedge|land){T}", r"\\text{and}"),
-        (rf"\\(?:smallsetminus|backslash){T}", r"\\setminus "),
-        (rf"\\(?:R|reals|Reals){T}", r"\\mathbb{R}"),
-        (rf"\\(?:[lc]?dots[bcmio]?|cdots){T}|\.\.\.+", r"\\ldots "),
-        (rf"\\varnothing{T}|\\\{{ ?\\\}}", r"\\emptyset "),
-        (rf"\\overline{T}", r"\\bar"),
+        (r"<=", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"\\not ?=|!=", r"\\ne "),
+        (r"\.\.\.+", r"\\ldots "),
+        (r"\\\{ ?\\\}", r"\\emptyset "),
         (r"\^ ?\*|\*\*", "^"),
-        (rf"\\colon{T}", ":"),
-        (rf"{W}lg{T}|\\lg{T}|\\text ?\{{lg\}}", r"\\log_{10}"),
-        (rf"(?:\\|{W})(arc)?tg{T}|\\text ?\{{(arc)?tg\}}", lambda m: rf"\{m[1] or m[2] or ''}tan "),
-        (rf"(?:\\|{W})(arc)?c(?:o?tg){T}|\\text ?\{{(arc)?c(?:o?tg)\}}", lambda m: rf"\{m[1] or m[2] or ''}cot "),
-        (rf"\\cosec{T}|\\text ?\{{cosec\}}", r"\\csc "),
         (r"\\(floor|ceil) ?\(([^()]{0,80})\)", r"\\l\1 \2\\r\1 "),
         (r"\{([^{}]{0,80})\\(choose|over)(?![a-zA-Z])([^{}]{0,80})\}|^([^{}]{0,80})\\(choose|over)(?![a-zA-Z])([^{}]{0,80})$",
          lambda m: rf"\{'binom' if 'choose' in m.groups() else 'frac'}{{{m[1] or m[4]}}}{{{m[3] or m[6]}}}"),
-        (r"\^ ?\{? ?\\prime ?\}?", "'"),
         (r"\\frac ?\{ ?(d|\\partial) ?(?:\^ ?\{? ?([0-9]) ?\}?)? ?([a-zA-Z]) ?\} ?\{ ?\1 ?([a-zA-Z][^{}]{0,20}) ?\}",
          lambda m: f"\\Xi_{{{m[1][1:]}d{m[2] or ''}{m[3]}{re.sub('[^0-9a-zA-Z]', '', m[4])}}}"),
         (r"_ ?(?:\{ ?\\text ?\{ ?(\w+) ?\} ?\}|\\text ?\{ ?(\w+) ?\})", r"_{\1\2}"),
-        (r"_ ?\\(max|min)(?![a-z])|_ ?\{ ?\\(max|min) ?\}", r"_{\1\2}"),
         (r"\\text ?\{ ?(?:\\?%|per ?cent(?:age)?|pct) ?\}|\\%|\b(?:per ?cent(?:age)?|pct)\b", "%"),
         (rf"\^ ?\{{ ?\\circ ?\}}|\\degree(?:s|Celsius)?{T}|\^ ?\\circ{T}", r"^\\circ "),
         # as people type it
-        (r"\bnp\.(?=[a-z])|\bmath\.(?=[a-z])", ""),
         (rf"{W}(?:infinity|infty|inf|oo){T}", r"\\infty "),
         (rf"{W}(pi|{_FUNCTIONS}){T}", r"\\\1 "),
         (rf"{W}sqrt ?([0-9]+(?:\.[0-9]+)?|[a-zA-Z]{T}|\\[a-zA-Z]+)", r"\\sqrt{\1}"),
@@ -144,7 +141,6 @@ _TABLE = [
         (r"(\\frac ?\{[^{}]{0,80}(?:\{[^{}]{0,80}\}[^{}]{0,80}){0,4}\}) ?(?![{ ])(\\[a-zA-Z]+|\w)", r"\1{\2}"),
         (r"\\sqrt ?(\[\w+\])? ?(\\[a-zA-Z]+|\w)", r"\\sqrt\1{\2}"),
         # numbers
-        (r"([0-9]{1,3})!!", lambda m: str(_double_factorial(int(m[1])))),
         (r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20})\\(?:bar|dot) ?(?:\{ ?([0-9]{1,20}) ?\}|([0-9]))(?:([0-9]{0,20})\\dot ?\{?([0-9])\}?)?",  # noqa: E501
          lambda m: _repeating(m[1], m[2], "".join(filter(None, m.groups()[2:])))),
         (r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20}?)([0-9]{1,20}?)\3+ ?\\ldots", lambda m: _repeating(*m.groups())),
@@ -152,10 +148,6 @@ _TABLE = [
         (r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?: ?\{,\} ?| )[0-9]{3})+(?![0-9/])", lambda m: re.sub("[^0-9]", "", m[0])),
     ]
 ]  # fmt: skip
-
-
-def _double_factorial(n: int) -> int:
-    return n * _double_factorial(n - 2) if n > 1 else 1
 
 
 def _rows(rows: str) -> str:

@@ -23,6 +23,7 @@ MAX_DIGITS = 20_000  # numbers that need more are not accepted
 POINTS, CONCLUSIVE = 40, 10  # points tried, points that must agree; a zero on both sides says nothing
 NORMALIZATION = NormalizationConfig(units=False, malformed_operators=True, nits=False, boxed="none")
 CONVERSION = ConversionConfig(lowercase_symbols=False, interpret_as_mixed_fractions=False)
+_WITH_D = re.compile(r"int|Xi|\{ ?d ?\}")
 MISREAD = [  # what math-verify's parser takes for something else, or cannot read
     (re.compile(pattern), new)
     for pattern, new in [
@@ -35,10 +36,7 @@ MISREAD = [  # what math-verify's parser takes for something else, or cannot rea
         (r"([0-9]) ?(?=\\(?:frac|binom|log|ln|sum|gcd|lcm|max|min|prod|int|begin|l?floor|lceil)|\()", r"\1\\cdot "),
         (r"\\bmod(?![a-z])", r"\\mod"),
         (r"([0-9a-zA-Z]{1,20}!)(?=\^)", r"(\1)"),
-        (
-            r"\\[a-zA-Z]+|(?<!_)(?<!_\{)d",
-            lambda m: r"\mu_{d}" if m[0] == "d" and not re.search(r"int|Xi|\{ ?d ?\}", m.string) else m[0],
-        ),
+        (r"\\[a-zA-Z]+|(?<!_)(?<!_\{)d", lambda m: m[0] if m[0] != "d" or _WITH_D.search(m.string) else r"\mu_{d}"),
     ]
 ]
 
@@ -47,9 +45,8 @@ MISREAD = [  # what math-verify's parser takes for something else, or cannot rea
 def value(latex: str) -> Any:
     """The value of LaTeX with exact decimals; None if it cannot be read."""
     latex = re.sub(r"\\text ?\{ ?([a-zA-Z]) ?\}", r"\1", latex)
-    if re.search(
-        r"[0-9] ?[_']|[^\W\d_]{4}|\\text", re.sub(r"\\(?!text)[a-zA-Z]+|_\{\w+\}|\{[bpv]?matrix\}", "·", latex)
-    ):
+    without = re.sub(r"\\(?!text)[a-zA-Z]+|_\{\w+\}|\{[bpv]?matrix\}", "·", latex)
+    if re.search(r"[0-9] ?[_']|[^\W\d_]{4}|\\text", without):
         return None  # a number's base or prime would be dropped, words would be products of letters
     for pattern, new in MISREAD:
         latex = pattern.sub(new, latex)
@@ -187,23 +184,18 @@ def same_set(a: Any, b: Any) -> bool:
     return type(a) is type(b) and len(a.args) == len(b.args) and all(map(same, a.args, b.args))
 
 
+def same_matrix(a: Any, b: Any) -> bool:
+    a, b = (sympy.Matrix(v.doit()) for v in (a, b))
+    return a.shape == b.shape and all(map(same, a.flat(), b.flat()))
+
+
 def same(a: Any, b: Any) -> bool:
     """Are two values equal? math-verify's verdict for what is not an expression, a relation, a set or a matrix."""
     if a is None or b is None or any(isinstance(v, Expr) and v.has(nan, zoo) for v in (a, b)):
         return False
-    if a == b:
-        return True
-    for kind, rule in ((Relational, same_relation), (Set, same_set), (Expr, same_value)):
-        if isinstance(a, kind) and isinstance(b, kind):
-            return rule(a, b)
-    if isinstance(a, MatrixBase | sympy.MatrixExpr) and isinstance(b, MatrixBase | sympy.MatrixExpr):
-        a, b = (v.doit() for v in (a, b))
-        return a.shape == b.shape and (a == b or all(map(same, sympy.Matrix(a).flat(), sympy.Matrix(b).flat())))
-    if isinstance(a, Expr | Set | Relational | MatrixBase) or isinstance(b, Expr | Set | Relational | MatrixBase):
-        return False  # of different kinds
+    matrix = MatrixBase | sympy.MatrixExpr
+    rules = {matrix: same_matrix, Relational: same_relation, Set: same_set, Expr: same_value}
+    for kind, rule in rules.items() if a != b else ():
+        if isinstance(a, kind) or isinstance(b, kind):
+            return isinstance(a, kind) and isinstance(b, kind) and rule(a, b)
     return a == b or verify(a, b, float_rounding=30, numeric_precision=30, timeout_seconds=None)
-
-
-def works() -> bool:
-    """False where math-verify's parser does not fit the installed antlr runtime: every verdict would be wrong."""
-    return same(value(r"\frac{1}{\sqrt{2}}"), value(r"\frac{\sqrt{2}}{2}"))

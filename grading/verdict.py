@@ -1,44 +1,65 @@
 """Second stage: verdicts from a process that can be killed. The public functions of this folder, but for the box.
 
-What a model wrote and the golds are read in a child process (worker.py), which is sent a line of JSON with a batch of
-questions and answers each by a line.
+What a model wrote and the golds are read in a child process only: a line of JSON with a batch of questions goes in, a
+line for each reply comes out. sympy can take for ever or all memory on a hostile answer, so a fork answers; one
+that has used up the CPU time of a question is killed and replaced in milliseconds. A busy machine changes no verdict.
 """
 
 import atexit
 import json
+import logging
 import multiprocessing.connection
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 CPU_SECONDS, WALL_SECONDS, START_SECONDS = 0.75, 60, 120  # of a question; of one that sleeps; of the import of sympy
-BATCH = 32
+MEMORY_BYTES, BATCH = 4 << 30, 32
 timeouts = 0  # questions of this process that were killed
 Gold = str | Sequence[str]
+
+
+def work(questions: dict[str, Callable], cpu_seconds: float) -> None:
+    """In the child: replies to batches on stdin until it is closed."""
+    logging.disable(logging.CRITICAL)
+    replies, sys.stdout = sys.stdout, sys.stderr
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    if not questions["right"](r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"):  # does its parser fit the antlr runtime?
+        raise SystemExit("math-verify does not work here: pip install 'math-verify[antlr4_13_2]'")
+    print("ready", file=replies, flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads its messages from here on
+    while os.fork():
+        if not os.WIFSIGNALED(os.wait()[1]):
+            return  # no more questions
+        print('"timeout"', file=replies, flush=True)
+    for line in sys.stdin:
+        for kind, *texts in json.loads(line):
+            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # SIGPROF ends this process, even inside C code
+            try:
+                reply = questions[kind](*texts)
+            except Exception:  # whatever sympy raises
+                reply = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            print(json.dumps(reply), file=replies, flush=True)
+    os._exit(0)
 
 
 class _Worker:
     def __init__(self):
         root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        self.process: Any = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import sys; from grading.worker import work; work(*map(float, sys.argv[1:]))",
-                str(CPU_SECONDS),
-            ],
-            env={**os.environ, "PYTHONPATH": path},
-            bufsize=0,
-            start_new_session=True,
-            **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
-        )
+        code = f"from grading import policy, verdict; verdict.work(policy.QUESTIONS, {CPU_SECONDS})"
+        pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        env = {**os.environ, "PYTHONPATH": path}
+        command = [sys.executable, "-c", code]
+        self.process: Any = subprocess.Popen(command, env=env, bufsize=0, start_new_session=True, **pipes)
         if self.receive(START_SECONDS) != "ready":
             raise RuntimeError(f"the grading worker did not start: {(self.stop().strip().splitlines() or [''])[-1]}")
 
@@ -48,7 +69,7 @@ class _Worker:
         return self.process.stdout.readline().decode().strip() if ready else ""
 
     def ask(self, batch: list) -> list:
-        """The replies up to the first that is "timeout"; the worker is gone if the last one is None."""
+        """The replies up to the first that is "timeout"; the process is stopped where no line came for that one."""
         replies: list = []
         try:
             self.process.stdin.write(json.dumps(batch).encode() + b"\n")
@@ -107,16 +128,15 @@ def _ask_batch(batch: list[tuple]) -> None:
 
 
 def _ask(questions: Sequence[tuple]) -> list:
-    """Replies to questions ("right", gold, answer), ("check", gold), ("vote", gold, a, b); each is asked once."""
+    """Replies to questions ("right", gold, answer), ("readable", gold), ("vote", gold, a, b); each is asked once."""
     new = [question for question in dict.fromkeys(questions) if question not in _known]
     batches = [new[start : start + BATCH] for start in range(0, len(new), BATCH)]
     threads = min(os.cpu_count() or 1, len(new) // 50)  # a worker takes 2 s to start: one does for few answers
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(_ask_batch, batches))
-    else:
-        for batch in batches:
-            _ask_batch(batch)
+    for batch in batches if threads <= 1 else ():
+        _ask_batch(batch)
     return [_known[question] for question in questions]
 
 
@@ -129,11 +149,13 @@ def _several(gold: Gold) -> list[str]:
 
 def check_golds(golds: Sequence[Gold]) -> list[str | None]:
     """For each gold an error that names it, if nothing can be compared with it, or None."""
-    errors = iter(_ask([("check", text) for gold in golds for text in _several(gold)]))
-    found = [
-        [next(errors) for _ in _several(gold)] or ["gold answer cannot be parsed: there is none"] for gold in golds
+    texts = [text for gold in golds for text in _several(gold)]
+    unreadable = {text for text, reply in zip(texts, _ask([("readable", text) for text in texts])) if reply is not True}
+    bad = [
+        next((text for text in _several(gold) if text in unreadable), None if _several(gold) else "") for gold in golds
     ]
-    return [next((error for error in each if error), None) for each in found]
+    shown = [text if text is None or len(text) < 200 else text[:200] + "..." for text in bad]
+    return [None if text is None else f"gold answer cannot be parsed: {text!r}" for text in shown]
 
 
 def grade_all(pairs: Sequence[tuple[str | None, Gold]]) -> list[str]:
@@ -143,15 +165,11 @@ def grade_all(pairs: Sequence[tuple[str | None, Gold]]) -> list[str]:
     """
     if error := next(filter(None, check_golds([gold for _, gold in pairs])), None):
         raise ValueError(error)
-    asked = [(answer, _several(gold)) for answer, gold in pairs]
-    replies = iter(_ask([("right", g, a) for a, golds in asked if a and a.strip() for g in golds]))
-    verdicts = []
-    for answer, golds in asked:
-        each = [next(replies) for _ in golds] if answer and answer.strip() else ["none"]
-        verdicts.append(
-            "right" if True in each else "timeout" if "timeout" in each else "wrong" if False in each else "none"
-        )
-    return verdicts
+    asked = [[("right", g, answer) for g in _several(gold) if answer and answer.strip()] for answer, gold in pairs]
+    known = dict(zip(flat := [question for each in asked for question in each], _ask(flat)))
+    replies = [{known[question] for question in each} for each in asked]
+    order = {True: "right", "timeout": "timeout", False: "wrong"}
+    return [next((name for reply, name in order.items() if reply in each), "none") for each in replies]
 
 
 def answers_equal(answer: str | None, gold: Gold) -> bool:
@@ -167,13 +185,12 @@ def group_answers(answers: Sequence[str | None], gold: Gold) -> list[int | None]
     """
     distinct = sorted({answer for answer in answers if answer and answer.strip()})
     verdicts = dict(zip(distinct, grade_all([(answer, gold) for answer in distinct])))
-    class_of = {answer: 0 if verdict == "right" else answer for answer, verdict in verdicts.items()}
+    class_of: dict[Any, Any] = {answer: 0 if verdict == "right" else answer for answer, verdict in verdicts.items()}
     wrong = [answer for answer, verdict in verdicts.items() if verdict == "wrong"]
     pairs = [(a, b) for n, a in enumerate(wrong) for b in wrong[:n]]
     for (a, b), same in zip(pairs, _ask([("vote", _several(gold)[0], a, b) for a, b in pairs])):
         if same is True:
-            merged = {class_of[a], class_of[b]}
-            class_of = {key: min(merged, key=str) if c in merged else c for key, c in class_of.items()}
+            class_of = {key: class_of[a] if c == class_of[b] else c for key, c in class_of.items()}
     numbers: dict[Any, int] = {0: 0}
-    classes = [class_of.get(answer) if answer else None for answer in answers]
+    classes = [class_of.get(answer) for answer in answers]
     return [None if c is None else numbers.setdefault(c, len(numbers)) for c in classes]

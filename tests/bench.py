@@ -1,4 +1,4 @@
-"""Benchmarks: python tests/bench.py NAME [...] [--trl-python PYTHON]
+"""Benchmarks: python tests/bench.py NAME [...] [--trl-python PYTHON] [--rows FILE.jsonl ...] [--authors grader.py]
 
 engine    tokens a second of transformers' `generate` (one padded batch), our transformers engine and vLLM, where it is
           there, on the same prompts; and how much of what repeats in forced answers is computed once
@@ -9,13 +9,17 @@ update    log-probs and loss of an update at a vocabulary of 152k, forward and b
           matmul is done four times by us, three times plainly: ours cannot be below 4/3 in the matmuls
 trl       whole GRPO steps against TRL's GRPOTrainer, both with transformers as the engine: same model, prompts, group
           size, lengths; and what progress costs, --bonus 1 against --bonus 0 at equal rollouts
+grading   our grader, math-verify alone and the authors' grader.py (if given) by kind of answer: rows decided right,
+          and accepted wrongly, of tests/answers.txt or of files with rows {gold, output, expected, kind}
 
 Each compares in one run, on the embedded model unless it says otherwise. Only ratios mean anything: another process on
 the machine slows all rows, and OpenMP code most. PYTHON: one with trl and what requirements-cpu.txt has.
 """
 
 import argparse
+import importlib.util
 import json
+import logging
 import resource
 import statistics
 import subprocess
@@ -26,10 +30,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from math_verify import parse, verify
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Forcing, Segmentation, forced_prompt, read_trace, read_traces, set_likelihood_J, set_sampled_J
+from common import (
+    Forcing,
+    Segmentation,
+    forced_prompt,
+    grade,
+    read_trace,
+    read_traces,
+    set_likelihood_J,
+    set_sampled_J,
+)
 from engine import models
 from engine.logprobs import token_logprobs
 from engine.models import ROOT, resolve_model
@@ -281,7 +295,53 @@ def bench_trl(args) -> None:
         print(f"--bonus 1 --variant {flags:28s} a trained token costs, against --bonus 0: {told}")
 
 
+# ------------------------------------------------------------------------------------------------ answers
+
+
+def own_rows() -> list[dict]:
+    """The rows of answers.txt; its comments are their kinds."""
+    rows, kind = [], ""
+    for line in Path(__file__).with_name("answers.txt").read_text(encoding="utf-8").split("\n"):
+        kind = line[2:] if line[:2] == "# " else kind
+        gold, _, answers = line[2:].partition(" | ")
+        for answer in answers.split(" ; ") if line[:2] in ("+ ", "- ") else ():
+            output = rf"\boxed{{{answer}}}"
+            rows.append({"gold": gold, "output": output, "expected": line[0] == "+", "kind": kind})
+    return rows
+
+
+def math_verify_alone(output: str, gold: str) -> bool:
+    """With its own defaults; the gold delimited, as it asks for."""
+    return verify(parse(rf"\boxed{{{gold}}}"), parse(output))
+
+
+def bench_grading(args) -> None:
+    logging.disable(logging.CRITICAL)
+    graders = {"ours": grade, "math-verify": math_verify_alone}
+    if args.authors:
+        spec = importlib.util.spec_from_file_location("authors_grader", args.authors)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        graders["authors"] = module.solution_eq_ans
+    table: dict[str, np.ndarray] = {}
+    for row in [json.loads(line) for file in args.rows for line in Path(file).open(encoding="utf-8")] or own_rows():
+        cells = [1]
+        for grader in graders.values():
+            try:
+                verdict = bool(grader(row["output"], row["gold"]))
+            except ValueError:  # a gold that it refuses
+                verdict = False
+            cells += [verdict is row["expected"], verdict and not row["expected"]]
+        for kind in (row["kind"], "all"):
+            table[kind] = table.get(kind, 0) + np.array(cells)
+    table["all"] = table.pop("all")
+    head = [cell for name in graders for cell in (f"{name}: right", "accepts wrongly")]
+    print(report.markdown(["kind", "rows", *head], [[kind, *map(str, cells)] for kind, cells in table.items()]))
+
+
 BENCHES = {
+    "grading": bench_grading,
     "engine": bench_engine,
     "prefixes": bench_prefixes,
     "progress": bench_progress,
@@ -294,6 +354,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=BENCHES, metavar="NAME", help=", ".join(BENCHES))
     parser.add_argument("--trl-python", metavar="PYTHON", help="adds TRL's row to update and trl")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="FILE", help="grades these rows")
+    parser.add_argument("--authors", metavar="FILE", help="adds the grader.py of the paper's code to grading")
     args = parser.parse_args()
     for name in args.names:
         print(f"\n## {name}\n", flush=True)

@@ -168,7 +168,7 @@ def test_the_marks_of_the_readme_are_those_of_the_code():
     for number, functions in rows:
         for module, name in re.findall(r"`(\w+)\.(\w+)`", functions):
             source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
-            body = re.search(rf"^def {name}\(.*?(?=^(?:def|class|# =|# -))", source, re.M | re.S)
+            body = re.search(rf"^def {name}\(.*?(?=^(?:def|class|# =|# -)|\Z)", source, re.M | re.S)
             assert body and f"# MRT {number}" in body[0], (number, name)
 
 
