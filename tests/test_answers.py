@@ -283,10 +283,10 @@ words = "the is smallest possible value of 3 at origin and or for if (so) half t
 prose = st.lists(st.sampled_from(words) | st.text("abcdefgh,.-+123", min_size=1, max_size=9), max_size=40).map(" ".join)
 
 
-def test_prose_is_graded_within_a_quarter_of_a_second(monkeypatch):
+def test_prose_is_graded_within_half_a_second(monkeypatch):
     """In a child that is killed after so much of the processor's time for a question."""
     grading._stop_workers()
-    monkeypatch.setattr(grading, "CPU_SECONDS", 0.25)
+    monkeypatch.setattr(grading, "CPU_SECONDS", 0.5)
     before = grading.timeouts
 
     @settings(max_examples=300, derandomize=True, deadline=None, database=None)
