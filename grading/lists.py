@@ -240,7 +240,7 @@ def named(gold: str, answer: str, same: Same) -> bool:
         return bool(left) and same(gold, last)
     if len(left) == 1 and number(last) == 0 and letters(left[0]):
         return False
-    if any(re.search(r"[a-zA-Z]{2,} ", re.sub(r"\\[a-zA-Z]+", "", plain(side))) for side in left):
+    if any(re.search(r"[a-zA-Z]{2} ", re.sub(r"\\[a-zA-Z]+", "", plain(side))) for side in left):
         return False  # a sentence
     return same(gold, last) and all(
         (letters(side) and not letters(side) & letters(last)) or same(gold, side) for side in left

@@ -82,7 +82,7 @@ _REASON = re.compile(
 )
 _DOMAIN = re.compile(r"[,(;]| (?=[a-zA-Z](?:_\w)? ?(?:\\(?:in|[lgn]e)(?![a-z])|[<>]))")
 _RESTRICTS = re.compile(r"\b(?:if|otherwise|or|odd|even|else|except|remainder|not|but|unless|(?:is|equals) -?[0-9])\b")
-_PROSE = re.compile("[a-zA-Z]{3,} [a-zA-Z]{2,}")
+_PROSE = re.compile("[a-zA-Z]{3} [a-zA-Z]{2}")
 _ON_NAMES = re.compile(
     r"(?:for |where |with )?[a-zA-Z](?:_\w)?(?: ?, ?[a-zA-Z])* ?(?:\\(?:in|[lgn]e)(?![a-z])|[<>])[^,;=]*"
 )
