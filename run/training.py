@@ -372,8 +372,8 @@ def rewind(run: Path, step: int) -> None:
     for name in ("metrics.jsonl", "records.jsonl", "validation.jsonl"):
         if (run / name).exists():
             rows = parse_lines(run / name, whole_lines(run / name)) if step else []
-            if kept := [json_line(row) for row in rows if row["step"] <= step]:
-                write_text(run / name, "".join(kept))
+            if kept := "".join(json_line(row) for row in rows if row["step"] <= step):
+                write_text(run / name, kept)
             else:
                 remove(run / name)
 
