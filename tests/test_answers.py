@@ -414,7 +414,13 @@ def test_votes_that_were_chosen_to_be_hard():
 @needs_data
 def test_visible_examples():
     for row in rows("grading_examples.jsonl"):
-        decided = {None: row["expected"], "T": True, "T?": row["category"] != "unit", "F": False, "?": row["category"] != "unit"}
+        decided = {
+            None: row["expected"],
+            "T": True,
+            "T?": row["category"] != "unit",
+            "F": False,
+            "?": row["category"] != "unit",
+        }
         assert grade(row["output"], row["gold"]) is decided[row["policy"]], row
 
 

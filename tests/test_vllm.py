@@ -7,9 +7,9 @@ without CUDA can execute.
 import copy
 import json
 import os
-import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -234,48 +234,24 @@ def run(folder: Path, *command) -> subprocess.CompletedProcess:
 
 @needs_vllm
 def test_training_with_vllm_resumes_and_its_log_probs_stay_the_trainers(tmp_path):
-    flags = (
-        "--engine",
-        "vllm",
-        "--bonus",
-        "1",
-        "--variant",
-        "online",
-        "--problems-per-step",
-        "4",
-        "--group-size",
-        "4",
-        "--max-tokens",
-        "128",
-        "--eval-every",
-        "2",
-        "--eval-problems",
-        "8",
-        "--checkpoint-every",
-        "1",
-        "--keep",
-        "9",
-        "--steps",
-        "3",
-        "--lr",
-        "1e-3",
-        "--out",
-        "r",
-    )
-    done = run(tmp_path, ROOT / "rl_mrt.py", *flags)
+    flags = "--engine vllm --bonus 1 --variant online --problems-per-step 4 --group-size 4 --max-tokens 128 --steps 3"
+    flags = [ROOT / "rl_mrt.py", *f"{flags} --eval-every 2 --eval-problems 8 --lr 1e-3 --out".split()]
+    done = run(tmp_path, *flags, "r")
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and max(line["sampler_gap_max"] for line in lines) < 1e-4
-    before = models.load_model(str(tmp_path / "r/model"), "cpu").state_dict()
-    for name in ("model", "checkpoints/step_000003", "checkpoints/step_000002"):
-        shutil.rmtree(tmp_path / "r" / name)
-    (tmp_path / "r/summary.json").unlink()
-    done = run(tmp_path, ROOT / "rl_mrt.py", *flags, "--resume")
+    stopped = subprocess.Popen([sys.executable, *map(str, flags), "s"], cwd=tmp_path)
+    while not (tmp_path / "s/metrics.jsonl").exists():
+        assert stopped.poll() is None
+        time.sleep(0.05)
+    stopped.terminate()
+    assert stopped.wait() == 143
+    done = run(tmp_path, *flags, "s", "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "at step 1" in done.stdout
-    after = models.load_model(str(tmp_path / "r/model"), "cpu").state_dict()
-    for name, weights in before.items():
-        torch.testing.assert_close(after[name], weights, atol=1e-6, rtol=0)
+    assert "resumed from" in done.stdout
+    weights, after = (models.load_model(str(tmp_path / name / "model"), "cpu").state_dict() for name in "rs")
+    for name, tensor in weights.items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
 
 
 @needs_vllm
