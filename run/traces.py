@@ -83,9 +83,12 @@ def inputs_of(args, problems: list[dict], prompts: list[list[int]], held_out: Se
 
 
 def problem_digests(problems: Sequence[dict], prompts: list[list[int]]) -> dict[str, str]:
-    """{id: its place, and a digest of the problem with all it holds and of its prompt}."""
+    """{id: its place, and a digest of text, gold answer, recorded prefix and prompt}."""
     numbered = enumerate(zip(problems, prompts))
-    return {problem["id"]: f"{number} {digest(problem, prompt)}" for number, (problem, prompt) in numbered}
+    return {
+        p["id"]: f"{number} {digest(p['problem'], p['answer'], p.get('prefix'), prompt)}"
+        for number, (p, prompt) in numbered
+    }
 
 
 def room_for_answer(tokenizer, answer_tokens: int) -> int:

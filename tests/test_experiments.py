@@ -35,7 +35,14 @@ TOY = {
     },
     "confirm": {
         "seeds": {"base": 1, "GRPO": 1, "MRT online": 1, "STaR": 1},
-        "evaluate": {"split": "test", "limit": 6, "max-tokens": 64, "num-samples": 2, "budgets": "32,64"},
+        "evaluate": {
+            "metric": "all",
+            "split": "test",
+            "limit": 6,
+            "max-tokens": 64,
+            "num-samples": 2,
+            "budgets": "32,64",
+        },
     },
     "star": {
         "max-tokens": 96,

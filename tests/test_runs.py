@@ -7,14 +7,14 @@ import sys
 import time
 
 import pytest
-from conftest import PATIENCE, ROOT, SCRIPTS, assert_same_bits, jsonl, refusal, run_settings, same_content, succeeded
+from conftest import PATIENCE, SCRIPTS, assert_same_bits, jsonl, refusal, run_settings, same_content, succeeded
 
 import rl_mrt
 from engine.processes import LAUNCHED, ranks
 from run import data
 from run.files import append_jsonl, read_jsonl, repair, whole_lines, write_text
 from run.folder import held, metrics_reporter, open_run, weights_digest
-from run.traces import problem_digests, prompts_to
+from run.traces import problem_digests
 
 # ------------------------------------------------------------------------------------------------ faults at any place
 
@@ -134,18 +134,6 @@ def test_a_digest_is_of_problem_gold_prompt_and_weights(tmp_path):
     first = weights_digest(str(tmp_path))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert weights_digest(str(tmp_path)) != first
-
-
-def test_a_template_that_asks_for_the_date_gets_the_day_the_run_began(tokenizer, capsys):
-    args = run_settings(ROOT, chat_template_kwargs=None, date="2024-02-29")
-    template = tokenizer.chat_template
-    try:
-        tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}: {{ messages[0]['content'] }}"
-        prompts = [prompts_to(args, tokenizer, [{"problem": "x"}])[0] for _ in range(2)]
-        expected = tokenizer.encode("29 February 2024: x", add_special_tokens=False)
-    finally:
-        tokenizer.chat_template = template
-    assert prompts == [expected, expected] and capsys.readouterr().out.count("2024-02-29") == 1
 
 
 @pytest.mark.parametrize(
