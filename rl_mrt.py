@@ -16,7 +16,7 @@ rollouts start. l_FT is the outcome reward's objective, c_{j-1} the prefix befor
 
 On a laptop, with the embedded model (a minute or two on one core):
     python rl_mrt.py --bonus 0
-    python rl_mrt.py --bonus 1                         # --variant online --progress log-likelihood
+    python rl_mrt.py --bonus 1                         # --variant online --progress nats
 On GPUs, with the paper's data and settings (Table 3):
     python rl_mrt.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --bonus 1.0           # --variant prefix
     torchrun --nproc-per-node 8 rl_mrt.py --config configs/rl_r1_distill_1.5b.yaml
@@ -99,9 +99,9 @@ def flags(argv=None) -> argparse.Namespace:
     flag = add_group(parser, "MRT")
     flag("bonus", 1.0, 1.0, "the authors' v0.1", type=non_negative, help="α of Eq. 2; 0 is GRPO")
     flag("variant", "online", "prefix", "the paper's", choices=("prefix", "online"))
-    estimate = "J by sampled forced answers, by the gold answer's likelihood, or that in nats (default: log-likelihood "
-    estimate += "for tiny online, else sampled, as the authors)"
-    flag("progress", choices=("sampled", "likelihood", "log-likelihood"), help=estimate)
+    estimate = "J by sampled forced answers, by the gold answer's likelihood, or that in nats (default: nats for "
+    estimate += "tiny online, else sampled, as the authors)"
+    flag("progress", choices=("sampled", "likelihood", "nats"), help=estimate)
     flag("stop-credit", type=non_negative, default=0.0, help="β of the decision to stop; ours, not the paper's")
     stale = (
         "prefixes and their J from the records of a run of analyze_r1.py, evaluate.py or star_mrt.py, one a problem, "
@@ -141,7 +141,7 @@ def flags(argv=None) -> argparse.Namespace:
     flag("eval-every", 10, 10, "ours", type=whole_number, help="steps between validations; 0: none")
     args = parse_flags(parser, argv)
     in_nats_by_default = args.variant == "online" and models.is_tiny(args.model)
-    args.progress = args.progress or ("log-likelihood" if in_nats_by_default else "sampled")
+    args.progress = args.progress or ("nats" if in_nats_by_default else "sampled")
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
     args.out = args.out or Path("runs") / f"rl-{folder.short_name(args.model)}-{kind}-seed{args.seed}"
     check_flags(args)
@@ -422,7 +422,7 @@ def penalise_length(rewards: torch.Tensor, lengths: torch.Tensor, weight: float)
 
 def scale_of(args) -> Callable:
     """What turns J into the unit that progress is measured in."""
-    return in_nats if args.progress == "log-likelihood" else np.asarray
+    return in_nats if args.progress == "nats" else np.asarray
 
 
 def episode_credit(group: list[Trace], scale=np.asarray) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import evaluate
-from common import Trace, episode_spans, set_likelihood_J
+from common import Trace, episode_spans, normalized_regret, set_likelihood_J
 from engine import models
 from engine.sampler import Sampler
 from engine.transformers_engine import TransformersEngine
@@ -20,10 +20,11 @@ from run import data
 from run.files import read_jsonl, write_json, write_text
 from run.flags import numbers
 from run.folder import load_records
-from run.report import cell, draw_curve, group_by_problem, markdown, save_figure, subplots, tokens_to_reach
-from run.traces import accuracy_at, prompts_of, regret_at, sample_traces
+from run.report import cell, draw_curve, group_by_problem, markdown, pyplot, save_figure, subplots, tokens_to_reach
+from run.traces import accuracy_at, prompts_of, regret_at, sample_traces, trace_curve
 
 DRAWS = 2000
+SELF_TRAINED = {"MRT-STaR": "test-mrt"}  # methods of a self-training beside STaR, and the evaluation of each
 Values = dict[str, np.ndarray]  # {metric: [seeds, problems, …]} of one method
 Table = dict[str, dict[str, Any]]  # row → column → interval or text
 Curves = tuple[np.ndarray, np.ndarray, np.ndarray]  # at each validation: sampled tokens, computed tokens, accuracy
@@ -38,31 +39,44 @@ def folder(args, method: str, seed: int) -> Path:
 
 
 def write_report(args, config) -> None:
-    """summary.json with every number, tables.md with the tables, and the figures, of what is there."""
+    """summary.json with every number, tables.md with the tables, and the figures, of what is there. On the screen: how
+    every method did, and in words the differences to its reference."""
     args.pages.mkdir(parents=True, exist_ok=True)
     tables: dict[str, Table] = {}
     values = {method: read_values(args, config, method) for method in config["confirm"]["seeds"]}
-    values["MRT-STaR"] = read_values(args, config, "STaR", "test-mrt")
+    values |= {name: read_values(args, config, "STaR", test) for name, test in SELF_TRAINED.items()}
     values = {method: measured for method, measured in values.items() if measured}
-    if {"base", "GRPO"} <= set(values):
-        trained = {"base": values["base"]}
-        trained |= {method: v for method, v in values.items() if method not in ("base", "STaR", "MRT-STaR")}
-        tables |= comparison(config, "Reinforcement learning", trained, "GRPO")
-        curves = {method: learning_curves(args, config, method) for method in trained if method != "base"}
+    tables["Levels"] = levels(config, values)
+    pair = {"STaR": [name for name in SELF_TRAINED if name in values], "GRPO": trained_by_rl(values)}
+    for reference, others in pair.items():
+        if others and {"base", reference} <= set(values):
+            measured = {name: values[name] for name in ("base", reference, *others)}
+            tables |= comparison(config, measured, reference)
+    if "GRPO" in values:
+        curves = {method: learning_curves(args, config, method) for method in ("GRPO", *pair["GRPO"])}
         tables["Training"] = training_table(curves)
-        draw_confirmation(args, config, trained, curves)
-        draw_method(args, config)
-    if {"base", "STaR", "MRT-STaR"} <= set(values):
-        tables |= comparison(config, "Self-training", {m: values[m] for m in ("base", "STaR", "MRT-STaR")}, "STaR")
-    seeds = {method: len(measured["right"]) for method, measured in values.items()}
-    write_json(args.pages / "summary.json", {"seeds": seeds, "tables": tables})
+        draw_results(args, config, values, curves)
+    write_json(args.pages / "summary.json", {"seeds": per_seed(values), "tables": tables})
     text = "".join(f"## {title}\n\n{markdown_of(rows)}\n" for title, rows in tables.items() if rows)
     write_text(args.pages / "tables.md", text)
-    print(text)
-    print(f"tables: {args.pages / 'tables.md'}   numbers: {args.pages / 'summary.json'}   figures beside them\n")
-    for title, reference in (("Self-training", "STaR"), ("Reinforcement learning", "GRPO")):
-        for name, differences in tables.get(f"{title}: difference to {reference}", {}).items():
-            print(in_words(name, reference, differences))
+    print(markdown_of(tables["Levels"]))
+    for reference, others in pair.items():
+        for name in others:
+            if differences := tables.get(f"Difference to {reference}", {}).get(name):
+                print(in_words(name, reference, differences))
+    print(f"\ntables: {args.pages / 'tables.md'}   numbers: {args.pages / 'summary.json'}   figures beside them")
+
+
+def trained_by_rl(values: dict[str, Values]) -> list[str]:
+    return [name for name in values if name not in ("base", "GRPO", "STaR", *SELF_TRAINED)]
+
+
+def per_seed(values: dict[str, Values]) -> dict[str, dict[str, list[float]]]:
+    """{method: {metric: each seed's mean over the problems}}."""
+    return {
+        name: {metric: [float(seed.mean()) for seed in seeds] for metric, seeds in measured.items() if seeds.ndim == 2}
+        for name, measured in values.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------- the confirmation
@@ -90,6 +104,7 @@ def measure(config, record: dict) -> dict[str, Any]:
         "right": record["reward"],
         "tokens": record["tokens"],
         **{f"regret@{budget}": regret_at(record, budget) for budget in budgets_of(config)},
+        **{f"forced@{budget}": accuracy_at(record, budget) for budget in budgets_of(config)},
         "anytime": [accuracy_at(record, budget) for budget in grid_of(config)],
         "truncated": record["finish"] == "length",
         "idle share": idle,
@@ -142,46 +157,45 @@ def cell_of(draws: np.ndarray) -> dict[str, float]:
     return {"mean": float(draws[0]), "low": float(low), "high": float(high)}
 
 
-def comparison(config, title: str, values: dict[str, Values], reference: str) -> dict[str, Table]:
-    """Accuracy, its gain over the base, tokens; the differences to the reference; tokens to its accuracy."""
-    compared = ("right", "tokens", *(f"regret@{budget}" for budget in budgets_of(config)))
-    wasted = ("truncated", "idle share", "episodes after the find")
-    draws = {metric: boot(values, metric) for metric in (*compared, *wasted)}
-    right, rows = draws["right"], {}
-    gain = {name: right[name] - right["base"] for name in values}
-    others = [name for name in values if name not in ("base", reference)]
-    for name in values:
-        rows[name] = {"seeds": f"{len(values[name]['right'])}", "right": cell_of(right[name]), "gain": "", "ratio": ""}
-        rows[name] |= {"gain": cell_of(gain[name])} if name != "base" else {}
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rows[name] |= {"ratio": cell_of(gain[name] / gain[reference])} if name in others else {}
-        rows[name]["tokens"] = cell_of(draws["tokens"][name])
+def levels(config, values: dict[str, Values]) -> Table:
+    """How each method did, on its own."""
+    budgets = budgets_of(config)
+    shown = (f"regret@{budgets[-3]}", f"regret@{budgets[-1]}", "right", f"forced@{budgets[-3]}", "tokens")
+    draws = {metric: boot(values, metric) for metric in shown}
     return {
-        title: rows,
-        f"{title}: difference to {reference}": {
+        name: {"seeds": f"{len(values[name]['right'])}", **{metric: cell_of(draws[metric][name]) for metric in shown}}
+        for name in values
+    }
+
+
+def comparison(config, values: dict[str, Values], reference: str) -> dict[str, Table]:
+    """What regret falls and accuracy rises from the base, in the reference's; differences to it; behaviour."""
+    regrets, forced = ([f"{name}@{budget}" for budget in budgets_of(config)] for name in ("regret", "forced"))
+    compared, wasted = (*regrets, "right", *forced, "tokens"), ("truncated", "idle share", "episodes after the find")
+    draws = {metric: boot(values, metric) for metric in (*compared, *wasted)}
+    others = [name for name in values if name not in ("base", reference)]
+
+    def change(name: str, metric: str) -> np.ndarray:
+        return draws[metric][name] - draws[metric]["base"]
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        in_its = {
+            name: {
+                label: cell_of(change(name, metric) / change(reference, metric))
+                for label, metric in {**{f"cut of {metric}": metric for metric in regrets}, "gain": "right"}.items()
+            }
+            for name in others
+        }
+    return {
+        f"In {reference}'s": in_its,
+        f"Difference to {reference}": {
             name: {f"Δ {metric}": cell_of(draws[metric][name] - draws[metric][reference]) for metric in compared}
             for name in others
         },
-        f"{title}: tokens for {reference}'s accuracy": reach_table(config, values, reference),
-        f"{title}: behaviour": {name: {metric: cell_of(draws[metric][name]) for metric in wasted} for name in values},
+        f"Behaviour beside {reference}": {
+            name: {metric: cell_of(draws[metric][name]) for metric in wasted} for name in values
+        },
     }
-
-
-def reach_table(config, values: dict[str, Values], reference: str) -> Table:
-    """At how many tokens an answer forced by then is as often right as the reference in the end, and how many times as
-    many tokens the reference needs."""
-    curves = {name: np.pad(draws, ((0, 0), (1, 0))) for name, draws in boot(values, "anytime").items()}  # 0 within 0
-    grid, rows = np.append(0.0, grid_of(config)), {}
-    ends = curves[reference][:, -1]
-    need = {
-        name: np.array([tokens_to_reach(end, grid, curve) for end, curve in zip(ends, draws)])
-        for name, draws in curves.items()
-    }
-    for name in curves:
-        with np.errstate(invalid="ignore"):  # neither gets there in some draw of a toy
-            ratio = cell_of(need[reference] / need[name]) if name not in ("base", reference) else ""
-        rows[name] = {"tokens": cell_of(need[name]), "ratio": ratio}
-    return rows
 
 
 def training_table(curves: dict[str, list[Curves]]) -> Table:
@@ -228,7 +242,7 @@ def markdown_of(rows: Table) -> str:
         if not math.isfinite(value["mean"]):
             return "–"
         digits = 0 if "tokens" in column else 2
-        return cell(value, digits, "+" if column.startswith(("Δ", "gain")) else "").replace("inf", "∞")
+        return cell(value, digits, "+" if column.startswith("Δ") else "").replace("inf", "∞")
 
     return markdown(["", *columns], [[name, *(shown(c, row[c]) for c in columns)] for name, row in rows.items()])
 
@@ -240,65 +254,70 @@ def in_words(name: str, reference: str, differences: dict[str, dict[str, float]]
         """1: the interval is above 0, -1: below, 0: it holds 0."""
         return (differences[metric]["low"] > 0) - (differences[metric]["high"] < 0)
 
-    often = {1: "more often right than", 0: "as often right, within the noise, as", -1: "less often right than"}
-    longer = {1: "with longer traces", 0: "with traces as long", -1: "with shorter traces"}
+    often = {1: "more often right", 0: "as often right, within the noise,", -1: "less often right"}
+    longer = {1: "from longer traces", 0: "from traces as long", -1: "from shorter traces"}
     budgets = [metric for metric in differences if metric.startswith("Δ regret@")]
     less, more = ([b.split("@")[1] for b in budgets if side(b) == sign] for sign in (-1, 1))
-    regret = f"less regret at budgets of {', '.join(less)} tokens" if less else ""
+    regret = f"less regret than {reference} at budgets of {', '.join(less)} tokens" if less else ""
     regret += (" and " if less and more else "") + (f"more at {', '.join(more)}" if more else "")
     right, tokens = cell(differences["Δ right"], 2, "+"), cell(differences["Δ tokens"], 0, "+")
     return (
-        f"{name} is {often[side('Δ right')]} {reference} ({right}), {longer[side('Δ tokens')]} ({tokens} tokens), and "
-        f"has {regret or 'as much regret, within the noise'}."
+        f"{name} has {regret or f'as much regret as {reference}, within the noise'} "
+        f"({cell(differences[budgets[-1]], 2, '+')} at {budgets[-1].split('@')[1]}); left alone it is "
+        f"{often[side('Δ right')]} ({right}), {longer[side('Δ tokens')]} ({tokens} tokens)."
     )
 
 
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def draw_confirmation(args, config, values: dict[str, Values], curves: dict[str, list[Curves]]) -> None:
-    """Learning curves, a thin line a seed; the accuracy of an answer forced within a budget; the normalised regret."""
-    figure, axes = subplots(3, 3.7, 3.3)
+def draw_results(args, config, values: dict[str, Values], curves: dict[str, list[Curves]]) -> None:
+    """results.png: regret and accuracy by budget, learning curves, and J along a trace before and after training.
+    method.png: the traces alone."""
+    traces = example_traces(args, config)
+    figure = pyplot().figure(figsize=(11, 3.4 + 2.3 * len(traces)), constrained_layout=True)
+    grid = figure.add_gridspec(1 + len(traces), 3, height_ratios=[3.4] + [2.3] * len(traces))
+    draw_curves([figure.add_subplot(grid[0, i]) for i in range(3)], config, values, curves)
+    draw_traces([figure.add_subplot(grid[1 + i, :]) for i in range(len(traces))], traces)
+    save_figure(figure, args.pages / "results.png")
+    figure, axes = subplots(len(traces), 9, 2.9, rows=len(traces))
+    draw_traces(axes, traces)
+    save_figure(figure, args.pages / "method.png")
+
+
+def draw_curves(axes, config, values: dict[str, Values], curves: dict[str, list[Curves]]) -> None:
+    """The normalised regret by budget; the accuracy of an answer forced within a budget; learning curves, a thin line a
+    seed."""
     grid, anytime = grid_of(config), boot(values, "anytime")
     regrets = {b: boot(values, f"regret@{b}") for b in budgets_of(config)}
     at = np.linspace(0, config["train"]["max-sampled-tokens"], 61)
     for number, name in enumerate(values):
         color = "grey" if name == "base" else f"C{number - 1}"
-        if name != "base":
+        draw_curve(axes[0], list(regrets), [cell_of(draws[name]) for draws in regrets.values()], color, name, "o-")
+        draw_curve(axes[1], grid, [cell_of(column) for column in anytime[name].T], color, None, "-")
+        if name in curves:
             runs = [np.interp(at, sampled, accuracy) for sampled, _, accuracy in curves[name]]
             for curve in runs:
-                axes[0].plot(at / 1e3, curve, color=color, linewidth=0.5, alpha=0.4)
-            axes[0].plot(at / 1e3, np.mean(runs, 0), color=color, linewidth=2)
-        draw_curve(axes[1], grid, [cell_of(column) for column in anytime[name].T], color, name, "-")
-        draw_curve(axes[2], list(regrets), [cell_of(draws[name]) for draws in regrets.values()], color, None, "o-")
-    axes[0].set(xlabel="sampled tokens of training (thousands)", ylabel="accuracy, validation problems")
+                axes[2].plot(at / 1e3, curve, color=color, linewidth=0.5, alpha=0.4)
+            axes[2].plot(at / 1e3, np.mean(runs, 0), color=color, linewidth=2)
+    axes[0].set(xlabel="token budget C0", ylabel="normalised regret", ylim=(None, 1), xticks=list(regrets))
+    axes[0].legend(fontsize=7, loc="upper right")
     axes[1].set(xlabel="token budget", ylabel="accuracy of an answer forced by then", ylim=(0, None))
-    axes[2].set(xlabel="token budget C0", ylabel="normalised regret", ylim=(None, 1))
-    axes[2].legend(*axes[1].get_legend_handles_labels(), fontsize=7, loc="upper right")
-    save_figure(figure, args.pages / "confirmation.png")
+    axes[2].set(xlabel="sampled tokens of training (thousands)", ylabel="accuracy, validation problems")
 
 
-def draw_method(args, config) -> None:
-    """MRT on one problem: J(μ) after each episode, an episode's progress, the regret above the curve; a trace of the
-    base and, below it, the middle one in length of MRT-STaR's that are right. Sampled here, on problems with ten
-    candidates, where ruling some out shows; J is the gold answer's likelihood."""
+def example_traces(args, config) -> dict[str, Trace]:
+    """A trace of the base and one of MRT-STaR's model on the first test problem with ten candidates where, of eight
+    traces each, one of the base is right after 5 to 7 episodes, with a J that has risen by the second, and the trained
+    model's right one of middle length has such a J, too."""
     trained = folder(args, "STaR", 0) / "mrt" / f"model_{config['star']['iterations']}"
     before, after = traces_of("tiny"), traces_of(str(trained)) if trained.exists() else []
-    traces = {"before training": before[0][0]}
     for untrained, finished in zip(before, after):
         clear = [trace for trace in untrained if 5 <= len(trace.J) - 1 <= 7 and is_telling(trace)]
         right = sorted((trace for trace in finished if trace.reward), key=lambda t: len(t.completion.token_ids))
         if clear and right and is_telling(middle := right[len(right) // 2]):
-            traces = {"before training": clear[0], "after MRT-STaR": middle}
-            break
-    longest = max(trace.boundaries[-1] for trace in traces.values())
-    figure, axes = subplots(len(traces), 9, 3 + 0.4 / len(traces), rows=len(traces))
-    for axis, (title, trace) in zip(axes, traces.items()):
-        draw_trace(axis, trace)
-        axis.set(xlim=(0, longest), ylabel="J(μ): success rate if stopped")
-        axis.set_title(title, loc="left", pad=22 if len(traces) > 1 else 6, fontsize=10)
-    axes[-1].set(xlabel="tokens of the thought")
-    save_figure(figure, args.pages / "method.png")
+            return {"before training": clear[0], "after MRT-STaR": middle}
+    return {"before training": before[0][0]}
 
 
 def traces_of(model: str) -> list[list[Trace]]:
@@ -317,20 +336,24 @@ def is_telling(trace: Trace) -> bool:
     return trace.finished and trace.reward == 1 and len(J) > 3 and J[0] < 0.2 and 1.2 * J[0] < max(J[1:3]) < 0.9
 
 
-def draw_trace(axis, trace: Trace) -> None:
-    ends, values = trace.boundaries, trace.J
-    thought = trace.prefix(ends[-1])
-    texts = [thought[start:end] for start, end in episode_spans(thought)]
-    axis.fill_between(ends, values, 1, step="post", color="grey", alpha=0.15, linewidth=0)
-    axis.step(ends, values, "k-", where="post", linewidth=1.2)
-    for j, (start, end, text) in enumerate(zip(ends, ends[1:], texts)):
-        progress, color = values[j + 1] - values[j], f"C{j % 10}"
-        axis.axvspan(start, end, color=color, alpha=0.08, linewidth=0)
-        axis.annotate("", (end, values[j + 1]), (end, values[j]), arrowprops={"arrowstyle": "->", "color": color})
-        found = ": yes" in thought[: thought.index(text)]
-        kind = "re-checks" if found or "try x" not in text else "tries candidates"
-        kind = "talks" if " x = " not in text else "finds x" if ": yes" in text and not found else kind
-        axis.text((start + end) / 2, 1.05, f"$z_{{{j}}}$ {kind}", ha="center", fontsize=7, color=color)
-        axis.text((start + end) / 2, 1.13, f"$r_{{prg}}$ = {progress:+.2f}", ha="center", fontsize=7, color=color)
-    axis.set(ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1])
-    axis.text(2, 0.75, "regret: the area above", fontsize=8, color="grey")
+def draw_traces(axes, traces: dict[str, Trace]) -> None:
+    """J(μ) along each trace as regret sees it: from (0, 0), linear in between, at each boundary + the tokens of an answer
+    forced there, held up to C0, the end of the longest. An episode's progress stands above it."""
+    budget = max(trace_curve(trace.record())[0][-1] for trace in traces.values())
+    for axis, (title, trace) in zip(axes, traces.items()):
+        tokens, J = trace_curve(trace.record())
+        at, value = [0.0, *tokens, budget], [0.0, *J, J[-1]]
+        axis.fill_between(at, value, 1, color="grey", alpha=0.15, linewidth=0)
+        axis.plot(at, value, "k.-", linewidth=1.2)
+        thought, ends = trace.prefix(trace.boundaries[-1]), trace.boundaries
+        for j, ((first, last), start, end) in enumerate(zip(episode_spans(thought), ends, ends[1:])):
+            text, found, color = thought[first:last], ": yes" in thought[:first], f"C{j % 10}"
+            axis.axvspan(start, end, color=color, alpha=0.08, linewidth=0)
+            kind = "re-checks" if found or "try x" not in text else "tries candidates"
+            kind = "talks" if " x = " not in text else "finds x" if ": yes" in text and not found else kind
+            label = f"$z_{{{j}}}$ {kind}\n$r_{{prg}}$ = {J[j + 1] - J[j]:+.2f}"
+            axis.text((start + end) / 2, 1.04, label, ha="center", fontsize=7, color=color)
+        axis.set(xlim=(0, budget), ylim=(0, 1.25), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="J(μ)")
+        regret = normalized_regret(tokens, J, budget)
+        axis.set_title(f"{title}: regret {regret:.2f}, the grey share of the area below 1", loc="left", fontsize=9)
+    axes[-1].set(xlabel="tokens of the thought, and of the answer forced there")

@@ -287,7 +287,7 @@ def test_settings_that_look_odd_but_are_sound():
 @pytest.mark.parametrize(
     "argv, variant, progress",
     [
-        ([], "online", "log-likelihood"),
+        ([], "online", "nats"),
         (["--variant", "prefix"], "prefix", "sampled"),
         (["--progress", "likelihood"], "online", "likelihood"),
         (["--model", "some/model"], "prefix", "sampled"),

@@ -46,7 +46,7 @@ METHODS = {
     "prefix": ("--bonus", 1, "--variant", "prefix"),
     "sampled": ("--bonus", 1, "--variant", "online", "--progress", "sampled"),
     "likelihood": ("--bonus", 1, "--variant", "online", "--progress", "likelihood"),
-    "log-likelihood": ("--bonus", 1, "--variant", "online", "--progress", "log-likelihood"),
+    "nats": ("--bonus", 1, "--variant", "online", "--progress", "nats"),
     "length": ("--bonus", 0, "--length-penalty", 0.3),
     "kl": ("--bonus", 0, "--kl", 0.05, "--updates-per-batch", 2),
 }
@@ -73,7 +73,7 @@ def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method
         assert {"step", "id", "sample", "reward", "tokens", "text", "boundaries", "J", "prefix_J"} <= row.keys()
         assert row["id"].startswith("tiny-train-") and row["reward"] in (0, 1) and 1 <= row["tokens"] <= 80
         assert row["boundaries"] == sorted(row["boundaries"]) and row["boundaries"][-1] <= row["tokens"]
-        values = dict.fromkeys(("sampled", "likelihood", "log-likelihood"), len(row["boundaries"]))
+        values = dict.fromkeys(("sampled", "likelihood", "nats"), len(row["boundaries"]))
         assert len(row["J"]) == values.get(method, 0) and all(0 <= j <= 1 for j in row["J"])
         assert 0 <= row["prefix_J"] <= 1 if method == "prefix" else row["prefix_J"] is None
 

@@ -54,7 +54,7 @@ def test_the_credit_for_stopping_is_the_gradient_of_the_exact_return(J, logits):
 
 
 @pytest.fixture(
-    scope="module", params=["online likelihood", "online log-likelihood", "online sampled", "prefix sampled"]
+    scope="module", params=["online likelihood", "online nats", "online sampled", "prefix sampled"]
 )
 def rolled_out(request, model, tokenizer):
     """(flags, groups, advantages): a step's rollouts with every J that there is."""
