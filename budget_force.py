@@ -84,6 +84,8 @@ def flags(argv=None) -> argparse.Namespace:
     style = "paper: a new line and a string, a limit for each extension, an unfinished last paragraph is dropped; "
     style += "s1: 'Wait' at the very end, all within --max-tokens"
     flag("style", choices=("paper", "s1"), default="paper", help=style)
+    axis = "tokens of a point: what the model wrote, or all that μ read and wrote"
+    flag("regret-axis", "answer", "answer", "the authors: prompt", choices=("answer", "prompt"), help=axis)
     flag("compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
     args = parse_flags(parser, argv)
     if args.thoughts:  # the limits follow theirs
@@ -197,11 +199,12 @@ def seed_of(args, trace: Trace) -> tuple[int, ...]:
     return args.seed, FORCED_BUDGET, problem_key(trace.problem), trace.sample
 
 
-def point(problem: dict, thought_tokens: int, answers: list[ForcedAnswer], **more) -> dict:
-    """A point of a trace's curve: its thought has so many tokens, and these are the answers given then."""
+def point(problem: dict, thought_tokens: int, asked: int, answers: list[ForcedAnswer], **more) -> dict:
+    """A point of a trace's curve: its thought has so many tokens, the prompt that asks for an answer then has `asked`,
+    and these are the answers."""
     tokens = float(np.mean([answer.tokens for answer in answers]))
-    curve_point = {"thought_tokens": thought_tokens, "J": success_rate(problem, answers), "answer_tokens": tokens}
-    return {**curve_point, "forced": [asdict(answer) for answer in answers], **more}
+    curve_point = {"thought_tokens": thought_tokens, "asked": asked, "J": success_rate(problem, answers)}
+    return {**curve_point, "answer_tokens": tokens, "forced": [asdict(answer) for answer in answers], **more}
 
 
 def answers_to(args, sampler: Sampler, traces: list[Trace], prompts, seeds) -> list[list[ForcedAnswer]]:
@@ -217,8 +220,8 @@ def exploit(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, dict]
     prompts = [forced_prompt(sampler.tokenizer, traces[t], cut) for (t, _), cut in zip(too_long, cuts)]
     seeds = [(*seed_of(args, traces[t]), 0, budget) for t, budget in too_long]
     answers = answers_to(args, sampler, [traces[t] for t, _ in too_long], prompts, seeds)
-    for (t, budget), cut, forced in zip(too_long, cuts, answers):
-        points[t][budget] = point(traces[t].problem, cut, forced, cut=True)
+    for (t, budget), cut, prompt, forced in zip(too_long, cuts, prompts, answers):
+        points[t][budget] = point(traces[t].problem, cut, len(prompt), forced, cut=True)
     return points
 
 
@@ -227,8 +230,8 @@ def uncut(trace: Trace, budget: int) -> dict | None:
     end, total = trace.boundaries[-1], len(trace.completion.token_ids)
     if not trace.finished or end > budget:
         return None
-    answered = {"thought_tokens": end, "J": trace.reward, "answer_tokens": float(total - end)}
-    return {**answered, "forced": [], "cut": False}
+    spent = {"thought_tokens": end, "asked": len(trace.prompt) + end, "answer_tokens": float(total - end)}
+    return {**spent, "J": trace.reward, "forced": [], "cut": False}
 
 
 def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, dict]]:
@@ -248,7 +251,8 @@ def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, d
             prompts = [ended(tokenizer, trace.prompt, thought) for trace, thought in zip(traces, thoughts)]
             seeds = [(*seed_of(args, trace), 1, w) for trace in traces]
             for t, answers in enumerate(answers_to(args, sampler, traces, prompts, seeds)):
-                points[t][w] = point(traces[t].problem, len(thoughts[t]), answers, generated=generated[t])
+                asked = len(prompts[t])
+                points[t][w] = point(traces[t].problem, len(thoughts[t]), asked, answers, generated=generated[t])
         if w < args.extensions:
             thoughts, new = extend(args, sampler, traces, thoughts, w)
             generated = [before + more for before, more in zip(generated, new)]
@@ -298,20 +302,20 @@ def drop_unfinished(tokenizer, thought: list[int], keep: int, first: int = 0) ->
 # ---------------------------------------------------------------------------------------------- numbers
 
 
-def curve(record: dict) -> tuple[list[float], list[float]]:
+def curve(record: dict, axis: str) -> tuple[list[float], list[float]]:
     """(tokens, J) of one trace where it was cut and after its extensions. Inside the thought the points are the
     episodes' ends where an analysis gave them, else the budgets that cut it."""
-    tokens, J = trace_curve(record) if record["J"] else ([], [])
+    tokens, J = trace_curve(record, axis) if record["J"] else ([], [])
     points = [] if J else [p for p in record["exploit"].values() if p["cut"]]
     points = [*points, *record["extrapolate"].values()]
-    return [*tokens, *map(spent, points)], [*J, *(p["J"] for p in points)]
+    return [*tokens, *(spent(p, axis) for p in points)], [*J, *(p["J"] for p in points)]
 
 
-def spent(point: dict) -> float:
-    return point["thought_tokens"] + point["answer_tokens"]
+def spent(point: dict, axis: str) -> float:
+    return point["asked" if axis == "prompt" else "thought_tokens"] + point["answer_tokens"]
 
 
-def problem_values(settings: dict, records: list[dict]) -> Values:
+def problem_values(settings: dict, records: list[dict], axis: str) -> Values:
     """Each metric's value for each problem; `settings`: those of the run."""
     mean = partial(problem_means, records)
     values = {"right": mean(lambda r: r["reward"]), "thought tokens": mean(lambda r: r["boundaries"][-1])}
@@ -319,9 +323,9 @@ def problem_values(settings: dict, records: list[dict]) -> Values:
         values[f"within {budget}"] = mean(lambda r, budget: r["exploit"][budget]["J"], budget)
     for w in map(str, extensions(settings)):
         values[f"{w} extensions"] = mean(lambda r, w: r["extrapolate"][w]["J"], w)
-        values[f"tokens, {w} extensions"] = mean(lambda r, w: spent(r["extrapolate"][w]), w)
+        values[f"tokens, {w} extensions"] = mean(lambda r, w: spent(r["extrapolate"][w], axis), w)
     for budget in regret_budgets(settings):
-        values[f"regret@{budget}"] = mean(lambda r, budget: normalized_regret(*curve(r), budget), budget)
+        values[f"regret@{budget}"] = mean(lambda r, budget: normalized_regret(*curve(r, axis), budget), budget)
     return values
 
 
@@ -344,11 +348,12 @@ SAME = (  # settings in which runs that are compared may not differ
 
 def compare(args, folders: list[Path]) -> None:
     """Table and figures of runs on the problems they share, from their records; differences are to the first."""
-    recorded = report.read_runs(folders, "exploit", "extrapolate")
+    asked = ["asked"] * (args.regret_axis == "prompt")
+    recorded = report.read_runs(folders, "exploit", "extrapolate", *asked)
     if differing := report.differing_flags(recorded, SAME):
         fail(f"--compare: the runs differ in {', '.join(differing)}")
     problems, settings = report.keep_shared_problems(recorded), recorded[0].settings
-    values = {run.name: problem_values(settings, run.records) for run in recorded}
+    values = {run.name: problem_values(settings, run.records, args.regret_axis) for run in recorded}
     metrics = {run: {name: interval(v) for name, v in by_name.items()} for run, by_name in values.items()}
     summary = {
         "training_budget": settings["max_tokens"],

@@ -117,6 +117,7 @@ class Trace:
     reward: float = 0.0  # outcome: 1 if the answer is right
     J: list[float] = field(default_factory=list)  # J(μ) at the boundaries, where estimated
     answer_tokens: list[float] = field(default_factory=list)  # mean tokens of the forced answers there
+    asked: list[int] = field(default_factory=list)  # tokens of μ's whole prompt there
     forced: list[list[ForcedAnswer]] = field(default_factory=list)  # those answers, where sampled
     prefix_J: float | None = None  # J(μ|c) of a prefix c of the thought at the end of `prompt`, if there is one
 
@@ -134,8 +135,8 @@ class Trace:
         id, problem, gold and what else the data set has · sample · prompt_tokens (with the prefix, in rl_mrt's prefix
         variant) · token_ids, tokens (their number), text, mean_logprob · finish ("stop" or "length") · finished (the
         thought) · boundaries in tokens, characters: the same in `text` · answer (text after the thought), boxed (what
-        its box holds), verdict, reward · J, answer_tokens and forced (lists of `ForcedAnswer`) at each boundary ·
-        prefix_J.
+        its box holds), verdict, reward · J, answer_tokens, asked and forced (lists of `ForcedAnswer`) at each
+        boundary · prefix_J.
         """
         completion = self.completion
         return {
@@ -154,6 +155,7 @@ class Trace:
             "reward": self.reward,
             "J": self.J,
             "answer_tokens": self.answer_tokens,
+            "asked": self.asked,
             "prefix_J": self.prefix_J,
             "forced": [[asdict(answer) for answer in answers] for answers in self.forced],
             "mean_logprob": float(np.mean(completion.logprobs)) if completion.logprobs else None,
@@ -288,9 +290,11 @@ def prompts_of_mu(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trac
         count = len(trace.boundaries)
         trace.J, trace.answer_tokens = [trace.reward] * count, [0.0] * count
         trace.forced = [[] for _ in range(count)]
+        trace.asked = [len(trace.prompt) + boundary for boundary in trace.boundaries]
         answered = trace.finished and not thinks(tokenizer)
         for j, boundary in enumerate(trace.boundaries[: count - answered]):
             prompt = tuple(forced_prompt(tokenizer, trace, boundary))
+            trace.asked[j] = len(prompt)
             owners_of.setdefault((trace.problem["id"], prompt), []).append((trace, j))
     return owners_of
 

@@ -62,6 +62,8 @@ def flags(argv=None) -> argparse.Namespace:
     flag("budgets")
     flag = add_group(parser, "evaluation")
     dear = "what is told (default: pass@k); regret and all force answers at every episode, at many times the cost"
+    axis = "tokens of a point of the regret: what the model wrote, or all that μ read and wrote"
+    flag("regret-axis", "answer", "answer", "the authors: prompt", choices=("answer", "prompt"), help=axis)
     flag("metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), help=dear)
     flag("k", help="k of pass@k and maj@k, as 1,2,4 (default: powers of 2 up to the samples)")
     flag("compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base")
@@ -163,8 +165,8 @@ def problem_values(args, records: list[dict]) -> Values:
         values |= {f"maj@{k}": np.array([vote_of(group, k) for group in groups]) for k in ks}
     values["tokens"] = problem_means(records, lambda r: r["tokens"])
     if forces(args) and all(r["J"] for r in records):
-        values |= {f"regret@{b}": problem_means(records, regret_at, b) for b in args.budgets}
-        values |= {f"forced@{b}": problem_means(records, accuracy_at, b) for b in args.budgets}
+        values |= {f"regret@{b}": problem_means(records, regret_at, b, args.regret_axis) for b in args.budgets}
+        values |= {f"forced@{b}": problem_means(records, accuracy_at, b, args.regret_axis) for b in args.budgets}
     return values
 
 
@@ -201,7 +203,8 @@ def table_of(summaries: dict[str, dict], differences: dict[str, dict]) -> str:
 
 def compare(args, folders: list[Path]) -> None:
     """Tables, paired differences and figures from records alone; one section a data set, and a table of all."""
-    recorded = report.read_runs(folders, "reward", "verdict", "boundaries")
+    asked = ["asked"] * (args.regret_axis == "prompt")
+    recorded = report.read_runs(folders, "reward", "verdict", "boundaries", *asked)
     for flag in report.differing_flags(recorded, SAME):
         print(f"warning: the runs differ in {flag}")
     args.budgets = args.budgets or quarters(max(run.settings["max_tokens"] for run in recorded))
@@ -303,9 +306,10 @@ def draw_anytime(args, file: Path, recorded: list[RecordedRun]) -> Path:
     top = max(run.settings["max_tokens"] for run in recorded)
     accuracy, regret, grid = [], [], [top * (i + 1) / 32 for i in range(32)]
     for run in recorded:
-        forced = [mean_interval(run.records, accuracy_at, budget) for budget in grid]
+        forced = [mean_interval(run.records, accuracy_at, budget, args.regret_axis) for budget in grid]
         accuracy.append(Curve(grid, forced, run.name, "-"))
-        regret.append(Curve(args.budgets, [mean_interval(run.records, regret_at, budget) for budget in args.budgets]))
+        missed = [mean_interval(run.records, regret_at, budget, args.regret_axis) for budget in args.budgets]
+        regret.append(Curve(args.budgets, missed))
     panels = report.anytime_panels(accuracy, regret)
     return report.draw_panels(file, *panels, width=4.2)
 

@@ -307,16 +307,16 @@ def draw_curves(axes, config, values: dict[str, Values], curves: dict[str, list[
 
 
 def example_traces(args, config) -> dict[str, Trace]:
-    """A trace of the base and one of MRT-STaR's model on the first test problem with ten candidates where, of eight
-    traces each, one of the base is right after 5 to 7 episodes, with a J that has risen by the second, and the trained
-    model's right one of middle length has such a J, too."""
-    trained = folder(args, "STaR", 0) / "mrt" / f"model_{config['star']['iterations']}"
+    """A trace of the base and one of the trained model (`example` in the configuration) on the first test problem with
+    ten candidates where, of eight traces each, one of the base is right after 5 to 7 episodes, with a J that has risen
+    by the second, and the trained model's right one of middle length has such a J, too."""
+    trained = folder(args, config["example"], 0) / "model"
     before, after = traces_of("tiny"), traces_of(str(trained)) if trained.exists() else []
     for untrained, finished in zip(before, after):
         clear = [trace for trace in untrained if 5 <= len(trace.J) - 1 <= 7 and is_telling(trace)]
         right = sorted((trace for trace in finished if trace.reward), key=lambda t: len(t.completion.token_ids))
         if clear and right and is_telling(middle := right[len(right) // 2]):
-            return {"before training": clear[0], "after MRT-STaR": middle}
+            return {"before training": clear[0], f"after {config['example']}": middle}
     return {"before training": before[0][0]}
 
 
@@ -337,8 +337,8 @@ def is_telling(trace: Trace) -> bool:
 
 
 def draw_traces(axes, traces: dict[str, Trace]) -> None:
-    """J(μ) along each trace as regret sees it: from (0, 0), linear in between, at each boundary + the tokens of an answer
-    forced there, held up to C0, the end of the longest. An episode's progress stands above it."""
+    """J(μ) along each trace as regret sees it: linear from (0, 0) to each boundary + the tokens of the answers forced
+    there, held up to C0, the end of the longest. An episode's progress stands above it."""
     budget = max(trace_curve(trace.record())[0][-1] for trace in traces.values())
     for axis, (title, trace) in zip(axes, traces.items()):
         tokens, J = trace_curve(trace.record())

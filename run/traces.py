@@ -199,23 +199,25 @@ def trace_of(record: dict, tokenizer, problem: dict, prompt: list[int]) -> Trace
     completion = Completion(ids, [], record["finish"], *text_and_offsets(tokenizer, ids))
     kept = {name: record[name] for name in ("boundaries", "finished", "answer", "sample", "verdict", "reward")}
     forced = [[ForcedAnswer(**answer) for answer in answers] for answers in record["forced"]]
-    estimates = {"J": record["J"], "answer_tokens": record["answer_tokens"], "forced": forced}
-    return Trace(problem, prompt, completion, **kept, **estimates)
+    estimates = {name: record[name] for name in ("J", "answer_tokens", "asked") if name in record}
+    return Trace(problem, prompt, completion, **kept, **estimates, forced=forced)
 
 
-def trace_curve(record: dict) -> tuple[list[float], list[float]]:
-    """(tokens, J) at the boundaries of a recorded trace: prefix tokens + mean tokens of the answers forced there."""
-    return [b + a for b, a in zip(record["boundaries"], record["answer_tokens"])], record["J"]
+def trace_curve(record: dict, axis: str = "answer") -> tuple[list[float], list[float]]:
+    """(tokens, J) at the boundaries of a recorded trace: prefix tokens + mean tokens of the answers forced there; with
+    axis "prompt", the authors', μ's whole prompt in place of the prefix: template, problem and stop phrase, too."""
+    asked = record["asked"] if axis == "prompt" else record["boundaries"]
+    return [before + answer for before, answer in zip(asked, record["answer_tokens"])], record["J"]
 
 
-def regret_at(record: dict, budget: float) -> float:
+def regret_at(record: dict, budget: float, axis: str = "answer") -> float:
     """`normalized_regret` of a recorded trace."""
-    return normalized_regret(*trace_curve(record), budget)
+    return normalized_regret(*trace_curve(record, axis), budget)
 
 
-def accuracy_at(record: dict, budget: float) -> float:
+def accuracy_at(record: dict, budget: float, axis: str = "answer") -> float:
     """J at the last boundary of a recorded trace whose forced answer fits the budget; 0 before the first."""
-    tokens, J = trace_curve(record)
+    tokens, J = trace_curve(record, axis)
     return next((value for spent, value in zip(tokens[::-1], J[::-1]) if spent <= budget), 0.0)
 
 

@@ -171,8 +171,8 @@ def test_the_curve_joins_cuts_or_episodes_and_extensions():
             "2": {"thought_tokens": 50, "answer_tokens": 3.0, "J": 0.75},
         },
     }
-    assert budget_force.curve(sample) == ([12.0, 33.0, 53.0], [0.25, 0.5, 0.75])
-    tokens, values = budget_force.curve({**sample, "J": [0.0, 0.5], "answer_tokens": [2.0, 3.0]})
+    assert budget_force.curve(sample, "answer") == ([12.0, 33.0, 53.0], [0.25, 0.5, 0.75])
+    tokens, values = budget_force.curve({**sample, "J": [0.0, 0.5], "answer_tokens": [2.0, 3.0]}, "answer")
     assert (tokens, values) == ([2.0, 33.0, 33.0, 53.0], [0.0, 0.5, 0.5, 0.75])
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -12,11 +13,16 @@ import yaml
 
 import analyze_r1
 import budget_force
+import common
 import evaluate
 import rl_mrt
 import star_mrt
-from common import group_advantages, normalized_regret
+from common import Forcing, group_advantages, normalized_regret
+from engine.sampler import Sampler
+from engine.tokens import prompt_ids
+from engine.transformers_engine import TransformersEngine
 from run.data import load_problems
+from run.traces import accuracy_at, regret_at
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {f"{script.__name__}.py": script for script in (analyze_r1, budget_force, evaluate, rl_mrt, star_mrt)}
@@ -33,7 +39,7 @@ PAGES = [
 COMMAND = re.compile(r"(?:python|torchrun --nproc-per-node \d+) (\w+\.py)((?: +[^\s`|(]+)*)")
 COMMANDS = sorted({*COMMAND.findall("\n".join([PUBLISHED, *(config.read_text() for config in CONFIGS)]))})
 # What a script says of flags that commands have and it has not, yet.
-COMING = ("--regret-axis", "--parameterization", "'window'")
+COMING = ("--parameterization", "'window'")
 
 
 def test_the_pages_have_commands():
@@ -155,6 +161,28 @@ def test_stopping_and_going_on_in_one_group():
     ours = group_advantages(on[None])[0] + m / (G * sigma) * (on - J)
     assert float(on.mean()) == q and float(stop.mean()) == J
     assert float(torch.cosine_similarity(theirs[None], ours[None])) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_regret_on_both_axes_by_hand():
+    record = {"boundaries": [0, 40], "asked": [50, 95], "answer_tokens": [10.0, 5.0], "J": [0.2, 0.8]}
+    # (0, 0) → (10, .2) → (45, .8) → (100, .8): 1 + 17.5 + 44; (0, 0) → (60, .2) → (100, .8): 6 + 20
+    assert regret_at(record, 100) == pytest.approx(1 - 0.625)
+    assert regret_at(record, 100, "prompt") == pytest.approx(1 - 0.26)
+    assert [accuracy_at(record, 70, axis) for axis in ("answer", "prompt")] == [0.8, 0.2]
+    point = {"thought_tokens": 40, "asked": 95, "answer_tokens": 5.0}
+    assert [budget_force.spent(point, axis) for axis in ("answer", "prompt")] == [45, 100]
+
+
+@pytest.mark.parametrize(
+    "estimate", [common.set_likelihood_J, partial(common.set_sampled_J, forcing=Forcing(2, 8), seed=(0,))]
+)
+def test_what_mu_was_asked_with_is_counted(model, tokenizer, estimate):
+    sampler = Sampler(TransformersEngine(model), tokenizer)
+    prompt = prompt_ids(tokenizer, "Find x between 1 and 10 such that x² + 17 ≡ 5 (mod 61).")
+    ((completion,),) = sampler.generate([prompt], 200, [(1,)])
+    trace = common.read_trace(tokenizer, {"problem": "?", "answer": "7", "id": "p"}, prompt, completion)
+    estimate(sampler, [trace])
+    assert trace.record()["asked"] == [len(common.forced_prompt(tokenizer, trace, b)) for b in trace.boundaries]
 
 
 def test_what_the_axis_of_the_regret_changes():

@@ -53,9 +53,7 @@ def test_the_credit_for_stopping_is_the_gradient_of_the_exact_return(J, logits):
     assert exact.abs().max() > 0 or len(set(J)) == 1
 
 
-@pytest.fixture(
-    scope="module", params=["online likelihood", "online nats", "online sampled", "prefix sampled"]
-)
+@pytest.fixture(scope="module", params=["online likelihood", "online nats", "online sampled", "prefix sampled"])
 def rolled_out(request, model, tokenizer):
     """(flags, groups, advantages): a step's rollouts with every J that there is."""
     variant, progress = request.param.split()
