@@ -34,7 +34,17 @@ from engine.sampler import pick_engine
 from engine.thoughts import marks_of, opening_after
 from engine.tokens import Completion, encode, text_and_offsets
 from run import data, folder, report
-from run.flags import add_group, changed, new_parser, parse_flags, positive_int, quarters, whole_number, with_model
+from run.flags import (
+    add_group,
+    changed,
+    default_out,
+    new_parser,
+    parse_flags,
+    positive_int,
+    quarters,
+    whole_number,
+    with_model,
+)
 from run.folder import short_name
 from run.report import Curve, Panel, cell, group_by, group_by_problem, interval, mean_interval, problem_means
 from run.traces import (
@@ -93,14 +103,14 @@ def flags(argv=None) -> argparse.Namespace:
     flag("from", dest="from_run", type=Path, metavar="RUN", help=redrawn)
     args = parse_flags(parser, argv)
     if args.from_run:  # the settings that its records were made with
-        script, settings, _ = folder.recorded_run(args.from_run, "--from", "J")
-        names = [n for n in "model max-steps episodes-per-point".split() if n.replace("-", "_") in settings]
-        made_with = [f"--{n}={settings[n.replace('-', '_')]}" for n in names]
-        shown = [f"--budgets={','.join(map(str, settings['budgets']))}"] if settings.get("budgets") else []
+        run = folder.recorded_run(args.from_run, "--from", "J")
+        names = [n for n in "model max-steps episodes-per-point".split() if n.replace("-", "_") in run.settings]
+        made_with = [f"--{n}={run.settings[n.replace('-', '_')]}" for n in names]
+        shown = [f"--budgets={','.join(map(str, run.settings['budgets']))}"] if run.settings.get("budgets") else []
         args = parse_flags(parser, shown + (sys.argv[1:] if argv is None else argv) + made_with)
-        args.out = args.out or (args.from_run if script == "analyze_r1.py" else None)
+        args.out = args.out or (args.from_run if run.script == "analyze_r1.py" else None)
     name = short_name(str(args.from_run or args.traces or args.dataset))
-    args.out = args.out or Path("runs") / f"analyze-{short_name(args.model)}-{name}"
+    args.out = args.out or default_out(args, f"analyze-{short_name(args.model)}-{name}", "traces", *MAY_CHANGE)
     return args
 
 
@@ -233,7 +243,7 @@ def answer_directly(args, file: Path, problems: list[dict], prompts: list[list[i
 
 def write_report(args, source: Path, run: Path) -> None:
     """summary.json, summary.md, the figures and the page in the folder `run`, from the records of `source` alone."""
-    records, single = folder.recorded_run(source, "--from", "J")[2], episodes_by(args, 1)
+    records, single = folder.recorded_run(source, "--from", "J").records, episodes_by(args, 1)
     args.budgets = args.budgets or quarters(max(record["tokens"] for record in records))
     run.mkdir(parents=True, exist_ok=True)
     for record in records:

@@ -35,7 +35,7 @@ from engine.sampler import Sampler, pick_engine
 from engine.thoughts import opening_after, thinks, thought_tokens, what_was_seen
 from engine.tokens import encode, end_of_thought, stop_ids_of_thought, text_and_offsets
 from run import data, folder, report
-from run.flags import add_group, each_in_its_folder, new_parser, parse_flags, positive_int, whole_number
+from run.flags import add_group, default_out, each_in_its_folder, new_parser, parse_flags, positive_int, whole_number
 from run.folder import short_name
 from run.report import Curve, Panel, Values, interval, problem_means
 from run.traces import (
@@ -89,12 +89,12 @@ def flags(argv=None) -> argparse.Namespace:
     flag("compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
     args = parse_flags(parser, argv)
     if args.thoughts:  # the limits follow theirs
-        _, settings, records = folder.recorded_run(args.thoughts, "--thoughts", "token_ids")
-        longest = max(record["boundaries"][-1] for record in records) if settings.get("traces") else 0
-        given = [f"--max-tokens={longest or settings['max_tokens']}"]
+        run = folder.recorded_run(args.thoughts, "--thoughts", "token_ids")
+        longest = max(record["boundaries"][-1] for record in run.records) if run.settings.get("traces") else 0
+        given = [f"--max-tokens={longest or run.settings['max_tokens']}"]
         args = parse_flags(parser, (sys.argv[1:] if argv is None else argv) + given)
-    name = "compare" if args.compare else "models" if "," in args.model else short_name(args.model)
-    args.out = args.out or Path("runs") / f"budget-{name}"
+    runs = "compare-" + "-".join(map(short_name, map(str, args.compare or [])))
+    args.out = args.out or default_out(args, f"budget-{runs if args.compare else short_name(args.model)}", "compare")
     args.strings = ["Wait"] if args.style == "s1" else args.strings.split(",")
     if not all(args.strings):
         fail("--strings: one of them is empty")
@@ -144,14 +144,13 @@ def tell_plan(args, thoughts: list[list[dict]] | None) -> None:
 
 def read_thoughts(args) -> list[list[dict]]:
     """The records of --thoughts, a row a problem."""
-    script, settings, records = folder.recorded_run(args.thoughts, "--thoughts", "token_ids")
-    if settings["model"] != args.model:
-        fail(f"--thoughts {args.thoughts}: holds thoughts of --model {settings['model']}, not of {args.model}")
-    if any("step" in record for record in records):
-        fail(f"--thoughts {args.thoughts}: this run of {script} holds thoughts of a model that changes in training")
-    args.date = (folder.config_of(args.thoughts) or {}).get("date")  # what their prompts say, if they say one
+    run = folder.recorded_run(args.thoughts, "--thoughts", "token_ids")
+    if run.settings["model"] != args.model:
+        fail(f"--thoughts {args.thoughts}: holds thoughts of --model {run.settings['model']}, not of {args.model}")
+    if any("step" in record for record in run.records):
+        fail(f"--thoughts {args.thoughts}: this run of {run.script} holds thoughts of a model that changes in training")
     print(f"training budget: {args.max_tokens} tokens, as long as the thoughts of {args.thoughts} may be")
-    rows = list(report.group_by(records, lambda r: r["id"]).values())
+    rows = list(report.group_by(run.records, lambda r: r["id"]).values())
     if args.limit and args.limit < len(rows):
         print(f"the first {args.limit} of the {len(rows)} problems of {args.thoughts} (--limit)")
     return rows[: args.limit]
@@ -159,7 +158,7 @@ def read_thoughts(args) -> list[list[dict]]:
 
 def check_thoughts(args, inputs: dict[str, dict]) -> None:
     """Ends the run if the thoughts go on from other prompts, or are of other weights, than the model here has."""
-    analysis = folder.parsed(args.thoughts / "inputs.json") or {}
+    analysis = folder.recorded_run(args.thoughts, "--thoughts").inputs
     for kind in ("weights", "problems or prompts"):
         of_thoughts = analysis.get(kind, {})
         for name, read in inputs[kind].items():

@@ -20,9 +20,9 @@ import numpy as np
 
 from engine.sampler import Sampler, pick_engine
 from run import data, folder, report
-from run.flags import add_group, changed, each_in_its_folder, new_parser, numbers, parse_flags, quarters
-from run.folder import short_name
-from run.report import Curve, Panel, RecordedRun, Values, group_by_problem, interval, mean_interval, problem_means
+from run.flags import add_group, changed, default_out, each_in_its_folder, new_parser, numbers, parse_flags, quarters
+from run.folder import RecordedRun, short_name
+from run.report import Curve, Panel, Values, group_by_problem, interval, mean_interval, problem_means
 from run.traces import (
     accuracy_at,
     inputs_of,
@@ -68,7 +68,9 @@ def flags(argv=None) -> argparse.Namespace:
     flag("k", help="k of pass@k and maj@k, as 1,2,4 (default: powers of 2 up to the samples)")
     flag("compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base")
     args = parse_flags(parser, argv)
-    args.out = args.out or Path("runs") / ("compare" if args.compare else f"eval-{label(args.model, args.dataset)}")
+    names = map(short_name, map(str, args.compare or []))
+    name = f"compare-{'-'.join(names)}" if args.compare else f"eval-{label(args.model, args.dataset)}"
+    args.out = args.out or default_out(args, name, *MAY_CHANGE)
     args.metric = args.metric or ("all" if args.compare else "pass@k")
     args.k = numbers("--k", args.k) if args.k else []
     if not args.compare and max(args.k, default=1) > args.num_samples:

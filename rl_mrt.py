@@ -55,7 +55,7 @@ from common import (
     stop_loss,
     success_rate,
 )
-from engine import models
+from engine import models, tell
 from engine.logprobs import token_logprobs
 from engine.processes import gather_over_ranks, ranks, start_processes, sum_over_ranks
 from engine.sampler import Sampler, Spent, pick_engine
@@ -63,7 +63,7 @@ from engine.served_engine import is_served
 from engine.thoughts import thinks
 from engine.tokens import stop_ids_of_thought, text_and_offsets
 from run import data, folder, report, training
-from run.flags import add_group, new_parser, non_negative, parse_flags, positive_int, share, whole_number
+from run.flags import add_group, default_out, new_parser, non_negative, parse_flags, positive_int, share, whole_number
 from run.traces import (
     FORCED,
     GOING_ON,
@@ -143,7 +143,8 @@ def flags(argv=None) -> argparse.Namespace:
     in_nats_by_default = args.variant == "online" and models.is_tiny(args.model)
     args.progress = args.progress or ("nats" if in_nats_by_default else "sampled")
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
-    args.out = args.out or Path("runs") / f"rl-{folder.short_name(args.model)}-{kind}-seed{args.seed}"
+    name, told = f"rl-{folder.short_name(args.model)}-{kind}-seed{args.seed}", ["variant", "progress", "seed"]
+    args.out = args.out or default_out(args, name, *told, *["bonus"] * (args.bonus == 0))
     check_flags(args)
     return args
 
@@ -352,30 +353,24 @@ def draw_cut(args, tokenizer, trace: Trace, seed: tuple) -> int:
 def recorded_prefixes(args, tokenizer) -> list[dict]:
     """--prefixes: the problems of a run, each with one prefix of its traces and the J recorded there, drawn once for
     the whole training; --limit takes the first."""
-    run, config = args.prefixes, folder.config_of(args.prefixes) or {}
-    files = {"analyze_r1.py": "records.jsonl", "evaluate.py": "records.jsonl", "star_mrt.py": "samples_1.jsonl"}
-    file = run / files.get(config.get("script", ""), "none")
-    if not file.exists():
-        fail(f"--prefixes {run}: holds no traces of a run of {', '.join(files)}")
-    groups = report.group_by_problem(record for record in folder.load_records(file) if record["J"])
-    if not groups:
-        fail(f"--prefixes {run}: its traces were recorded without J, as without forced answers")
+    samples = args.prefixes / "samples_1.jsonl"  # of star_mrt.py
+    run = folder.recorded_run(samples if samples.exists() else args.prefixes, "--prefixes", "J", "token_ids")
     problems = []
-    for name, records in list(groups.items())[: args.limit]:
+    for name, records in list(report.group_by_problem(run.records).items())[: args.limit]:
         problem = problem_of(records[0])
         rng = np.random.default_rng((args.seed, PARTIAL, problem_key(problem)))
         record = records[int(rng.integers(len(records)))]
         prompt = prompt_of(args, tokenizer, problem)
         trace = trace_of(record, tokenizer, problem, prompt)
         if len(prompt) != record["prompt_tokens"] or trace.completion.text != record["text"]:
-            fail(f"--prefixes {run}: problem {name} was recorded with another tokenizer or chat template")
+            fail(f"--prefixes {args.prefixes}: problem {name} was recorded with another tokenizer or chat template")
         j = draw_cut(args, tokenizer, trace, (args.seed, PARTIAL, problem_key(problem), trace.sample))
         problems.append(
             {**problem, "prefix": {"token_ids": record["token_ids"][: trace.boundaries[j]], "J": trace.J[j]}}
         )
     J, empty = ([p["prefix"][name] for p in problems] for name in ("J", "token_ids"))
     shares = f"mean J {np.mean(J):.3f}, {sum(not ids for ids in empty)} of them empty"
-    print(f"{len(problems)} prefixes of {config['settings'].get('model')}, recorded before this training: {shares}")
+    print(f"{len(problems)} prefixes of {run.settings['model']}, recorded before this training: {shares}")
     return problems
 
 
@@ -691,7 +686,7 @@ def validate(args, steps: training.Steps, sampler: Sampler, problems: list[dict]
     if rank == 0:
         append_jsonl(steps.run / "validation.jsonl", [{**metrics, "forced": dict(zip(budgets, by_budget))}])
     text = "  ".join(f"forced at {budget}: {right:.3f}" for budget, right in zip(budgets, by_budget))
-    print(f"  validation after {state['step']} steps: right {accuracy:.3f}  tokens {tokens:.1f}  {text}", flush=True)
+    tell(f"  validation after {state['step']} steps: right {accuracy:.3f}  tokens {tokens:.1f}  {text}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from engine.sampler import Sampler, pick_engine
 from engine.thoughts import thinks, what_was_seen
 from engine.tokens import end_of_thought
 from run import data, folder, report, training
-from run.flags import add_group, changed, new_parser, parse_flags, positive_int
+from run.flags import add_group, changed, default_out, new_parser, parse_flags, positive_int
 from run.report import Curve, Panel, Values, interval, problem_means
 from run.traces import (
     CHOSEN,
@@ -94,7 +94,8 @@ def flags(argv=None) -> argparse.Namespace:
     flag("eval-problems", 96, 96, "ours")
     flag("budgets")
     args = parse_flags(parser, argv)
-    args.out = args.out or Path("runs") / f"star-{folder.short_name(args.model)}-{args.filter}-seed{args.seed}"
+    name = f"star-{folder.short_name(args.model)}-{args.filter}-seed{args.seed}"
+    args.out = args.out or default_out(args, name, "filter", "seed")
     if not 0 <= args.min_success <= 1:
         fail(f"--min-success {args.min_success}: must be between 0 and 1")
     if args.temperature == 0:

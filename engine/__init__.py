@@ -13,6 +13,10 @@ models.py                tokenizers, configurations, weights
 processes.py             several processes
 """
 
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 
@@ -27,3 +31,41 @@ def first_line(error: Exception) -> str:
 @lru_cache
 def say_once(text: str) -> None:
     print(text, flush=True)
+
+
+FIRST, QUIET = 8, 25  # seconds of work without a line of progress: before the first one, before any other
+last_told = 0.0
+
+
+def tell(text: str) -> None:
+    """Prints a line of progress."""
+    global last_told
+    last_told = time.monotonic()
+    print(text, flush=True)
+
+
+def is_quiet() -> bool:
+    """Is it so long since a line of progress that there should be another?"""
+    return time.monotonic() >= last_told + QUIET
+
+
+@contextlib.contextmanager
+def telling(progress: Callable[[], str]) -> Iterator[None]:
+    """Tells `progress()` whenever it gets quiet during the work inside, from a thread: it may be a single call."""
+    global last_told
+    last_told = last_told or time.monotonic() - QUIET + FIRST
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(max(0.1, last_told + QUIET - time.monotonic())):
+            if is_quiet():
+                with contextlib.suppress(OSError):  # nobody reads: the main thread is told so when it prints
+                    tell(progress())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -8,10 +8,13 @@ import json
 import logging
 import os
 import platform
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -44,12 +47,25 @@ def is_tiny(model: str) -> bool:
         raise Refused(f"--model {model}: its config.json is not JSON") from None
 
 
+@lru_cache
+def reach_hub() -> None:
+    """Where the Hub is out of reach, what is asked of it is looked for in its cache alone, not for minutes."""
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            get_session().head(constants.ENDPOINT, timeout=8)
+    except Exception as error:
+        print(f"{constants.ENDPOINT} is out of reach ({first_line(error)}): only what is cached is used", flush=True)
+        constants.HF_HUB_OFFLINE = True
+
+
 def load_tokenizer(model: str, think_marks: list[str] | None = None):
     """The tokenizer of a Hub id, a folder or `tiny`; `think_marks`, what opens and what closes a thought, is saved with
     it. What the model's prompts and thoughts lack is said once."""
     transformers_logging.disable_progress_bar()
     path = resolve_model(model)
-    if Path(path).is_dir():
+    if not Path(path).is_dir():
+        reach_hub()
+    else:
         for name in ("config.json", "tokenizer_config.json"):
             if not (Path(path) / name).exists():
                 adapter = (Path(path) / "adapter_config.json").exists()

@@ -8,17 +8,28 @@ import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import urllib3
 from transformers import GenerationConfig
 from urllib3.exceptions import HTTPError
 
-from engine import Refused, first_line
+from engine import Refused, first_line, say_once
 from engine.models import resolve_model
 from engine.tokens import Completion, stop_token_ids
 
-RETRIES = urllib3.Retry(backoff_factor=0.5, backoff_max=30, retry_after_max=60, raise_on_status=False)
+
+class Retry(urllib3.Retry):
+    """Says that a server is asked again."""
+
+    def increment(self, method=None, url=None, response=None, error=None, _pool: Any = None, _stacktrace=None):
+        why = f"status {response.status}" if response is not None else type(error).__name__
+        say_once(f"warning: {_pool.host}:{_pool.port} is busy or away ({why}); it is asked again for a minute")
+        return super().increment(method, url, response, error, _pool, _stacktrace)
+
+
+RETRIES = Retry(backoff_factor=0.5, backoff_max=30, retry_after_max=60, raise_on_status=False)
 RETRIES = RETRIES.new(allowed_methods=None, status_forcelist=(408, 429, 500, 502, 503, 504))
 # Beyond OpenAI's fields: ids are returned, </think> is kept, a model's own defaults do not override the flags.
 EXTRAS = {"return_token_ids": True, "skip_special_tokens": False, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -50,7 +61,7 @@ def connect(url: str, connections: int = 1) -> urllib3.PoolManager:
 def ask(pool: urllib3.PoolManager, url: str, body: dict | None = None, tries: int = 8) -> dict:
     """The reply to a GET, or to a POST of `body`; retried for a minute while the server is busy or away. Raises
     HTTPError(the reason in one line, the status or 0) if there is none."""
-    wait = urllib3.Timeout(connect=10, read=300 + (body or {}).get("max_tokens", 0) / 2)  # half a second a token
+    wait = urllib3.Timeout(connect=8, read=300 + body["max_tokens"] / 2 if body else 8)  # half a second a token
     how = {"json": body, "timeout": wait, "retries": RETRIES.new(total=tries - 1)}
     try:
         reply = pool.request("POST" if body else "GET", url, **how)
@@ -83,7 +94,8 @@ class ServedEngine:
 
     def __init__(self, url: str, served: Served, tokenizer):
         self.url, self.served, self.tokenizer = url, served, tokenizer
-        self.pool, self.prompt_tokens, name = connect(url, served.concurrency), 0, served.name
+        self.pool, name = connect(url, served.concurrency), served.name
+        self.prompt_tokens = self.ended = 0
         self.generation_config = None
         with contextlib.suppress(OSError):
             self.generation_config = GenerationConfig.from_pretrained(resolve_model(tokenizer.name_or_path))
@@ -104,6 +116,9 @@ class ServedEngine:
         if not self.ids:
             print(f"warning: {url} takes and gives only text; its tokens may not be those that were drawn")
 
+    def progress(self) -> str:
+        return f"{self.ended:,} done"
+
     def complete(self, prompt: list[int] | str, limit: int, **how) -> tuple[dict, list[float], dict]:
         """(choice, its log-probs, usage) of one request."""
         body = {"model": self.served.name, "prompt": prompt, "max_tokens": limit, "logprobs": 1, **self.extras, **how}
@@ -118,7 +133,7 @@ class ServedEngine:
         most = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0)
         if most > (self.served.context or most):  # the server might shorten the limit silently
             raise ValueError(f"{most} tokens of a prompt and its completion exceed the server's {self.served.context}")
-        order = sorted(range(len(prompts)), key=prompts.__getitem__, reverse=True)
+        order, self.ended = sorted(range(len(prompts)), key=prompts.__getitem__, reverse=True), 0
         jobs = [(prompts[p], limits[p], (*seeds[p], s), stop_ids, temperature, top_p) for p in order for s in samples]
         drawn = iter(self.at_once(self.draw, jobs))
         rows = {p: [next(drawn) for _ in samples] for p in order}
@@ -132,6 +147,7 @@ class ServedEngine:
         how |= {} if self.ids else {"stop": [self.tokenizer.decode([i]) for i in stop_ids][:4]}  # OpenAI takes four
         sent = prompt if self.ids else self.tokenizer.decode(prompt).removeprefix(self.tokenizer.bos_token or "")
         choice, logprobs, usage = self.complete(sent, limit, **how)
+        self.ended += 1
         ids = choice["token_ids"] if self.ids else self.tokenizer.encode(choice["text"], add_special_tokens=False)
         mean = float(np.mean(logprobs or 0.0))  # votes are weighted by it
         logprobs = logprobs if len(logprobs) == len(ids) else [mean] * len(ids)

@@ -38,11 +38,15 @@ class TransformersEngine:
         self.model, self.dtype, self.trained = model, dtype, trained
         self.ways = ways or ways_of(model, dtype, trained)
         self.generation_config = model.generation_config
-        self.prompt_tokens = 0
+        self.prompt_tokens = self.drawn = 0
+
+    def progress(self) -> str:
+        return f"{self.drawn:,} tokens so far"
 
     @torch.inference_mode()
     def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
         self.model.eval()
+        self.drawn = 0
         check_ids(name_of(self.model), self.model.config, prompts)
         done: list[list[Completion]] = [[] for _ in prompts]
         longest = max(map(len, prompts), default=1) + max(limits, default=1)
@@ -89,6 +93,7 @@ class TransformersEngine:
         def choose(_ids, scores):
             token, logprob = draw(scores.float(), uniform[:, len(drawn)], temperature, top_p)
             drawn.append((token.tolist(), logprob.tolist()))
+            self.drawn += len(token)
             return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
 
         ends = {"eos_token_id": stop_ids or None, "pad_token_id": (stop_ids or [0])[0]}
@@ -155,6 +160,7 @@ class TransformersEngine:
         for step in range(room):
             token, logprob = draw(logits.float(), uniform[alive, step], temperature, top_p)
             writing = alive[running]
+            self.drawn += len(writing)
             tokens[writing, step], logprobs[writing, step] = token[running], logprob[running]
             lengths[writing], stopped[writing] = step + 1, torch.isin(token[running], stop)
             running = running & ~stopped[alive] & (step + 1 < limit[alive])

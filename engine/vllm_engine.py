@@ -95,6 +95,9 @@ class VllmEngine:
             **options,
         )
 
+    def progress(self) -> str:
+        return f"{self.llm.llm_engine.get_num_unfinished_requests():,} to go"
+
     def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
         """One call for all; one request a sample, with its own seed, so that more samples can follow later."""
         from vllm import SamplingParams

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from engine import first_line
-from engine.models import ROOT, TINY
+from engine.models import ROOT, TINY, reach_hub
 from engine.thoughts import KNOWN_MARKS, ThinkMarks
 from grading.box import extract_answer
 from grading.verdict import check_golds
-from run.files import fail, parse_lines
+from run.files import check_text, fail, parse_lines
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages", "turns")
 ANSWER_COLUMNS = ("final_answer", "expected_answer", "ground_truth", "reward_model.ground_truth", "answer", "solution")
@@ -55,7 +55,7 @@ def load_problems(
     rows = read_rows(Path(dataset)) if from_file else load_from_hub(dataset, name, part)
     used = usable_rows(dataset, rows, limit, problem_column, answer_column, skip_unusable or not from_file)
     problems = [problem for problem, _ in used]
-    different = len({json.dumps([p["problem"], p["answer"]]) for p in problems})
+    different = len({json.dumps([p.get("messages", p["problem"]), p["answer"]]) for p in problems})
     if different < len(problems):
         print(f"{dataset}: {len(problems)} rows are {different} problems; rows of one problem count as its samples")
     return with_distinct_ids(dataset, problems)
@@ -232,14 +232,6 @@ def refuse_images(row: dict) -> None:
             raise ValueError(f"column {name} holds an image, which no model here sees")
 
 
-def check_text(value: Any) -> None:
-    """ValueError if a text holds half a character: JSON can write one, but no tokenizer reads it."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half a character (a lone surrogate)") from None
-
-
 def told(unusable: list[str]) -> str:
     """The number of unusable rows and the first ten of them."""
     return f"{len(unusable)} rows that cannot be used: {'; '.join(unusable[:10])}{'; ...' * (len(unusable) > 10)}"
@@ -411,6 +403,7 @@ def split_response(text: str, marks: ThinkMarks | None = None) -> tuple[bool, st
 
 def load_from_hub(dataset: str, split: str, part: slice):
     """Rows of `owner/name` or `owner/name:subset`; a data set's only split is used whatever its name."""
+    reach_hub()
     import datasets
 
     name, _, subset = dataset.partition(":")

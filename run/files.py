@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -36,6 +37,13 @@ def end_in_one_line(main: Callable[[], None]) -> None:
         fail(str(why))
     except KeyboardInterrupt as stop:
         raise SystemExit(say_stopped(stop.args[0] if stop.args else signal.SIGINT)) from None
+    except BrokenPipeError:  # nobody reads any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try again at its end
+        raise SystemExit(say_stopped(signal.SIGPIPE)) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"{first_line(error)}; what is recorded is kept, --resume goes on")
 
 
 def say_stopped(number: int) -> int:
@@ -133,6 +141,14 @@ def write_bytes(path: Path, data: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())  # else a power cut may leave the new name with nothing in it
         temporary.replace(path)
+
+
+def check_text(value: Any) -> None:
+    """ValueError if a text holds half a character: JSON can write one, but no tokenizer reads it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a character (a lone surrogate)") from None
 
 
 def remove(path: Path) -> None:

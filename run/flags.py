@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -19,13 +19,20 @@ from engine import first_line
 from engine.models import is_tiny
 from engine.processes import ranks
 from engine.served_engine import find_served, is_served
-from run.files import fail
-from run.folder import config_of
+from run.files import check_text, digest, fail
+from run.folder import MAY_CHANGE, config_of
+
+
+class Parser(argparse.ArgumentParser):
+    """What it refuses is one line, too."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message.removeprefix("argument "))
 
 
 def new_parser(doc: str | None, dataset: tuple, split: tuple, limit: tuple) -> argparse.ArgumentParser:
     """A parser with the flags that mean the same in every script; the script's own defaults as in `add_group`."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = add_group(parser, "model and data")
     flag("model", help="Hub id, folder, tiny (the embedded reasoner; default) or a served name")
     flag("dataset", *dataset, help="Hub id, file, tiny or tiny:30 (10, 20 or 30 candidates)")
@@ -49,7 +56,7 @@ def new_parser(doc: str | None, dataset: tuple, split: tuple, limit: tuple) -> a
     dtype = "precision; auto: bfloat16 on a GPU, float32 on a CPU"
     flag("dtype", choices=("auto", "bfloat16", "float32"), default="auto", help=dtype)
     flag("seed", type=whole_number, default=0)
-    flag("out", type=Path, help="folder of the run; default: runs/ and a name made from the settings")
+    flag("out", type=Path, help="folder of the run; default: runs/ and a name made of what differs from the defaults")
     flag("config", type=Path, help="YAML file of defaults; flags override it")
     flag("resume", action="store_true", help="go on where the run in --out stopped")
     flag("overwrite", action="store_true", help="discard the run in --out and start again")
@@ -87,8 +94,9 @@ def engine_name(text: str) -> str:
 def json_object(text: str) -> dict:
     with contextlib.suppress(ValueError):
         if isinstance(value := json.loads(text), dict):
+            check_text(value)
             return value
-    raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
+    raise argparse.ArgumentTypeError(f"{text} is not a JSON object of whole characters")
 
 
 def whole_number(text: str, least: int = 0) -> int:
@@ -167,25 +175,16 @@ SHARED = {
 
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
     """Parses flags over the settings of a --config file, if one is given, over the script's defaults."""
-    actions = {action.dest: action for action in parser._actions}
+    actions: dict[str, Any] = {action.dest: action for action in parser._actions}
+    argv = sys.argv[1:] if argv is None else argv
     known, _ = parser.parse_known_args(argv)
-    if known.config:
-        from_file = []
-        for setting, value in read_config(known.config).items():
-            name = str(setting).replace("_", "-")
-            action = actions.get(name.replace("-", "_"))
-            if action is None:
-                fail(f"--config {known.config}: no such flag --{name}")
-            if action.nargs == 0 and not isinstance(value, bool):
-                fail(f"--config {known.config}: {setting} is true or false, found {value!r}")
-            # Passed as flags before the others, they go through the same checks.
-            if action.nargs == 0:
-                from_file += [f"--{name}"] * value
-            elif action.nargs in ("+", 2) and isinstance(value, list):
-                from_file += [f"--{name}", *map(str, value)]
-            elif value is not None:
-                from_file.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-        argv = from_file + (sys.argv[1:] if argv is None else argv)
+    if known.config:  # passed as flags before the others, its settings go through the same checks
+        argv = flags_of(known.config, actions) + argv
+    for word in argv:
+        try:
+            check_text(word)
+        except ValueError as why:
+            fail(f"{word!a}: {why}")
     args = parser.parse_args(argv)
     args.context = None
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
@@ -194,12 +193,18 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
         ask_server(args)
     args.model = args.model or "tiny"
     tiny = is_tiny(args.tokenizer or args.model.split(",")[0])
-    by_model: dict[str, Any] = {name: getattr(action, "by_model", None) for name, action in actions.items()}
-    defaults = {name: both[not tiny] for name, both in by_model.items() if both}
+    defaults = {name: action.by_model[not tiny] for name, action in actions.items() if hasattr(action, "by_model")}
     for name in ("answer_tokens", "extension_tokens"):  # as much less as --max-tokens is than its default
         if args.max_tokens and name in args:
             less = defaults[name] * args.max_tokens // defaults["max_tokens"]
             defaults[name] = min(defaults[name], max(64, less))
+    args.unusual = {
+        name: value
+        for name, value in vars(args).items()
+        if name in defaults
+        and value is not False
+        and all(value != usual for usual in (None, actions[name].default, defaults[name]))
+    }
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -223,6 +228,38 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
     if not 0 < getattr(args, "top_p", 1.0) <= 1:
         fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
     return args
+
+
+def flags_of(config: Path, actions: dict[str, argparse.Action]) -> list[str]:
+    """The settings of a --config file as flags."""
+    words = []
+    for setting, value in read_config(config).items():
+        name = str(setting).replace("_", "-")
+        action = actions.get(name.replace("-", "_"))
+        if action is None:
+            fail(f"--config {config}: no such flag --{name}")
+        if action.nargs == 0 and not isinstance(value, bool):
+            fail(f"--config {config}: {setting} is true or false, found {value!r}")
+        if action.nargs == 0:
+            words += [f"--{name}"] * value
+        elif action.nargs in ("+", 2) and isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
+
+
+def default_out(args: argparse.Namespace, name: str, *told: str) -> Path:
+    """runs/NAME with the flags that were given and are not the defaults, so that other settings are another folder.
+    `told`: flags that the name tells, or that --resume may change."""
+    for flag, value in args.unusual.items():
+        if flag in (*MAY_CHANGE, "model", "dataset", *told):
+            continue
+        text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+        text = "served" if flag == "engine" and is_served(text) else digest(text)[:6] if len(text) > 40 else text
+        name += f"-{flag.replace('_', '-')}" + f"-{text}" * (value is not True)
+    name = re.sub(r"[^\w.+-]+", "-", name)
+    return Path("runs") / (name if len(name) <= 120 else f"{name[:100]}-{digest(name)}")
 
 
 def changed(args: argparse.Namespace, **settings) -> argparse.Namespace:

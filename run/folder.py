@@ -15,6 +15,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import try_to_load_from_cache
 
-from engine import first_line, say_once
+from engine import first_line, say_once, tell
 from engine.models import ROOT, resolve_model
 from engine.processes import ranks, wait_for_ranks
 from engine.served_engine import is_served
@@ -32,8 +33,8 @@ from run.files import digest, fail, parse_lines, read_jsonl, remove, repair, who
 
 def short_name(path: str) -> str:
     """What a model, a data set or a list of either is called in the names of runs: NAME for runs/NAME/model."""
-    path = path.strip("/").removesuffix("/model").removesuffix(".jsonl")
-    return path.replace(",", "+").split("/")[-1].replace(":", "")
+    names = [part.strip("/").removesuffix("/model").removesuffix(".jsonl").split("/")[-1] for part in path.split(",")]
+    return "+".join(names).replace(":", "")
 
 
 def script_name() -> str:
@@ -55,30 +56,43 @@ def parsed(file: Path) -> Any:
         return None
 
 
-def recorded_run(run: Path, flag: str, *fields: str) -> tuple[str, dict, list[dict]]:
-    """(script, settings, records) of an earlier run of any script that a flag names by its folder or by a file of
-    records in it. Ends the program if there is none, or if a record lacks one of the fields."""
+@dataclass
+class RecordedRun:
+    """An earlier run of any script, read from its folder."""
+
+    name: str
+    settings: dict
+    records: list[dict]
+    script: str = ""
+    inputs: dict[str, dict] = field(default_factory=dict)  # as of `open_run`
+
+
+def recorded_run(run: Path, flag: str, *fields: str) -> RecordedRun:
+    """The run that a flag names by its folder or by a file of records in it. Ends the program if there is none, or if a
+    record lacks one of the fields."""
     file = run if run.suffix == ".jsonl" else run / "records.jsonl"
-    config = config_of(file.parent) or config_of(file.parent.parent)
+    folder = file.parent if config_of(file.parent) else file.parent.parent
+    config = config_of(folder)
     if config is None or not file.is_file():
-        others = sorted(str(f) for name in ("base", "*/evaluation_*") for f in run.glob(f"{name}.jsonl"))
+        kinds = "base", "samples_1", "*/evaluation_*"  # of star_mrt.py
+        others = sorted(str(f) for name in kinds for f in run.glob(f"{name}.jsonl"))
         instead = f"; name one of {', '.join(others)}" if others else ""
         fail(f"{flag} {run}: no config.json and records.jsonl of a run there{instead}")
     script, settings, records = config.get("script", "an unknown script"), config["settings"], load_records(file)
     if not records:
         fail(f"{flag} {run}: its records hold no trace")
-    for field in fields:
-        if lacking := sum(record.get(field) in (None, [], {}) for record in records):
-            fail(f"{flag} {run}: {lacking} of {len(records)} records of this run of {script} have no {field}")
+    for name in fields:
+        if lacking := sum(record.get(name) in (None, [], {}) for record in records):
+            fail(f"{flag} {run}: {lacking} of {len(records)} records of this run of {script} have no {name}")
     if script == "star_mrt.py":  # held-out problems, and models that have no name
         model = settings["model"] if file.name == "base.jsonl" else str(run)
         held_out = {"dataset": settings["eval_dataset"] or settings["dataset"], "split": settings["eval_split"]}
         settings = {**settings, **held_out, "model": model}
-    return script, settings, records
+    return RecordedRun(run.name.removesuffix(".jsonl"), settings, records, script, parsed(folder / "inputs.json") or {})
 
 
 MAY_CHANGE = "resume overwrite config markers_file out concurrency context batch_problems checkpoint_every report_to "
-MAY_CHANGE += "dry_run"
+MAY_CHANGE = (MAY_CHANGE + "dry_run unusual").split()  # between a run and its --resume
 
 
 def identity(args: argparse.Namespace, *may_change: str) -> dict:
@@ -86,7 +100,7 @@ def identity(args: argparse.Namespace, *may_change: str) -> dict:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     if is_served(settings["engine"]):
         settings["engine"] = "served"  # wherever it is
-    return {name: value for name, value in settings.items() if name not in (*MAY_CHANGE.split(), *may_change)}
+    return {name: value for name, value in settings.items() if name not in (*MAY_CHANGE, *may_change)}
 
 
 LOCK = ".lock"  # in the folder of a run; the operating system releases it when its owner ends, in any way
@@ -111,7 +125,7 @@ def check_out(args: argparse.Namespace, *may_change: str) -> bool:
     """Ends the program if the run may not be written to --out; returns whether there is one to continue. `may_change`:
     settings that only say how much this script makes or shows, so that --resume may have others."""
     out = args.out
-    names, existing = names_in(out), config_of(out)
+    names, existing = content_of(out), config_of(out)
     if not names - BEFORE:
         return False
     if existing is None:
@@ -139,7 +153,7 @@ def check_out(args: argparse.Namespace, *may_change: str) -> bool:
     return True
 
 
-def names_in(out: Path) -> set[str]:
+def content_of(out: Path) -> set[str]:
     """What a folder holds, nothing if there is none. Ends the program if it could not be made; the try leaves nothing
     behind."""
     try:
@@ -160,15 +174,11 @@ def names_in(out: Path) -> set[str]:
         fail(f"--out {str(out)[:200]}: cannot be made: {first_line(error)}")
 
 
-READ = "config markers_file model tokenizer dataset eval_dataset traces thoughts direct_model".split()
-
-
 def spare_inputs(args: argparse.Namespace) -> None:
-    """Ends the program if --overwrite would delete what a flag names, also behind links."""
-    for flag in READ:
-        for name in str(getattr(args, flag, None) or "").split(","):
-            read = [Path(name), *Path(name).glob("*")] if name and Path(name).exists() else []
-            for file in read:
+    """Ends the program if --overwrite would delete what another flag names, also behind links."""
+    for flag, value in vars(args).items():
+        for name in str(value).split(",") if flag != "out" and isinstance(value, (str, Path)) else []:
+            for file in [Path(name), *Path(name).glob("*")] if name and os.path.exists(name) else []:
                 if any(Path(at(file)).is_relative_to(at(args.out)) for at in (os.path.abspath, os.path.realpath)):
                     flag = flag.removesuffix("_file").replace("_", "-")
                     fail(f"--out {args.out}: --overwrite would delete what --{flag} {name} names; take another folder")
@@ -186,7 +196,7 @@ def open_run(args: argparse.Namespace, inputs: dict[str, dict], *may_change: str
         recorded: dict[str, dict] = parsed(out / "inputs.json")
         for kind, now in inputs.items():
             before = recorded.get(kind, now)
-            names = [*now, *before] if "limit" not in may_change else [*now]
+            names = dict.fromkeys([*now, *before] if "limit" not in may_change else now)
             other = [n for n in names if before.get(n) != now.get(n) and (n in before or not may_grow)]
             if other:
                 fail(f"--out {out}: the run there has other {kind} ({len(other)} of {len(before)}, such as {other[0]})")
@@ -264,7 +274,7 @@ class Clock:
         seconds = time.time() - self.began
         rate = (self.sampler.sampled_tokens - self.tokens) / max(seconds, 1e-9)
         left = duration(seconds * (self.total - done) / max(1, done))
-        print(f"{done} of {self.total} {self.what}  {rate:,.0f} tokens/s  {left} left", flush=True)
+        tell(f"{done} of {self.total} {self.what}  {rate:,.0f} tokens/s  {left} left")
 
 
 def duration(seconds: float) -> str:

@@ -7,14 +7,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from run.files import fail, read_jsonl, write_bytes, write_json, write_text
-from run.folder import duration, recorded_run
+from run.folder import RecordedRun, duration, recorded_run
 
 # ============================================================================================ numbers
 
@@ -30,9 +30,11 @@ def group_by(records: Iterable[dict], key: Callable[[dict], Any]) -> dict[Any, l
 def group_by_problem(records: Iterable[dict]) -> dict[str, list[dict]]:
     """Rows that repeat a problem and its answer (an AIME file × 64) are one problem with more samples."""
     names: dict[str, str] = {}
-    return group_by(
-        records, lambda r: names.setdefault(json.dumps([r.get("problem", r["id"]), r.get("gold")]), r["id"])
-    )
+
+    def asked(r: dict) -> str:
+        return json.dumps([r.get("messages"), r.get("problem", r["id"]), r.get("gold")])
+
+    return group_by(records, lambda r: names.setdefault(asked(r), r["id"]))
 
 
 def problem_means(records: Iterable[dict], value: Callable[..., float], *more) -> np.ndarray:
@@ -210,19 +212,10 @@ def table_row(*row: str) -> str:
     return f"| {' | '.join(row)} |\n"
 
 
-@dataclass
-class RecordedRun:
-    """An earlier run, as read from its folder."""
-
-    name: str
-    settings: dict
-    records: list[dict]
-
-
 def read_runs(folders: list[Path], *fields: str) -> list[RecordedRun]:
     """Runs of any script whose records have these fields, to be compared, with short names."""
     runs = [recorded_run(folder, "--compare", *fields) for folder in folders]
-    return [RecordedRun(name, *run[1:]) for name, run in zip(run_names(folders), runs)]
+    return [replace(run, name=name) for name, run in zip(run_names(folders), runs)]
 
 
 def differing_flags(runs: list[RecordedRun], settings: Iterable[str]) -> list[str]:

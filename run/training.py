@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from engine import Refused, first_line
+from engine import Refused, first_line, is_quiet, tell
 from engine.checks import Ways, name_of
 from engine.logprobs import CHUNK_LOGITS, check_training, token_logprobs
 from engine.models import autocast, load_config, load_model, pick_dtype
@@ -114,7 +114,7 @@ class Steps:
         self.end_if_asked()
 
     def record(self, metrics: dict, text: str, **counts: float) -> None:
-        """Counts a step: adds `counts` to the state, writes the metrics, prints the text (if any) and the time left."""
+        """Counts a step: adds `counts` to the state, writes the metrics, tells the text (if any) and the time left."""
         self.state |= {name: self.state[name] + more for name, more in counts.items()}
         self.state["step"] += 1
         metrics = {**self.state, **metrics, "lr": self.rate}
@@ -123,7 +123,7 @@ class Steps:
             self.tell(metrics)
         if text:
             speed = (time.time() - self.began) / max(self.done() - self.first, 1e-9)
-            print(f"{text}  {duration(speed * max(0.0, 1 - self.done()))} left", flush=True)
+            tell(f"{text}  {duration(speed * max(0.0, 1 - self.done()))} left")
 
     def checkpoint(self) -> None:
         """Writes a checkpoint every --checkpoint-every steps; after a signal writes one and ends the run."""
@@ -184,7 +184,7 @@ def adamw(args, model) -> torch.optim.AdamW:
 Example = tuple[list[int], int, np.ndarray]  # token ids; the first trained one; numbers of each trained token, [C, n]
 
 
-def micro_batches(examples: list[Example], chosen: Iterable[int], max_tokens: int, device) -> list[tuple]:
+def micro_batches(examples: list[Example], chosen: Iterable[int], max_tokens: int, device) -> Iterator[tuple]:
     """The chosen examples as (numbers, ids [B, T], where [B, T], columns [C, N]), the longest first, cut where rows ×
     width would exceed `max_tokens`. N counts the trained tokens, row by row: those that `where` marks. For example
 
@@ -201,7 +201,11 @@ def micro_batches(examples: list[Example], chosen: Iterable[int], max_tokens: in
             numbers.append(order.pop())
         batches.append((numbers, *batch_tensors([examples[i] for i in numbers], device)))
     most = max(gather_over_ranks([len(batches)]))
-    return batches + [([], *batch_tensors(examples[:1], device))] * (most - len(batches))
+    batches += [([], *batch_tensors(examples[:1], device))] * (most - len(batches))
+    for number, batch in enumerate(batches):
+        if is_quiet():
+            tell(f"  update: {number} of {most} micro-batches")
+        yield batch
 
 
 def batch_tensors(examples: list[Example], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -286,7 +290,7 @@ def fine_tune(args, folder: Path, model, score, tokenizer, examples: list[Exampl
             loss = steps.state["loss"] = fine_tuning_step(args, model, score, optimizer, batch)
         except FloatingPointError as error:
             fail(f"step {step + 1} of the fine-tuning in {folder}: {error}")
-        shown = (step + 1) % max(1, count // 5) == 0
+        shown = is_quiet() or (step + 1) % max(1, count // 5) == 0
         steps.record({"examples": len(batch)}, f"step {step + 1} of {count}  loss {loss:.4f}" if shown else "")
         steps.checkpoint()
     model.eval()

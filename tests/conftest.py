@@ -14,6 +14,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -33,6 +34,7 @@ from engine.tokens import prompt_ids  # noqa: E402
 from engine.transformers_engine import TransformersEngine  # noqa: E402
 from run import data  # noqa: E402
 from run.files import end_in_one_line  # noqa: E402
+from run.folder import held, open_run  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"  # real benchmarks, where they are at hand; tests that want them skip without
 TOLERANCE = 1e-4  # of a log-prob, a J, a loss of the embedded model in float32
@@ -101,6 +103,31 @@ def assert_same_weights(run: Path, other: Path, tolerance: float) -> None:
         torch.testing.assert_close(weights, theirs[name], atol=tolerance, rtol=0)
 
 
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def write_rows(path: Path, *rows) -> str:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def a_run(folder: Path, script: str | None = None, **settings) -> Path:
+    """A folder as a run leaves it, with something to lose; `script` if not this process's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script or sys.argv[0]])
+        open_run(run_settings(folder, **settings), {})
+    held.pop().release()  # that run has ended
+    write(folder / "metrics.jsonl", '{"step": 1}\n')
+    return folder
+
+
+def main_with(monkeypatch, script, *argv):
+    """The script's main() as a call without arguments."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+    return script.main
+
+
 def refusal(capsys, call, *args, **kwargs) -> str:
     """What a user reads of a call that must be refused, as a script would end: one line on stderr, exit code 2."""
     capsys.readouterr()
@@ -112,6 +139,15 @@ def refusal(capsys, call, *args, **kwargs) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ the embedded model
+
+
+def copy_of_tiny(folder: Path, *without: str) -> Path:
+    """The embedded model in a folder of its own, which may be written to where the checkout may not."""
+    folder.mkdir(exist_ok=True)
+    for file in (ROOT / "tiny").iterdir():
+        if file.is_file() and file.name not in without:
+            shutil.copyfile(file, folder / file.name)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,13 @@
 """Bad input: one line on stderr that says what is wrong, exit code 2, before expensive work, with nothing destroyed."""
 
 import json
-import shutil
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import refusal, run_settings
+from conftest import ROOT, a_run, copy_of_tiny, main_with, refusal, run_settings, write, write_rows
 
 import analyze_r1
 import budget_force
@@ -17,120 +17,164 @@ import star_mrt
 from engine import models
 from engine.tokens import prompt_ids
 from run import data
-from run.folder import held, open_run
+from run.files import end_in_one_line
+from run.folder import open_run
 
-ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt]
 GOOD_ROW = {"problem": "1 + 1 = ?", "answer": "2"}
 
 
-def parser_refusal(capsys, call, argv: list[str]) -> str:
-    """The same for what argparse refuses: its usage lines come first."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(argv)
-    assert stop.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "error: " in last, last
-    return last
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def main_with(monkeypatch, script, *argv):
-    """The script's main() as a call without arguments."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
-    return script.main
+# ------------------------------------------------------------------------------------------------ flags
+
+REFUSED = {  # the line begins with the flag
+    rl_mrt: "--max-tokens 0 | --max-tokens -5 | --max-tokens 12.5 | --bonus -1 | --bonus nan | --bonus inf "
+    "| --bonus much | --group-size 0 | --limit 0 | --steps 0 | --seed one | --seed -1 | --temperature -1 "
+    "| --eval-every -1 | --variant suffix | --resume --overwrite | --report-to paper | --group-size 1 "
+    "| --temperature 0 | --temperature nan "
+    "| --length-penalty 1 | --stop-credit 20 --bonus 0 | --progress likelihood --variant prefix | --warmup 1 | --lr 0 "
+    "| --max-tokens 1 --bonus 1 | --chat-template-kwargs [] | --think-marks A A "
+    '| --chat-template-kwargs {"x":"\\ud83d"}',
+    evaluate: "--top-p 0 | --top-p 1.5 | --top-p nan | --k 1,two | --budgets 0 | --seed -1 | --num-samples 0 | --k 99",
+    analyze_r1: "--seed -1 | --episodes-per-point 0 | --from nowhere | --markers nowhere",
+    budget_force: "--seed -1 | --extensions -1 | --strings a,,b | --thoughts nowhere",
+    star_mrt: "--seed -1 | --min-success 1.5 | --temperature 0 | --epochs 0 | --filter all",
+}
 
 
-def write(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8")
-    return str(path)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_flags_may_not_be(capsys, script):
+    for command in REFUSED[script].split(" | "):
+        line = refusal(capsys, script.flags, command.split())
+        assert line.startswith(f"error: {command.split()[0]}") and len(line) < 300, line
+    assert "--no-such-flag" in refusal(capsys, script.flags, ["--no-such-flag"])
+    assert "half a character" in refusal(capsys, script.flags, ["--dataset", os.fsdecode(b"d\xff.jsonl")])
 
 
-def write_rows(path: Path, *rows) -> str:
-    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+def test_settings_that_look_odd_but_are_sound():
+    assert rl_mrt.flags("--bonus 0 --progress likelihood".split()).bonus == 0
+    assert evaluate.flags("--temperature 0".split()).temperature == 0
 
 
-def a_run(folder: Path, script: str | None = None, **settings) -> Path:
-    """A folder as a run leaves it, with something to lose; `script` if not this process's own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script or sys.argv[0]])
-        open_run(run_settings(folder, **settings), {})
-    held.pop().release()  # that run has ended
-    write(folder / "metrics.jsonl", '{"step": 1}\n')
-    return folder
+@pytest.mark.parametrize(
+    "flags, variant, progress",
+    [
+        ("", "online", "log-likelihood"),
+        ("--variant prefix", "prefix", "sampled"),
+        ("--progress likelihood", "online", "likelihood"),
+        ("--model some/model", "prefix", "sampled"),
+        ("--model some/model --variant online", "online", "sampled"),
+    ],
+)
+def test_the_default_is_what_was_confirmed_for_the_model(flags, variant, progress):
+    args = rl_mrt.flags(["--bonus", "1", *flags.split()])
+    assert (args.variant, args.progress) == (variant, progress)
 
 
-def copy_of_tiny(folder: Path, *without: str) -> Path:
-    """The embedded model in a folder of its own, which may be written to where the checkout may not."""
-    folder.mkdir(exist_ok=True)
-    for file in (ROOT / "tiny").iterdir():
-        if file.is_file() and file.name not in without:
-            shutil.copyfile(file, folder / file.name)
-    return folder
+def test_other_settings_have_another_folder_and_what_resume_may_change_has_not():
+    def out(script, flags: str) -> str:
+        return str(script.flags(flags.split()).out)
+
+    assert out(evaluate, "") == out(evaluate, "--max-tokens 256 --k 2 --limit 3") == "runs/eval-tiny-tiny"
+    assert out(rl_mrt, "--bonus 0 --kl 0.04 --concurrency 3") == "runs/rl-tiny-grpo-seed0-kl-0.04"
+    named = {
+        *(out(evaluate, f"--model {m}") for m in ("runs/a/model", "runs/b/model", "runs/a/model,runs/b/model")),
+        *(out(evaluate, f"--compare runs/{runs}") for runs in ("a", "b", "a runs/b")),
+        *(out(rl_mrt, flags) for flags in ("--seed 0", "--seed 1", "--bonus 0.5", "--eval-every 0", "--limit 9")),
+        out(analyze_r1, f"--max-steps 0 --problem-column {'x' * 300}"),
+    }
+    assert len(named) == 12 and all(len(name) < 200 for name in named)
 
 
-# ------------------------------------------------------------------------------------------------ analysis
+# ------------------------------------------------------------------------------------------------ --config
 
 
-def test_given_responses_that_cannot_be_read(capsys, monkeypatch, tmp_path):
-    row = {"problem": "?", "answer": "2"}
-    for response in ({}, {"response": None}, {"response": ["a"]}):
-        file = write_rows(tmp_path / "r.jsonl", {**row, "response": "fine"}, {**row, **response})
-        main = main_with(monkeypatch, analyze_r1, "--traces", file, "--out", tmp_path / "run")
-        message = refusal(capsys, main)
-        assert "r.jsonl, row 2: column response" in message and not (tmp_path / "run").exists()
-    main = main_with(monkeypatch, analyze_r1, "--traces", tmp_path / "nowhere.jsonl", "--out", tmp_path / "run")
-    assert "nowhere.jsonl" in refusal(capsys, main)
+def config(tmp_path: Path, text: str) -> list[str]:
+    return ["--config", write(tmp_path / "c.yaml", text)]
 
 
-def test_redrawing_what_is_no_analysis(capsys, monkeypatch, tmp_path):
-    for folder in (tmp_path / "nowhere", a_run(tmp_path / "training")):
-        assert str(folder) in refusal(capsys, main_with(monkeypatch, analyze_r1, "--from", folder))
-
-
-# ------------------------------------------------------------------------------------------------ data sets
-
-
-def test_unknown_columns_are_listed(capsys, tmp_path):
-    for row in ({"text": "?", "label": "2"}, {"problem": "?", "label": "2"}, {"text": "?", "answer": "2"}):
-        message = refusal(capsys, data.load_problems, write_rows(tmp_path / "d.jsonl", row), "train")
-        assert ", ".join(row) in message and "problem|question|prompt" in message and "answer|solution" in message
+def test_a_config_file_sets_defaults_and_flags_override_it(tmp_path):
+    text = "bonus: 0.5\nvariant: online\nmax-tokens: 99\ngroup_size: 3\nlr: 1e-6\nskip-unusable: true\nseed:\n"
+    args, usual = rl_mrt.flags([*config(tmp_path, text), *"--group-size 5 --bonus 0".split()]), rl_mrt.flags([])
+    assert (args.bonus, args.group_size) == (0.0, 5)
+    assert (args.variant, args.max_tokens, args.lr, args.skip_unusable) == ("online", 99, 1e-6, True)
+    assert (args.temperature, args.seed) == (usual.temperature, usual.seed)
+    args = evaluate.flags(config(tmp_path, "compare: [a, b]\nk: 1,2\n"))
+    assert args.compare == [Path("a"), Path("b")] and args.k == [1, 2]
 
 
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("", "empty"),
-        ("\n \n", "empty"),
-        ('{"problem": "a", "answer": "1"}\n\n{"problem": "b", "ans\n', "line 3"),
-        ("problem,answer\n1+1,2\n", "line 1"),
-        ('{"problem": "a", "answer": "1"}\n["b", "2"]\n', "line 2"),
-        ("3\n", "line 1"),
-        ("null\n", "line 1"),
+        ("bonsu: 1", "--bonsu"),
+        ("1: 2", "1"),
+        ("bonus: [1", "c.yaml"),
+        ("a: b: c", "c.yaml"),
+        ("- bonus\n- lr", "name: value"),
+        ("just words", "name: value"),
+        ("", "name: value"),
+        ("lr: 1\nlr: 2", "set twice"),
+        # judged as the flag's own value would be: its type, its choices, and true or false for a switch
+        *(
+            (f"{name}: {value}", name)
+            for name, value in (
+                ("bonus", "high"),
+                ("bonus", "-1"),
+                ("bonus", ".nan"),
+                ("max-tokens", "0"),
+                ("max-tokens", "[1, 2]"),
+                ("steps", "true"),
+                ("lr", "{a: 1}"),
+                ("variant", "suffix"),
+                ("dtype", "float16"),
+                ("skip-unusable", "maybe"),
+                ("overwrite", "'false'"),
+                ("resume", "2"),
+            )
+        ),
+        ('dataset: "\\ud83d"', "half a character"),
+        ("overwrite: true\nresume: true", "not both"),
     ],
 )
-def test_files_that_are_no_json_lines(capsys, tmp_path, text, says):
-    message = refusal(capsys, data.load_problems, write(tmp_path / "d.jsonl", text), "train")
-    assert "d.jsonl" in message and says in message
+def test_config_files_that_cannot_be_used(capsys, tmp_path, text, says):
+    assert says in refusal(capsys, rl_mrt.flags, config(tmp_path, text + "\n"))
 
 
-def test_a_file_that_is_no_text(capsys, tmp_path):
-    (tmp_path / "d.jsonl").write_bytes(b'{"problem": "\xff\xfe\x80", "answer": "1"}\n')
-    assert "d.jsonl" in refusal(capsys, data.load_problems, str(tmp_path / "d.jsonl"), "train")
+def test_config_files_that_cannot_be_read(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x80\x81")
+    for path in (tmp_path / "nowhere.yaml", tmp_path, tmp_path / "c.yaml"):
+        assert str(path) in refusal(capsys, rl_mrt.flags, ["--config", str(path)])
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+@pytest.mark.parametrize("response", [{}, {"response": None}, {"response": ["a"]}], ids=str)
+def test_given_responses_that_cannot_be_read(capsys, monkeypatch, tmp_path, response):
+    rows = {"problem": "?", "answer": "2", "response": "fine"}, {"problem": "?", "answer": "2", **response}
+    file = write_rows(tmp_path / "r.jsonl", *rows)
+    message = refusal(capsys, main_with(monkeypatch, analyze_r1, "--traces", file, "--out", tmp_path / "run"))
+    assert "r.jsonl, row 2: column response" in message and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "?", "label": "2"}, {"problem": "?", "label": "2"}, {"text": "?", "answer": "2"}]
+)
+def test_unknown_columns_are_listed(capsys, tmp_path, row):
+    message = refusal(capsys, data.load_problems, write_rows(tmp_path / "d.jsonl", row), "train")
+    assert ", ".join(row) in message and "problem|question|prompt" in message and "answer|solution" in message
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        {"problem": "?", "answer": ""},
-        {"problem": "?", "answer": "   "},
-        {"problem": "?", "answer": None},
-        {"problem": "?", "answer": "it follows\n#### "},
-        {"problem": "?", "answer": r"\frac{1}{"},
+        *({"problem": "?", "answer": answer} for answer in ("", "   ", None, "it follows\n#### ", r"\frac{1}{")),
+        *({"problem": problem, "answer": "2"} for problem in ("", " \n", None, ["1 + 1"])),
+        {"problem": "?", "solution": "so it is 2"},
         {"problem": "?"},
-        {"problem": "", "answer": "2"},
-        {"problem": " \n", "answer": "2"},
-        {"problem": None, "answer": "2"},
-        {"problem": ["1 + 1"], "answer": "2"},
         {"answer": "2"},
     ],
     ids=json.dumps,
@@ -141,40 +185,39 @@ def test_a_row_that_cannot_be_used_is_named(capsys, tmp_path, row):
     assert "d.jsonl" in message and "row 3" in message
 
 
-def test_a_solution_without_a_box_is_named(capsys, tmp_path):
-    rows = {"problem": "?", "solution": r"so \boxed{2}"}, {"problem": "?", "solution": "so it is 2"}
-    message = refusal(capsys, data.load_problems, write_rows(tmp_path / "d.jsonl", *rows), "train")
-    assert "row 2" in message and "boxed" in message
-
-
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "nowhere.json", "nobody/nothing", "."])
-def test_a_data_set_that_is_not_there_is_named(capsys, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "dataset, split, says",
+    [
+        *((name, "train", name) for name in ("nowhere.jsonl", "nowhere.json", "nobody/nothing", ".")),
+        *((f"tiny:{level}", "train", "--dataset") for level in ("1", "31", "0", "-5", "abc", "10;20", "10,1")),
+        ("tiny", "nope", "--split nope: the tiny problems have train, validation, test"),
+    ],
+)
+def test_a_data_set_that_is_not_there_is_named(capsys, tmp_path, monkeypatch, dataset, split, says):
     monkeypatch.chdir(tmp_path)
-    assert name in refusal(capsys, data.load_problems, name, "train")
+    assert says in refusal(capsys, data.load_problems, dataset, split)
 
 
-@pytest.mark.parametrize("dataset", ["tiny:1", "tiny:31", "tiny:0", "tiny:-5", "tiny:abc", "tiny:10;20", "tiny:10,1"])
-def test_wrong_levels_of_the_tiny_problems(capsys, dataset):
-    assert "--dataset" in refusal(capsys, data.load_problems, dataset, "train")
-
-
-def test_a_split_that_the_tiny_problems_lack(capsys):
-    message = refusal(capsys, data.load_problems, "tiny", "nope")
-    assert "--split nope" in message and "train" in message and "validation" in message and "test" in message
+@pytest.mark.parametrize("bad", ["--dataset", "--limit 4 --eval-dataset"])
+def test_bad_data_does_not_cost_the_run_that_would_be_overwritten(capsys, monkeypatch, tmp_path, bad):
+    run = a_run(tmp_path / "run", "rl_mrt.py")
+    file = write_rows(tmp_path / "d.jsonl", GOOD_ROW, {"problem": "?", "answer": ""})
+    flags = [*bad.split(), file, *"--steps 1 --overwrite --out".split(), run]
+    assert "row 2" in refusal(capsys, main_with(monkeypatch, rl_mrt, *flags))
+    assert (run / "metrics.jsonl").exists()
 
 
 # ------------------------------------------------------------------------------------------------ models
 
 
-def test_a_model_out_of_reach_is_named(capsys):
-    assert "--model nobody/nothing" in refusal(capsys, models.load_tokenizer, "nobody/nothing")
-
-
-@pytest.mark.parametrize("missing", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer_config.json", "model.safetensors"])
 def test_a_model_folder_without_a_file_it_needs(capsys, tmp_path, missing):
-    folder = copy_of_tiny(tmp_path / "m", missing)
-    message = refusal(capsys, models.load_tokenizer, str(folder))
-    assert str(folder) in message and f"no {missing}" in message
+    folder = str(copy_of_tiny(tmp_path / "m", missing))
+    weights = missing == "model.safetensors"
+    message = (
+        refusal(capsys, models.load_model, folder, "cpu") if weights else refusal(capsys, models.load_tokenizer, folder)
+    )
+    assert folder in message and (weights or f"no {missing}" in message)
 
 
 def test_what_takes_the_place_of_a_chat_template_is_said_once(capsys, tmp_path):
@@ -185,29 +228,18 @@ def test_what_takes_the_place_of_a_chat_template_is_said_once(capsys, tmp_path):
     assert prompt_ids(tokenizer, "What?") == tokenizer.encode("What?\n\n")
 
 
-def test_a_model_folder_without_weights(capsys, tmp_path):
-    folder = copy_of_tiny(tmp_path / "m", "model.safetensors")
-    assert str(folder) in refusal(capsys, models.load_model, str(folder), "cpu")
-
-
-@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
-def test_a_model_folder_with_a_broken_configuration(capsys, monkeypatch, tmp_path, script):
-    folder = copy_of_tiny(tmp_path / "m")
-    write(folder / "config.json", '{"model_type": "qw')
-    main = main_with(monkeypatch, script, "--model", folder, "--dataset", "tiny", "--out", tmp_path / "out")
-    assert str(folder) in refusal(capsys, main)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_wrong_model_is_told_before_a_data_set_is_fetched(capsys, monkeypatch, tmp_path, script):
     """Without --dataset that is the paper's, of gigabytes; the tokenizer is a file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load_problems", lambda *_: pytest.fail("the data set was loaded first"))
     assert "--model nobody/nothing" in refusal(capsys, main_with(monkeypatch, script, "--model", "nobody/nothing"))
+    write(copy_of_tiny(tmp_path / "m") / "config.json", '{"model_type": "qw')
+    assert "--model m" in refusal(capsys, main_with(monkeypatch, script, *"--model m --out out".split()))
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_prompt_longer_than_the_context_is_named(capsys, monkeypatch, tmp_path, script):
     run = a_run(tmp_path / "run", f"{script.__name__}.py")
     rows = {**GOOD_ROW, "id": "short"}, {"problem": "a long story " * 600, "answer": "2", "id": "the-long-one"}
@@ -218,94 +250,22 @@ def test_a_prompt_longer_than_the_context_is_named(capsys, monkeypatch, tmp_path
 
 
 def test_the_budget_counts_towards_the_context(capsys, monkeypatch, tmp_path):
-    main = main_with(
-        monkeypatch, rl_mrt, *"--limit 1 --max-tokens 4090 --eval-every 0".split(), "--out", tmp_path / "out"
-    )
-    assert "tiny-train-" in refusal(capsys, main)
+    flags = "--limit 1 --max-tokens 4090 --eval-every 0 --out".split()
+    assert "tiny-train-" in refusal(capsys, main_with(monkeypatch, rl_mrt, *flags, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------ flags
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--max-tokens", "0"],
-        ["--max-tokens", "-5"],
-        ["--max-tokens", "12.5"],
-        ["--bonus", "-1"],
-        ["--bonus", "nan"],
-        ["--bonus", "inf"],
-        ["--bonus", "much"],
-        ["--group-size", "0"],
-        ["--limit", "0"],
-        ["--steps", "0"],
-        ["--seed", "one"],
-        ["--temperature", "-1"],
-        ["--temperature", "nan"],
-        ["--eval-every", "-1"],
-        ["--variant", "suffix"],
-        ["--resume", "--overwrite"],
-        ["--no-such-flag"],
-    ],
-    ids=" ".join,
-)
-def test_values_that_the_parser_refuses(capsys, argv):
-    assert argv[0] in parser_refusal(capsys, rl_mrt.flags, argv) or "resume" in argv[0]
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--group-size", "1"],
-        ["--temperature", "0"],
-        ["--length-penalty", "1"],
-        ["--stop-credit", "20", "--bonus", "0"],
-        ["--progress", "likelihood", "--variant", "prefix"],
-    ],
-    ids=" ".join,
-)
-def test_settings_that_make_no_sense(capsys, argv):
-    assert argv[0] in refusal(capsys, rl_mrt.flags, argv)
-
-
-@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
-def test_a_negative_seed_is_refused_before_numpy_does(capsys, script):
-    assert "--seed" in parser_refusal(capsys, script.flags, ["--seed", "-1"])
-
-
-def test_the_prefix_variant_needs_room_for_a_prefix(capsys):
-    assert "--max-tokens" in refusal(capsys, rl_mrt.flags, ["--bonus", "1", "--max-tokens", "1"])
-
-
-def test_settings_that_look_odd_but_are_sound():
-    assert rl_mrt.flags(["--bonus", "0", "--progress", "likelihood"]).bonus == 0
-    assert evaluate.flags(["--temperature", "0"]).temperature == 0
-
-
-@pytest.mark.parametrize(
-    "argv, variant, progress",
-    [
-        ([], "online", "nats"),
-        (["--variant", "prefix"], "prefix", "sampled"),
-        (["--progress", "likelihood"], "online", "likelihood"),
-        (["--model", "some/model"], "prefix", "sampled"),
-        (["--model", "some/model", "--variant", "online"], "online", "sampled"),
-    ],
-)
-def test_the_default_is_what_was_confirmed_for_the_model(argv, variant, progress):
-    args = rl_mrt.flags(["--bonus", "1", *argv])
-    assert (args.variant, args.progress) == (variant, progress)
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [["--top-p", "0"], ["--top-p", "1.5"], ["--top-p", "nan"], ["--k", "1,two"], ["--budgets", "0"]],
-    ids=" ".join,
-)
-def test_settings_of_an_evaluation_that_make_no_sense(capsys, argv):
-    assert argv[0] in refusal(capsys, evaluate.flags, argv)
+def test_a_tokenizer_of_another_model_is_told_before_anything_is_sampled(capsys, monkeypatch, tmp_path):
+    folder = copy_of_tiny(tmp_path / "m")
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())
+    last = vocabulary["added_tokens"][-1]
+    vocabulary["added_tokens"] += [{**last, "id": i, "content": f"<|f{i}|>"} for i in range(last["id"] + 1, 751)]
+    write(folder / "tokenizer.json", json.dumps(vocabulary))
+    (folder / "chat_template.jinja").open("a").write("<|f750|>")
+    for script in SCRIPTS:
+        flags = "--dataset tiny --engine transformers --limit 1 --model".split()
+        line = refusal(capsys, main_with(monkeypatch, script, *flags, folder, "--out", tmp_path / "out"))
+        assert "token 750 is beyond its 704 embeddings" in line and not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------ the output folder
@@ -313,48 +273,41 @@ def test_settings_of_an_evaluation_that_make_no_sense(capsys, argv):
 
 def test_a_run_is_neither_mixed_with_another_nor_lost(capsys, tmp_path):
     run = a_run(tmp_path / "run", bonus=0.0, lr=1e-3)
-    before = {f.name: f.read_bytes() for f in run.iterdir()}
+    before = files_of(run)
     message = refusal(capsys, open_run, run_settings(run, bonus=0.0, lr=1e-3), {})
     assert str(run) in message and "--resume" in message and "--overwrite" in message
     message = refusal(capsys, open_run, run_settings(run, resume=True, bonus=1.0, lr=1e-3), {})
     assert "--bonus 0.0 (now 1.0)" in message and "--lr" not in message
-    assert {f.name: f.read_bytes() for f in run.iterdir()} == before
     open_run(run_settings(run, resume=True, bonus=0.0, lr=1e-3), {})
-    assert {f.name: f.read_bytes() for f in run.iterdir()} == before
-
-
-def test_overwrite_replaces_a_run(tmp_path):
-    run = a_run(tmp_path / "run", bonus=0.0)
+    assert files_of(run) == before
     open_run(run_settings(run, overwrite=True, bonus=1.0), {})
-    assert {f.name for f in run.iterdir()} == {".lock", "config.json", "inputs.json"}
+    assert set(files_of(run)) == {".lock", "config.json", "inputs.json"}
     assert json.loads((run / "config.json").read_text())["settings"]["bonus"] == 1.0
 
 
-@pytest.mark.parametrize("resume, overwrite", [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("what", ["thesis", "model", "broken", "list"])
-def test_what_is_not_a_run_is_never_touched(capsys, tmp_path, what, resume, overwrite):
-    """A folder of anything else; a model folder, which has a config.json, too; a config.json nobody can read."""
+@pytest.mark.parametrize("way", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+@pytest.mark.parametrize("what", ["thesis", "model", "broken", "list", "file", "another script's"])
+def test_what_is_not_a_run_of_this_script_is_never_touched(capsys, tmp_path, what, way):
+    """A folder of anything else; a model's, which has a config.json, too; a config.json nobody can read; a file; the
+    run that `evaluate.py --model runs/a/model --out runs/a --overwrite` would delete with the model in it."""
     folder = tmp_path / "precious"
     if what == "model":
         copy_of_tiny(folder)
+    elif what == "another script's":
+        a_run(folder, script="another.py")
+    elif what == "file":
+        write(folder, "notes")
     else:
         folder.mkdir()
         write(folder / "thesis.tex", "years of work")
         if what != "thesis":
             write(folder / "config.json", '{"settings": {"mod' if what == "broken" else "[1, 2]")
-    before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    assert str(folder) in refusal(capsys, open_run, run_settings(folder, resume, overwrite), {})
-    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+    before = folder.read_bytes() if what == "file" else files_of(folder)
+    assert str(folder) in refusal(capsys, open_run, run_settings(folder, **way), {})
+    assert (folder.read_bytes() if what == "file" else files_of(folder)) == before
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_an_output_folder_that_is_a_file(capsys, tmp_path, overwrite):
-    write(tmp_path / "out", "notes")
-    assert str(tmp_path / "out") in refusal(capsys, open_run, run_settings(tmp_path / "out", overwrite=overwrite), {})
-    assert (tmp_path / "out").read_text() == "notes"
-
-
-@pytest.mark.parametrize("script", [rl_mrt, evaluate, analyze_r1, budget_force, star_mrt])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_taken_output_folder_is_told_before_data_and_model_are_loaded(capsys, monkeypatch, tmp_path, script):
     run = a_run(tmp_path / "run")
     for module, name in ((data, "load_problems"), (models, "load_tokenizer"), (models, "load_model")):
@@ -362,155 +315,64 @@ def test_a_taken_output_folder_is_told_before_data_and_model_are_loaded(capsys, 
     assert str(run) in refusal(capsys, main_with(monkeypatch, script, "--out", run))
 
 
-@pytest.mark.parametrize("bad", ["rows", "eval-dataset"])
-def test_bad_data_does_not_cost_the_run_that_would_be_overwritten(capsys, monkeypatch, tmp_path, bad):
-    run = a_run(tmp_path / "run", "rl_mrt.py")
-    file = write_rows(tmp_path / "d.jsonl", GOOD_ROW, {"problem": "?", "answer": ""})
-    flags = ["--dataset", file] if bad == "rows" else ["--limit", 4, "--eval-dataset", file]
-    message = refusal(capsys, main_with(monkeypatch, rl_mrt, *flags, "--steps", 1, "--out", run, "--overwrite"))
-    assert "row 2" in message
-    assert (run / "metrics.jsonl").exists()
+# ------------------------------------------------------------------------------------------------ earlier runs
 
 
-# ------------------------------------------------------------------------------------------------ --config
-
-
-def test_a_config_file_sets_defaults_and_flags_override_it(tmp_path):
-    file = write(
-        tmp_path / "c.yaml",
-        "bonus: 0.5\nvariant: online\nmax-tokens: 99\ngroup_size: 3\nlr: 1e-6\nskip-unusable: true\n",
-    )
-    args = rl_mrt.flags(["--config", file, "--group-size", "5", "--bonus", "0"])
-    assert (args.bonus, args.group_size) == (0.0, 5)
-    assert (args.variant, args.max_tokens, args.lr, args.skip_unusable) == ("online", 99, 1e-6, True)
-    assert args.temperature == rl_mrt.flags([]).temperature
-
-
-def test_a_key_without_a_value_leaves_the_default(tmp_path):
-    args = rl_mrt.flags(["--config", write(tmp_path / "c.yaml", "bonus:\nmax-tokens:\nseed:\n")])
-    default = rl_mrt.flags([])
-    assert (args.bonus, args.max_tokens, args.seed) == (default.bonus, default.max_tokens, default.seed)
-
-
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("bonsu: 1\n", "--bonsu"),
-        ("1: 2\n", "1"),
-        ("bonus: [1\n", ""),
-        ("a: b: c\n", ""),
-        ("- bonus\n- lr\n", "name: value"),
-        ("just words\n", "name: value"),
-        ("", "name: value"),
-    ],
-)
-def test_config_files_that_cannot_be_used(capsys, tmp_path, text, says):
-    file = write(tmp_path / "c.yaml", text)
-    message = refusal(capsys, rl_mrt.flags, ["--config", file])
-    assert file in message and says in message
-
-
-def test_config_files_that_cannot_be_read(capsys, tmp_path):
-    assert "nowhere.yaml" in refusal(capsys, rl_mrt.flags, ["--config", str(tmp_path / "nowhere.yaml")])
-    assert str(tmp_path) in refusal(capsys, rl_mrt.flags, ["--config", str(tmp_path)])
-    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x80\x81")
-    assert "c.yaml" in refusal(capsys, rl_mrt.flags, ["--config", str(tmp_path / "c.yaml")])
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "bonus: high",
-        "bonus: -1",
-        "bonus: .nan",
-        "max-tokens: 0",
-        "max-tokens: [1, 2]",
-        "steps: true",
-        "lr: {a: 1}",
-        "variant: suffix",
-        "dtype: float16",
-        "skip-unusable: maybe",
-        "overwrite: 'false'",
-        "resume: 2",
-    ],
-)
-def test_config_values_of_the_wrong_type(capsys, tmp_path, text):
-    """Judged as the flag's own value would be: its type, its choices, and true or false for a switch."""
-    file = write(tmp_path / "c.yaml", text + "\n")
-    assert text.split(":")[0] in parser_refusal(capsys, rl_mrt.flags, ["--config", file])
-
-
-def test_overwrite_in_a_config_file_does_not_discard_a_run_that_is_to_go_on(tmp_path):
-    """Refused, or the flag wins; never both, of which --overwrite would come first."""
-    try:
-        args = rl_mrt.flags(["--config", write(tmp_path / "c.yaml", "overwrite: true\n"), "--resume"])
-    except SystemExit as stop:
-        assert stop.code == 2
-    else:
-        assert args.resume and not args.overwrite
-
-
-def test_a_config_file_can_name_the_runs_to_compare(tmp_path):
-    file = write(tmp_path / "c.yaml", "compare: [a, b]\nk: 1,2\n")
-    args = evaluate.flags(["--config", file])
-    assert args.compare == [Path("a"), Path("b")] and args.k == [1, 2]
-
-
-# ------------------------------------------------------------------------------------------------ comparisons
-
-
-def test_comparing_what_is_no_evaluation(capsys, monkeypatch, tmp_path):
+def test_earlier_runs_that_are_none(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    record = {"id": "a", "sample": 0, "gold": "2"}
-    for name, row in (
-        ("training", {"step": 0, "id": "a", "sample": 0, "reward": 1.0}),
-        ("empty", None),
-        ("bare", record),
-    ):
+    rows = {
+        "training": [{"step": 0, "id": "a", "sample": 0, "reward": 1.0}],
+        "empty": [],
+        "bare": [{"id": "a", "sample": 0}],
+    }
+    for name, records in rows.items():
         (tmp_path / name).mkdir()
-        write_rows(tmp_path / name / "records.jsonl", *[row] * (row is not None))
+        write_rows(tmp_path / name / "records.jsonl", *records)
         if name != "bare":
             write(tmp_path / name / "config.json", '{"settings": {"max_tokens": 8}}')
-    for name in ("nowhere", "training", "empty", "bare"):
-        message = refusal(capsys, main_with(monkeypatch, evaluate, "--compare", name))
-        assert name in message and "--compare" in message
-        assert not (tmp_path / "runs").exists()
+    for name in ("nowhere", *rows):
+        for script, flag in ((evaluate, "--compare"), (budget_force, "--compare"), (analyze_r1, "--from")):
+            assert f"{flag} {name}" in refusal(capsys, main_with(monkeypatch, script, flag, name))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
-    "script, settings",
-    [(evaluate, {"top_p": 1.0}), (budget_force, {"extension_tokens": 8})],
-    ids=["evaluate", "budget_force"],
+    "script, flags",
+    [
+        (evaluate, "--compare"),
+        (budget_force, "--compare"),
+        (analyze_r1, "--from"),
+        (budget_force, "--model tiny --engine transformers --thoughts"),
+    ],
+    ids=str,
 )
-def test_records_of_an_earlier_version_are_refused(capsys, monkeypatch, tmp_path, script, settings):
+def test_records_of_an_earlier_version_are_refused(capsys, monkeypatch, tmp_path, script, flags):
     """One line a problem with its samples in a list, as it was once written."""
-    run = a_run(tmp_path / "run", f"{script.__name__}.py", **settings)
-    write_rows(run / "records.jsonl", {"id": "a", "answer": "2", "samples": [{"right": 1.0}]})
-    message = refusal(capsys, main_with(monkeypatch, script, "--compare", run, "--out", tmp_path / "out"))
-    assert str(run / "records.jsonl") in message and "one line per problem" in message
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_analysis_of_an_earlier_version_is_refused(capsys, monkeypatch, tmp_path):
     run = a_run(tmp_path / "run", "analyze_r1.py", max_steps=49, episodes_per_point=1, max_tokens=96)
     write_rows(run / "records.jsonl", {"id": "a", "answer": "2", "samples": [{"right": 1.0}]})
-    for script, *argv in (
-        (analyze_r1, "--from", run),
-        (budget_force, "--model", "tiny", "--thoughts", run, "--engine", "transformers"),
-    ):
-        assert "one line per problem" in refusal(capsys, main_with(monkeypatch, script, *argv))
-
-
-def test_the_run_of_another_script_is_not_overwritten(tmp_path, capsys):
-    """`evaluate.py --model runs/a/model --out runs/a --overwrite` would delete the model that it evaluates."""
-    run = a_run(tmp_path / "run", script="another.py")
-    with pytest.raises(SystemExit) as stop:
-        open_run(run_settings(run, overwrite=True), {})
-    assert stop.value.code == 2 and "another.py" in capsys.readouterr().err
-    assert (run / "metrics.jsonl").exists()
+    message = refusal(capsys, main_with(monkeypatch, script, *flags.split(), run))
+    assert str(run / "records.jsonl") in message and "one line per problem" in message
 
 
 # ------------------------------------------------------------------------------------------------ real processes
+
+
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (BrokenPipeError(), 141, "stopped by SIGPIPE"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device; what is recorded"),
+    ],
+)
+def test_an_output_that_nobody_takes_is_one_line(capsys, monkeypatch, error, code, says):
+    def main():
+        raise error
+
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        end_in_one_line(main)
+    line = capsys.readouterr().err
+    assert stop.value.code == code and line.startswith(says) and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -518,7 +380,7 @@ def test_the_run_of_another_script_is_not_overwritten(tmp_path, capsys):
     [
         ("rl_mrt.py --dataset rows.jsonl --out run --overwrite", "row 2"),
         ("evaluate.py --model nobody/nothing --dataset tiny --out out", "--model nobody/nothing"),
-        ("evaluate.py --compare nowhere run", "nowhere"),
+        ("evaluate.py --no-such-flag", "--no-such-flag"),
     ],
 )
 def test_a_real_process_says_one_line_and_exits_with_2(tmp_path, monkeypatch, command, says):

@@ -5,8 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import refusal, same_content
-from test_bad_input import a_run, main_with
+from conftest import a_run, main_with, refusal, same_content
 
 import budget_force
 import common

@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import refusal
-from test_bad_input import main_with, write_rows
+from conftest import main_with, refusal, write_rows
 from test_evaluate import record, write_run
 
 import analyze_r1
@@ -97,8 +96,9 @@ def test_a_training_by_filters_names_its_files(tmp_path, capsys):
     (run / "config.json").write_text(json.dumps({**config, "script": "star_mrt.py"}))
     (run / "records.jsonl").rename(run / "base.jsonl")
     assert "name one of" in (message := refusal(capsys, recorded_run, run, "--compare")) and "base.jsonl" in message
-    script, settings, records = recorded_run(run / "base.jsonl", "--compare", "reward")
-    assert (script, settings["dataset"], settings["model"], len(records)) == ("star_mrt.py", "y", "m", 1)
+    read = recorded_run(run / "base.jsonl", "--compare", "reward")
+    told = read.script, read.settings["dataset"], read.settings["model"], len(read.records)
+    assert told == ("star_mrt.py", "y", "m", 1)
 
 
 # ------------------------------------------------------------------------------------------------ intervals

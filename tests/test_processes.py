@@ -23,7 +23,6 @@ from conftest import (
     same_content,
     succeeded,
 )
-from test_bad_input import parser_refusal
 
 import rl_mrt
 from run import training
@@ -197,7 +196,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, execute):
 def test_a_missing_reporter_is_told_at_once(capsys, monkeypatch):
     monkeypatch.setattr(rl_mrt.importlib.util, "find_spec", lambda name: None)
     assert "--report-to wandb" in refusal(capsys, rl_mrt.flags, ["--report-to", "wandb"])
-    assert "--report-to" in parser_refusal(capsys, rl_mrt.flags, ["--report-to", "paper"])
+    assert "--report-to" in refusal(capsys, rl_mrt.flags, ["--report-to", "paper"])
 
 
 def test_importance_weights_are_one_for_the_same_policy_and_capped(model, tokenizer, alone):

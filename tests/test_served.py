@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 import torch
 import urllib3
-from conftest import refusal
-from test_bad_input import main_with, parser_refusal
+from conftest import main_with, refusal
 
 import evaluate
 import rl_mrt
@@ -299,7 +298,7 @@ def test_likelihoods_are_those_of_the_model(serve, sampler, tokenizer, prompts):
 
 def test_an_address_with_a_key_in_it_is_refused_and_not_repeated(capsys):
     for address in ("http://me:sk-secret@127.0.0.1:1/v1", "http://127.0.0.1:1/v1?key=sk-secret", "ftp://sk-secret"):
-        assert "sk-secret" not in parser_refusal(capsys, evaluate.flags, ["--engine", address])
+        assert "sk-secret" not in refusal(capsys, evaluate.flags, ["--engine", address])
 
 
 def test_training_on_rewards_refuses_a_server(serve, capsys, monkeypatch):

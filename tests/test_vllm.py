@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
-from test_bad_input import copy_of_tiny
+from conftest import copy_of_tiny, refusal
 from test_gpu import LIMIT, gap, train_a_little
 
 from engine import models
