@@ -30,6 +30,7 @@ from common import (
     grade_traces,
     token_boundaries,
 )
+from engine import plural
 from engine.sampler import pick_engine
 from engine.thoughts import marks_of, opening_after
 from engine.tokens import Completion, encode, text_and_offsets
@@ -137,8 +138,8 @@ def tell_plan(args) -> None:
     episodes = math.ceil((args.max_steps + 1) / args.episodes_per_point)
     forced = args.forced_answers * (len(problems) + thoughts * episodes)
     direct = len(problems) * args.direct_samples if args.direct_model else 0
-    work = ("thoughts", sampled, args.max_tokens), ("forced answers", forced, args.answer_tokens)
-    report.tell_plan(args.dry_run, len(problems), *work, ("direct answers", direct, args.max_tokens))
+    work = ("thought", sampled, args.max_tokens), ("forced answer", forced, args.answer_tokens)
+    report.tell_plan(args.dry_run, len(problems), *work, ("direct answer", direct, args.max_tokens))
 
 
 def analyse(args) -> None:
@@ -198,15 +199,15 @@ def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -
     for problem, prompt, row in zip(problems, prompts, responses):
         traces = [given_trace(args, tokenizer, problem, prompt, text, marked) for text in row if text.strip()]
         usable = [trace for trace in traces if len(prompt) + trace.boundaries[-1] + room <= context]
-        unused["are empty"] += len(row) - len(traces)
-        unused[f"exceed μ's context of {context} tokens"] += len(traces) - len(usable)
+        unused["empty"] += len(row) - len(traces)
+        unused[f"beyond μ's context of {context} tokens"] += len(traces) - len(usable)
         if not usable:
             print(f"problem {problem['id']}: no usable response")
         for number, trace in enumerate(usable):
             trace.sample = number
         groups.append(usable)
     for why, count in (+unused).items():
-        print(f"{args.traces}: {count} responses {why}; left out")
+        print(f"{args.traces}: left out {plural(count, 'response')}, {why}")
     traces = [trace for group in groups for trace in group]
     if not traces:
         fail(f"--traces {args.traces}: no usable response")
@@ -443,7 +444,7 @@ def draw_scaling(summary: dict, run: Path) -> Path:
         episodes, tokens, votes = column["after_episodes"], column["tokens"], column["weighted"]
         first, last = column["episodes"]
         title = f"{first}–{last} episodes" if last > first else f"{first} episode{'s' * (first > 1)}"
-        title += f"\n{column['traces']} traces, {column['problems']} problems"
+        title += f"\n{plural(column['traces'], 'trace')}, {plural(column['problems'], 'problem')}"
         labels = {
             "title": title,
             "xlabel": "episodes",

@@ -136,9 +136,9 @@ def tell_plan(args, thoughts: list[list[dict]] | None) -> None:
     report.tell_plan(
         args.dry_run,
         problems,
-        ("thoughts", 0 if thoughts is not None else count, args.max_tokens),
-        ("extensions", count * args.extensions, args.extension_tokens),
-        ("forced answers", count * points * args.forced_answers, args.answer_tokens),
+        ("thought", 0 if thoughts is not None else count, args.max_tokens),
+        ("extension", count * args.extensions, args.extension_tokens),
+        ("forced answer", count * points * args.forced_answers, args.answer_tokens),
     )
 
 

@@ -111,7 +111,7 @@ def tell_plan(args) -> None:
     problems = sum(len(data.problems_of(changed(args, dataset=dataset))) for dataset in args.dataset.split(","))
     traces = problems * args.num_samples * len(args.model.split(","))
     forced = traces * (args.max_episodes + 1) * args.forced_answers * forces(args)
-    work = ("traces", traces, args.max_tokens), ("forced answers", forced, args.answer_tokens)
+    work = ("trace", traces, args.max_tokens), ("forced answer", forced, args.answer_tokens)
     report.tell_plan(args.dry_run, problems, *work)
 
 

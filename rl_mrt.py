@@ -55,7 +55,7 @@ from common import (
     stop_loss,
     success_rate,
 )
-from engine import models, tell
+from engine import models, plural, tell
 from engine.logprobs import token_logprobs
 from engine.processes import gather_over_ranks, ranks, start_processes, sum_over_ranks
 from engine.sampler import Sampler, Spent, pick_engine
@@ -206,8 +206,8 @@ def tell_plan(args, problems: int, validated: int) -> None:
     tested = validated * (steps // args.eval_every + 2) if args.eval_every else 0
     sampled = rollouts + partial_rollouts + tested
     work = (
-        ("rollouts and validation traces", sampled, args.max_tokens),
-        ("forced answers", forced + 3 * tested, args.answer_tokens),
+        ("rollout or validation trace", sampled, args.max_tokens),
+        ("forced answer", forced + 3 * tested, args.answer_tokens),
     )
     report.tell_plan(args.dry_run, problems, *work)
 
@@ -238,9 +238,9 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
     length = args.steps or (math.inf if args.max_sampled_tokens else math.ceil(len(problems) / args.problems_per_step))
     most = args.max_sampled_tokens or math.inf
     steps = training.Steps(args, run, model, sampler.tokenizer, optimizer, counts, length, most)
-    goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{length} steps"
+    goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else plural(int(length), "step")
     rollouts_a_step = f"{args.problems_per_step} × {args.group_size} rollouts a step"
-    print(f"{method(args)}: {len(problems)} problems, {rollouts_a_step}, {goal}")
+    print(f"{method(args)}: {plural(len(problems), 'problem')}, {rollouts_a_step}, {goal}")
     if steps.state["step"]:
         sampler.sync()
     if validation and steps.due(args.eval_every) and not validated(run, steps.state["step"]):
@@ -370,7 +370,7 @@ def recorded_prefixes(args, tokenizer) -> list[dict]:
         )
     J, empty = ([p["prefix"][name] for p in problems] for name in ("J", "token_ids"))
     shares = f"mean J {np.mean(J):.3f}, {sum(not ids for ids in empty)} of them empty"
-    print(f"{len(problems)} prefixes of {run.settings['model']}, recorded before this training: {shares}")
+    print(f"{len(problems)} prefixes of {run.settings.get('model')}, recorded before this training: {shares}")
     return problems
 
 
@@ -591,11 +591,11 @@ def record(args, steps: training.Steps, groups: Groups, metrics: dict, spent: Sp
     sampled, computed = map(int, sum_over_ranks([spent.sampled_tokens, spent.computed_tokens]))
     stats = {**rollout_stats(args, groups), **metrics}
     seconds = {"sampling_seconds": spent.seconds, "update_seconds": update_seconds}
-    so_far = (steps.state["sampled_tokens"] + sampled) / 1e3
+    so_far = steps.state["sampled_tokens"] + sampled
     text = (
         f"step {step + 1:4d}  right {stats['reward']:.3f}  {progress_told(stats)}tokens {stats['tokens']:6.1f}  "
         f"truncated {stats['truncated']:.2f}  episodes {stats['episodes']:.1f}  flat groups {stats['flat_groups']:.2f} "
-        f" loss {stats['loss']:+.4f}  sampled {so_far:,.0f}k tokens  {spent.seconds:.1f} + {update_seconds:.1f} s"
+        f" loss {stats['loss']:+.4f}  sampled {so_far:,} tokens  {spent.seconds:.1f} + {update_seconds:.1f} s"
     )
     counts = {"sampled_tokens": sampled, "computed_tokens": computed, "seconds": time.time() - steps.step_began}
     steps.record({**stats, **seconds}, text, **counts)
@@ -686,7 +686,7 @@ def validate(args, steps: training.Steps, sampler: Sampler, problems: list[dict]
     if rank == 0:
         append_jsonl(steps.run / "validation.jsonl", [{**metrics, "forced": dict(zip(budgets, by_budget))}])
     text = "  ".join(f"forced at {budget}: {right:.3f}" for budget, right in zip(budgets, by_budget))
-    tell(f"  validation after {state['step']} steps: right {accuracy:.3f}  tokens {tokens:.1f}  {text}")
+    tell(f"  validation after {plural(state['step'], 'step')}: right {accuracy:.3f}  tokens {tokens:.1f}  {text}")
 
 
 if __name__ == "__main__":

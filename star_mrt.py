@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from common import Trace, read_answers
-from engine import models
+from engine import models, plural
 from engine.processes import gather_over_ranks, ranks, start_processes, wait_for_ranks
 from engine.sampler import Sampler, pick_engine
 from engine.thoughts import thinks, what_was_seen
@@ -128,8 +128,8 @@ def tell_plan(args) -> None:
     traces = args.num_samples * samplings * problems
     tested = args.num_samples * (models_made + 1) * held_out
     forced = (args.max_episodes + 1) * (traces * args.forced_answers + tested * 4)
-    work = ("traces", traces, args.max_tokens), ("held-out traces", tested, args.max_tokens)
-    report.tell_plan(args.dry_run, problems, *work, ("forced answers", forced, args.answer_tokens))
+    work = ("trace", traces, args.max_tokens), ("held-out trace", tested, args.max_tokens)
+    report.tell_plan(args.dry_run, problems, *work, ("forced answer", forced, args.answer_tokens))
 
 
 def prepare(args):
@@ -343,7 +343,8 @@ def describe(traces: list[Trace], examples: list[Example]) -> dict:
     progress = sum(e.trace.J[e.episodes] - e.trace.J[0] for e in examples) / max(1, sum(episodes))
     problems, mean = len({e.trace.problem["id"] for e in examples}), float(np.mean(tokens or [0]))
     print(
-        f"kept {len(examples)} of {len(traces)} traces, {problems} problems, {mean:.0f} tokens on average, "
+        f"kept {len(examples)} of {plural(len(traces), 'trace')}, {plural(problems, 'problem')}, "
+        f"{mean:.0f} tokens on average, "
         f"progress per episode {progress:.3f}"
     )
     return {
@@ -377,7 +378,9 @@ def write_report(args, run: Path) -> None:
         summary["models"] = {model: {m: interval(v) for m, v in metrics.items()} for model, metrics in values.items()}
         summary["difference_to_base"] = report.differences_to_first(values)
         problems = len(values["base"]["right"])
-        text += f"\nOn {problems} held-out problems × {args.num_samples}:\n\n" + report.metric_table(summary["models"])
+        text += f"\nOn {plural(problems, 'held-out problem')} × {args.num_samples}:\n\n" + report.metric_table(
+            summary["models"]
+        )
         text += report.difference_table(summary["difference_to_base"], "the base on the same problems")
         last = [f"{title} {args.iterations}" for title in TITLES.values()]
         if all(model in values for model in last):

@@ -28,6 +28,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def plural(count: int, what: str) -> str:
+    """1 step, 4,000 steps."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 @lru_cache
 def say_once(text: str) -> None:
     print(text, flush=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import Refused, first_line, telling
+from engine import Refused, first_line, plural, telling
 from engine.checks import Ways
 from engine.models import load_model, pick_device, resolve_model
 from engine.processes import ranks
@@ -71,7 +71,7 @@ class Sampler:
         before = self.engine.prompt_tokens
         samples = range(first, first + n)
         stop_ids = sorted({*self.stop_ids, *stop})
-        with telling(lambda: f"  sampling {n * len(prompts):,} completions: {self.engine.progress()}"):
+        with telling(lambda: f"  sampling {plural(n * len(prompts), 'completion')}: {self.engine.progress()}"):
             done = self.engine.generate(prompts, limits, seeds, stop_ids, samples, temperature, top_p)
         drawn = sum(len(c.token_ids) for row in done for c in row)
         self.sampled_tokens += drawn
@@ -83,7 +83,7 @@ class Sampler:
 
     def score(self, heads: list[list[int]], tails: list[list[int]]) -> np.ndarray:
         """log P(tail | head) of each pair, [pairs]; where the engine can, shared prefixes are computed once."""
-        with telling(lambda: f"  scoring {len(heads)} answers"):
+        with telling(lambda: f"  scoring {plural(len(heads), 'answer')}"):
             scores, computed = self.engine.score(heads, tails)
         self.computed_tokens += computed
         return scores

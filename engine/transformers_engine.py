@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from engine import Refused, say_once
+from engine import Refused, plural, say_once
 from engine.checks import Ways, name_of, off, probes, rms, same_positions, tolerance, truth, with_short_windows
 from engine.logprobs import head, way_to_update
 from engine.models import autocast, check_ids
@@ -41,7 +41,7 @@ class TransformersEngine:
         self.prompt_tokens = self.drawn = 0
 
     def progress(self) -> str:
-        return f"{self.drawn:,} tokens so far"
+        return f"{plural(self.drawn, 'token')} so far"
 
     @torch.inference_mode()
     def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from engine import first_line
+from engine import first_line, plural
 from engine.models import ROOT, TINY, reach_hub
 from engine.thoughts import KNOWN_MARKS, ThinkMarks
 from grading.box import extract_answer
@@ -57,7 +57,8 @@ def load_problems(
     problems = [problem for problem, _ in used]
     different = len({json.dumps([p.get("messages", p["problem"]), p["answer"]]) for p in problems})
     if different < len(problems):
-        print(f"{dataset}: {len(problems)} rows are {different} problems; rows of one problem count as its samples")
+        told = plural(different, "problem")
+        print(f"{dataset}: {len(problems)} rows are {told}; rows of one problem count as its samples")
     return with_distinct_ids(dataset, problems)
 
 
@@ -215,7 +216,7 @@ def usable_rows(
                 several += isinstance(problem["answer"], list)
     unusable = [text for _, text in sorted(unusable)]
     if several:
-        print(f"{name}: {several} row{'s have' if several > 1 else ' has'} several answers; any of them is right")
+        print(f"{name}: {plural(several, 'row')} with several answers; any of them is right")
     if unusable and not skip_unusable:
         fail(f"{name}, {unusable[0]}" if len(unusable) == 1 else f"{name}: {told(unusable)}")
     if unusable:
@@ -234,7 +235,8 @@ def refuse_images(row: dict) -> None:
 
 def told(unusable: list[str]) -> str:
     """The number of unusable rows and the first ten of them."""
-    return f"{len(unusable)} rows that cannot be used: {'; '.join(unusable[:10])}{'; ...' * (len(unusable) > 10)}"
+    more = "; ..." if len(unusable) > 10 else ""
+    return f"{plural(len(unusable), 'row')} that cannot be used: {'; '.join(unusable[:10])}{more}"
 
 
 def value_at(row: dict, column: str) -> Any:
@@ -259,43 +261,28 @@ def chat_of(row: dict, columns: Iterable[str]) -> list[dict]:
     if "user" not in roles:
         raise ValueError(f"column {column or '|'.join(columns)} holds no text")
     last = len(roles) - roles[::-1].index("user")
-    chat = [{"role": role, "content": text_of(m)} for role, m in zip(roles[:last], messages) if m.get("content") != ""]
-    if not chat or chat[-1]["role"] != "user" or any(m["content"] is None or m["role"] is None for m in chat):
-        raise ValueError(f"column {column} holds no text, or a message that is not only text")
+    chat = [
+        {"role": role, "content": text_of(m)[1]} for role, m in zip(roles[:last], messages) if m.get("content") != ""
+    ]
+    if not chat or chat[-1]["role"] != "user" or not all(m["role"] and m["content"].strip() for m in chat):
+        raise ValueError(f"column {column} holds no text, or a message without any")
     return chat
 
 
-def text_of(message: Any) -> str | None:
-    """The text of a chat's message; None if it has none, or more than text (pictures, calls of tools)."""
-    value = message.get("content") if isinstance(message, dict) else None
-    if isinstance(value, list):  # [{"type": "text", "text": ...}]
-        parts = [part.get("text") if isinstance(part, dict) else None for part in value]
-        texts = [part for part in parts if isinstance(part, str)]
-        value = "".join(texts) if len(texts) == len(parts) else None
-    return value if isinstance(value, str) and value.strip() and not message.get("tool_calls") else None
-
-
-def text_of_message(message: dict) -> str:
-    """The content of a message, after its thought where that is apart (`reasoning_content`, `reasoning` or parts of the
-    content); a thought without content was cut."""
+def text_of(message: dict) -> tuple[str, str]:
+    """(thought, text) of a chat's message; a thought is apart in `reasoning_content`, `reasoning` or parts of the
+    content. ValueError if there is more than text: pictures, calls of tools."""
     content, thought = message.get("content"), message.get("reasoning_content") or message.get("reasoning") or ""
-    if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, dict)]
-        if pictures := [p["type"] for p in parts if re.search("image|audio|video", str(p.get("type")))]:
-            raise ValueError(f"its content holds {pictures[0]}, which no model here reads")
-        apart = [p.get("thinking") or p.get("reasoning") or p.get("text") or "" for p in parts if is_thought(p)]
-        thought = thought or "".join(map(str, apart))
-        content = "".join(str(part.get("text") or "") for part in parts if not is_thought(part))
-    if not isinstance(thought, str):
-        raise ValueError("its reasoning is no text")
-    if not content and not thought:
-        raise ValueError("its content is null" if content is None else "its content is empty")
-    answer = str(content or "")
-    return f"<think>\n{thought}" + (f"</think>\n{answer}" if answer else "") if thought else answer
-
-
-def is_thought(part: dict) -> bool:
-    return part.get("type") in ("thinking", "reasoning", "reasoning_text")
+    parts, said, apart = content if isinstance(content, list) else [{"text": content or ""}], [], []
+    for part in parts:
+        part = part if isinstance(part, dict) else {}
+        if part.get("type") in ("thinking", "reasoning", "reasoning_text"):
+            apart.append(part.get("thinking") or part.get("reasoning") or part.get("text") or "")
+        else:
+            said.append(part.get("text"))
+    if message.get("tool_calls") or not all(isinstance(text, str) for text in (thought, *said, *apart)):
+        raise ValueError("a message that is not only text, which no model here reads")
+    return thought or "".join(apart), "".join(said)
 
 
 def responses_of(row: dict) -> list[str]:
@@ -312,10 +299,16 @@ def responses_of(row: dict) -> list[str]:
 
 
 def last_answer(chat: Any) -> str | None:
-    """The last message of the assistant in a chat, or a single message."""
+    """The last message of the assistant in a chat, or a single message, after its thought where that is apart; a
+    thought without more was cut."""
     messages = [m for m in (chat if isinstance(chat, list) else [chat]) if isinstance(m, dict)]
     said = [m for m in messages if m.get("role", "assistant") == "assistant" and not m.get("tool_calls")]
-    return text_of_message(said[-1]) if said else None
+    if not said:
+        return None
+    thought, text = text_of(said[-1])
+    if not thought and not text:
+        raise ValueError("the last answer is null or empty")
+    return f"<think>\n{thought}" + f"</think>\n{text}" * bool(text) if thought else text
 
 
 def gold_of(row: dict, columns: Iterable[str]) -> str | list[str]:

@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import try_to_load_from_cache
 
-from engine import first_line, say_once, tell
+from engine import first_line, plural, say_once, tell
 from engine.models import ROOT, resolve_model
 from engine.processes import ranks, wait_for_ranks
 from engine.served_engine import is_served
@@ -170,7 +170,7 @@ def content_of(out: Path) -> set[str]:
         return set()
     except FileNotFoundError:  # another process has tried meanwhile
         return set()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a name that is none
         fail(f"--out {str(out)[:200]}: cannot be made: {first_line(error)}")
 
 
@@ -256,25 +256,14 @@ def unrecorded(file: Path, problems: list[dict], counts: list[int], size: int, s
     for first in sorted({firsts[i] for i in todo}):
         alike = [i for i in todo if firsts[i] == first]
         batches += [(alike[start : start + size], first) for start in range(0, len(alike), size)]
-    clock, done = Clock(len(todo), "problems", sampler), 0
+    began, before, done = time.time(), sampler.sampled_tokens, 0
     for batch, first in batches:
         yield batch, first
         done += len(batch)
-        clock.tell(done)
-
-
-class Clock:
-    """Progress of long work: a line with the speed and the time left."""
-
-    def __init__(self, total: int, what: str, sampler):
-        self.total, self.what, self.sampler = total, what, sampler
-        self.began, self.tokens = time.time(), sampler.sampled_tokens
-
-    def tell(self, done: int) -> None:
-        seconds = time.time() - self.began
-        rate = (self.sampler.sampled_tokens - self.tokens) / max(seconds, 1e-9)
-        left = duration(seconds * (self.total - done) / max(1, done))
-        tell(f"{done} of {self.total} {self.what}  {rate:,.0f} tokens/s  {left} left")
+        seconds = time.time() - began
+        rate = (sampler.sampled_tokens - before) / max(seconds, 1e-9)
+        left = duration(seconds * (len(todo) - done) / done)
+        tell(f"{done} of {plural(len(todo), 'problem')}  {rate:,.0f} tokens/s  {left} left")
 
 
 def duration(seconds: float) -> str:

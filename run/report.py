@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from engine import plural
 from run.files import fail, read_jsonl, write_bytes, write_json, write_text
 from run.folder import RecordedRun, duration, recorded_run
 
@@ -248,10 +249,10 @@ def tell_plan(rate: int | bool, problems: int, *work: tuple[str, int, int]) -> N
     """--dry-run: what a run costs at most. `work`: what is sampled, how many completions, their token limit; `rate`:
     tokens a second, where a number was given."""
     requests, tokens = sum(n for _, n, _ in work), sum(n * limit for _, n, limit in work)
-    parts = ", ".join(f"{n:,} {what} of at most {limit:,} tokens" for what, n, limit in work if n)
+    parts = ", ".join(f"{plural(n, what)} of at most {plural(limit, 'token')}" for what, n, limit in work if n)
     time = "--dry-run RATE tells the time" if rate is True else f"{duration(tokens / rate)} at {rate:,} tokens a second"
-    print(f"{problems} problem{'s' * (problems != 1)}: {parts}")
-    print(f"{requests:,} requests, {tokens:,} sampled tokens at most; {time}")
+    print(f"{plural(problems, 'problem')}: {parts}")
+    print(f"{plural(requests, 'request')}, {plural(tokens, 'sampled token')} at most; {time}")
 
 
 def write_summary(folder: Path, summary: dict, table: str, *others: Path) -> None:
@@ -430,7 +431,7 @@ def write_page(records: list[dict], file: Path) -> Path:
             left_out += 1
         else:
             problems.append(text)
-    note = f"{left_out} problems are left out to keep the page small" if left_out else ""
+    note = f"Left out to keep the page small: {plural(left_out, 'problem')}." if left_out else ""
     data = f'{{"note": {json.dumps(note)}, "problems": [{", ".join(problems)}]}}'.replace("<", "\\u003c")
     template = (Path(__file__).parent / "trace_page.html").read_text(encoding="utf-8")
     write_text(file, template.replace("@@DATA@@", data, 1))

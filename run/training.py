@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from engine import Refused, first_line, is_quiet, tell
+from engine import Refused, first_line, is_quiet, plural, tell
 from engine.checks import Ways, name_of
 from engine.logprobs import CHUNK_LOGITS, check_training, token_logprobs
 from engine.models import autocast, load_config, load_model, pick_dtype
@@ -436,7 +436,7 @@ def memory_plan(args, problems: int, longest: int) -> str:
         parts["copy that samples"] = dtype.itemsize * count
     steps = args.steps or math.ceil(problems / args.problems_per_step)
     rollouts = args.problems_per_step * args.group_size
-    until = f"at most {args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else f"{steps} steps"
+    until = f"at most {args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else plural(steps, "step")
     update = sum(parts.values()) / 2**30
     kept = ("weights, gradients, moments", "reference of the KL penalty", "copy that samples")
     resting = sum(parts.get(name, 0) for name in kept) / 2**30
@@ -444,7 +444,8 @@ def memory_plan(args, problems: int, longest: int) -> str:
     return "\n".join(
         [
             f"{count / 1e6:,.1f}M parameters, {world} process{'es' * (world > 1)}, engine {args.engine}",
-            f"{problems} problems; {until} of {args.problems_per_step} × {args.group_size} = {rollouts} rollouts",
+            f"{plural(problems, 'problem')}; {until} of {args.problems_per_step} × {args.group_size} = "
+            f"{plural(rollouts, 'rollout')}",
             f"at most {args.max_tokens:,} tokens a rollout, {rollouts * args.max_tokens:,} a step; "
             f"longest sequence {longest:,}",
             f"memory of a process while it samples (estimate): {resting:.1f} GiB beside {beside}",

@@ -191,14 +191,14 @@ class Done:
 
 
 def inject(kind: str, number: int, folder: Path) -> None:
-    """Of what this process does to names and files in a folder (opening to write, renaming, removing, cutting, making
-    a folder) the `number`-th fails as on a full disk (kind "fail") or is where the process is killed ("kill"). How many
-    there were so far is in faults.txt beside the folder."""
-    count = 0
+    """Of what this process does to names and files in a folder (opening to write, syncing, renaming, removing, cutting,
+    making a folder) the `number`-th fails as on a full disk (kind "fail") or is where the process is killed ("kill").
+    How many there were so far is in faults.txt beside the folder."""
+    count, fsync = 0, os.fsync
 
     def hook(event: str, args: tuple) -> None:
         nonlocal count
-        changes = event in ("os.rename", "os.remove", "os.truncate", "os.mkdir", "os.rmdir")
+        changes = event in ("os.rename", "os.remove", "os.truncate", "os.mkdir", "os.rmdir", "os.fsync")
         changes = changes or (event == "open" and isinstance(args[1], str) and bool(set(args[1]) & set("wax+")))
         if not changes or not isinstance(args[0], (str, Path)):
             return
@@ -210,7 +210,12 @@ def inject(kind: str, number: int, folder: Path) -> None:
             elif count == number:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
 
+    def synced(file: int) -> None:
+        hook("os.fsync", (os.readlink(f"/proc/self/fd/{file}"),))
+        fsync(file)
+
     sys.addaudithook(hook)
+    os.fsync = synced
 
 
 def child(script: str, argv: list[str], folder: Path, fault: tuple | None = None) -> None:

@@ -11,6 +11,7 @@ from grading.box import extract_answer
 from run import data
 from run.data import load_problems, load_responses, split_response
 from run.flags import load_markers
+from run.report import group_by_problem
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "half, as a fraction?", "answer": r"\frac{1}{2}"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -53,6 +54,18 @@ def chat(*texts):
 def test_columns_and_answers_seen_in_the_wild(tmp_path, row, gold):
     (problem,) = load_problems(write(tmp_path / "d.jsonl", [row]), "train")
     assert {**problem, "messages": None} == {"problem": "p", "answer": gold, "id": "0", "messages": None}
+
+
+def test_messages_before_the_problem_are_kept_and_those_after_it_are_not(tmp_path):
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "1"}, {"type": "text", "text": "0"}]
+    said = {"role": "assistant", "content": parts}
+    turns = [*chat("in base 2", "1+1?"), said, {"role": "user", "content": "and 2+2?"}, said]
+    rows = [{"messages": turns, "answer": "100"}, {"messages": chat("", "and 2+2?"), "answer": "100"}]
+    first, second = load_problems(write(tmp_path / "d.jsonl", rows), "train")
+    assert [m["content"] for m in first["messages"]] == ["in base 2", "1+1?", "10", "and 2+2?"]
+    assert first["problem"] == second["problem"] == "and 2+2?" and "messages" not in second
+    records = [{**problem, "gold": problem["answer"]} for problem in (first, second)]
+    assert len(group_by_problem(records)) == 2  # what was said before makes them two
 
 
 def test_columns_of_other_names(tmp_path, capsys):

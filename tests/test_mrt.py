@@ -331,13 +331,13 @@ def test_records_that_are_no_prefixes_are_refused(tokenizer, recorded, capsys):
     args = options("--variant", "prefix", "--prefixes", str(recorded))
     records = [json.loads(line) for line in (recorded / "records.jsonl").read_text().splitlines()]
     for change, message in (
-        ({"J": []}, "recorded without J"),
+        ({"J": []}, "have no J"),
         ({"prompt_tokens": 3}, "another tokenizer or chat template"),
         ({"text": "?"}, "another tokenizer or chat template"),
     ):
         (recorded / "records.jsonl").write_text("".join(json.dumps({**r, **change}) + "\n" for r in records))
         assert message in refusal(capsys, rl_mrt.recorded_prefixes, args, tokenizer)
-    (recorded / "config.json").write_text(json.dumps({"script": "budget_force.py", "settings": {}}))
-    assert "holds no traces of a run of" in refusal(capsys, rl_mrt.recorded_prefixes, args, tokenizer)
+    (recorded / "config.json").unlink()
+    assert "no config.json and records.jsonl" in refusal(capsys, rl_mrt.recorded_prefixes, args, tokenizer)
     for flags in (["--bonus", "0", "--variant", "prefix"], ["--variant", "online"]):
         assert "needs --variant prefix" in refusal(capsys, options, *flags, "--prefixes", str(recorded))

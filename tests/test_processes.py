@@ -35,13 +35,10 @@ FLAGS += " --eval-every 3 --eval-problems 7 --max-tokens-per-batch 700"
 FLAGS += " --updates-per-batch 2 --stop-credit 20"
 
 
-def torchrun(folder: Path, count: int, *flags, script: str = "rl_mrt.py") -> subprocess.Popen:
+def torchrun(folder: Path, count: int, *flags, script: str = "rl_mrt.py", launch: str = "") -> subprocess.Popen:
     command = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={count}",
+        *f"-m torch.distributed.run --standalone --nproc-per-node={count} {launch}".split(),
         ROOT / script,
         *(FLAGS.split() if script == "rl_mrt.py" else ()),
         *flags,
@@ -99,6 +96,20 @@ def stopped(tmp_path_factory):
     process.terminate()
     assert process.wait(timeout=PATIENCE) != 0
     return folder / "run"
+
+
+def test_a_signal_in_a_long_sampling_leaves_a_checkpoint_at_once(tmp_path):
+    """torchrun kills 30 seconds after SIGTERM; SIGUSR1 it has to be told to pass on."""
+    long = "--problems-per-step 64 --group-size 16 --max-tokens 384 --eval-every 0 --out run".split()
+    process = torchrun(tmp_path, 2, *long, launch="--signals-to-handle SIGTERM,SIGUSR1")
+    while "rollouts a step" not in (tmp_path / "out.txt").read_text():
+        assert process.poll() is None, (tmp_path / "out.txt").read_text()
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=PATIENCE) != 0
+    assert "stopped after step 0, with a checkpoint; --resume goes on" in (tmp_path / "out.txt").read_text()
+    assert [f.name for f in (tmp_path / "run/checkpoints").iterdir()] == ["step_000000"]
 
 
 @pytest.mark.parametrize("count", [1, 3])

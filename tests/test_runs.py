@@ -3,16 +3,21 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, SCRIPTS, assert_same_bits, jsonl, refusal, run_settings, same_content, succeeded
+import torch
+from conftest import PATIENCE, ROOT, SCRIPTS, assert_same_bits, jsonl, refusal, run_settings, same_content, succeeded
 
+import engine
 import rl_mrt
+from engine import models
 from engine.processes import LAUNCHED, ranks
-from run import data
-from run.files import append_jsonl, read_jsonl, repair, whole_lines, write_text
+from run import data, training
+from run.files import append_jsonl, on_stop, read_jsonl, repair, whole_lines, write_text
 from run.folder import held, metrics_reporter, open_run, weights_digest
 from run.traces import problem_digests
 
@@ -75,18 +80,70 @@ def test_a_run_goes_on_from_any_fault_to_the_same_bits(tmp_path, execute, straig
     same_content(*(json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", undisturbed)), 0.0)
 
 
-@pytest.mark.parametrize("script, number", [("evaluate", signal.SIGINT), ("rl_mrt", signal.SIGUSR1)])
-def test_a_signal_is_one_line_and_an_exit_code(tmp_path, start, execute, straight, script, number):
+@pytest.mark.parametrize(
+    "script, number, place",
+    [
+        ("evaluate", signal.SIGINT, "config.json"),
+        ("rl_mrt", signal.SIGUSR1, "config.json"),  # before the first step: while it validates
+        ("star_mrt", signal.SIGHUP, "base.jsonl"),
+    ],
+)
+def test_a_signal_is_one_line_and_an_exit_code(tmp_path, start, execute, straight, script, number, place):
     flags = [*RUNS[script], "--out", "run"]
     process, deadline = start(tmp_path, f"{script}.py", *flags), time.time() + PATIENCE
-    while not (tmp_path / "run" / "config.json").exists():
+    while not (tmp_path / "run" / place).exists():
         assert process.is_alive() and time.time() < deadline
         time.sleep(0.01)
     os.kill(process.pid, number)
     process.join(PATIENCE)
-    assert process.exitcode == 128 + number and "Traceback" not in (tmp_path / "stderr.txt").read_text()
+    told = (tmp_path / "stderr.txt").read_text()
+    assert process.exitcode == 128 + number and told.startswith("stopped by SIG") and told.count("\n") == 1
     succeeded(execute(tmp_path, f"{script}.py", *flags, "--resume"))
     assert_same_bits(tmp_path / "run", straight(script)[0], FILES.get(script, ("records.jsonl",)))
+
+
+def test_ctrl_c_while_the_libraries_are_loaded(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "evaluate.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    status, deadline = Path(f"/proc/{process.pid}/status"), time.time() + PATIENCE
+    while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=PATIENCE)[1] == "stopped by SIGINT; what is recorded is kept, --resume goes on\n"
+    assert process.returncode == 130 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("when", ["before", "inside", "in another process", "in the update", "never"])
+def test_a_step_is_left_where_no_weight_changes(tmp_path, monkeypatch, when):
+    saved, number = [], signal.SIGHUP
+    monkeypatch.setattr(training, "save_checkpoint", lambda run, *_: saved.append(run))
+    settings = run_settings(tmp_path, lr=1.0, warmup=0.0, schedule="constant", checkpoint_every=9)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    steps = training.Steps(settings, tmp_path, None, None, optimizer, {}, 3)
+    if when == "in another process":
+        monkeypatch.setattr(training, "sum_over_ranks", lambda values: [values[0] + 1])
+    left, stepped = False, []
+    try:
+        for step in steps:
+            if when == "before":
+                os.kill(os.getpid(), number)
+            with steps.can_be_left():
+                if when == "inside":
+                    os.kill(os.getpid(), number)
+                    pytest.fail("went on")
+            if when == "in the update":
+                os.kill(os.getpid(), number)
+            steps.record({}, "")
+            stepped.append(step)
+            steps.checkpoint()
+    except SystemExit as stop:
+        left = stop.code
+    finally:
+        on_stop(signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert left == {"never": False, "in another process": 143}.get(when, 128 + number)
+    assert stepped == {"never": [0, 1, 2], "in the update": [0]}.get(when, [])
+    assert saved == ([] if when == "never" else [tmp_path])
 
 
 # ------------------------------------------------------------------------------------------------ what a run reads
@@ -210,6 +267,63 @@ def test_an_out_that_cannot_be_made(capsys, tmp_path, monkeypatch, out):
     (tmp_path / "file").write_text("notes")
     assert "--out" in refusal(capsys, opened, tmp_path / out if out[0] != "/" else type(tmp_path)(out), {})
     assert {f.name for f in tmp_path.iterdir()} == {"link", "file"}
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize(
+    "gradient, rate, weight, says",
+    [
+        (float("nan"), 0.1, 1.0, "gradient norm is nan"),
+        (float("inf"), 0.1, 1.0, "gradient norm is inf"),
+        (0.0, 0.1, 1.0, "these settings train nothing"),
+        (1.0, 1e-30, 1.0, "the weights did not move"),
+        (1.0, 1e38, 3e38, "the weights are not finite after the step"),
+        (1.0, 0.1, 1.0, ""),
+    ],
+)
+def test_an_update_that_trains_nothing_or_breaks_the_weights_is_told(gradient, rate, weight, says):
+    model = torch.nn.Linear(2, 2)
+    for parameter in model.parameters():
+        parameter.data, parameter.grad = torch.full_like(parameter, -weight), torch.full_like(parameter, gradient)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    if not says:
+        assert training.optimizer_step(model, optimizer, 0.0) > 0
+        return
+    with pytest.raises(FloatingPointError, match=says):
+        training.optimizer_step(model, optimizer, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+def test_long_work_says_what_it_is_at(capsys, monkeypatch):
+    monkeypatch.setattr(engine, "FIRST", 0.1)
+    monkeypatch.setattr(engine, "QUIET", 0.3)
+    monkeypatch.setattr(engine, "last_told", 0.0)
+    with engine.telling(lambda: "at work"):
+        time.sleep(0.2)
+        assert capsys.readouterr().out == "at work\n"
+        time.sleep(0.4)
+        assert capsys.readouterr().out == "at work\n"
+        for _ in range(5):
+            engine.tell("a step")
+            time.sleep(0.1)
+    assert capsys.readouterr().out == "a step\n" * 5
+
+
+def test_a_hub_out_of_reach_is_told_once_and_not_asked_again(capsys, monkeypatch):
+    def nobody():
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "get_session", nobody)
+    models.reach_hub.cache_clear()
+    for _ in range(2):
+        assert "--model nobody/nothing" in refusal(capsys, models.load_tokenizer, "nobody/nothing")
+    models.reach_hub()
+    assert models.constants.HF_HUB_OFFLINE
 
 
 # ------------------------------------------------------------------------------------------------ text
