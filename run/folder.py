@@ -91,8 +91,10 @@ def recorded_run(run: Path, flag: str, *fields: str) -> RecordedRun:
     return RecordedRun(run.name.removesuffix(".jsonl"), settings, records, script, parsed(folder / "inputs.json") or {})
 
 
-MAY_CHANGE = "resume overwrite config markers_file out concurrency context batch_problems checkpoint_every report_to "
-MAY_CHANGE = (MAY_CHANGE + "dry_run unusual").split()  # between a run and its --resume
+MAY_CHANGE = (  # between a run and its --resume
+    "resume overwrite config markers_file out concurrency context batch_problems checkpoint_every report_to dry_run "
+    "unusual"
+).split()
 
 
 def identity(args: argparse.Namespace, *may_change: str) -> dict:

@@ -62,7 +62,7 @@ def test_settings_that_look_odd_but_are_sound():
 @pytest.mark.parametrize(
     "flags, variant, progress",
     [
-        ("", "online", "log-likelihood"),
+        ("", "online", "nats"),
         ("--variant prefix", "prefix", "sampled"),
         ("--progress likelihood", "online", "likelihood"),
         ("--model some/model", "prefix", "sampled"),
