@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, SCRIPTS, assert_same_bits, jsonl, refusal, run_settings, same_content, succeeded
+from huggingface_hub import constants
 
 import engine
 import rl_mrt
@@ -317,13 +318,13 @@ def test_a_hub_out_of_reach_is_told_once_and_not_asked_again(capsys, monkeypatch
     def nobody():
         raise OSError("no route to host")
 
-    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(models, "get_session", nobody)
     models.reach_hub.cache_clear()
     for _ in range(2):
         assert "--model nobody/nothing" in refusal(capsys, models.load_tokenizer, "nobody/nothing")
     models.reach_hub()
-    assert models.constants.HF_HUB_OFFLINE
+    assert constants.HF_HUB_OFFLINE
 
 
 # ------------------------------------------------------------------------------------------------ text
