@@ -35,6 +35,7 @@ from engine.sampler import pick_engine
 from engine.thoughts import marks_of, opening_after
 from engine.tokens import Completion, encode, text_and_offsets
 from run import data, folder, report
+from run.backtracking import marker_counts
 from run.flags import (
     add_group,
     changed,
@@ -105,7 +106,8 @@ def flags(argv=None) -> argparse.Namespace:
     args = parse_flags(parser, argv)
     if args.from_run:  # the settings that its records were made with
         run = folder.recorded_run(args.from_run, "--from", "J")
-        names = [n for n in "model max-steps episodes-per-point".split() if n.replace("-", "_") in run.settings]
+        of_run = "model parameterization max-steps episodes-per-point".split()
+        names = [n for n in of_run if n.replace("-", "_") in run.settings]
         made_with = [f"--{n}={run.settings[n.replace('-', '_')]}" for n in names]
         shown = [f"--budgets={','.join(map(str, run.settings['budgets']))}"] if run.settings.get("budgets") else []
         args = parse_flags(parser, shown + (sys.argv[1:] if argv is None else argv) + made_with)
@@ -282,6 +284,7 @@ def summarise(args, records: list[dict]) -> dict:
     forced = [answer for r in records for answers in r["forced"] for answer in answers]
     return {
         **report.counts_of(records),
+        **(marker_counts(r["text"] for r in records) if args.parameterization == "backtracking" else {}),
         "traces": len(records),
         "one_episode": float(np.mean([r["episodes"] == 1 for r in records])),  # before neighbours are joined
         "episodes": mean_interval(records, lambda r: r["episodes"]),

@@ -9,6 +9,10 @@ Exploit: every thought is cut at each of --budgets and told that time is up; tho
 the budget are left alone. Extrapolate: at the end of the thought a continue string ("Wait", …) is appended instead of
 the end-of-thinking marker, --extensions times, and answers are sampled after 0, 2, 4, … of them. Both give points
 (tokens, accuracy) of one curve; the normalised regret is the area above it, inside and beyond the training budget.
+
+Linearised search (--style window, for --parameterization backtracking; Figure 8): where a trace has ended, the phrase
+that opens another attempt is appended to the problem and the last --window attempts, --extensions times, so that a
+search goes on at a bounded context. All its attempts vote, against maj@K of K whole traces at equal tokens.
 """
 
 from run.files import append_jsonl, digest, end_in_one_line, fail  # isort: split
@@ -34,12 +38,16 @@ from common import (
 from engine.sampler import Sampler, pick_engine
 from engine.thoughts import opening_after, thinks, thought_tokens, what_was_seen
 from engine.tokens import encode, end_of_thought, stop_ids_of_thought, text_and_offsets
+from grading.box import extract_answer
+from grading.verdict import grade_all
 from run import data, folder, report
+from run.backtracking import RETRY, episodes_of, first_attempt, marker_counts, window
 from run.flags import add_group, default_out, each_in_its_folder, new_parser, parse_flags, positive_int, whole_number
 from run.folder import short_name
-from run.report import Curve, Panel, Values, interval, problem_means
+from run.report import Curve, Panel, Values, group_by_problem, interval, problem_means
 from run.traces import (
     FORCED_BUDGET,
+    context_of,
     forcing_of,
     inputs_of,
     new_traces,
@@ -47,9 +55,11 @@ from run.traces import (
     problem_of,
     prompts_of,
     sampler_of,
+    segmentation,
     tokenizer_of,
     trace_curve,
     trace_of,
+    vote_rate,
 )
 
 STRINGS = "Wait,But wait,Alternatively,But hold on"
@@ -82,8 +92,9 @@ def flags(argv=None) -> argparse.Namespace:
     flag("strings", STRINGS, STRINGS, "the authors' script", help="continue strings, in turn")
     flag("extension-tokens", 32, 2048, "the authors' script", type=positive_int, help="limit of one extension")
     style = "paper: a new line and a string, a limit for each extension, an unfinished last paragraph is dropped; "
-    style += "s1: 'Wait' at the very end, all within --max-tokens"
-    flag("style", choices=("paper", "s1"), default="paper", help=style)
+    style += "s1: 'Wait' at the very end, all within --max-tokens; window: linearised search, the one for backtracking"
+    flag("style", choices=("paper", "s1", "window"), help=style)
+    flag("window", 3, 3, "ours", type=positive_int, help="attempts that the context of a linearised search holds")
     axis = "tokens of a point: what the model wrote, or all that μ read and wrote"
     flag("regret-axis", "answer", "answer", "the authors: prompt", choices=("answer", "prompt"), help=axis)
     flag("compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
@@ -93,6 +104,9 @@ def flags(argv=None) -> argparse.Namespace:
         longest = max(record["boundaries"][-1] for record in run.records) if run.settings.get("traces") else 0
         given = [f"--max-tokens={longest or run.settings['max_tokens']}"]
         args = parse_flags(parser, (sys.argv[1:] if argv is None else argv) + given)
+    args.style = args.style or ("window" if args.parameterization == "backtracking" else "paper")
+    if (args.style == "window") != (args.parameterization == "backtracking"):
+        fail(f"--style {args.style}: not for --parameterization {args.parameterization}, which window belongs to")
     runs = "compare-" + "-".join(map(short_name, map(str, args.compare or [])))
     args.out = args.out or default_out(args, f"budget-{runs if args.compare else short_name(args.model)}", "compare")
     args.strings = ["Wait"] if args.style == "s1" else args.strings.split(",")
@@ -115,7 +129,7 @@ def main() -> None:
     forcings = each_in_its_folder(args, [short_name(name) for name in names], [{"model": name} for name in names])
     for one in forcings:  # what can be refused at once is
         folder.check_out(one, "compare")
-        if not thinks(tokenizer := tokenizer_of(one)):
+        if not thinks(tokenizer := tokenizer_of(one)) and args.style != "window":
             fail(f"--model {one.model}: no thought to cut or to extend: {what_was_seen(tokenizer)}")
     if thoughts is not None:
         problems = [problem_of(record) for record, *_ in thoughts]
@@ -132,7 +146,7 @@ def tell_plan(args, thoughts: list[list[dict]] | None) -> None:
     count = (
         sum(map(len, thoughts)) if thoughts is not None else problems * args.num_samples * len(args.model.split(","))
     )
-    points = len(args.budgets) + len(extensions(vars(args)))
+    points = len(args.budgets) + len(extensions(vars(args))) if args.style != "window" else 0
     report.tell_plan(
         args.dry_run,
         problems,
@@ -174,6 +188,7 @@ def force(args, problems: list[dict], thoughts: list[list[dict]] | None) -> None
     tokenizer = tokenizer_of(args)
     strings = max(len(encode(tokenizer, "\n" + string)) for string in args.strings)
     more = args.extensions * (args.extension_tokens + strings) if args.style == "paper" else 0
+    more = args.extension_tokens if args.style == "window" else more
     prompts, longest = prompts_of(args, tokenizer, problems, more)
     given = thoughts and [
         [trace_of(record, tokenizer, problem, prompt) for record in row]
@@ -186,9 +201,13 @@ def force(args, problems: list[dict], thoughts: list[list[dict]] | None) -> None
     sampler = sampler_of(args, tokenizer, longest)
     run = folder.open_run(args, inputs, "compare")
     file = run / "records.jsonl"
-    for traces in new_traces(args, file, sampler, problems, prompts, given=given, forced=False):
-        points = zip(traces, exploit(args, sampler, traces), extrapolate(args, sampler, traces))
-        append_jsonl(file, [{**trace.record(), "exploit": e, "extrapolate": x} for trace, e, x in points])
+    for traces in new_traces(args, file, sampler, problems, prompts, segmentation(args), given=given, forced=False):
+        if args.style == "window":
+            found = [{"search": attempts} for attempts in search(args, sampler, traces)]
+        else:
+            points = zip(exploit(args, sampler, traces), extrapolate(args, sampler, traces))
+            found = [{"exploit": e, "extrapolate": x} for e, x in points]
+        append_jsonl(file, [{**trace.record(), **more} for trace, more in zip(traces, found)])
     sampler.close()
     report.write_page(folder.load_records(file), run / "trace.html")
 
@@ -298,6 +317,133 @@ def drop_unfinished(tokenizer, thought: list[int], keep: int, first: int = 0) ->
     return thought[: keep if end is None else end]
 
 
+# ---------------------------------------------------------------------------------------------- linearised search
+
+
+def search(args, sampler: Sampler, traces: list[Trace]) -> list[list[dict]]:
+    """For each trace its own attempts and --extensions more: {boxed, verdict, stands, spent, shown}. `stands`: the
+    model itself would not go on after it; `spent`: tokens sampled by its end; `shown`: how many attempts it could see.
+    One without a box has no vote, and no later one sees it."""
+    phrase = encode(sampler.tokenizer, RETRY)
+    histories = [window(sampler.tokenizer, trace.completion.token_ids)[1] for trace in traces]
+    found = [own_attempts(trace) for trace in traces]
+    spent = [len(trace.completion.token_ids) for trace in traces]
+    for number in range(args.extensions):
+        shown = [shown_of(args, sampler.tokenizer, *pair) for pair in zip(traces, histories)]
+        rows = sampler.generate(
+            [trace.prompt + (ids + phrase if ids else []) for trace, (_, ids) in zip(traces, shown)],
+            args.extension_tokens,
+            [(*seed_of(args, trace), 3, number) for trace in traces],
+            temperature=args.temperature,
+            top_p=args.top_p,
+        )
+        for t, (completion,) in enumerate(rows):
+            attempt = first_attempt(completion)
+            box, whole = extract_answer(attempt.text), attempt.text == completion.text
+            stands = whole and completion.finish_reason == "stop"
+            spent[t] += len(attempt.token_ids)
+            found[t].append({"boxed": box, "stands": stands, "spent": spent[t], "shown": shown[t][0]})
+            if box is not None:
+                between = phrase if histories[t] else []
+                histories[t] += between + attempt.token_ids[: len(attempt.token_ids) - stands]
+    asked = [(attempt["boxed"], trace.problem["answer"]) for trace, row in zip(traces, found) for attempt in row]
+    verdicts = iter(grade_all(asked))
+    return [[{**attempt, "verdict": next(verdicts)} for attempt in row] for row in found]
+
+
+def own_attempts(trace: Trace) -> list[dict]:
+    """The attempts of a trace itself, which has seen them all."""
+    last = len(trace.boundaries) - 1
+    boxes = [(extract_answer(text), j) for j, text in enumerate(episodes_of(trace), 1)]
+    ended = [(box, j) for box, j in boxes if box is not None]
+    return [
+        {"boxed": box, "stands": trace.stopped and j == last, "spent": trace.boundaries[j], "shown": number}
+        for number, (box, j) in enumerate(ended)
+    ]
+
+
+def shown_of(args, tokenizer, trace: Trace, history: list[int]) -> tuple[int, list[int]]:
+    """(attempts shown, their tokens): the last --window, fewer where the model's context has no room for so many."""
+    room = context_of(args) - len(trace.prompt) - args.extension_tokens - len(encode(tokenizer, RETRY))
+    windows = (window(tokenizer, history, count) for count in range(args.window, 0, -1))
+    return next(((count, ids) for count, ids in windows if len(ids) <= room), (0, []))
+
+
+def search_values(records: list[dict]) -> Values:
+    """Each metric's value for each problem: maj@K of K whole traces, and of a search within as many tokens the vote of
+    all its attempts (search@K) and of those that the model let stand (standing@K)."""
+    groups = list(group_by_problem(records).values())
+    mean = partial(problem_means, records)
+    values = {"right": mean(lambda r: r["reward"]), "tokens": mean(lambda r: r["tokens"])}
+    for K in range(1, min(10, *map(len, groups)) + 1):
+        budget = K * values["tokens"].mean()
+        values[f"maj@{K}"] = np.array([vote_rate(group, group[0]["gold"], K) for group in groups])
+        values[f"search@{K}"] = mean(vote_within, budget)
+        values[f"standing@{K}"] = mean(vote_within, budget, True)
+    values["attempts"] = mean(lambda r: len(r["search"]))
+    values["tokens of a search"] = mean(lambda r: max((a["spent"] for a in r["search"]), default=0))
+    values["attempts without a box"] = mean(lambda r: float(np.mean([a["boxed"] is None for a in r["search"]] or [1])))
+    return values
+
+
+def vote_within(record: dict, budget: float, standing: bool = False) -> float:
+    """The vote of the attempts of a search that ended within a budget; of those that stand, if any does."""
+    votes = [attempt for attempt in record["search"] if attempt["spent"] <= budget]
+    votes = [attempt for attempt in votes if attempt["stands"]] or votes if standing else votes
+    return vote_rate(votes, record["gold"], len(votes)) if votes else 0.0
+
+
+def compare_searches(args, folders: list[Path]) -> None:
+    """Table and figure of linearised searches on the problems that the runs share; differences are to the first."""
+    recorded = report.read_runs(folders, "search")
+    if differing := report.differing_flags(recorded, (*SAME, "window")):
+        fail(f"--compare: the runs differ in {', '.join(differing)}")
+    problems = report.keep_shared_problems(recorded)
+    values = {run.name: search_values(run.records) for run in recorded}
+    metrics = {run: {name: interval(v) for name, v in by_name.items()} for run, by_name in values.items()}
+    counts = {run.name: {**report.counts_of(run.records), **window_counts(run)} for run in recorded}
+    summary = {
+        "training_budget": recorded[0].settings["max_tokens"],
+        "runs": {name: {**counts[name], "metrics": metrics[name]} for name in metrics},
+        "difference_to_first": report.differences_to_first(values),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = (
+        f"A search: a trace of at most {summary['training_budget']} tokens, then {recorded[0].settings['extensions']} "
+    )
+    text += f"more attempts that see the last {recorded[0].settings['window']}.\n\n" + report.metric_table(metrics)
+    for name in ("truncated", "without_marker", "markers_to_no_line", "without_room", "samples", "problems"):
+        text += report.table_row(name.replace("_", " "), *(f"{count[name]:.3g}" for count in counts.values()))
+    first = f"{recorded[0].name} on the same {problems} problems"
+    text += report.difference_table(summary["difference_to_first"], first)
+    figure = draw_searches(metrics, summary["training_budget"], args.out)
+    report.write_summary(args.out, summary, text, figure, *(folder / "trace.html" for folder in folders))
+
+
+def window_counts(run: folder.RecordedRun) -> dict[str, float]:
+    """`marker_counts`, and the share of attempts for which the model's context had no room to show an earlier one."""
+    later = [attempt["shown"] == 0 for r in run.records for attempt in r["search"][1:]]
+    counts = {**marker_counts(r["text"] for r in run.records), "without_room": float(np.mean(later or [0]))}
+    if counts["without_room"]:
+        print(f"{run.name}: {counts['without_room']:.0%} of the later attempts saw no earlier one, for lack of room")
+    return counts
+
+
+def draw_searches(metrics: dict[str, dict], trained: int, out: Path) -> Path:
+    """Figure 8: accuracy over tokens; solid maj@K of K traces, dashed the search, up to the tokens that it has."""
+    curves = []
+    for number, (name, means) in enumerate(metrics.items()):
+        ks = [int(metric[4:]) for metric in means if metric.startswith("maj@")]
+        tokens = {K: K * means["tokens"]["mean"] for K in ks}
+        reached = [K for K in ks if K == 1 or tokens[K] <= means["tokens of a search"]["mean"]]
+        curves.append(Curve([tokens[K] for K in ks], [means[f"maj@{K}"] for K in ks], name, "o-", f"C{number}"))
+        search = [means[f"search@{K}"] for K in reached]
+        curves.append(Curve([tokens[K] for K in reached], search, None, "o--", f"C{number}"))
+    labels = {"xlabel": f"tokens (a trace in training: at most {trained})", "ylabel": "accuracy of the vote"}
+    title = "solid: maj@K of whole traces, dashed: linearised search"
+    return report.draw_panels(out / "search.png", Panel({**labels, "title": title}, curves, tokens=True), width=4.6)
+
+
 # ---------------------------------------------------------------------------------------------- numbers
 
 
@@ -347,6 +493,8 @@ SAME = (  # settings in which runs that are compared may not differ
 
 def compare(args, folders: list[Path]) -> None:
     """Table and figures of runs on the problems they share, from their records; differences are to the first."""
+    if (folder.config_of(folders[0]) or {"settings": {}})["settings"].get("style") == "window":
+        return compare_searches(args, folders)
     asked = ["asked"] * (args.regret_axis == "prompt")
     recorded = report.read_runs(folders, "exploit", "extrapolate", *asked)
     if differing := report.differing_flags(recorded, SAME):

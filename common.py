@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import zlib
 from bisect import bisect_left
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -57,7 +57,7 @@ class Segmentation:
     markers: tuple[str, ...] = EPISODE_MARKERS
 
 
-def episode_spans(thought: str, rule: Segmentation = Segmentation()) -> list[tuple[int, int]]:
+def episode_spans(thought: str, rule: Segmentation | Callable = Segmentation()) -> list[tuple[int, int]]:
     """Episodes of a thought as [start, end) character spans: the authors' published rule (Section 5).
 
     Paragraphs end at a blank line ("\\n\\n"). One that starts with a marker (a plain, case-sensitive `startswith`:
@@ -65,7 +65,10 @@ def episode_spans(thought: str, rule: Segmentation = Segmentation()) -> list[tup
     `max_steps` openings the rest is the last episode; then every `group_size` neighbours become one. Spans start at 0,
     end at len(thought) and leave no gap: a separator belongs to the episode before it. An empty thought is one empty
     episode. Pass the thought only: markers in an answer would count. ValueError for max_steps < 0 or group_size < 1.
+    Another parameterization (run/backtracking.py) has a function from text to spans in the place of `rule`.
     """
+    if callable(rule):
+        return rule(thought)
     if rule.max_steps < 0 or rule.group_size < 1:
         raise ValueError(f"need max_steps >= 0 and group_size >= 1, got {rule.max_steps} and {rule.group_size}")
     starts, opened, position = [0], 0, 0  # opened: the paragraph at which the current episode began
@@ -223,18 +226,21 @@ def stop_phrase(tokenizer) -> str:
 
 @dataclass(frozen=True)
 class Forcing:
-    """How answers are forced from μ: n of them at a prefix, of at most `max_tokens`."""
+    """How answers are forced from μ: n of them at a prefix, of at most `max_tokens`. Another parameterization has other
+    prompts than `prompts_of_mu`, and answers that end before the turn does."""
 
     n: int
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    prompts: Callable | None = None
+    cut: Callable[[Completion], Completion] | None = None
 
 
 def set_sampled_J(sampler: Sampler, traces: list[Trace], forcing: Forcing, seed: tuple[int, ...]) -> None:
     """Sets each trace's J(μ|z_0:j) at every boundary: the share of right answers among n sampled forced ones; also
     sets `answer_tokens` and `forced`."""
-    owners_of = prompts_of_mu(sampler.tokenizer, traces)
+    owners_of = (forcing.prompts or prompts_of_mu)(sampler.tokenizer, traces)
     prompts = [list(prompt) for _, prompt in owners_of]
     seeds = [(*seed, zlib.crc32(np.array(prompt, dtype="<i8").tobytes())) for prompt in prompts]
     problems = [owners[0][0].problem for owners in owners_of.values()]
@@ -249,6 +255,7 @@ def set_sampled_J(sampler: Sampler, traces: list[Trace], forcing: Forcing, seed:
 def force_answers(sampler: Sampler, problems: list[dict], prompts, forcing: Forcing, seeds) -> list[list[ForcedAnswer]]:
     """Sampled and graded answers to each prompt of μ, [prompts][n]; only what follows the prompt is graded."""
     rows = sampler.generate(prompts, forcing.max_tokens, seeds, forcing.n, forcing.temperature, forcing.top_p)
+    rows = [list(map(forcing.cut, row)) for row in rows] if forcing.cut else rows
     return read_answers(sampler.tokenizer, problems, rows)
 
 

@@ -11,6 +11,7 @@ rollouts start. l_FT is the outcome reward's objective, c_{j-1} the prefix befor
                                    rollouts stop and answer (they estimate J(μ|c)) and G go on thinking
     --bonus α --variant online     their later one (release v0.1): forced answers at every boundary of on-policy
                                    traces, each episode's tokens are credited with that episode's progress
+    --parameterization backtracking    Table 5: the context is a problem and a first attempt, and c its success rate
     --stop-credit β                ours, on top: credit for the decision to stop or go on at each boundary
     --length-penalty w             the paper's third baseline (Arora & Zanette, arXiv 2502.04463)
 
@@ -50,6 +51,7 @@ from common import (
     in_nats,
     read_trace,
     read_traces,
+    reward,
     set_likelihood_J,
     set_sampled_J,
     stop_loss,
@@ -61,8 +63,10 @@ from engine.processes import gather_over_ranks, ranks, start_processes, sum_over
 from engine.sampler import Sampler, Spent, pick_engine
 from engine.served_engine import is_served
 from engine.thoughts import thinks
-from engine.tokens import stop_ids_of_thought, text_and_offsets
+from engine.tokens import encode, stop_ids_of_thought, text_and_offsets
+from grading.box import extract_answer
 from run import data, folder, report, training
+from run.backtracking import RETRY, episodes_of, first_attempt, marker_counts, whole_text
 from run.flags import add_group, default_out, new_parser, non_negative, parse_flags, positive_int, share, whole_number
 from run.traces import (
     FORCED,
@@ -110,6 +114,8 @@ def flags(argv=None) -> argparse.Namespace:
     flag("forced-answers", 4, 4, "v0.1; the prefix variant's m of Figure 6")
     flag("answer-tokens", 8, 1024, "ours")
     flag("max-episodes", 32, 6, "the authors' online variant")
+    room = "problem, first attempt and the phrase that opens the second: the context of the backtracking variant prefix"
+    flag("prompt-tokens", 32, 1500, "Table 5", type=positive_int, help=room)
     flag = add_group(parser, "GRPO")
     flag("max-tokens", 384, 16384, "the authors' runs of 1.5B models; Table 3 allows 24576")
     flag("temperature", 1.0, 0.9, "Table 3")
@@ -140,7 +146,8 @@ def flags(argv=None) -> argparse.Namespace:
     flag("eval-problems", 96, 96, "ours")
     flag("eval-every", 10, 10, "ours", type=whole_number, help="steps between validations; 0: none")
     args = parse_flags(parser, argv)
-    in_nats_by_default = args.variant == "online" and models.is_tiny(args.model)
+    backtracking = args.parameterization == "backtracking"
+    in_nats_by_default = args.variant == "online" and models.is_tiny(args.model) and not backtracking
     args.progress = args.progress or ("nats" if in_nats_by_default else "sampled")
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
     name, told = f"rl-{folder.short_name(args.model)}-{kind}-seed{args.seed}", ["variant", "progress", "seed"]
@@ -154,6 +161,8 @@ def check_flags(args) -> None:
         fail("--group-size 1: a group of one has no spread to normalise by")
     if args.bonus > 0 and args.variant == "prefix" and args.progress != "sampled":
         fail(f"--progress {args.progress} needs --variant online: prefix samples its answers")
+    if args.parameterization == "backtracking" and args.progress != "sampled":
+        fail(f"--progress {args.progress}: backtracking has no forced answer to take a likelihood of, only sampled")
     if args.stop_credit and args.bonus == 0:
         fail(f"--stop-credit {args.stop_credit:g} needs a --bonus above 0: GRPO does not know J")
     if args.prefixes and not (args.bonus and args.variant == "prefix"):
@@ -179,12 +188,13 @@ def main() -> None:
         fail(f"--stop-credit {args.stop_credit:g}: needs a model whose thoughts end with a token of their own")
     problems = recorded_prefixes(args, tokenizer) if args.prefixes else data.problems_of(args)
     validation = data.held_out_of(args) if args.eval_every else []
-    prompts, longest = prompts_of(args, tokenizer, problems + validation, forced=bool(args.bonus or validation))
+    first = args.prompt_tokens if kind_of(args) == "backtracking" else 0
+    prompts, longest = prompts_of(args, tokenizer, problems + validation, first, bool(args.bonus or validation))
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
         tell_plan(args, len(problems), len(validation))
         return
-    model = models.load_model(args.model, models.pick_device())
+    model = training.remember(args, models.load_model(args.model, models.pick_device()))
     run = folder.open_run_once(args, inputs_of(args, problems, prompts, validation))
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
@@ -198,8 +208,10 @@ def tell_plan(args, problems: int, validated: int) -> None:
     """--dry-run: what is sampled at most; with --max-sampled-tokens a training may end before."""
     steps = args.steps or math.ceil(problems / args.problems_per_step)
     started = steps * args.problems_per_step
-    rollouts, forced, partial_rollouts = started * args.group_size, 0, 0
-    if args.bonus and args.variant == "prefix":
+    rollouts, forced, partial_rollouts, first = started * args.group_size, 0, 0, 0
+    if kind_of(args) == "backtracking":
+        first = 0 if args.prefixes else started
+    elif args.bonus and args.variant == "prefix":
         partial_rollouts, forced = started, started * args.forced_answers
     elif args.bonus and args.progress == "sampled":
         forced = rollouts * (args.max_episodes + 1) * args.forced_answers
@@ -207,7 +219,8 @@ def tell_plan(args, problems: int, validated: int) -> None:
     sampled = rollouts + partial_rollouts + tested
     work = (
         ("rollout or validation trace", sampled, args.max_tokens),
-        ("forced answer", forced + 3 * tested, args.answer_tokens),
+        ("forced answer", forced + 3 * tested * (args.parameterization == "open-ended"), args.answer_tokens),
+        ("first attempt", first, args.prompt_tokens),
     )
     report.tell_plan(args.dry_run, problems, *work)
 
@@ -245,14 +258,14 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
         sampler.sync()
     if validation and steps.due(args.eval_every) and not validated(run, steps.state["step"]):
         validate(args, steps, sampler, validation)
-    rollouts, told = ROLLOUTS[args.variant if args.bonus else "grpo"], False
+    rollouts, told = ROLLOUTS[kind_of(args)], False
     stop = stop_ids_of_thought(sampler.tokenizer)[0] if args.stop_credit else None
 
     for step in steps:
         drawn = training.draw_problems(problems, args.problems_per_step, step, args.seed)[rank::world]
         with steps.can_be_left(), sampler.counting() as spent:
             groups = rollouts(args, sampler, drawn, (args.seed, step))
-        told = told or not args.bonus or tell_single_episodes([trace for group in groups for trace in group])
+        told = told or not args.bonus or tell_single_episodes(args, [trace for group in groups for trace in group])
         advantages = advantages_of(args, groups)
         sampler.pause()
         try:
@@ -314,16 +327,62 @@ def rollouts_prefix(args, sampler: Sampler, problems, seed: tuple) -> Groups:
     if not args.prefixes:
         problems = cut_rollouts(args, sampler, problems, seed)
     prefixes = [problem["prefix"]["token_ids"] for problem in problems]
-    contexts = [prompt + prefix for prompt, prefix in zip(prompts_to(args, sampler.tokenizer, problems), prefixes)]
     texts = [text_and_offsets(sampler.tokenizer, prefix)[0] for prefix in prefixes]
-    limits = [args.max_tokens - len(prefix) for prefix in prefixes]
+    return go_on(args, sampler, problems, [args.max_tokens - len(prefix) for prefix in prefixes], seed, texts)
+
+
+def rollouts_backtracking(args, sampler: Sampler, problems, seed: tuple) -> Groups:
+    """MRT of the backtracking parameterization (Table 5, the authors' first code): the context is the problem, a whole
+    first attempt and the phrase that opens the second; c, in the place of J(μ|c), is whether that attempt is right.
+    What follows is graded alone, and may have --max-tokens of its own."""
+    if not args.prefixes:
+        problems = first_attempts(args, sampler, problems, seed)
+    return go_on(args, sampler, problems, args.max_tokens, seed)
+
+
+def go_on(args, sampler: Sampler, problems, limits, seed: tuple, texts=None) -> Groups:
+    """G rollouts from the prefix of each problem, whose J is known."""
+    prefixes = [problem["prefix"]["token_ids"] for problem in problems]
+    contexts = [prompt + prefix for prompt, prefix in zip(prompts_to(args, sampler.tokenizer, problems), prefixes)]
     groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, GOING_ON), texts)
     for trace in (trace for group in groups for trace in group):
         trace.prefix_J = trace.problem["prefix"]["J"]
     return groups
 
 
-ROLLOUTS = {"grpo": rollouts_grpo, "online": rollouts_online, "prefix": rollouts_prefix}
+ROLLOUTS = {
+    "grpo": rollouts_grpo,
+    "online": rollouts_online,
+    "prefix": rollouts_prefix,
+    "backtracking": rollouts_backtracking,
+}
+
+
+def kind_of(args) -> str:
+    """Which of the `ROLLOUTS`."""
+    if args.bonus and args.variant == "prefix" and args.parameterization == "backtracking":
+        return "backtracking"
+    return args.variant if args.bonus else "grpo"
+
+
+def first_attempts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
+    """The problems, each with a sampled first attempt and the phrase that opens the second: {token_ids, J}."""
+    seeds = [(*seed, PARTIAL, problem["place"], problem_key(problem)) for problem in problems]
+    prompts, tokenizer = prompts_to(args, sampler.tokenizer, problems), sampler.tokenizer
+    limits = [max(1, args.prompt_tokens - len(prompt) - len(encode(tokenizer, RETRY))) for prompt in prompts]
+    rows = sampler.generate(prompts, limits, seeds, temperature=args.temperature)
+    rows = [[first_attempt(completion)] for (completion,) in rows]
+    groups = read_traces(tokenizer, problems, prompts, rows, segmentation(args))
+    return [{**trace.problem, "prefix": first_part(tokenizer, trace)} for (trace,) in groups]
+
+
+def first_part(tokenizer, trace: Trace) -> dict:
+    """The first attempt of a trace, all of it if that has no box, with the phrase that opens the second, and its J."""
+    end = len(trace.boundaries) - 1
+    j = next((j for j, text in enumerate(episodes_of(trace), 1) if extract_answer(text)), end)
+    ids = trace.completion.token_ids[: trace.boundaries[j]] + encode(tokenizer, RETRY)
+    text = trace.prefix(trace.boundaries[j]) + RETRY
+    return {"token_ids": ids, "text": text, "J": trace.J[j] if trace.J else trace.reward}
 
 
 def cut_rollouts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
@@ -355,7 +414,9 @@ def recorded_prefixes(args, tokenizer) -> list[dict]:
     the whole training; --limit takes the first."""
     samples = args.prefixes / "samples_1.jsonl"  # of star_mrt.py
     run = folder.recorded_run(samples if samples.exists() else args.prefixes, "--prefixes", "J", "token_ids")
-    problems = []
+    if (was := run.settings.get("parameterization", "open-ended")) != args.parameterization:
+        fail(f"--prefixes {args.prefixes}: its traces are {was}, this training is {args.parameterization}")
+    problems, too_long = [], 0
     for name, records in list(report.group_by_problem(run.records).items())[: args.limit]:
         problem = problem_of(records[0])
         rng = np.random.default_rng((args.seed, PARTIAL, problem_key(problem)))
@@ -365,9 +426,13 @@ def recorded_prefixes(args, tokenizer) -> list[dict]:
         if len(prompt) != record["prompt_tokens"] or trace.completion.text != record["text"]:
             fail(f"--prefixes {args.prefixes}: problem {name} was recorded with another tokenizer or chat template")
         j = draw_cut(args, tokenizer, trace, (args.seed, PARTIAL, problem_key(problem), trace.sample))
-        problems.append(
-            {**problem, "prefix": {"token_ids": record["token_ids"][: trace.boundaries[j]], "J": trace.J[j]}}
-        )
+        prefix = {"token_ids": record["token_ids"][: trace.boundaries[j]], "J": trace.J[j]}
+        if args.parameterization == "backtracking":
+            prefix = first_part(tokenizer, trace)
+            too_long += len(prompt) + len(prefix["token_ids"]) > args.prompt_tokens
+        problems.append({**problem, "prefix": prefix})
+    if too_long:
+        fail(f"--prefixes {args.prefixes}: {too_long} problems with their first attempts exceed --prompt-tokens")
     J, empty = ([p["prefix"][name] for p in problems] for name in ("J", "token_ids"))
     shares = f"mean J {np.mean(J):.3f}, {sum(not ids for ids in empty)} of them empty"
     print(f"{len(problems)} prefixes of {run.settings.get('model')}, recorded before this training: {shares}")
@@ -644,6 +709,10 @@ def rollout_stats(args, groups: Groups) -> dict[str, float]:
         "tokens": mean(len(t.completion.token_ids) for t in traces),
         "episodes": mean(len(t.boundaries) - 1 for t in traces),
     }
+    if args.parameterization == "backtracking":
+        stats |= marker_counts(map(whole_text, traces))
+        firsts = [trace.problem["prefix"]["text"] for trace in traces if "prefix" in trace.problem]
+        stats["first_attempts_without_box"] = mean([extract_answer(text) is None for text in firsts] or [0])
     if args.bonus and args.variant == "prefix":
         stats["J_prefix"] = mean(t.prefix_J for t in traces)
         stats["progress_of_going_on"] = stats["reward"] - stats["J_prefix"]
@@ -676,9 +745,14 @@ def validate(args, steps: training.Steps, sampler: Sampler, problems: list[dict]
         traces = [trace for (trace,) in read_traces(sampler.tokenizer, share, prompts, rows)]
         spent = [len(trace.completion.token_ids) if trace.stopped else math.inf for trace in traces]
         cut = [(i, budget) for i, tokens in enumerate(spent) for budget in budgets if tokens > budget]
-        asked = [forced_prompt(sampler.tokenizer, traces[i], cut_at_budget(traces[i], budget)) for i, budget in cut]
-        answers = force_answers(sampler, [share[i] for i, _ in cut], asked, forcing, [(*seeds[i], b) for i, b in cut])
-    forced = {(i, budget): success_rate(share[i], a) for (i, budget), a in zip(cut, answers)}
+        if args.parameterization == "backtracking":  # the last attempt by then has answered
+            J = [reward(share[i], traces[i].prefix(budget)) for i, budget in cut]
+        else:
+            asked = [forced_prompt(sampler.tokenizer, traces[i], cut_at_budget(traces[i], budget)) for i, budget in cut]
+            seeds_of_cuts = [(*seeds[i], budget) for i, budget in cut]
+            answers = force_answers(sampler, [share[i] for i, _ in cut], asked, forcing, seeds_of_cuts)
+            J = [success_rate(share[i], a) for (i, _), a in zip(cut, answers)]
+    forced = dict(zip(cut, J))
     sums = [sum(trace.reward for trace in traces), sum(len(trace.completion.token_ids) for trace in traces)]
     sums += [sum(forced.get((i, budget), t.reward) for i, t in enumerate(traces)) for budget in budgets]
     accuracy, tokens, *by_budget = (total / len(problems) for total in sum_over_ranks(sums))

@@ -17,6 +17,8 @@ Filters. Each keeps at most --per-problem traces of a problem.
              it is no luck:      J there ≥ --min-success, so the answer trained on is not one lucky guess of many;
              it is right:        the answer that follows the cut, and is trained on, is correct.
            Among the traces of a problem those with the highest J come first, then the shortest.
+           Of backtracking (Table 4) it keeps, in each trace, the backtrack from a failed attempt to a right one that
+           makes most progress, and trains it and the right attempt; what is before it is not trained.
 A cut thought ends as the model's own thoughts do, with the end-of-thinking marker, and an answer sampled after it, so
 that stopping there is what is learnt. --stop-phrase masked or trained keeps μ's forced answer after the stop phrase.
 """
@@ -34,9 +36,11 @@ from common import Trace, read_answers
 from engine import models, plural
 from engine.processes import gather_over_ranks, ranks, start_processes, wait_for_ranks
 from engine.sampler import Sampler, pick_engine
-from engine.thoughts import thinks, what_was_seen
+from engine.thoughts import end_of_turn, thinks, what_was_seen
 from engine.tokens import end_of_thought
+from grading.box import extract_answer
 from run import data, folder, report, training
+from run.backtracking import episodes_of, marker_counts, whole_text
 from run.flags import add_group, changed, default_out, new_parser, parse_flags, positive_int
 from run.report import Curve, Panel, Values, interval, problem_means
 from run.traces import (
@@ -137,12 +141,12 @@ def prepare(args):
     args.engine = pick_engine(args.engine)
     folder.check_out(args)
     tokenizer = tokenizer_of(args)
-    if not thinks(tokenizer) and "mrt" in filters(args):
+    if not thinks(tokenizer) and "mrt" in filters(args) and args.parameterization == "open-ended":
         why = f"no thought to cut: {what_was_seen(tokenizer)}; --filter outcome (plain STaR) cuts none"
         fail(f"--model {args.model}: {why}")
     problems, held_out = data.problems_of(args), data.held_out_of(args)
     prompts, longest = prompts_of(args, tokenizer, problems + held_out)
-    model = models.load_model(weights_of(args), models.pick_device())
+    model = training.remember(args, models.load_model(weights_of(args), models.pick_device()))
     run = folder.open_run_once(args, inputs_of(args, problems, prompts, held_out))
     return run, model, sampler_of(args, tokenizer, longest, trained=model), problems, held_out
 
@@ -192,6 +196,8 @@ def record(
         why = why_dropped(args, place.name, traces)
         print(f"the filter {place.name} kept no trace in iteration {iteration}: nothing to train on: {why}")
     about = {"iteration": iteration, **describe(traces, examples), **(tuning or {})}
+    if args.parameterization == "backtracking":
+        about |= marker_counts(map(whole_text, traces))
     if ranks()[0] == 0:
         lines = [json_line(example.record(tokenizer)) for example in examples]
         write_text(place / f"selected_{iteration}.jsonl", "".join(lines))
@@ -238,15 +244,20 @@ class Example:
     cut: int  # tokens of the thought that stay
     ending: list[int]
     answer: list[int]
+    start: int = 0  # tokens of the trace that are not trained
 
     def fine_tuned(self) -> training.Example:
-        """All but the prompt is trained, with weight 1."""
+        """All from `start` on is trained, with weight 1."""
         written = self.trace.completion.token_ids[: self.cut] + self.ending + self.answer
-        return self.trace.prompt + written, len(self.trace.prompt), np.ones((1, len(written)))
+        return self.trace.prompt + written, len(self.trace.prompt) + self.start, np.ones((1, len(written) - self.start))
 
     @property
     def episodes(self) -> int:
         return self.trace.boundaries.index(self.cut)
+
+    @property
+    def before(self) -> int:
+        return self.trace.boundaries.index(self.start)
 
     def record(self, tokenizer) -> dict:
         ids, first, _ = self.fine_tuned()
@@ -266,8 +277,12 @@ def select(args, name: str, sampler: Sampler, traces: list[Trace], iteration: in
     """What the filter keeps. One process decides for all: on GPUs two of them may draw different answers."""
     examples = []
     if ranks()[0] == 0:
-        cuts = keep_right(traces) if name == "outcome" else keep_progress(traces, args.min_success)
-        examples = first_of_problem(add_answers(args, sampler, traces, cuts, iteration), args.per_problem)
+        if name == "mrt" and args.parameterization == "backtracking":
+            examples = keep_backtracks(sampler.tokenizer, traces, args.min_success)
+        else:
+            cuts = keep_right(traces) if name == "outcome" else keep_progress(traces, args.min_success)
+            examples = add_answers(args, sampler, traces, cuts, iteration)
+        examples = first_of_problem(examples, args.per_problem)
     return gather_over_ranks(examples)
 
 
@@ -280,6 +295,14 @@ def why_dropped(args, name: str, traces: list[Trace]) -> str:
     """What became of the traces where a filter kept none, in counts."""
     if name == "outcome":
         return report.counted(report.fate_of(trace.record()) for trace in traces)
+    if args.parameterization == "backtracking":
+        counts = marker_counts(map(whole_text, traces))
+        told = (
+            f"{counts['without_marker']:.0%} have no marker, {counts['markers_to_no_line']:.0%} of the markers name no "
+        )
+        return (
+            f"no backtrack of {len(traces)} traces has J of --min-success and then a right attempt: {told}line there is"
+        )
     episodes = report.counted("of one episode" if len(trace.boundaries) <= 2 else "of several" for trace in traces)
     rising = [trace for trace in traces if max(trace.J) > trace.J[0]]
     low = sum(max(trace.J) < args.min_success for trace in rising)
@@ -302,6 +325,25 @@ def keep_progress(traces: list[Trace], min_success: float) -> dict[int, int]:
         if trace.J[best] > trace.J[0] and trace.J[best] >= min_success:
             cuts[t] = trace.boundaries[best]
     return dict(sorted(cuts.items(), key=lambda c: (-max(traces[c[0]].J), c[1], c[0])))
+
+
+def keep_backtracks(tokenizer, traces: list[Trace], min_success: float) -> list[Example]:
+    """MRT of the backtracking parameterization: of each trace the backtrack z_j with most progress of those that a
+    right attempt follows; most progress first. Trained are z_j, that attempt and the end of the turn."""
+    kept, end = [], end_of_turn(tokenizer)
+    for number, trace in enumerate(traces):
+        J, ends = trace.J, trace.boundaries
+        attempts = [extract_answer(text) is not None for text in episodes_of(trace)]
+        good = [
+            (J[j + 1] - J[j], -j)
+            for j in range(1, len(attempts) - 1)
+            if not attempts[j] and attempts[j + 1] and J[j + 2] == 1 and J[j + 1] > J[j] and J[j + 1] >= min_success
+        ]
+        if good:
+            j = -max(good)[1]
+            answer = trace.completion.token_ids[ends[j + 1] : ends[j + 2]] + ([] if end is None else [end])
+            kept.append((max(good), Example(number, trace, ends[j + 1], [], answer, start=ends[j])))
+    return [example for _, example in sorted(kept, key=lambda k: -k[0][0])]
 
 
 def add_answers(args, sampler: Sampler, traces: list[Trace], cuts: dict[int, int], iteration: int) -> list[Example]:
@@ -339,8 +381,8 @@ def first_of_problem(examples: list[Example], count: int) -> list[Example]:
 
 def describe(traces: list[Trace], examples: list[Example]) -> dict:
     """What a filter keeps, for the table."""
-    tokens, episodes = [e.fine_tuned()[2].size for e in examples], [e.episodes for e in examples]
-    progress = sum(e.trace.J[e.episodes] - e.trace.J[0] for e in examples) / max(1, sum(episodes))
+    tokens, episodes = [e.fine_tuned()[2].size for e in examples], [e.episodes - e.before for e in examples]
+    progress = sum(e.trace.J[e.episodes] - e.trace.J[e.before] for e in examples) / max(1, sum(episodes))
     problems, mean = len({e.trace.problem["id"] for e in examples}), float(np.mean(tokens or [0]))
     print(
         f"kept {len(examples)} of {plural(len(traces), 'trace')}, {plural(problems, 'problem')}, "

@@ -40,9 +40,14 @@ def resolve_model(model: str) -> str:
 
 def is_tiny(model: str) -> bool:
     """The embedded model, or one trained from it: `build_model` of tiny/build.py marks its configuration."""
+    return "embedded_reasoner" in described(model)
+
+
+def described(model: str) -> dict:
+    """The config.json in a model's folder; empty for a model that is not here. `flags`: defaults of flags with it."""
     config = Path(resolve_model(model)) / "config.json"
     try:
-        return config.is_file() and "embedded_reasoner" in json.loads(config.read_text(encoding="utf-8"))
+        return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     except ValueError:
         raise Refused(f"--model {model}: its config.json is not JSON") from None
 

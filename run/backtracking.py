@@ -8,25 +8,39 @@ attempt has answered, and what a decision is worth shows in the attempts that fo
 
 from __future__ import annotations
 
+import json
 import re
-import zlib
 from bisect import bisect_left
+from collections.abc import Iterable
+from itertools import pairwise
 
-import numpy as np
-import torch
-
-from common import ForcedAnswer, Trace, read_answers, success_rate
-from engine.sampler import Sampler
-from engine.tokens import Completion
+from common import Trace
+from engine.tokens import Completion, encode, text_and_offsets
 from grading.box import extract_answer
 from grading.verdict import grade_all
 
 # The phrase that opens a second attempt in the authors' first code (grpo.py, bash/r1.sh); their "Step" is left to the
 # model. The marker lines of eval_history_conditioned.py. The labels of the prompt "backtrack" in template.py.
 RETRY = "\nWait, this seems off. Let's try something else.\n"
+# Ours, in the published format: what follows the problem, and how the assistant's turn is begun.
+ASKED = (
+    '\n\nSolve it step by step and label each step "Node #". If it seems better to return to a previous state, write '
+    '"Backtrack to Line N" or "Backtrack to beginning" and go on from there.'
+)
+BEGUN = "Let's solve this step by step.\n"
 MARKER = re.compile(r"^Backtrack to (?:beginning|Line (\d+))\b.*\n?", re.M)
 NODE = re.compile(r"^Node (\d+):", re.M)
 EPISODE_END = re.compile(rf"^.*\\boxed{{.*|{MARKER.pattern}", re.M)
+
+
+def asked_to_backtrack(tokenizer, chat: str | list[dict]) -> tuple[str | list[dict], list[int]]:
+    """(the problem or the chat that ends with it, with what asks for backtracks; tokens that begin the answer), unless
+    the chat template says all this itself."""
+    if json.dumps(ASKED)[1:-1] in str(tokenizer.chat_template):
+        return chat, []
+    if isinstance(chat, str):
+        return chat + ASKED, encode(tokenizer, BEGUN)
+    return [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + ASKED}], encode(tokenizer, BEGUN)
 
 
 def backtracking_spans(text: str) -> list[tuple[int, int]]:
@@ -37,11 +51,6 @@ def backtracking_spans(text: str) -> list[tuple[int, int]]:
         ends.append(len(text))
     ends[-1] = len(text)
     return list(zip([0, *ends], ends))
-
-
-def own_answers(text: str) -> list[str | None]:
-    """Of each of the text's k episodes, what the box of an attempt holds; None for any other episode."""
-    return [extract_answer(text[start:end]) for start, end in backtracking_spans(text)]
 
 
 def first_episode(text: str) -> str:
@@ -69,13 +78,27 @@ def attempts_in_full(text: str) -> list[list[tuple[int, int]]]:
     attempts: list[list[tuple[int, int]]] = []
     shared: list[tuple[int, int]] = []
     for start, end in backtracking_spans(text):
-        nodes = [start + match.start() for match in NODE.finditer(text[start:end])] or [start]
+        nodes = list(NODE.finditer(text, start, end))
         if marker := MARKER.search(text, start, end):
             shared = shared[: int(marker[1] or 1) - 1]
         elif extract_answer(text[start:end]):
-            shared = [*shared, *zip(nodes, [*nodes[1:], end])]
+            starts = [node.start() for node in nodes] or [start]
+            shared = [*shared[: int(nodes[0][1]) - 1 if nodes else None], *zip(starts, [*starts[1:], end])]
             attempts.append(shared)
     return attempts
+
+
+def window(tokenizer, history: list[int], attempts: int = 1 << 30) -> tuple[int, list[int]]:
+    """(number, tokens) of the last so many attempts of a search, as it wrote them; the oldest in full, with the lines
+    that it shares with earlier ones. What follows the last attempt is left out."""
+    text, offsets = text_and_offsets(tokenizer, history)
+    found = attempts_in_full(text)
+    if not found or not attempts:
+        return 0, []
+    oldest = found[-attempts] if attempts < len(found) else [(0, found[0][-1][1])]
+    spans = [*oldest, (oldest[-1][1], found[-1][-1][1])]
+    places = [[bisect_left(offsets, place) for place in span] for span in spans]
+    return min(attempts, len(found)), [token for start, end in places for token in history[start:end]]
 
 
 def first_attempt(completion: Completion) -> Completion:
@@ -86,50 +109,52 @@ def first_attempt(completion: Completion) -> Completion:
     return Completion(ids, logprobs, completion.finish_reason, completion.text[: offsets[-1]], offsets)
 
 
-def set_attempt_J(
-    sampler: Sampler, traces: list[Trace], n: int, max_tokens: int, temperature, top_p, seed: tuple
-) -> None:
-    """As `common.set_sampled_J`, for backtracking traces. J after an attempt is 1 if its own box is right, else 0, and
-    nothing is sampled. At the empty prefix, after a marker line and within an attempt it is the share of right ones
-    among n completions of one attempt."""
-    asked: dict[tuple, list[tuple[Trace, int]]] = {}
+def prompts_of_attempts(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trace, int]]]:
+    """As `common.prompts_of_mu`. J after an attempt is 1 if its own box is right, else 0, and nothing is asked. At the
+    empty prefix, after a marker line and within an attempt it is the share of right ones among n completions of one
+    attempt."""
+    owners_of: dict[tuple, list[tuple[Trace, int]]] = {}
     settled: list[tuple[Trace, int, str]] = []
     for trace in traces:
-        starts = [0, *trace.boundaries]
-        trace.J, trace.answer_tokens = [trace.reward] * len(trace.boundaries), [0.0] * len(trace.boundaries)
-        trace.forced = [[] for _ in trace.boundaries]
-        for j, boundary in enumerate(trace.boundaries):
-            episode = trace.completion.text[trace.completion.offsets[starts[j]] : trace.completion.offsets[boundary]]
+        count = len(trace.boundaries)
+        trace.J, trace.answer_tokens = [trace.reward] * count, [0.0] * count
+        trace.forced = [[] for _ in range(count)]
+        for j, (boundary, episode) in enumerate(zip(trace.boundaries, ["", *episodes_of(trace)])):
             if box := extract_answer(episode):
                 settled.append((trace, j, box))
-            elif not (trace.finished and j == len(trace.boundaries) - 1):
+            elif not (trace.finished and j == count - 1):
                 prompt = (*trace.prompt, *trace.completion.token_ids[:boundary])
-                asked.setdefault((trace.problem["id"], prompt), []).append((trace, j))
+                owners_of.setdefault((trace.problem["id"], prompt), []).append((trace, j))
     verdicts = grade_all([(box, trace.problem["answer"]) for trace, _, box in settled])
     for (trace, j, _), verdict in zip(settled, verdicts):
         trace.J[j] = float(verdict == "right")
-    seeds = [(*seed, zlib.crc32(np.array(prompt, dtype="<i8").tobytes())) for _, prompt in asked]
-    rows = sampler.generate([list(p) for _, p in asked], max_tokens, seeds, n, temperature, top_p)
-    problems = [owners[0][0].problem for owners in asked.values()]
-    answers_of: list[list[ForcedAnswer]] = read_answers(
-        sampler.tokenizer, problems, [[first_attempt(c) for c in row] for row in rows]
-    )
-    for owners, answers in zip(asked.values(), answers_of):
-        for trace, j in owners:
-            trace.J[j] = success_rate(trace.problem, answers)
-            trace.answer_tokens[j] = float(np.mean([answer.tokens for answer in answers]))
-            trace.forced[j] = answers
+    return owners_of
 
 
-def answer_within(trace: Trace, budget: int) -> str | None:
-    """The box of the last attempt that ended within a budget of tokens."""
-    return extract_answer(trace.prefix(max([b for b in trace.boundaries if b <= budget], default=0)))
+def episodes_of(trace: Trace) -> list[str]:
+    """The text of each episode z_j."""
+    return [trace.prefix(end)[len(trace.prefix(start)) :] for start, end in pairwise(trace.boundaries)]
 
 
-def backtracking_advantages(outcomes: torch.Tensor, c: torch.Tensor, grpo: torch.Tensor, bonus: float) -> torch.Tensor:
-    """A = A_GRPO + α (f - c), [groups, G]; c [groups], the success rate of the attempt that the context ends with.
+def whole_text(trace: Trace) -> str:
+    """The text of a trace, after that of the attempt that its prompt ends with, if there is one."""
+    return trace.problem.get("prefix", {}).get("text", "") + trace.completion.text
 
-    c is outside the normalisation: in the reward f + α (f - c) it is a constant of the group, which normalising takes
-    away, and the update is GRPO's.
-    """
-    return grpo + bonus * (outcomes - c[:, None])
+
+def marker_counts(texts: Iterable[str]) -> dict[str, float]:
+    """What is lacking, for summaries: the share of texts without a marker line, and of markers to no line there is."""
+    found = [backtracks(text) for text in texts]
+    there = [known for markers in found for _, known in markers]
+    return {
+        "without_marker": found.count([]) / max(1, len(found)),
+        "markers_to_no_line": there.count(False) / max(1, len(there)),
+    }
+
+
+def tell_markers(traces: list[Trace]) -> None:
+    """The same in a line, where it is not as it should be."""
+    counts = marker_counts(map(whole_text, traces))
+    if traces and counts["without_marker"] == 1:
+        print(f"none of the first {len(traces)} traces has a line like 'Backtrack to Line 2': nothing is gone back to")
+    if counts["markers_to_no_line"]:
+        print(f"of the first markers {counts['markers_to_no_line']:.1%} name a line that the attempt before has not")

@@ -352,6 +352,8 @@ def gold_answer(text: str, is_solution: bool) -> str:
         if boxed is None:
             raise ValueError("the solution holds no \\boxed{} answer")
         text = boxed
+    elif "The answer is: " in text:  # MetaMath
+        text = text.rsplit("The answer is: ", 1)[1]
     text = text.strip()
     if text.lower() in NOT_ANSWERS:
         raise ValueError(f"{text!r} is not an answer")

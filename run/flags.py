@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from engine import first_line
-from engine.models import is_tiny
+from engine.models import described
 from engine.processes import ranks
 from engine.served_engine import find_served, is_served
 from run.files import check_text, digest, fail
@@ -34,8 +34,8 @@ def new_parser(doc: str | None, dataset: tuple, split: tuple, limit: tuple) -> a
     """A parser with the flags that mean the same in every script; the script's own defaults as in `add_group`."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = add_group(parser, "model and data")
-    flag("model", help="Hub id, folder, tiny (the embedded reasoner; default) or a served name")
-    flag("dataset", *dataset, help="Hub id, file, tiny or tiny:30 (10, 20 or 30 candidates)")
+    flag("model", help="Hub id, folder, tiny (the embedded reasoner; default), tiny/backtrack or a served name")
+    flag("dataset", *dataset, help="Hub id, file, tiny, tiny:30 (10, 20 or 30 candidates) or tiny/backtrack")
     flag("split", *split, help="split of the data set, or a part of one like test[100:200]")
     flag("limit", *limit, type=positive_int, help="use only so many problems, from the first")
     flag("problem-column", help="column of the problem, or outer.inner; default: one of the usual names")
@@ -47,6 +47,9 @@ def new_parser(doc: str | None, dataset: tuple, split: tuple, limit: tuple) -> a
     flag("think-marks", nargs=2, metavar=("OPEN", "CLOSE"), help=marks)
     markers = "phrases, one a line, that open an episode besides the published ones"
     flag("markers", type=Path, metavar="FILE", help=markers)
+    parameters = "what a model writes: a thought of episodes, or attempts with explicit backtracks between them"
+    both = ("open-ended", "backtracking")
+    flag("parameterization", both[0], both[0], "unless the model's own is another", choices=both, help=parameters)
     flag = add_group(parser, "run")
     engine = "what samples: vllm, transformers, or the address of a server like http://127.0.0.1:8000/v1, its key in "
     engine += "OPENAI_API_KEY (default: vllm if it is installed and finds a device)"
@@ -192,8 +195,10 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
     if is_served(args.engine) and not any(getattr(args, flag, None) for flag in ("compare", "from_run", "dry_run")):
         ask_server(args)
     args.model = args.model or "tiny"
-    tiny = is_tiny(args.tokenizer or args.model.split(",")[0])
+    about = described(args.tokenizer or args.model.split(",")[0])
+    tiny = "embedded_reasoner" in about
     defaults = {name: action.by_model[not tiny] for name, action in actions.items() if hasattr(action, "by_model")}
+    defaults |= {name: value for name, value in about.get("flags", {}).items() if name in defaults}
     for name in ("answer_tokens", "extension_tokens"):  # as much less as --max-tokens is than its default
         if args.max_tokens and name in args:
             less = defaults[name] * args.max_tokens // defaults["max_tokens"]

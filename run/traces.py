@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from common import (
     ANSWER_CUE,
@@ -25,8 +26,16 @@ from engine import Refused
 from engine.models import check_ids, context_length, load_config, load_tokenizer, pick_dtype
 from engine.sampler import Sampler, open_sampler
 from engine.served_engine import Served, is_served
+from engine.thoughts import marks_of
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
 from grading.verdict import group_answers
+from run.backtracking import (
+    asked_to_backtrack,
+    backtracking_spans,
+    first_attempt,
+    prompts_of_attempts,
+    tell_markers,
+)
 from run.files import digest, fail
 from run.folder import unrecorded, weights_digest
 
@@ -42,8 +51,11 @@ def problem_key(problem: dict) -> int:
     return zlib.crc32(problem["id"].encode())
 
 
-def segmentation(args, max_steps: int = 49, group_size: int = 1) -> Segmentation:
-    """A Segmentation with the published markers, those of --markers, and --max-episodes where a script has it."""
+def segmentation(args, max_steps: int = 49, group_size: int = 1) -> Any:
+    """A Segmentation with the published markers, those of --markers, and --max-episodes where a script has it; of the
+    backtracking parameterization the function that cuts its texts, which joins nothing."""
+    if args.parameterization == "backtracking":
+        return backtracking_spans
     most = getattr(args, "max_episodes", Segmentation.max_episodes)
     return Segmentation(max_steps, group_size, most, (*EPISODE_MARKERS, *args.markers))
 
@@ -66,8 +78,11 @@ def prompts_to(args, tokenizer, problems: list[dict]) -> list[list[int]]:
 def prompt_of(args, tokenizer, problem: dict) -> list[int]:
     """The prompt of a problem, with the messages before it if its data set has such; ends the run if the model's chat
     template does not take them."""
+    chat, begun = problem.get("messages", problem["problem"]), []
+    if args.parameterization == "backtracking":
+        chat, begun = asked_to_backtrack(tokenizer, chat)
     try:
-        return prompt_ids(tokenizer, problem.get("messages", problem["problem"]), args.chat_template_kwargs)
+        return prompt_ids(tokenizer, chat, args.chat_template_kwargs) + begun
     except Refused as why:
         fail(f"problem {problem['id']}: {why}")
 
@@ -102,7 +117,12 @@ def weights_of(args) -> str:
 
 
 def tokenizer_of(args):
-    return load_tokenizer(weights_of(args), args.think_marks)
+    tokenizer = load_tokenizer(weights_of(args), args.think_marks)
+    marks = marks_of(tokenizer)
+    if args.parameterization == "backtracking" and marks:
+        why = f"its thoughts end with {marks.closing}, and a backtracking model writes its attempts outside of one"
+        fail(f"--parameterization backtracking: not for {weights_of(args)}: {why}")
+    return tokenizer
 
 
 def sampler_of(args, tokenizer, longest: int, trained=None) -> Sampler:
@@ -135,8 +155,9 @@ def check_lengths(args, problems: list[dict], prompts: list[list[int]], after: i
 
 
 def forcing_of(args) -> Forcing:
-    """How a run's flags say that answers are forced."""
-    return Forcing(args.forced_answers, args.answer_tokens, args.temperature, getattr(args, "top_p", 1.0))
+    """How a run's flags say that answers are forced; backtracking, that one attempt is completed or made."""
+    other: Any = (prompts_of_attempts, first_attempt) if args.parameterization == "backtracking" else ()
+    return Forcing(args.forced_answers, args.answer_tokens, args.temperature, getattr(args, "top_p", 1.0), *other)
 
 
 def sample_traces(args, sampler: Sampler, problems, prompts, rule=Segmentation(), first: int = 0, drawn=()):
@@ -172,14 +193,17 @@ def new_traces(
             groups = [given[i][first:] for i in share]
         traces = [trace for group in groups for trace in group]
         if forced:
-            told = told or tell_single_episodes(traces)
+            told = told or tell_single_episodes(args, traces)
             set_sampled_J(sampler, traces, forcing_of(args), (args.seed, FORCED))
         yield traces
 
 
-def tell_single_episodes(traces: list[Trace]) -> bool:
-    """Says, before it is looked for, that no thought has progress within it, where none has two episodes. True."""
-    if traces and all(len(trace.boundaries) <= 2 for trace in traces):
+def tell_single_episodes(args, traces: list[Trace]) -> bool:
+    """Says, before it is looked for, that no thought has progress within it, where none has two episodes; of the
+    backtracking parameterization, what its markers lack. True."""
+    if args.parameterization == "backtracking":
+        tell_markers(traces)
+    elif traces and all(len(trace.boundaries) <= 2 for trace in traces):
         print(
             f"all of the first {len(traces)} thoughts are one episode, with no progress within them to credit; "
             "--markers FILE names the phrases with which this model starts anew",

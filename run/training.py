@@ -160,6 +160,13 @@ def learning_rate(args, done: float) -> float:
 # ============================================================================================ an update
 
 
+def remember(args, model):
+    """The model, which will say what it was trained as, unless that is the default."""
+    if args.parameterization == "backtracking":
+        model.config.flags = {**getattr(model.config, "flags", {}), "parameterization": args.parameterization}
+    return model
+
+
 def prepare(model, dtype: torch.dtype, ways: Ways, recompute: bool) -> Callable:
     """Makes a model ready to be trained, before its optimiser: gradient checkpointing if `recompute`, sharding where
     there are processes. Returns `token_logprobs` of the model; refuses one that cannot be trained."""

@@ -14,9 +14,10 @@ from engine.models import load_model, load_tokenizer
 from engine.sampler import Sampler
 from engine.tokens import prompt_ids
 from engine.transformers_engine import TransformersEngine
+from run.backtracking import RETRY
 from run.data import load_problems
 from run.traces import problem_key
-from tiny.backtrack import LEVELS, PLACES, RETRY, SIZES, attempt, parts, problems
+from tiny.backtrack import LEVELS, PLACES, SIZES, attempt, parts, problems
 
 MODEL = "tiny/backtrack"
 # Of 60 validation problems × 4 traces of at most 160 tokens: (what, from, to).

@@ -1,17 +1,20 @@
 """The backtracking parameterization: episodes, markers, windows, and what the bonus does that a reward does not."""
 
+import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
-from common import Trace, grade_traces, group_advantages
+import rl_mrt
+from common import Forcing, Trace, grade_traces, group_advantages, reward, set_sampled_J
 from engine.models import load_model, load_tokenizer
 from engine.sampler import Sampler
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
 from engine.transformers_engine import TransformersEngine
 from run import backtracking as bt
-from tiny.backtrack import PLACES, RETRY, attempt, parts, problems
+from tiny.backtrack import PLACES, attempt, parts, problems
 
 A1 = "Node 1: u = 12.\nNode 2: v = 5: no.\nNode 3: \\boxed{125}"
 A2 = "Node 2: v = 8: yes.\nNode 3: \\boxed{128}"
@@ -54,10 +57,6 @@ def test_spans_cover_the_text(text):
     assert all(end == start for (_, end), (start, _) in pairwise(spans))
 
 
-def test_only_attempts_have_answers_of_their_own():
-    assert bt.own_answers(A1 + TO_2 + A2 + TO_0) == ["125", None, "128", None]
-
-
 def test_a_continuation_counts_up_to_its_first_attempt():
     assert bt.first_episode(A2 + TO_0 + A1) == A2
     assert bt.first_episode(TO_2 + A2 + TO_0 + A1) == TO_2 + A2
@@ -88,10 +87,16 @@ def test_normalising_c_in_the_reward_is_grpo_and_the_bonus_beside_it_is_not():
     std = f.std(-1, keepdim=True, unbiased=False)
     torch.testing.assert_close(in_reward * (std + 1e-4 / (1 + alpha)), grpo * (std + 1e-4), rtol=0, atol=1e-12)
     assert (in_reward - grpo).abs().max() < 1e-3
-    beside = bt.backtracking_advantages(f, c, grpo, alpha)
-    assert torch.allclose(beside[1], torch.full((4,), -0.8, dtype=torch.float64))  # a group without a signal has one
-    assert torch.allclose(beside[2], torch.full((4,), 1.6, dtype=torch.float64))
-    assert torch.equal(bt.backtracking_advantages(f, c, grpo, 0.0), grpo)
+    completion = Completion([7, 8], [0.0, 0.0], "stop", "ab", [0, 1, 2])
+    groups = [[Trace({}, [1], completion, [0, 2], True, None, reward=r) for r in row.tolist()] for row in f]
+    for group, known in zip(groups, c.tolist()):
+        for trace in group:
+            trace.prefix_J = known
+    for bonus in (alpha, 0):
+        args = rl_mrt.flags(["--model", "tiny/backtrack", "--bonus", str(bonus)])
+        found = torch.tensor(np.array(rl_mrt.advantages_of(args, groups)))  # [groups, G, tokens]
+        torch.testing.assert_close(found, (grpo + bonus * (f - c[:, None]))[..., None].expand(-1, -1, 2))
+    assert args.bonus == 0 and float(grpo[1].abs().max()) == 0  # a group without a signal has one: c
 
 
 # ------------------------------------------------------------------------------------------------ the embedded model
@@ -100,6 +105,10 @@ def test_normalising_c_in_the_reward_is_grpo_and_the_bonus_beside_it_is_not():
 @pytest.fixture(scope="module")
 def sampler():
     return Sampler(TransformersEngine(load_model("tiny/backtrack", "cpu")), load_tokenizer("tiny/backtrack"))
+
+
+def attempts(n: int) -> Forcing:
+    return Forcing(n, 24, 1.0, 1.0, bt.prompts_of_attempts, bt.first_attempt)
 
 
 def trace_of(tokenizer, problem: dict, text: str, ends: bool) -> Trace:
@@ -117,26 +126,29 @@ def test_J_of_attempts_is_their_verdict_and_of_markers_what_one_attempt_achieves
     problem = next(p for p in problems("train") if p["level"] == 3)
     us, vs, target, u, v = parts(problem)
     wrong_u, wrong_v = next(x for x in us if x != u), next(x for x in vs if x != v)
-    start = attempt(wrong_u, v, target) + RETRY + PLACES[2] + attempt(wrong_u, wrong_v, target, 2)
-    text = start + RETRY + PLACES[1] + attempt(u, wrong_v, target) + RETRY + PLACES[2] + attempt(u, v, target, 2)
+    start = attempt(wrong_u, v, target) + bt.RETRY + PLACES[2] + attempt(wrong_u, wrong_v, target, 2)
+    text = start + bt.RETRY + PLACES[1] + attempt(u, wrong_v, target) + bt.RETRY + PLACES[2] + attempt(u, v, target, 2)
     trace = trace_of(sampler.tokenizer, problem, text, ends=True)
     before = sampler.sampled_tokens
-    bt.set_attempt_J(sampler, [trace, trace_of(sampler.tokenizer, problem, text, True)], 200, 24, 1.0, 1.0, (1,))
+    set_sampled_J(sampler, [trace, trace_of(sampler.tokenizer, problem, text, True)], attempts(200), (1,))
     assert [trace.J[j] for j in (1, 3, 5, 7)] == [0, 0, 0, 1] and not any(trace.forced[j] for j in (1, 3, 5, 7))
     assert all(len(trace.forced[j]) == 200 for j in (0, 2, 4, 6))
-    assert trace.J[2] < 0.05 < 0.1 < trace.J[0] < 0.9  # no v mends a wrong u
+    assert trace.J[2] < 0.05  # no v mends a wrong u
+    ((*first,),) = sampler.generate([trace.prompt], 24, [(9,)], n=600)
+    rate = np.mean([re.findall(r"boxed{(\d+)}", c.text)[:1] == [problem["answer"]] for c in first])
+    assert trace.J[0] == pytest.approx(rate, abs=0.12)  # at the start that of first attempts; three standard errors
     assert 0.15 < trace.J[6]  # one does mend a wrong v
     assert sampler.sampled_tokens - before < 5 * 200 * 24  # what both traces ask is asked once
     assert all(a.text.count("\\boxed") <= 1 for answers in trace.forced for a in answers)
 
 
-def test_an_unfinished_attempt_is_completed_and_a_budget_keeps_the_last_that_ended(sampler):
+def test_an_unfinished_attempt_is_completed_and_one_that_ended_has_answered(sampler):
     problem = problems("train")[0]
     us, vs, target, u, v = parts(problem)
-    text = attempt(u, v, target) + RETRY + PLACES[1] + attempt(us[0], vs[0], target)[:24]
+    text = attempt(u, v, target) + bt.RETRY + PLACES[1] + attempt(us[0], vs[0], target)[:24]
     trace = trace_of(sampler.tokenizer, problem, text, ends=False)
-    bt.set_attempt_J(sampler, [trace], 50, 24, 1.0, 1.0, (2,))
+    set_sampled_J(sampler, [trace], attempts(50), (2,))
     assert trace.J[1] == 1 and len(trace.forced[3]) == 50
     end = trace.boundaries[1]
-    assert bt.answer_within(trace, end - 1) is None
-    assert bt.answer_within(trace, end) == bt.answer_within(trace, len(trace.completion.token_ids)) == problem["answer"]
+    assert reward(problem, trace.prefix(end - 1)) == 0
+    assert reward(problem, trace.prefix(end)) == reward(problem, trace.completion.text) == 1

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from engine.tokens import BOX_INSTRUCTION, encode, prompt_ids
+from run.backtracking import ASKED, BEGUN, RETRY
 from tiny.build import Draw, build_model, command, store, tokenizer_of, warm_start
 from tiny.problems import write
 
@@ -40,13 +41,14 @@ HERE = Path(__file__).resolve().parent / "backtrack"
 PRIME, US, VS = 31, range(16, 31), range(1, 6)  # the squares of the u's are different modulo 31
 LEVELS = (2, 3, 4)  # difficulty: the candidates for u, and as many for v
 SIZES = {"train": 600, "validation": 150, "test": 250}  # problems of each level
+FLAGS = {  # defaults of the scripts with this model, in its config.json
+    "parameterization": "backtracking",
+    "dataset": "tiny/backtrack",
+    "max_tokens": 160,
+    "answer_tokens": 24,
+    "variant": "prefix",
+}
 LIKELY = 0.6  # of the candidate named first; the others share the rest
-ASKED = (  # the published prompt's, in miniature
-    '\n\nSolve it step by step and label each step "Node #". If it seems better to return to a previous state, write '
-    '"Backtrack to Line N" or "Backtrack to beginning" and go on from there.'
-)
-BEGUN = "Let's solve this step by step.\n"  # sampling goes on from here
-RETRY = "\nWait, this seems off. Let's try something else.\n"  # the phrase of the authors' first code
 PLACES = {1: "Backtrack to beginning\n", 2: "Backtrack to Line 2\n", 3: "Backtrack to Line 3\n"}  # by line redone
 
 
@@ -162,7 +164,7 @@ def build_tokenizer() -> Any:
 def rebuild(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, parameterization="backtracking")
+    model = build_model(tokenizer, flags=FLAGS)
     warm_start(model, tokenizer, examples(tokenizer), steps, batch, lr, random.Random(seed), answer_weight=0)
     store(model, tokenizer, out)
     write(out / "problems.jsonl.gz", problems, LEVELS)
