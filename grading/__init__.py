@@ -3,8 +3,7 @@ r"""Is a boxed answer the gold answer? Plain texts in, verdicts out; nothing her
 box.py         the last \boxed{...} of a response, and one spelling for what means the same in LaTeX
 verdict.py     the public functions; they ask a child process, limited in CPU time and memory
 values.py        math-verify's reading of LaTeX, and exact evidence that two values are equal
-policy.py      vetoes and additions to that verdict: what counts as the same answer. Its rules:
-lists.py         lists, systems, equations, sets; brackets, items, numbers
-notations.py     quantities, ratios, points, congruences, bases
+policy.py      vetoes and additions to that verdict: what counts as the same answer
+forms.py         what its rules see of a text: brackets, items, sides, numbers
 votes.py       which answer wins a vote of k of n
 """

@@ -1,29 +1,283 @@
-r"""Third stage: what counts as the same answer, against and beyond math-verify's verdict. Only the worker imports this.
+r"""Third stage: what counts as the same answer, against and beyond the verdict on values. Only the worker imports this.
 
-`equal` asks for the verdict on two single things (values.py), unless a veto forbids it, and then every addition. A rule
-sees two cleaned texts, and `same`, which puts the whole question about parts of them; rules do not know each other. A
-reading is the simplest rule: what one text says in plainer words. docs/answers.md has the table of them.
+`equal` compares two cleaned texts: as texts, as numbers, as values unless a veto forbids it, in plainer words, and by
+each rule. A reading is what one text says in plainer words. A rule sees gold, answer and `same`, which puts the whole
+question about parts of them; rules do not know each other. docs/answers.md has the table of them.
 """
 
 import re
+from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
+import sympy
 from latex2sympy2_extended.math_normalization import extract_boxed_content
-
-from grading.box import clean
+from sympy.core.function import AppliedUndef
 
 # isort: off
-from grading.lists import (
-    AND, NAME, RELATION, Same, assigned, bare, enclosed, hopeless, items, letters, lists, named, number, plain, renamed,
-    renamed_argument, sets, sides, solution_set, split, squeeze, worth,
-)  # fmt: skip
-from grading.notations import (
-    bases, congruences, decimal_comma, dimensions, durations, in_digits, percents, plainer, points, ratios,
-    units,
+from grading.box import T, W, clean
+from grading.forms import (
+    AND, NAME, OR, RELATION, bare, enclosed, hopeless, items, letters, number, plain, sides, split, squeeze,
 )  # fmt: skip
 
 # isort: on
 from grading.values import same as same_values
+from grading.values import value
+
+Same = Callable[[str, str], bool]
+MAX_CHARS, MAX_GOLD = 300, 3000  # longer answers are wrong unless the gold is long; longer golds are compared as text
+
+# ================================================================================================== readings
+
+_ONES = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+NUMBERS = {word: n for n, word in enumerate(["zero", *_ONES.split(), "eighteen", "nineteen"])}
+NUMBERS |= {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+TIMES = dict(dozen=12, score=20, hundred=100, thousand=10**3, lakh=10**5, million=10**6, crore=10**7, billion=10**9)
+TIMES |= dict(bn=10**9, trillion=10**12) | {"百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
+TIMES |= {re.sub("y$", "ie", word) + "th": Fraction(1, n) for word, n in (NUMBERS | TIMES).items() if n}
+_PARTS = dict(half=2, halve=2, third=3, quarter=4, fifth=5, eighth=8, ninth=9, twelfth=12, permille=1000, basis=10**4)
+TIMES |= {word: Fraction(1, n) for word, n in _PARTS.items()}
+
+
+def in_digits(text: str) -> str:
+    """21 for twenty-one, 3000000 for "3 million", 7/16 for "7 sixteenths", 1/2 for "one half"."""
+    first, *rest = re.sub(r"(?<=[a-z])-(?=[a-z])|,? and (?=[a-z])", " ", plain(text).lower()).split(" ")
+    start = NUMBERS.get(first, 1 if first in ("a", "an") else number(first))
+    total, current, used = Fraction(0), Fraction(start or 0), 0
+    for token in rest if start is not None else ():
+        word = token if token in NUMBERS | TIMES else token.removesuffix("s")
+        if word in NUMBERS and first in NUMBERS:
+            current += NUMBERS[word]
+        elif word == "hundred":
+            current *= 100
+        elif word in TIMES:
+            total, current = total + current * TIMES[word], Fraction()
+        else:
+            break
+        used += 1
+    left = " ".join(rest[used:]).removeprefix("points").strip()
+    return text if not used and first not in NUMBERS else f"{total + current} {left}".strip()
+
+
+_SMALL = r" ?\{?(\w+)\}? ?"
+NOTATIONS = [
+    (re.compile(pattern), new)
+    for pattern, new in [
+        (rf"^\\therefore{T}", ""),
+        (rf"^([a-zA-Z](?:_\w)?) ?\\approx{T}", r"\1="),  # x\approx11
+        (rf"^(?:\\approx{T}|(?:approximately|approx\.?|about|roughly)\b)", ""),  # \approx 2.7, 4\pi (\approx 12.57)
+        (rf"[,( ]?(?:\\approx{T}|\b(?:approximately|approx\.?|about|roughly){T})[^()]{{0,80}}\)?$", ""),
+        (rf"{W}C ?\( ?(\w+) ?, ?(\w+) ?\)|(?:\{{ ?\}})?[\^_]{_SMALL}C ?_{_SMALL}|{W}C ?_{_SMALL}\^{_SMALL}",
+         lambda m: rf"\binom{{{m[1] or m[3] or m[5]}}}{{{m[2] or m[4] or m[6]}}}"),  # C(10,3), {}^{10}C_3, C_{10}^3
+        (r"^\\mathbb ?\{? ?R ?\}? ?(?:\^ ?\{? ?\+ ?\}?|_ ?\{? ?(?:\+|> ?0) ?\}?)$", r"(0,\\infty)"),
+        (r"^(?:the set of |all |the )*reals?(?: numbers?)?(?: [a-z])? (?:with|such that|where|satisfying)\b", ""),
+        (r"^(?:the set of |all |the )*real(?: number)?s$", r"\\mathbb{R}"),
+        (rf"^(\w\(\w\)) ?\\equiv{T}(?!.*mod)", r"\1="),  # f(x)\equiv0
+        (r"^(.*%) ?(?:decrease|increase|off|discount|more|less)$", r"\1"),
+        (r"^([0-9]+) ?h(?:(?:ou)?rs?)?,? ?(?:and )?([0-9]+) ?m(?:in(?:ute)?s?)?$",
+         lambda m: f"{60 * int(m[1]) + int(m[2])} min"),
+        (r"^(?:at )?([0-9]{1,2})(?::([0-9]{2}))? ?([apAP])\.? ?[mM]\.?$",
+         lambda m: rf"\text{{at {int(m[1])}:{m[2] or '00'} {m[3].lower()}m}}"),
+        (r"^[A-Z](?:_\w)?'? ?=? ?(\([^()]*[,;][^()]*\))$", r"\1"),  # P(1,2)
+        (r"^\\begin ?\{pmatrix\}([^&]*)\\end ?\{pmatrix\}$",  # a column
+         lambda m: "(" + ", ".join(split(m[1], r"\\\\")) + ")" if r"\\" in m[1] else m[0]),
+        (r"^(\w+) (squared|cubed)$", lambda m: f"{m[1]}^{{{2 + (m[2] == 'cubed')}}}"),
+        (r"^0b([01]+)$", r"\1_2"), (r"^0x([0-9A-Fa-f]+)$", lambda m: f"{m[1].upper()}_16"),
+        (r"^(-? ?)\(? ?([0-9A-Fa-f]+) ?\)? ?(?:_ ?\{? ?(\w+) ?\}?|\(?(?:in )?base ?-?(\w+)\)?)$",
+         lambda m: f"{m[1]}{m[2].upper()}_{NUMBERS.get(m[3] or m[4], m[3] or m[4])}"),
+    ]
+]  # fmt: skip
+
+
+def plainer(text: str) -> str:
+    """What the table of notations makes of a text."""
+    for pattern, new in NOTATIONS:
+        text = read.strip() if (read := pattern.sub(new, plain(text))) != plain(text) else text
+    return text
+
+
+_REASON = (
+    r"\b(?:since|because|as (?:required|desired|claimed|\w+ ?=)|attained|achieved|occurs|obtained"
+    r"|by (?:the|symmetry|AM)|respectively|for (?:all|any|every|each|some)|where|with|in (?:total|all)|для|因为)(?!\w)"
+)
+_ON_NAME = rf"[a-zA-Z](?:_\w)? ?(?:\\(?:in|[lgn]e){T}|[<>])"
+_CUT = re.compile(rf"{_REASON}|[,(;]| (?={_ON_NAME})")
+_REMARK = re.compile(rf"{_REASON}.*|(?:for |where |with )?(?:[a-zA-Z] ?, ?){{0,3}}{_ON_NAME}[^,;=]*")
+_RESTRICTS = re.compile(
+    r"\b(?:if|otherwise|or|odd|even|else|except|remainder|not|but|unless|(?:is|equals) -?[0-9])\b"
+    r"|^(?:where|with)\b.*= ?-?[0-9]"
+)
+_OPEN = re.compile(rf"[a-zA-Z]{{3}} [a-zA-Z]{{2}}|\b(?:if|when|unless|otherwise|else)$|{RELATION.pattern}")
+
+
+def without_remark(text: str) -> str:
+    r"""12 for "12 since 3\cdot4=12", 2x for "2x for all real x" and "2x, x\ne2", but not for "2x for odd x"."""
+    said = plain(text)
+    for cut in list(_CUT.finditer(said))[:9]:
+        head = re.sub(r" (?:for|where|with)$", "", said[: cut.start()].rstrip(" ,;.("))
+        remark = said[cut.start() :].lstrip(" ,;(").rstrip(")")
+        whole = head and not hopeless(head) and not _OPEN.search(re.sub(r"\\(?![lgn]e|in)[a-zA-Z]+", "", head))
+        if whole and _REMARK.fullmatch(remark) and not _RESTRICTS.search(remark):
+            return head
+    return text
+
+
+def residues(text: str) -> str:
+    r"""n=\{1, 3\} mod 4 for n\equiv-1,1\pmod4 and "n mod 4 = 1 or 3"."""
+    said = re.sub(rf"^(\w) ?\\?[pb]?mod{T} ?\{{?(\w+)\}}? ?= ?(\w+)$", r"\1=\3\\pmod \2", plain(text))
+    head, _, modulus = re.sub(rf"\\?(?<![a-z])[pb]?mod{T}", "@", said).partition("@")
+    *name, last = re.split(rf"=|\\equiv{T}", head)
+    numbers = [number(item) for item in items(last.strip(" (,"))[1]]
+    if not (modulus := modulus.strip("(){} ")).isdigit() or not int(modulus) or None in numbers:
+        return text
+    rest = ", ".join(sorted({str(n % int(modulus)) for n in numbers if n is not None}))
+    return "=".join([*name, rf"\{{{rest}\}} mod {modulus}"])
+
+
+# =============================================================================================== lists, equations, sets
+
+
+def matched(golds: list[str], answers: list[str], same: Same) -> bool:
+    """Each item of one is an item of the other, as often as there."""
+    rest = list(answers)
+    for item in golds:
+        if (found := next((other for other in rest if same(item, other)), None)) is None:
+            return False
+        rest.remove(found)
+    return not rest
+
+
+def lists(gold: str, answer: str, same: Same) -> bool:
+    r"""(1,2) for 1,2 in this order, \{2,1\} and "2 or 1" in any; 2,2,3 is not 2,3,3, but \{1,1,2\} is \{1,2\}."""
+    (kind, golds), (other, answers) = items(gold), items(answer)
+    kinds = {kind, other}
+    single = [parts for name, parts in ((kind, golds), (other, answers)) if name == r"\{\}"]
+    if len(single) == 1 and len(single[0]) == 1:  # 5 for \{5\}
+        one, two = (golds[0], answer) if kind == r"\{\}" else (gold, answers[0])
+        return r"\emptyset" not in one + two and enclosed(one)[0] == enclosed(two)[0] and same(one, two)
+    if max(len(golds), len(answers)) < 2 and kinds != {r"\{\}"}:
+        return False
+    if ordered := kinds & {"()", "[]"}:
+        loose = ordered == {"()"} or len(kinds) == 1 or len(golds) > 2  # "1,2" is no interval
+        fits = len(ordered) == 1 and kinds <= {*ordered, ""} and loose
+        return fits and len(golds) == len(answers) and all(map(same, golds, answers))
+    if all("=" in i and "," not in i for i in golds) != all("=" in i and "," not in i for i in answers):
+        return False  # names decide the order
+    if kinds == {"", "or"} and any(RELATION.search(i) or re.fullmatch(r"\(?[A-J]\)?", i) for i in golds + answers):
+        return False  # "x>1 or x<3" is not "x>1, x<3"
+    if r"\{\}" in kinds or all(enclosed(item)[0] for item in golds + answers):  # a set knows each item once
+        found = all(any(same(g, a) for a in answers) for g in golds)
+        return found and all(any(same(g, a) for g in golds) for a in answers)
+    return matched(golds, answers, same)
+
+
+def named(gold: str, answer: str, same: Same) -> bool:
+    r"""x=5, m+n=108 and 2+3=5 for 5, 108 and 5; not y=5 for x=5, 4=5 for 5, x^2-1=0 for 0."""
+    golds, answers = sides(gold), sides(answer)
+    if len(golds) > 1:
+        if not all(map(NAME.fullmatch, golds[:-1])):
+            return False
+        if len(answers) == 1:
+            return not RELATION.search(answer) and not re.search(r"=|\\equiv", answer) and same(golds[-1], answer)
+        return squeeze(golds[0]) == squeeze(answers[0]) and same(golds[-1], answers[-1])
+    if len(answers) > 1 and re.fullmatch("[a-z]", answers[-1]) and not NAME.fullmatch(answers[0]):
+        answers = answers[::-1]  # 5 = x
+    *left, last = answers
+    if not left or NAME.fullmatch(left[0]):
+        return bool(left) and same(gold, last)
+    equation = len(left) == 1 and number(last) == 0 and letters(left[0])
+    sentence = any(re.search(r"[a-zA-Z]{2} ", re.sub(r"\\[a-zA-Z]+", "", plain(side))) for side in left)
+    apart = [letters(side) and not letters(side) & letters(last) for side in left]
+    return not equation and not sentence and same(gold, last) and all(a or same(gold, x) for a, x in zip(apart, left))
+
+
+def assignments(text: str) -> list[tuple[str, str]]:
+    """[("x", "3"), ("y", "5")] of "x=3 and y=5" and "(x,y)=(3,5)", [("n", "2"), ("n", "3")] of "n=2, 3"; else []."""
+    pairs: list[tuple[str, str]] = []
+    for part in items(text)[1] if not enclosed(text)[0] else ():
+        *names, last = split(part, "=")
+        if RELATION.search(part) or not (names or pairs) or not all(map(NAME.fullmatch, names)):
+            return []
+        for name in names or [pairs[-1][0]]:
+            several = enclosed(name)[0] == "()" and len(items(name)[1]) == len(items(last)[1])
+            pairs += zip(items(name)[1], items(last)[1]) if several else [(squeeze(name), last)]
+    return pairs if len(pairs) > 1 else []
+
+
+def assigned(gold: str, answer: str, same: Same) -> bool:
+    """y=5, x=3 and (3,5) for x=3, y=5; 2,3 for n=2, 3. Without names, the gold's order or the alphabet's."""
+    g, a = assignments(gold), assignments(answer)
+    names = [{name for name, _ in pairs} for pairs in (g, a) if pairs]
+    if not names or names[0] != names[-1]:
+        return False
+    if len(names[0]) > 1 and g and a:
+        return len(g) == len(a) == len(names[0]) and all(same(dict(g)[name], part) for name, part in a)
+    sign = " or " if len(names[0]) == 1 else ", "
+    one, two = (sign.join(part for _, part in pairs) for pairs in (g, sorted(a) if sign == ", " else a))
+    one = f"({one})" if g and sign == ", " else one
+    return (bool(g and a) or "=" not in (answer if g else gold)) and same(one or gold, two or answer)
+
+
+@lru_cache(maxsize=10_000)
+def solution_set(text: str) -> tuple[str, Any] | None:
+    r"""("x", (1,3)) of 1<x<3, "x>1 and x<3", x\in(1,3); ("", (1,3)) of (1,3) and \{x \mid 1<x<3\}."""
+    brackets, inside = enclosed(text)
+    if brackets == r"\{\}" and len(parts := split(inside, rf"\\mid{T}|\||:")) == 2:
+        inner = solution_set(parts[1])
+        return ("", inner[1]) if inner and inner[0] == re.split(r" ?\\in", parts[0])[0] else None
+    for pattern, kind in ((OR, sympy.Union), (AND, sympy.Intersection), ("[,;]", None)):
+        if len(parts := split(text, pattern)) > 1:
+            if r"\ne" in parts[0] and not any(map(RELATION.search, parts[1:])):  # x \ne 0, 3
+                parts = [parts[0], *(parts[0].split(r"\ne")[0] + r"\ne " + part for part in parts[1:])]
+            sets = [found for part in parts if (found := solution_set(part))]
+            names = {name for name, _ in sets} - {""}
+            if len(sets) < len(parts) or len(names) > 1 or not (names or kind is sympy.Union):
+                return None
+            joined = (kind or sympy.Intersection)(*(found for _, found in sets))
+            if kind is None and joined is sympy.S.EmptySet:  # "x<1, x>2" can only be either
+                joined = sympy.Union(*(found for _, found in sets))
+            return (names or {""}).pop(), joined
+    read = value(text.replace(";", ",") if brackets else text)
+    if isinstance(read, sympy.Eq) and isinstance(read.rhs, sympy.Set):
+        return str(read.lhs), read.rhs.doit()
+    if isinstance(read, sympy.Set):
+        return "", read.doit()
+    if read is None or isinstance(read, sympy.Expr) or not hasattr(read, "as_set"):
+        return None
+    relation = read.replace(
+        lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Symbol(str(e), real=True)
+    )  # 0<f(x)<1
+    return (str(*relation.free_symbols), relation.as_set()) if len(relation.free_symbols) == 1 else None
+
+
+def sets(gold: str, answer: str, same: Same) -> bool:
+    r"""1<x<3 and "x>1 and x<3" for (1,3), x\ne2 for \mathbb{R}\setminus\{2\}; another unknown is wrong."""
+    if not all(re.search(r"[<>=()\[\]]|\\(?:[lgn]e|in|mathbb|emptyset|\{)", text) for text in (gold, answer)):
+        return False
+    a = solution_set(gold)
+    b = a and solution_set(answer)
+    return bool(a and b and (not a[0] or not b[0] or a[0] == b[0]) and same_values(a[1], b[1]))
+
+
+_BOUND = re.compile(
+    r"^\w ?(?:\(|_\{?) ?([a-z])(?= ?[)}]? ?=)"  # f(x)=, a_n=
+    r"|(?<=[,:|( ])([a-zA-Z])(?= ?(?:\\in(?![a-z])|is an?\b))(?<!^.)|constant ([a-zA-Z])$"  # k\in\mathbb{Z}
+)
+
+
+def renamed(gold: str, answer: str, same: Same) -> bool:
+    r"""f(t)=3t for f(x)=3x, a_k=2^k for a_n=2^n; n\pi, n\in\mathbb{Z} for k\pi, k\in\mathbb{Z}."""
+    g, a = ({name for found in _BOUND.findall(plain(text)) for name in found if name} for text in (gold, answer))
+    if len(g) != 1 or len(a) != 1 or g & letters(answer) or a & letters(gold):
+        return False
+    (old,), (new,) = a, g
+    answer = re.sub(rf"\\[a-zA-Z]+|{old}", lambda m: new if m[0] == old else m[0], answer)
+    return same(*(re.sub(r"(?<!\\)\|| : |(?<=[\w}]):", r"\\mid ", text) for text in (gold, answer)))
+
+
+# ================================================================================================== words, options
 
 _SAID = [  # what is said in words, in the commonest languages of answers
     (word, re.compile(pattern, re.IGNORECASE))
@@ -32,9 +286,9 @@ _SAID = [  # what is said in words, in the commonest languages of answers
         "no": "no|non|nein|nee|нет|否|不是",
         "true": "true|vrai|wahr|verdadero|vero|верно|истина|正确|对|真",
         "false": "false|faux|falsch|falso|неверно|ложь|错误?|假",
-        "none": r"none|nothing|(?:there (?:is|are) )?no (?:real |such )?(?:solutions?|values?|numbers?|integers?)(?: exists?)?"  # noqa: E501
-        r"|aucune?(?: solution)?|keine?(?: lösung(?:en)?)?|ning[uú]n[oa]?|nessun[oa]?|нет решений|无解|没有|\\emptyset"
-        "|(?:the )?empty set|dne|does not exist|undefined|impossible",
+        "none": r"none|nothing|(?:there (?:is|are) )?no (?:real |such )?(?:solution|value|number|integer)s?"
+        r"(?: exists?)?|aucune?(?: solution)?|keine?(?: lösung(?:en)?)?|ning[uú]n[oa]?|nessun[oa]?|нет решений|无解"
+        r"|没有|\\emptyset|(?:the )?empty set|dne|does not exist|undefined|impossible",
     }.items()
 ]
 
@@ -56,8 +310,8 @@ OPTION = re.compile(
     r"(?:(?i:the )?(?i:correct |final )?(?i:option|choice|answer|ans)(?i: is)?:? ?|选项?|答案[是:]? ?)?"
     r"(?:\( ?([A-Ja-j]) ?\)|([A-J])(?=[).:] |[).:]?$))[).:]* ?((?![,;]|and\b|or\b)[-\w\\($].*)?"
 )
-HEDGE = re.compile(
-    r"\b(?:not|or|n?either|maybe|possibly|perhaps|incorrect|wrong|vs|versus|but|unless|otherwise|except|if|odd|even|else|remainder)\b"
+_HEDGE = re.compile(
+    r"\b(?:not|or|n?either|maybe|possibly|perhaps|incorrect|wrong|vs|versus|but|unless|except|if|odd|even|else)\b"
     r"|\( ?[A-J] ?\)|\b[A-J][).:]"
 )
 
@@ -65,97 +319,132 @@ HEDGE = re.compile(
 def options(gold: str, answer: str, same: Same) -> bool:
     """(C), "C) 7" and "option C" for C, "B) 12" for 12; several letters in any order: "A, B, D" and BDA for ABD."""
     if re.fullmatch("[A-J]{2,6}", gold) and len(set(gold)) == len(gold):
-        joined = re.sub(rf"[(), ;]|{AND}", "", plain(answer))
-        return sorted(gold) == sorted(joined)
+        return sorted(gold) == sorted(re.sub(rf"[(), ;]|{AND}", "", plain(answer)))
     g, a = OPTION.fullmatch(plain(gold)), OPTION.fullmatch(plain(answer)) or re.fullmatch("([a-j])()()", answer)
-    g, a = (found if found and not HEDGE.search(found[3] or "") else None for found in (g, a))
+    g, a = (found if found and not _HEDGE.search(found[3] or "") else None for found in (g, a))
     if g and a:
         return (g[1] or g[2]).upper() == (a[1] or a[2]).upper()
     return bool((g and g[3] and same(g[3], answer)) or (a and a[3] and same(gold, a[3])))
 
 
-# ================================================================================================== remarks
-
-_REASON = re.compile(
-    r"\b(?:since|because|as (?:required|desired|claimed|\w+ ?=)|attained|achieved|occurs|obtained|by (?:the|symmetry|AM)|respectively"  # noqa: E501
-    r"|for (?:all|any|every|each|some)|where|with|in (?:total|all)|altogether|для|因为)(?!\w)"
-)
-_DOMAIN = re.compile(r"[,(;]| (?=[a-zA-Z](?:_\w)? ?(?:\\(?:in|[lgn]e)(?![a-z])|[<>]))")
-_RESTRICTS = re.compile(r"\b(?:if|otherwise|or|odd|even|else|except|remainder|not|but|unless|(?:is|equals) -?[0-9])\b")
-_PROSE = re.compile("[a-zA-Z]{3} [a-zA-Z]{2}")
-_ON_NAMES = re.compile(
-    r"(?:for |where |with )?[a-zA-Z](?:_\w)?(?: ?, ?[a-zA-Z])* ?(?:\\(?:in|[lgn]e)(?![a-z])|[<>])[^,;=]*"
-)
-
-
-def without_remark(text: str) -> str:
-    r"""12 for "12 since 3\cdot4=12", 2x for "2x for all real x" and "2x, x\ne2"; "0 for odd n" and "2n where n=3" stay."""  # noqa: E501
-    said = plain(text)
-    cuts = [cut.start() for cut in _REASON.finditer(said)][:1] + [cut.start() for cut in _DOMAIN.finditer(said)]
-    for cut in cuts[:9]:
-        head = re.sub(r" (?:for|where|with)$", "", said[:cut].rstrip(" ,;.("))
-        remark = said[cut:].lstrip(" ,;(").rstrip(")")
-        reason = _REASON.match(remark) and not re.match(r"(?:where|with)\b.*= ?-?[0-9]", remark)
-        prose = _PROSE.search(re.sub(r"\\[a-zA-Z]+", "", head)) or RELATION.search(head)
-        if (reason or _ON_NAMES.fullmatch(remark)) and head and not prose and not hopeless(head):
-            if not _RESTRICTS.search(remark) and not re.search(r"\b(?:if|when|unless|otherwise|else)$", head):
-                return head
-    return text
-
-
-def renamed_parameter(gold: str, answer: str, same: Same) -> bool:
-    r"""n\pi, n\in\mathbb{Z} for k\pi, k\in\mathbb{Z}; Ae^x for any constant A for Ce^x, C\in\mathbb{R}."""
-
-    def parameters(text: str) -> list[str]:
-        head = without_remark(text)
-        rest = plain(text)[len(head) :] if head != text else text if "mathbb" in text else ""
-        return re.findall(r"(?<![a-zA-Z\\])([a-zA-Z])(?= ?(?:\\in(?![a-z])|is an?\b|$))", rest)
-
-    g, a = parameters(gold), parameters(answer)
-    if len(g) != 1 or len(a) != 1 or g == a or g[0] in letters(re.sub(r"\\mathbb ?\{\w\}", "", answer)):
-        return False
-    return same(re.sub(r"\|| : |:", r"\\mid ", gold), re.sub(r"\|| : |:", r"\\mid ", renamed(answer, a[0], g[0])))
-
-
 def conclusion(gold: str, answer: str, same: Same) -> bool:
-    """6 for "so the answer is 6" and "... 72/12 = 6 людей": the value after the last "is" of a sentence."""
+    """6 for "so the answer is 6" and "... 72/12 = 6 людей": the value after the last "is" or "=" of a sentence."""
     said = plain(answer)
-    is_words = list(re.finditer(r"\b(?:is|est|it's|equals)\b|[:是为]", said))
-    cuts = is_words or list(re.finditer("=", said))
+    cuts = [*re.finditer("=", said), *re.finditer(r"\b(?:is|est|it's|equals)\b|[:是为]", said)]
     if not cuts or "=" in gold or re.search("[a-z]{3} ", gold) or not re.match(r"[^\W\d_]{2}|[A-Z] ?[:=]", said):
         return False
-    sentence, value = said[: cuts[-1].start()], said[cuts[-1].end() :].strip(" .")
-    sentence = re.sub(r"\\[a-zA-Z]+(?:_\{\w+\})?", "", sentence)
-    if not re.search(r"\b[a-z]{3}|\b[Aa]ns|[^\x00-\xff]", sentence) or r"\{" in said:
+    sentence, last = (
+        re.sub(r"\\[a-zA-Z]+(?:_\{\w+\})?", "", said[: cuts[-1].start()]),
+        said[cuts[-1].end() :].strip(" ."),
+    )
+    prose = re.search(r"\b[a-z]{3}|\b[Aa]ns|[^\x00-\xff]", sentence) and r"\{" not in said
+    several = re.search(AND, said) and len(re.findall(r"\bis\b", said)) > 1
+    return bool(prose and not several) and same(gold, last.strip("()") if "=" in last else last)
+
+
+# ================================================================================================== quantities
+
+_UNITS = {
+    name: names.split()[0]
+    for names in (
+        "mm millimeter millimetre|cm centimeter centimetre|m meter metre|km kilometer kilometre|in inch inche"
+        "|ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb pound|oz ounce|ml mL milliliter"
+        "|l L liter litre|s sec second|min minute|h hr hour|day|week|month|yr year|mph|kph kmh|dollar USD|cent|euro EUR"
+        "|rad radian|deg degree|N newton|J joule|W watt|V volt|A ampere|K kelvin|Pa pascal|Hz"
+    ).split("|")
+    for name in names.split()
+}
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "day": 86400, "week": 604800}
+_WITH_UNITS = set(
+    "square sq cubic cu per of the in a an total each red blue people men women children person unit with certainty"
+    " mol Omega kJ eV kPa kW dm dl cl cc rs gbp inr jpy cny erg rpm".split()
+)
+_UNIT_START = re.compile(r"(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2}|m\^|[^\x00-\x7f]|\\mu|\\Omega)| (?=[a-zA-Z])")
+_UNIT = re.compile(rf"(?:\\(?:Omega|cdot|times|mu|circ){T}|[a-zA-Z./ ·]|\^ ?\{{? ?-?[0-9] ?\}}?|[^\x00-\x7f])+")
+_PLURAL = re.compile(  # apples, but 7 sixteenths are not 7
+    r"(?!.*(?:th|rd|illion|thousand|hundred|half|halve|quarter|dozen|pair|score|ten|percent|fold|time|double|triple"
+    r"|square|power|root|minu|plu|thi)s$)[a-z]{2,}[^s]s"
+)
+_CURRENCY = re.compile(r"([-+]?) ?(?:US|R|Rs\.?|USD|EUR|GBP|INR|JPY|CNY|RMB|CAD|AUD|CHF|HK) ?(?=[-0-9.])(.*)")
+
+
+def quantity(text: str) -> tuple[str, list[str]] | None:
+    """("5", ["km", "h"]) of "5 km/h": a value and its known units; None if what follows it is not only a unit."""
+    text = plain(text)
+    if money := _CURRENCY.fullmatch(text):
+        return money[1] + money[2], []
+    start = _UNIT_START.search(text)
+    if not start or not _UNIT.fullmatch(tail := text[start.start() :]) or re.search("[万亿千百]", tail):
+        return None
+    head, said = text[: start.start()].strip(), re.findall(r"[^\W\d_]+", re.sub(r"\\(?:cdot|times|mu|circ)", " ", tail))
+    names = [{unit, unit.removesuffix("s"), unit.lower()} for unit in said]
+    known = [name & (_UNITS.keys() | _WITH_UNITS) or not min(name).isascii() for name in names]
+    if not said or not all(ok or _PLURAL.fullmatch(unit) for ok, unit in zip(known, said)):
+        return None
+    if max(map(len, said)) == 1 and said[0].isascii() and number(head.replace(",", ".")) is None:
+        return None  # 5 m, but not x m
+    return head, [_UNITS[unit] for name in names for unit in sorted(name & _UNITS.keys())[:1]]
+
+
+def units(gold: str, answer: str, same: Same) -> bool:
+    r"""5 km/h, \$5 and "5 apples" for 5, 90 minutes for 1.5 hours; not 5 minutes for 5 hours, nor 5 million for 5."""
+    g, a = quantity(gold), quantity(answer)
+    if g and a and g[1] and a[1] and g[1] != a[1]:
+        seconds = [_SECONDS.get(" ".join(units)) for _, units in (g, a)]
+        return None not in seconds and same(*(rf"({head})\cdot {s}" for (head, _), s in zip((g, a), seconds)))
+    return bool(g or a) and same(g[0] if g else gold, a[0] if a else answer)
+
+
+def based(gold: str, answer: str, same: Same) -> bool:
+    """1010 for 1010_2; the decimal value is another answer."""
+    return re.sub(r"_\w+$", "", plainer(gold)) == answer.lstrip("0") != plainer(gold)
+
+
+def percents(gold: str, answer: str, same: Same) -> bool:
+    r"""0.5 and 50\% for each other; 20 for 20\% ("what percent?")."""
+    one, two = (text.rstrip("% ") for text in (gold, answer))
+    if (gold == one) == (answer == two):
+        return gold != one and same(one, two)
+    share, other = (two, gold) if gold == one else (one, answer)
+    asked = number(share) == number(other) is not None and (number(share) or 0) > 1
+    return asked or same(other, f"({share})/100")
+
+
+def ratios(gold: str, answer: str, same: Same) -> bool:
+    """6:8 for 3:4; neither 4:3 nor 3/4, and no times of the day."""
+    g, a = split(gold, ":"), split(answer, ":")
+    if len(g) < 2 or len(g) != len(a) or re.fullmatch("[0-9]{1,2} ?: ?[0-5][0-9]", gold):
         return False
-    return not (len(is_words) > 1 and re.search(AND, said)) and same(gold, value.strip("()") if "=" in value else value)
+    return all(same(rf"({x})\cdot({w})", rf"({z})\cdot({y})") for (x, y), (z, w) in zip(pairwise(g), pairwise(a)))
+
+
+def decimal_comma(gold: str, answer: str, same: Same) -> bool:
+    """3,75 for 3.75, but 2.5 is not the list 2,5."""
+    return bool(re.fullmatch(r"[0-9]+,[0-9]+", answer)) and answer.replace(",", ".") == gold
 
 
 # ================================================================================================== the whole question
 
 _NO_LETTERS = re.compile(r"\\[a-zA-Z]+|\{[pv]?matrix\}")
-_NO_PRODUCT = re.compile(r"\\(?:angle|triangle|bar|subset|Rightarrow)(?![a-z])")
-_BINDS = re.compile(r"\\(?:sum|prod|int|lim|text)(?![a-z])|\\Xi|\{ ?d ?\}")
-MAX_CHARS, MAX_GOLD = 300, 3000  # longer answers are wrong unless the gold is long; longer golds are compared as text
+_NO_PRODUCT = re.compile(rf":|\\(?:angle|triangle|bar|subset|Rightarrow){T}")
+_BINDS = re.compile(rf"\\(?:sum|prod|int|lim|text){T}|\\Xi|\{{ ?d ?\}}")
 
 
 def misread(gold: str, answer: str) -> bool:
-    """Must math-verify's verdict not be asked? Vetoes, each with an example."""
+    """Must the verdict on values not be asked? Vetoes, each with an example."""
     both = f"{gold} {answer}"
-    letters = [set(re.findall("[a-zA-Z]", _NO_LETTERS.sub("", text))) - {"e", "i", "E"} for text in (gold, answer)]
+    named = [set(re.findall("[a-zA-Z]", _NO_LETTERS.sub("", text))) - {"e", "i", "E"} for text in (gold, answer)]
     return (
         any(len(items(text)[1]) > 1 for text in (gold, answer))  # 2,3,3 for 2,2,3: its sets know no order, no number
         or len(split(gold, "=")) != len(split(answer, "="))  # x+y=5 for 5: an equation is not its last side
-        or ":" in both  # 1:2 for 1/2
-        or bool(_NO_PRODUCT.search(both))  # \angle ACB for \angle ABC
-        or (letters[0] != letters[1] and not _BINDS.search(both))  # 2x for 2
+        or bool(_NO_PRODUCT.search(both))  # 1:2 for 1/2, \angle ACB for \angle ABC
+        or (named[0] != named[1] and not _BINDS.search(both))  # 2x for 2
     )
 
 
-READINGS = (plainer, without_remark, in_digits)
-ADDITIONS = (
-    named, lists, assigned, renamed_argument, sets, words, options, renamed_parameter, units, durations, percents,
-    ratios, points, congruences, bases, decimal_comma, dimensions, conclusion,
+READINGS = (plainer, without_remark, in_digits, residues)
+RULES = (
+    named, lists, assigned, sets, words, options, renamed, units, based, percents, ratios, decimal_comma, conclusion,
 )  # fmt: skip
 
 
@@ -178,12 +467,12 @@ def _equal(gold: str, answer: str, known: dict[tuple[str, str], bool], depth: in
     def same(x: str, y: str) -> bool:
         return equal(x, y, known, depth + 1)
 
-    if not misread(gold, answer) and (read := worth(gold)) is not None and same_values(read, worth(answer)):
+    if not misread(gold, answer) and (read := value(gold)) is not None and same_values(read, value(answer)):
         return True
     readings = ((reading(gold), reading(answer)) for reading in READINGS)
     if any(pair != (gold, answer) and same(*pair) for pair in readings):
         return True
-    return any(rule(gold, answer, same) for rule in ADDITIONS)
+    return any(rule(gold, answer, same) for rule in RULES)
 
 
 @lru_cache(maxsize=100_000)
@@ -208,27 +497,23 @@ def right(gold: str, answer: str) -> bool:
 
 
 def as_asked(gold: str, answer: str) -> str | None:
-    """An answer read as the gold's form asks, for voting: a bare list with its brackets, x=5 as 5 if no name is asked."""  # noqa: E501
+    """An answer read as the gold's form asks, for voting: a list with its brackets, x=5 as 5 if no name is asked."""
     read, text = read_gold(gold), cleaned(answer) if len(answer) <= MAX_CHARS else None
     if text is None or read is None:
         return None
-    text = bare(plainer(text))
-    if option := OPTION.fullmatch(plain(text)):
-        if re.fullmatch("[A-J]", read):
-            return option[1] or option[2]
-        text = option[3] or text
-    parts, golds = sides(text), sides(read)
-    if len(golds) == 1 < len(parts) and NAME.fullmatch(parts[0]):
-        text = parts[-1]
-    elif len(parts) == 1 < len(golds) and NAME.fullmatch(golds[0]):
-        text = f"{golds[0]}={text}"
+    if option := OPTION.fullmatch(plain(text := bare(plainer(text)))):
+        text = option[3] if option[3] and not re.fullmatch("[A-J]", read) else option[1] or option[2]
+    (*names, last), asked = sides(text), sides(read)[:-1]
+    if names and NAME.fullmatch(names[0]) and not asked:
+        text = last
+    elif asked and not names and NAME.fullmatch(asked[0]):
+        text = f"{asked[0]}={text}"
     brackets, entries = items(text)
     if brackets in ("", "or") and len(entries) > 1 and "=" not in text and solution_set(text) is None:
         opening, closing = "()" if enclosed(read)[0] == "()" and not brackets else (r"\{", r"\}")
         text = opening + ", ".join(entries) + closing
-    if text.endswith("%") and not read.endswith("%") and (many := number(text.rstrip("% "))) is not None:
-        text = str(many / 100)
-    return text
+    share = number(text.rstrip("% "))
+    return str(share / 100) if text.endswith("%") and not read.endswith("%") and share is not None else text
 
 
 def same_vote(gold: str, a: str, b: str) -> bool:

@@ -1,11 +1,12 @@
 """Second stage: verdicts from a process that can be killed. The public functions of this folder, but for the box.
 
-What a model wrote and the golds are read in a child process only: a line of JSON with a batch of questions goes in, a
-line for each reply comes out. sympy can take for ever or all memory on a hostile answer, so a fork answers; one
-that has used up the CPU time of a question is killed and replaced in milliseconds. A busy machine changes no verdict.
+A line of JSON with a batch of questions goes into a child, a line for each reply comes out. sympy can take for ever or
+all memory on a hostile answer, so a fork of the child answers; one that has used up the CPU time of a question is ended
+and replaced in milliseconds. A busy machine changes no verdict.
 """
 
 import atexit
+import itertools
 import json
 import logging
 import multiprocessing.connection
@@ -76,12 +77,12 @@ class _Worker:
         try:
             self.process.stdin.write(json.dumps(batch).encode() + b"\n")
             while len(replies) < len(batch) and "timeout" not in replies:
-                line = self.receive(WALL_SECONDS)
-                replies.append(json.loads(line) if line else "timeout")
-                if not line:
-                    self.stop()
+                replies.append(json.loads(self.receive(WALL_SECONDS)))
         except BrokenPipeError:
             self.stop()
+        except json.JSONDecodeError:  # no line came
+            self.stop()
+            replies.append("timeout")
         except BaseException:  # Ctrl-C: a late reply must not be taken for the next question's
             self.stop()
             raise
@@ -132,13 +133,13 @@ def _ask_batch(batch: list[tuple]) -> None:
 def _ask(questions: Sequence[tuple]) -> list:
     """Replies to questions ("right", gold, answer), ("readable", gold), ("vote", gold, a, b); each is asked once."""
     new = [question for question in dict.fromkeys(questions) if question not in _known]
-    batches = [new[start : start + BATCH] for start in range(0, len(new), BATCH)]
     threads = min(os.cpu_count() or 1, len(new) // 50)  # a worker takes 2 s to start: one does for few answers
+    batches = [new[start : start + BATCH] for start in range(0, len(new), BATCH)]
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(_ask_batch, batches))
-    for batch in batches if threads <= 1 else ():
-        _ask_batch(batch)
+    else:
+        _ask_batch(new)
     return [_known[question] for question in questions]
 
 
@@ -151,13 +152,10 @@ def _several(gold: Gold) -> list[str]:
 
 def check_golds(golds: Sequence[Gold]) -> list[str | None]:
     """For each gold an error that names it, if nothing can be compared with it, or None."""
-    texts = [text for gold in golds for text in _several(gold)]
-    unreadable = {text for text, reply in zip(texts, _ask([("readable", text) for text in texts])) if reply is not True}
-    bad = [
-        next((text for text in _several(gold) if text in unreadable), None if _several(gold) else "") for gold in golds
-    ]
-    shown = [text if text is None or len(text) < 200 else text[:200] + "..." for text in bad]
-    return [None if text is None else f"gold answer cannot be parsed: {text!r}" for text in shown]
+    texts = {text: None for gold in golds for text in _several(gold)}
+    readable = dict(zip(texts, _ask([("readable", text) for text in texts])))
+    bad = [[text for text in _several(gold) or [""] if readable.get(text) is not True] for gold in golds]
+    return [f"gold answer cannot be parsed: {text[0][:200]!r}" if text else None for text in bad]
 
 
 def grade_all(pairs: Sequence[tuple[str | None, Gold]]) -> list[str]:
@@ -169,14 +167,9 @@ def grade_all(pairs: Sequence[tuple[str | None, Gold]]) -> list[str]:
         raise ValueError(error)
     asked = [[("right", g, answer) for g in _several(gold) if answer and answer.strip()] for answer, gold in pairs]
     known = dict(zip(flat := [question for each in asked for question in each], _ask(flat)))
+    names = {True: "right", "timeout": "timeout", False: "wrong"}
     replies = [{known[question] for question in each} for each in asked]
-    order = {True: "right", "timeout": "timeout", False: "wrong"}
-    return [next((name for reply, name in order.items() if reply in each), "none") for each in replies]
-
-
-def answers_equal(answer: str | None, gold: Gold) -> bool:
-    """Whether an extracted answer equals the gold; ValueError for an unreadable gold."""
-    return grade_all([(answer, gold)]) == ["right"]
+    return [next((name for reply, name in names.items() if reply in each), "none") for each in replies]
 
 
 def group_answers(answers: Sequence[str | None], gold: Gold) -> list[int | None]:
@@ -189,7 +182,7 @@ def group_answers(answers: Sequence[str | None], gold: Gold) -> list[int | None]
     verdicts = dict(zip(distinct, grade_all([(answer, gold) for answer in distinct])))
     class_of: dict[Any, Any] = {answer: 0 if verdict == "right" else answer for answer, verdict in verdicts.items()}
     wrong = [answer for answer, verdict in verdicts.items() if verdict == "wrong"]
-    pairs = [(a, b) for n, a in enumerate(wrong) for b in wrong[:n]]
+    pairs = list(itertools.combinations(wrong, 2))
     for (a, b), same in zip(pairs, _ask([("vote", _several(gold)[0], a, b) for a, b in pairs])):
         if same is True:
             class_of = {key: class_of[a] if c == class_of[b] else c for key, c in class_of.items()}

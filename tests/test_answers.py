@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import grade
-from grading import box, lists, notations, policy, values
+from grading import box, forms, policy, values
 from grading import verdict as grading
 from grading.box import extract_answer
-from grading.verdict import answers_equal, check_golds, grade_all, group_answers
+from grading.verdict import check_golds, grade_all, group_answers
 
 CASES = [
     line
@@ -34,6 +35,10 @@ needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data fol
 
 def rows(name):
     return [json.loads(line) for line in (SHARED / name).read_text(encoding="utf-8").splitlines()]
+
+
+def answers_equal(answer, gold):
+    return grade_all([(answer, gold)]) == ["right"]
 
 
 def boxed(answer):
@@ -105,6 +110,9 @@ def test_a_gold_that_nothing_reads_is_compared_as_text(gold):
         (r"<|channel|>analysis<|message|>\boxed{1}<|end|><|start|>assistant<|channel|>final<|message|>\boxed{2}", "2"),
         (r"<|channel|>analysis<|message|>\boxed{1}", None),
         (r"\boxed{1} \boxed{2", "1"),
+        (r"$\boxed{1}$, $\boxed{2}$ and \boxed{3}", "1, 2, 3"),
+        (r"\boxed{1}, so \boxed{2}$ \boxed{2}", "2"),
+        (r"\boxed{1} \boxed{}", None),
         (r"\boxed{x=\boxed{5}}", "5"),
         (r"} \boxed{3} {", "3"),
     ],
@@ -141,7 +149,7 @@ answers = st.one_of(
 noise = st.sampled_from(
     ["${}$", " {} ", r"\text{{}}{}", r"{}\,", r"\,{}", r"\({}\)", r"\displaystyle {}", "\n{}\n", "{}."]
 )
-bounded = settings(max_examples=150, derandomize=True, deadline=None, database=None)
+bounded = settings(max_examples=100, derandomize=True, deadline=None, database=None)
 
 
 @bounded
@@ -170,9 +178,9 @@ def test_a_changed_digit_sign_or_exponent_is_never_right(text, data):
     at = data.draw(st.sampled_from(places))
     digit = data.draw(st.sampled_from([d for d in "123456789" if d != text[at]]))
     changed = text[:at] + digit + text[at + 1 :]
-    assert not answers_equal(changed, text) or lists.number(changed) == lists.number(text)  # 2/4 and 3/6
+    assert not answers_equal(changed, text) or forms.number(changed) == forms.number(text)  # 2/4 and 3/6
     negative = text[1:] if text.startswith("-") else f"-{text}"
-    assert not answers_equal(negative, text) or lists.number(text) == 0
+    assert not answers_equal(negative, text) or forms.number(text) == 0
 
 
 # ---------------------------------------------------------------------------------------------- voting
@@ -243,12 +251,13 @@ def test_hostile_answers_are_wrong_soon(answer):
 
 
 PIECES = r"7|1, |x |\text{a}|\ldots|sqrt |or |\pm |[1,|0.1|\mid |<|{|for all |\frac|\begin{cases}|a|,|=|(|\text{|is |and |^|_{a}|-"  # noqa: E501
-MODULES = (box, lists, notations, policy, values)
+MODULES = (box, forms, policy, values)
 
 
+@cache
 def patterns():
     """(pattern, how it is used) of all regular expressions of the grader, inline ones too."""
-    found = {(row[0], "search") for row in (*box._TABLE, *notations.TABLE, *values.MISREAD)}
+    found = {(row[0], "search") for row in (*box._TABLE, *policy.NOTATIONS, *values.MISREAD)}
     found |= {(row[1], "fullmatch") for row in policy._SAID}
     for module in MODULES:
         for call in ast.walk(ast.parse(inspect.getsource(module))):
@@ -261,22 +270,22 @@ def patterns():
                 found.add((pattern, whole))
             elif (of == "re" and name not in ("compile", "escape")) or (
                 name == "split" and isinstance(call.func, ast.Name)
-            ):  # the second is lists.split
+            ):  # the second is forms.split
                 written = ast.Expression(call.args[0 if of == "re" else 1])
                 if not {node.id for node in ast.walk(written) if isinstance(node, ast.Name)} - set(vars(module)):
                     pattern = eval(compile(written, "", "eval"), vars(module))
                     found |= {(re.compile(pattern), whole)} if isinstance(pattern, str) else set()
+    assert len(found) > 120
     return sorted(found, key=str)
 
 
 @pytest.mark.parametrize("piece", PIECES.split("|"))
 def test_no_pattern_takes_more_than_linear_time(piece):
-    assert len(patterns()) > 150
-    for text in (piece * (100_000 // len(piece)), "x" + piece * (100_000 // len(piece)) + "\n"):
-        for pattern, used in patterns():
-            start = time.process_time()
-            getattr(pattern, used)(text)
-            assert time.process_time() - start < 1.5, pattern.pattern
+    text = "x" + piece * (100_000 // len(piece)) + "\n"
+    for pattern, used in patterns():
+        start = time.process_time()
+        getattr(pattern, used)(text)
+        assert time.process_time() - start < 1.5, pattern.pattern
 
 
 letters = st.lists(st.text("abcdefgh \\{}()$^_,.=-+123", min_size=1, max_size=9), min_size=1, max_size=25).map(" ".join)
@@ -286,13 +295,16 @@ prose = st.lists(
 )
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@settings(max_examples=200, derandomize=True, deadline=None, database=None)
 @given(st.one_of(letters, prose.map(" ".join)), st.sampled_from(["3", "x+1", "(1,2)", r"\text{no}"]))
 def test_prose_is_graded_soon(text, gold):
-    policy.right(gold, "")
+    """Within 50 ms, but for the parser's tables: it fills them when it first meets a form, so that is not counted."""
+    policy.right(gold, text[:300])
+    for known in (policy.cleaned, policy.solution_set, values.value):
+        known.cache_clear()
     start = time.process_time()
     policy.right(gold, text[:300])
-    assert time.process_time() - start < 0.75 or "\\" in text  # mostly 1 ms; math-verify's parser warms up slowly
+    assert time.process_time() - start < 0.05
 
 
 def test_hang_is_a_timeout_and_counted():
@@ -376,10 +388,10 @@ def test_works_from_a_script_and_leaves_no_process(tmp_path):
 
 def test_many_typical_answers_a_second():
     forms = ("{}", "{}.0", "x={}", "-{}", "{}\\text{{ cm}}")
-    pairs = [(form.format(k), str(k)) for k in range(1000) for form in forms]
+    pairs = [(form.format(k), str(k)) for k in range(400) for form in forms]
     start = time.perf_counter()
     grade_all(pairs)
-    assert len(pairs) / (time.perf_counter() - start) > 500
+    assert len(pairs) / (time.perf_counter() - start) > 200
 
 
 # ---------------------------------------------------------------------------------------------- real data
@@ -390,14 +402,16 @@ def test_many_typical_answers_a_second():
     "name", ["aime2024", "aime2025", "amc2023", "math500", "minerva_math", "olympiadbench", "gsm8k"]
 )
 def test_gold_equals_itself(name):
-    for row in rows(f"{name}.jsonl"):
-        assert grade(boxed(row["answer"]), row["answer"]), row["answer"]
+    golds = [row["answer"] for row in rows(f"{name}.jsonl")]
+    verdicts = grade_all([(extract_answer(boxed(gold)), gold) for gold in golds])
+    assert not [gold for gold, verdict in zip(golds, verdicts) if verdict != "right"]
 
 
 @needs_data
 def test_rows_that_were_chosen_to_be_hard():
-    wrong = [row for row in rows("grading_hard.jsonl") if grade(row["output"], row["gold"]) is not row["expected"]]
-    assert not wrong
+    hard = rows("grading_hard.jsonl")
+    verdicts = grade_all([(extract_answer(row["output"]), row["gold"]) for row in hard])
+    assert not [row for row, verdict in zip(hard, verdicts) if (verdict == "right") is not row["expected"]]
 
 
 @needs_data
@@ -427,9 +441,7 @@ def test_visible_examples():
 @needs_data
 def test_labelled_outputs():
     """800 sampled outputs with published labels; one label is wrong (10{,}000 for 10000)."""
-    disagreements = [
-        row["answer"]
-        for row in rows("traces_qwen_math_cot_100x8.jsonl")
-        if grade(row["response"], row["answer"]) is not row["correct"]
-    ]
-    assert disagreements == ["10{,}000"]
+    sampled = rows("traces_qwen_math_cot_100x8.jsonl")
+    verdicts = grade_all([(extract_answer(row["response"]), row["answer"]) for row in sampled])
+    differ = [row["answer"] for row, verdict in zip(sampled, verdicts) if (verdict == "right") is not row["correct"]]
+    assert differ == ["10{,}000"]
