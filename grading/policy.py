@@ -239,16 +239,15 @@ def solution_set(text: str) -> tuple[str, Any] | None:
             if kind is None and joined is sympy.S.EmptySet:  # "x<1, x>2" can only be either
                 joined = sympy.Union(*(found for _, found in sets))
             return (names or {""}).pop(), joined
-    read = value(text.replace(";", ",") if brackets else text)
+    read: Any = value(text.replace(";", ",") if brackets else text)
     if isinstance(read, sympy.Eq) and isinstance(read.rhs, sympy.Set):
         return str(read.lhs), read.rhs.doit()
     if isinstance(read, sympy.Set):
         return "", read.doit()
     if read is None or isinstance(read, sympy.Expr) or not hasattr(read, "as_set"):
         return None
-    relation = read.replace(
-        lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Symbol(str(e), real=True)
-    )  # 0<f(x)<1
+    as_symbol: Any = {function: sympy.Symbol(str(function), real=True) for function in read.atoms(AppliedUndef)}
+    relation: Any = read.xreplace(as_symbol)  # 0<f(x)<1
     return (str(*relation.free_symbols), relation.as_set()) if len(relation.free_symbols) == 1 else None
 
 
