@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from engine import Refused, first_line
+from engine import Refused, first_line, telling
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # a launcher like torchrun sets all
 
@@ -41,7 +41,8 @@ def start_processes() -> tuple[int, int]:
         try:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            with telling(lambda: f"  waiting for all {world} processes"):
+                dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         except Exception as error:
             raise Refused(f"the {world} processes do not find each other: {first_line(error)}") from error
         atexit.register(end_processes)

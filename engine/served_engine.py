@@ -25,7 +25,7 @@ class Retry(urllib3.Retry):
 
     def increment(self, method=None, url=None, response=None, error=None, _pool: Any = None, _stacktrace=None):
         why = f"status {response.status}" if response is not None else type(error).__name__
-        say_once(f"warning: {_pool.host}:{_pool.port} is busy or away ({why}); it is asked again for a minute")
+        say_once(f"warning: {_pool.host}:{_pool.port} is busy or away ({why}); it is asked again")
         return super().increment(method, url, response, error, _pool, _stacktrace)
 
 

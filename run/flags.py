@@ -189,12 +189,19 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
         except ValueError as why:
             fail(f"{word!a}: {why}")
     args = parser.parse_args(argv)
-    args.context = None
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
         fail(f"{parser.prog} runs in one process: start it without torchrun")
+    args.context = None
     if is_served(args.engine) and not any(getattr(args, flag, None) for flag in ("compare", "from_run", "dry_run")):
         ask_server(args)
     args.model = args.model or "tiny"
+    fill_in(args, actions)
+    refuse_shared(args)
+    return args
+
+
+def fill_in(args: argparse.Namespace, actions: dict[str, Any]) -> None:
+    """The defaults of flags that were not given; in `unusual` those that were and are not the defaults."""
     about = described(args.tokenizer or args.model.split(",")[0])
     tiny = "embedded_reasoner" in about
     defaults = {name: action.by_model[not tiny] for name, action in actions.items() if hasattr(action, "by_model")}
@@ -203,27 +210,26 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
         if args.max_tokens and name in args:
             less = defaults[name] * args.max_tokens // defaults["max_tokens"]
             defaults[name] = min(defaults[name], max(64, less))
-    args.unusual = {
-        name: value
-        for name, value in vars(args).items()
-        if name in defaults
-        and value is not False
-        and all(value != usual for usual in (None, actions[name].default, defaults[name]))
-    }
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.resume and args.overwrite:
-        fail("--resume and --overwrite: not both")
-    args.markers_file = args.markers
-    args.markers = load_markers(args.markers) if args.markers else []
-    if args.think_marks and ("" in map(str.strip, args.think_marks) or len(set(args.think_marks)) < 2):
-        fail("--think-marks: needs two different marks")
+    args.unusual = {}
+    for name, default in defaults.items():
+        if (value := getattr(args, name)) is None:
+            setattr(args, name, default)
+        elif value is not False and value != default and value != actions[name].default:
+            args.unusual[name] = value
+    args.markers_file, args.markers = args.markers, load_markers(args.markers) if args.markers else []
     if "budgets" in args:
         # Where there are records or given thoughts, they say how long these are.
         records = any(getattr(args, name, None) for name in ("compare", "traces", "from_run"))
         named = numbers("--budgets", args.budgets) if args.budgets else []
         args.budgets = named or ([] if records else quarters(args.max_tokens))
+
+
+def refuse_shared(args: argparse.Namespace) -> None:
+    """Ends the program for values of shared flags that make no sense."""
+    if args.resume and args.overwrite:
+        fail("--resume and --overwrite: not both")
+    if args.think_marks and ("" in map(str.strip, args.think_marks) or len(set(args.think_marks)) < 2):
+        fail("--think-marks: needs two different marks")
     if getattr(args, "warmup", 0.0) >= 1:
         fail(f"--warmup {args.warmup}: is a share of the run, below 1")
     if getattr(args, "compare", None) and args.out and config_of(args.out):
@@ -232,7 +238,6 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
         fail("--lr 0: trains nothing")
     if not 0 < getattr(args, "top_p", 1.0) <= 1:
         fail(f"--top-p {args.top_p}: must be above 0 and at most 1")
-    return args
 
 
 def flags_of(config: Path, actions: dict[str, argparse.Action]) -> list[str]:
@@ -263,7 +268,7 @@ def default_out(args: argparse.Namespace, name: str, *told: str) -> Path:
         text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
         text = "served" if flag == "engine" and is_served(text) else digest(text)[:6] if len(text) > 40 else text
         name += f"-{flag.replace('_', '-')}" + f"-{text}" * (value is not True)
-    name = re.sub(r"[^\w.+-]+", "-", name)
+    name = re.sub(r"[^\w.+]+", "-", name)
     return Path("runs") / (name if len(name) <= 120 else f"{name[:100]}-{digest(name)}")
 
 

@@ -156,24 +156,16 @@ def check_out(args: argparse.Namespace, *may_change: str) -> bool:
 
 
 def content_of(out: Path) -> set[str]:
-    """What a folder holds, nothing if there is none. Ends the program if it could not be made; the try leaves nothing
-    behind."""
+    """What a folder holds, nothing if there is none yet. Ends the program if it could not be made."""
     try:
         if out.is_dir():
             return {path.name for path in out.iterdir()}
-        if out.exists():
-            fail(f"--out {out}: is not a folder")
-        missing = [folder for folder in (out, *out.parents) if not folder.exists()] if ranks()[0] == 0 else []
-        if missing:
-            out.mkdir(parents=True)
-        for folder in missing:
-            with contextlib.suppress(OSError):  # by now another run is in it
-                folder.rmdir()
-        return set()
-    except FileNotFoundError:  # another process has tried meanwhile
-        return set()
+        nearest = next(folder for folder in out.absolute().parents if folder.exists() or folder.is_symlink())
+        if out.exists() or out.is_symlink() or not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            fail(f"--out {out}: is no folder, and none can be made there")
     except (OSError, ValueError) as error:  # the latter for a name that is none
         fail(f"--out {str(out)[:200]}: cannot be made: {first_line(error)}")
+    return set()
 
 
 def spare_inputs(args: argparse.Namespace) -> None:

@@ -12,11 +12,13 @@ import pytest
 import torch
 from conftest import PATIENCE, ROOT, SCRIPTS, assert_same_bits, jsonl, refusal, run_settings, same_content, succeeded
 from huggingface_hub import constants
+from urllib3.exceptions import HTTPError
 
 import engine
 import rl_mrt
 from engine import models
 from engine.processes import LAUNCHED, ranks
+from engine.served_engine import ask, connect
 from run import data, training
 from run.files import append_jsonl, on_stop, read_jsonl, repair, whole_lines, write_text
 from run.folder import held, metrics_reporter, open_run, weights_digest
@@ -210,7 +212,9 @@ def test_an_id_does_not_depend_on_later_rows(tmp_path, ids, expected):
 # ------------------------------------------------------------------------------------------------ nothing is destroyed
 
 
-@pytest.mark.parametrize("flag, place", [("model", "model"), ("dataset", "d.jsonl"), ("config", "c.yaml")])
+@pytest.mark.parametrize(
+    "flag, place", [("model", "model"), ("dataset", "d.jsonl"), ("config", "c.yaml"), ("prefixes", "model")]
+)
 @pytest.mark.parametrize("way", ["plain", "through a link", "with dots", "linked from outside"])
 def test_overwrite_spares_what_the_run_reads(capsys, tmp_path, flag, place, way):
     run = tmp_path / "run"
@@ -261,7 +265,7 @@ def test_a_half_made_folder_can_be_taken_up(capsys, tmp_path, files, ways, way):
         assert "--overwrite" in refusal(capsys, opened, run, {}, **settings)
 
 
-@pytest.mark.parametrize("out", ["/dev/null/run", "x" * 300, "link", "file/run"])
+@pytest.mark.parametrize("out", ["/dev/null/run", "x" * 300, "link", "link/run", "file/run", "a\0b"])
 def test_an_out_that_cannot_be_made(capsys, tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "further")
@@ -325,6 +329,13 @@ def test_a_hub_out_of_reach_is_told_once_and_not_asked_again(capsys, monkeypatch
         assert "--model nobody/nothing" in refusal(capsys, models.load_tokenizer, "nobody/nothing")
     models.reach_hub()
     assert constants.HF_HUB_OFFLINE
+
+
+def test_a_lost_server_is_told_at_once(capsys):
+    address = "http://127.0.0.1:9/v1"
+    with pytest.raises(HTTPError):
+        ask(connect(address), f"{address}/models", tries=2)
+    assert "warning: 127.0.0.1:9 is busy or away" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ text
