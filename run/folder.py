@@ -163,7 +163,7 @@ def content_of(out: Path) -> set[str]:
         nearest = next(folder for folder in out.absolute().parents if folder.exists() or folder.is_symlink())
         if out.exists() or out.is_symlink() or not (nearest.is_dir() and os.access(nearest, os.W_OK)):
             fail(f"--out {out}: is no folder, and none can be made there")
-    except (OSError, ValueError) as error:  # the latter for a name that is none
+    except OSError as error:
         fail(f"--out {str(out)[:200]}: cannot be made: {first_line(error)}")
     return set()
 
