@@ -378,7 +378,8 @@ def quantity(text: str) -> tuple[str, list[str]] | None:
     head, said = text[: start.start()].strip(), re.findall(r"[^\W\d_]+", re.sub(r"\\(?:cdot|times|mu|circ)", " ", tail))
     names = [{unit, unit.removesuffix("s"), unit.lower()} for unit in said]
     known = [name & (_UNITS.keys() | _WITH_UNITS) or not min(name).isascii() for name in names]
-    if not said or not all(ok or _PLURAL.fullmatch(unit) for ok, unit in zip(known, said)):
+    plural = [_PLURAL.fullmatch(unit) and unit[:-1] not in NUMBERS for unit in said]
+    if not said or not all(ok or many for ok, many in zip(known, plural)):
         return None
     if max(map(len, said)) == 1 and said[0].isascii() and number(head.replace(",", ".")) is None:
         return None  # 5 m, but not x m
