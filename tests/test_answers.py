@@ -59,6 +59,11 @@ def test_policy():
     assert len(rows) > 1400 and not [row for row, verdict in zip(rows, verdicts) if (verdict == "right") is not row[2]]
 
 
+def test_each_rule_has_its_line_in_the_manual():
+    manual = (ROOT / "docs" / "answers.md").read_text(encoding="utf-8")
+    assert not [f.__name__ for f in (*policy.RULES, *policy.READINGS) if f"`{f.__name__}` |" not in manual]
+
+
 def test_any_of_several_golds_is_right():
     assert grade(boxed("-7"), ["7", "-7"]) and grade(boxed("7.0"), ["7", "-7"])
     assert not grade(boxed("8"), ["7", "-7"]) and not grade(boxed("7, -7"), ["7", "-7"])
