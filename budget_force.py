@@ -393,55 +393,19 @@ def vote_within(record: dict, budget: float, standing: bool = False) -> float:
     return vote_rate(votes, record["gold"], len(votes)) if votes else 0.0
 
 
-def compare_searches(args, folders: list[Path]) -> None:
-    """Table and figure of linearised searches on the problems that the runs share; differences are to the first."""
-    recorded = report.read_runs(folders, "search")
-    if differing := report.differing_flags(recorded, (*SAME, "window")):
-        fail(f"--compare: the runs differ in {', '.join(differing)}")
-    problems = report.keep_shared_problems(recorded)
-    values = {run.name: search_values(run.records) for run in recorded}
-    metrics = {run: {name: interval(v) for name, v in by_name.items()} for run, by_name in values.items()}
-    counts = {run.name: {**report.counts_of(run.records), **window_counts(run)} for run in recorded}
-    summary = {
-        "training_budget": recorded[0].settings["max_tokens"],
-        "runs": {name: {**counts[name], "metrics": metrics[name]} for name in metrics},
-        "difference_to_first": report.differences_to_first(values),
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = (
-        f"A search: a trace of at most {summary['training_budget']} tokens, then {recorded[0].settings['extensions']} "
-    )
-    text += f"more attempts that see the last {recorded[0].settings['window']}.\n\n" + report.metric_table(metrics)
-    for name in ("truncated", "without_marker", "markers_to_no_line", "without_room", "samples", "problems"):
-        text += report.table_row(name.replace("_", " "), *(f"{count[name]:.3g}" for count in counts.values()))
-    first = f"{recorded[0].name} on the same {problems} problems"
-    text += report.difference_table(summary["difference_to_first"], first)
-    figure = draw_searches(metrics, summary["training_budget"], args.out)
-    report.write_summary(args.out, summary, text, figure, *(folder / "trace.html" for folder in folders))
+WINDOW_COUNTS = ("without_marker", "markers_to_no_line", "without_room")
 
 
-def window_counts(run: folder.RecordedRun) -> dict[str, float]:
-    """`marker_counts`, and the share of attempts for which the model's context had no room to show an earlier one."""
-    later = [attempt["shown"] == 0 for r in run.records for attempt in r["search"][1:]]
-    counts = {**marker_counts(r["text"] for r in run.records), "without_room": float(np.mean(later or [0]))}
-    if counts["without_room"]:
+def counts_of(run: folder.RecordedRun, searches: bool) -> dict[str, float]:
+    """Those of every run; of searches also `marker_counts`, and the share of attempts for which the model's context had
+    no room to show an earlier one."""
+    counts = report.counts_of(run.records)
+    if searches:
+        later = [attempt["shown"] == 0 for r in run.records for attempt in r["search"][1:]]
+        counts |= {**marker_counts(r["text"] for r in run.records), "without_room": float(np.mean(later or [0]))}
+    if counts.get("without_room"):
         print(f"{run.name}: {counts['without_room']:.0%} of the later attempts saw no earlier one, for lack of room")
     return counts
-
-
-def draw_searches(metrics: dict[str, dict], trained: int, out: Path) -> Path:
-    """Figure 8: accuracy over tokens; solid maj@K of K traces, dashed the search, up to the tokens that it has."""
-    curves = []
-    for number, (name, means) in enumerate(metrics.items()):
-        ks = [int(metric[4:]) for metric in means if metric.startswith("maj@")]
-        tokens = {K: K * means["tokens"]["mean"] for K in ks}
-        reached = [K for K in ks if K == 1 or tokens[K] <= means["tokens of a search"]["mean"]]
-        curves.append(Curve([tokens[K] for K in ks], [means[f"maj@{K}"] for K in ks], name, "o-", f"C{number}"))
-        search = [means[f"search@{K}"] for K in reached]
-        curves.append(Curve([tokens[K] for K in reached], search, None, "o--", f"C{number}"))
-    labels = {"xlabel": f"tokens (a trace in training: at most {trained})", "ylabel": "accuracy of the vote"}
-    title = "solid: maj@K of whole traces, dashed: linearised search"
-    return report.draw_panels(out / "search.png", Panel({**labels, "title": title}, curves, tokens=True), width=4.6)
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -462,6 +426,8 @@ def spent(point: dict, axis: str) -> float:
 
 def problem_values(settings: dict, records: list[dict], axis: str) -> Values:
     """Each metric's value for each problem; `settings`: those of the run."""
+    if settings["style"] == "window":
+        return search_values(records)
     mean = partial(problem_means, records)
     values = {"right": mean(lambda r: r["reward"]), "thought tokens": mean(lambda r: r["boundaries"][-1])}
     for budget in map(str, settings["budgets"]):
@@ -493,11 +459,10 @@ SAME = (  # settings in which runs that are compared may not differ
 
 def compare(args, folders: list[Path]) -> None:
     """Table and figures of runs on the problems they share, from their records; differences are to the first."""
-    if (folder.config_of(folders[0]) or {"settings": {}})["settings"].get("style") == "window":
-        return compare_searches(args, folders)
+    searches = (folder.config_of(folders[0]) or {"settings": {}})["settings"].get("style") == "window"
     asked = ["asked"] * (args.regret_axis == "prompt")
-    recorded = report.read_runs(folders, "exploit", "extrapolate", *asked)
-    if differing := report.differing_flags(recorded, SAME):
+    recorded = report.read_runs(folders, *(["search"] if searches else ["exploit", "extrapolate", *asked]))
+    if differing := report.differing_flags(recorded, SAME + ["window"] * searches):
         fail(f"--compare: the runs differ in {', '.join(differing)}")
     problems, settings = report.keep_shared_problems(recorded), recorded[0].settings
     values = {run.name: problem_values(settings, run.records, args.regret_axis) for run in recorded}
@@ -507,23 +472,32 @@ def compare(args, folders: list[Path]) -> None:
         "budgets": settings["budgets"],
         "regret_budgets": regret_budgets(settings),
         "extensions": extensions(settings),
-        "runs": {run.name: {**report.counts_of(run.records), "metrics": metrics[run.name]} for run in recorded},
+        "runs": {run.name: {**counts_of(run, searches), "metrics": metrics[run.name]} for run in recorded},
         "difference_to_first": report.differences_to_first(values),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    text = f"A budget counts the thought; regret@{settings['max_tokens']} and less is inside the "
-    limit = (
-        f"at most {settings['extension_tokens']} tokens each" if settings["style"] == "paper" else "within the former"
-    )
-    text += f"training budget, more is beyond. Extensions in the style of {settings['style']}, {limit}.\n\n"
-    text += report.metric_table(metrics)
-    for count in ("truncated", "samples", "problems"):
+    text = told(settings) + report.metric_table(metrics)
+    for count in ("truncated", *WINDOW_COUNTS * searches, "samples", "problems"):
         text += report.table_row(count, *(f"{run[count]:.3g}" for run in summary["runs"].values()))
     first = f"{recorded[0].name} on the same {problems} problems"
     text += report.difference_table(summary["difference_to_first"], first)
     text += "".join(f"\n{run.name}: {why}" for run in recorded if (why := report.why_zero(run.records)))
-    figures = [draw_regret(settings, metrics, args.out), draw_accuracy(settings, metrics, args.out)]
+    figures = [
+        draw(settings, metrics, args.out) for draw in ((draw_search,) if searches else (draw_regret, draw_accuracy))
+    ]
     report.write_summary(args.out, summary, text, *figures, *(folder / "trace.html" for folder in folders))
+
+
+def told(settings: dict) -> str:
+    """What stands above the table."""
+    if settings["style"] == "window":
+        then = f"then {settings['extensions']} more attempts that see the last {settings['window']}"
+        return f"A search: a trace of at most {settings['max_tokens']} tokens, {then}.\n\n"
+    text = f"A budget counts the thought; regret@{settings['max_tokens']} and less is inside the "
+    limit = (
+        f"at most {settings['extension_tokens']} tokens each" if settings["style"] == "paper" else "within the former"
+    )
+    return text + f"training budget, more is beyond. Extensions in the style of {settings['style']}, {limit}.\n\n"
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -553,6 +527,24 @@ def draw_accuracy(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
     right = {"xlabel": "mean tokens of thought and answer", "title": f"thoughts extended {times} times"}
     panels = Panel(left, cut, tokens=True), Panel(right, extended, tokens=True)
     return report.draw_panels(out / "accuracy.png", *panels, width=4.4, height=3.2, sharey=True)
+
+
+def draw_search(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
+    """Figure 8: accuracy over tokens; solid maj@K of K traces, dashed the search, up to the tokens that it has."""
+    curves = []
+    for number, (name, means) in enumerate(metrics.items()):
+        ks = [int(metric[4:]) for metric in means if metric.startswith("maj@")]
+        tokens = {K: K * means["tokens"]["mean"] for K in ks}
+        reached = [K for K in ks if K == 1 or tokens[K] <= means["tokens of a search"]["mean"]]
+        curves.append(Curve([tokens[K] for K in ks], [means[f"maj@{K}"] for K in ks], name, "o-", f"C{number}"))
+        search = [means[f"search@{K}"] for K in reached]
+        curves.append(Curve([tokens[K] for K in reached], search, None, "o--", f"C{number}"))
+    labels = {
+        "xlabel": f"tokens (a trace in training: at most {settings['max_tokens']})",
+        "ylabel": "accuracy of the vote",
+    }
+    title = "solid: maj@K of whole traces, dashed: linearised search"
+    return report.draw_panels(out / "search.png", Panel({**labels, "title": title}, curves, tokens=True), width=4.6)
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def test_without_room_for_an_attempt_none_is_shown_and_it_is_counted(watched, mo
     assert all(point["shown"] == 0 for chain in found for point in chain[-args.extensions :])
     assert all(prompt == trace.prompt for prompts, _ in watched.calls for prompt, trace in zip(prompts, traces))
     records = [{**trace.record(), "search": chain} for trace, chain in zip(traces, found)]
-    counts = budget_force.window_counts(budget_force.folder.RecordedRun("run", {}, records))
+    counts = budget_force.counts_of(budget_force.folder.RecordedRun("run", {}, records), True)
     assert counts["without_room"] > 0.5
 
 

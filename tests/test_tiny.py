@@ -1,5 +1,8 @@
 """The embedded reasoner: its problems, and what it does when it samples, which a rebuilt model has to do, too."""
 
+import hashlib
+import json
+import random
 import re
 from itertools import pairwise
 
@@ -11,7 +14,7 @@ from common import Forcing, Segmentation, read_traces, set_likelihood_J, set_sam
 from engine.sampler import Sampler
 from engine.tokens import prompt_ids
 from engine.transformers_engine import TransformersEngine
-from tiny.build import line
+from tiny.build import build_tokenizer, examples, line
 from tiny.problems import LEVELS, PRIME, SPLITS, problems
 
 BUDGET = 256  # tokens
@@ -111,3 +114,10 @@ def test_every_problem_has_exactly_one_solution_in_range(split):
 def test_levels_come_in_equal_shares():
     first = [p["level"] for p in problems("train")[:60]]
     assert {level: first.count(level) for level in LEVELS} == {10: 20, 20: 20, 30: 20}
+
+
+def test_a_rebuild_draws_the_traces_that_the_stored_model_was_trained_on():
+    """The digest is that of commit cc7d2d5, which built it; so are the first 5,000, and tokenizer and weights."""
+    draw, rng = examples(build_tokenizer()), random.Random(0)
+    drawn = json.dumps([draw(rng) for _ in range(300)])
+    assert hashlib.sha256(drawn.encode()).hexdigest()[:16] == "0137b336e18ccebb"
