@@ -232,8 +232,6 @@ def check_engine(args, world: int) -> None:
     if is_served(args.engine):
         fail("--engine: a server keeps the weights it has loaded, so it cannot sample from a model in training")
     args.engine = pick_engine(args.engine)
-    if world > 1 and args.engine == "vllm" and args.bonus and args.progress != "sampled":
-        fail(f"--progress {args.progress}: vllm scores in a single process only; several need --engine transformers")
 
 
 # ---------------------------------------------------------------------------------------------- the loop

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from engine import Refused, first_line, say_once
-from engine.checks import name_of, off, plain_logits, probes, rms, same_positions, tolerance, truth, with_short_windows
+from engine import Refused, first_line
+from engine.checks import name_of, plain_logits, probes, same_positions, truth
 
 CHUNK_LOGITS = 1 << 25  # 128 MiB in float32
 
 
-def token_logprobs(
-    model,
-    input_ids: torch.Tensor,
-    where: torch.Tensor,
-    temperature: float = 1.0,
-    way: str = "chunks",
-    also: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(model, input_ids, where, temperature: float = 1.0, way: str = "chunks", also: int | None = None):
     """Log-probs of the tokens at `where` given all before them, under softmax(logits / temperature).
 
     input_ids [B, T], padded on the right; where [B, T] bool, never the first column. Returns (log-probs [N], entropies
@@ -33,31 +24,35 @@ def token_logprobs(
     the backward pass: no [tokens, vocabulary] tensor is ever kept. Dropout and other noise are off.
     """
     without_noise(model)
+    where = where[:, 1:]
+    targets = input_ids[:, 1:][where]
+    if also is not None:
+        targets = torch.stack([targets, torch.full_like(targets, also)], -1)
     if way == "rows" or input_ids.shape[1] > same_positions(model):
-        return row_logprobs(model, input_ids, where, temperature, also)
-    output = body_of(model)(input_ids=input_ids, use_cache=False)
-    before, target = output.last_hidden_state[:, :-1][where[:, 1:]], beside(input_ids[:, 1:][where[:, 1:]], also)
-    chunk = max(1, CHUNK_LOGITS // model.get_output_embeddings().weight.shape[0])
+        rows = zip(input_ids, where, targets.split(where.sum(1).tolist()))
+        parts = [score_tokens(row_logits(model, *row), tokens, temperature) for *row, tokens in rows if len(tokens)]
+    else:
+        output = body_of(model)(input_ids=input_ids, use_cache=False)
+        chunk = max(1, CHUNK_LOGITS // model.get_output_embeddings().weight.shape[0])
 
-    def score_chunk(states, tokens):
-        return score_tokens(head(model, states, type(output)), tokens, temperature)
+        def score_chunk(states, tokens):
+            return score_tokens(head(model, states, type(output)), tokens, temperature)
 
-    parts = [
-        checkpoint(score_chunk, states, tokens, use_reentrant=False)
-        for states, tokens in zip(before.split(chunk), target.split(chunk))
-    ]
+        chunks = zip(output.last_hidden_state[:, :-1][where].split(chunk), targets.split(chunk))
+        parts = [checkpoint(score_chunk, *both, use_reentrant=False) for both in chunks]
     logprobs, entropies = zip(*parts)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+def row_logits(model, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Logits before the tokens ids[1:][wanted] of one row, without its padding: for models that differ in a batch."""
+    end = int(wanted.nonzero().max()) + 1
+    return plain_logits(model, ids[: end + 1])[:-1][wanted[:end]]
 
 
 def body_of(model):
     """The part of a model that gives the last hidden states."""
     return model.get_decoder() if model.base_model is model else model.base_model
-
-
-def beside(tokens: torch.Tensor, also: int | None) -> torch.Tensor:
-    """Tokens [N], or [N, 2] with the token `also` beside each."""
-    return tokens if also is None else torch.stack([tokens, torch.full_like(tokens, also)], -1)
 
 
 def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
@@ -84,19 +79,6 @@ def head(model, states: torch.Tensor, kind: type) -> torch.Tensor:
         del body.forward
 
 
-def row_logprobs(model, input_ids, where, temperature, also=None):
-    """As `token_logprobs`, for models whose results differ in a batch: one forward per row, without padding."""
-    parts = []
-    for ids, wanted in zip(input_ids, where):
-        if wanted.any():
-            end = int(wanted.nonzero().max()) + 1
-            ids, wanted = ids[:end], wanted[1:end]
-            target = beside(ids[1:][wanted], also)
-            parts.append(score_tokens(plain_logits(model, ids)[:-1][wanted], target, temperature))
-    logprobs, entropies = zip(*parts)
-    return torch.cat(logprobs), torch.cat(entropies)
-
-
 def without_noise(model) -> None:
     """Switches off what train mode switches on (dropout, noise of routers). Gradient checkpointing, which transformers
     does only in train mode, stays: a layer is in that mode only until its computation begins."""
@@ -118,31 +100,14 @@ def recompute_later(layer, call, *args):
     return checkpoint(in_eval_mode, *args, use_reentrant=False)
 
 
-@torch.no_grad()
-@with_short_windows
-def way_to_update(model) -> tuple[str, str]:
-    """(`Ways.update`, a note if it is the slow one)."""
-    without_noise(model)
+def update_gaps(model, way: str) -> torch.Tensor:
+    """How far the log-probs of an update are off on the probes, [N] in nats; for `fastest`."""
     rows, device = probes(model), model.device
-    limit, width = tolerance(model, rows[0]), max(map(len, rows))
+    width = max(map(len, rows))
     ids = torch.tensor([[*row, *row[:1] * (width - len(row))] for row in rows], device=device)
     where = torch.tensor([[0 < i < len(row) for i in range(width)] for row in rows], device=device)
-    expected = torch.cat([truth(model, r).gather(-1, torch.tensor(r[1:], device=device)[:, None])[:, 0] for r in rows])
-    gaps = {}
-    for way in ("chunks", "rows"):
-        gaps[way] = math.inf
-        with contextlib.suppress(Exception):
-            gaps[way] = rms(token_logprobs(model, ids, where, way=way)[0] - expected)
-        if gaps[way] <= limit:
-            break
-    else:
-        raise Refused(f"{name_of(model)}: its log-probs depend on how often they are asked for ({off(gaps['rows'])})")
-    if same_positions(model) < math.inf:
-        say_once(
-            f"warning: {name_of(model)}: beyond {same_positions(model)} tokens its positions depend on the length of "
-            "the whole sequence, so sampler and trainer differ there; keep prompt and completion below it"
-        )
-    return way, "" if way == "chunks" else f"an update takes one row at a time (batches: {off(gaps['chunks'])})"
+    expected = [truth(model, r).gather(-1, torch.tensor(r[1:], device=device)[:, None])[:, 0] for r in rows]
+    return token_logprobs(model, ids, where, way=way)[0] - torch.cat(expected)
 
 
 def check_training(model, score) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from engine import Refused, first_line, say_once
@@ -126,6 +126,15 @@ def load_config(model: str) -> Any:
         raise Refused(f"--model {model}: its config.json cannot be used: {first_line(error)}") from error
 
 
+def load_generation_config(model: str) -> GenerationConfig | None:
+    """Its generation_config.json; else what its config.json has of it, as transformers does; None without both."""
+    path = resolve_model(model)
+    with contextlib.suppress(OSError):
+        return GenerationConfig.from_pretrained(path)
+    with contextlib.suppress(OSError):
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
+
+
 def check_ids(name: str, config, sequences: list[list[int]]) -> None:
     """Refuses token ids that a model has no embedding for."""
     rows, most = getattr(config.get_text_config(), "vocab_size", None) or 1 << 30, max(map(max, sequences), default=0)
@@ -133,12 +142,11 @@ def check_ids(name: str, config, sequences: list[list[int]]) -> None:
         raise Refused(f"{name}: token {most} is beyond its {rows} embeddings; the tokenizer is another model's")
 
 
-def context_length(model: str) -> int:
-    """Tokens that a model can attend to."""
-    return getattr(load_config(model), "max_position_embeddings", None) or 1 << 30
+def context_length(config) -> int:
+    """Tokens that a model of this configuration can attend to."""
+    return getattr(config, "max_position_embeddings", None) or 1 << 30
 
 
 def autocast(dtype: torch.dtype):
     """bf16 arithmetic over float32 weights."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    return torch.autocast(pick_device(), dtype) if dtype != torch.float32 else contextlib.nullcontext()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from contextlib import contextmanager, suppress
+from bisect import bisect_left
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 
-from engine import Refused
-from engine.checks import off, probes, rms, same_positions, tolerance, truth, with_short_windows
+from engine.checks import not_finite, probes, same_positions, truth
 from engine.logprobs import body_of, head
 from engine.models import autocast
 
@@ -71,12 +70,10 @@ def pack_tensors(packs: list[Pack], device):
     for b, pack in enumerate(packs):
         seen = 0
         for path in pack.paths.values():  # in the order of packing: the tokens from `seen` on are new
-            new = [i for i, place in enumerate(path) if place >= seen]
-            if new:
-                rows = torch.tensor(path[new[0] :])
-                mask[b, rows[:, None], torch.tensor(path[: new[0]], dtype=torch.long)[None]] = True
-                mask[b, rows[:, None], rows[None]] = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
-                seen = path[-1] + 1
+            shared, columns = bisect_left(path, seen), torch.tensor(path)
+            new = torch.ones(len(path) - shared, len(path), dtype=torch.bool)
+            mask[b, columns[shared:, None], columns] = new.tril(shared)
+            seen = max(seen, path[-1] + 1)
     return ids.to(device), mask[:, None].to(device), positions.to(device)
 
 
@@ -119,17 +116,18 @@ def own_masks(model, make):
 @torch.inference_mode()
 def score_sequences(model, dtype: torch.dtype, way: str, heads: list[list[int]], tails: list[list[int]]):
     """(log P(tail | head) of each pair [pairs], tokens computed); by the way "shared", shared prefixes once."""
+    model.eval()
     longest = max((len(h) + len(t) for h, t in zip(heads, tails)), default=0)
     shared = way == "shared" and longest <= same_positions(model)
-    sums, computed = (packed_logprobs if shared else plain_logprobs)(model, dtype, heads, tails)
+    with autocast(dtype):
+        sums, computed = (packed_logprobs if shared else plain_logprobs)(model, heads, tails)
     if np.isnan(sums).any():
-        raise Refused("the model's logits are not finite (a weight is NaN or infinite, or the arithmetic overflows)")
+        raise not_finite()
     return sums, computed
 
 
-def packed_logprobs(model, dtype: torch.dtype, heads, tails) -> tuple[np.ndarray, int]:
-    """(log P(tail | head) of each pair, tokens computed), shared prefixes once."""
-    model.eval()
+def packed_logprobs(model, heads, tails) -> tuple[np.ndarray, int]:
+    """As `score_sequences`: batches of packs, the widest first."""
     out, computed = np.zeros(len(heads)), 0
     packs = sorted(pack_prefixes([h + t for h, t in zip(heads, tails)]), key=lambda p: len(p.token_ids))
     while packs:
@@ -137,46 +135,33 @@ def packed_logprobs(model, dtype: torch.dtype, heads, tails) -> tuple[np.ndarray
         width = len(batch[0].token_ids)
         while packs and (len(batch) + 1) * width <= 16_384:
             batch.append(packs.pop())
-        with autocast(dtype):
-            output = packed_states(model, batch)
+        output = packed_states(model, batch)
         computed += sum(len(pack.token_ids) for pack in batch)
-        items = [(b, s, path) for b, pack in enumerate(batch) for s, path in pack.paths.items()]
-        row = torch.tensor([b for b, s, _ in items for _ in tails[s]], device=model.device)
-        column = torch.tensor([c for _, s, path in items for c in path[-len(tails[s]) - 1 : -1]], device=model.device)
-        target = torch.tensor([t for _, s, _ in items for t in tails[s]], device=model.device)
-        owner = np.array([s for _, s, _ in items for _ in tails[s]])
-        with autocast(dtype):
-            logits = head(model, output.last_hidden_state[row, column], type(output)).float()
+        items = [  # of each token of a tail: its sequence, itself, where the token before it stands
+            (s, token, b, column)
+            for b, pack in enumerate(batch)
+            for s, path in pack.paths.items()
+            for token, column in zip(tails[s], path[-len(tails[s]) - 1 : -1])
+        ]
+        owners, target, row, column = torch.tensor(items, device=model.device).T
+        logits = head(model, output.last_hidden_state[row, column], type(output)).float()
         logprobs = logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
-        np.add.at(out, owner, logprobs.double().cpu().numpy())
+        np.add.at(out, owners.cpu().numpy(), logprobs.double().cpu().numpy())
     return out, computed
 
 
-def plain_logprobs(model, dtype: torch.dtype, heads, tails) -> tuple[np.ndarray, int]:
-    """As `packed_logprobs`, one plain forward a pair."""
-    model.eval()
+def plain_logprobs(model, heads, tails) -> tuple[np.ndarray, int]:
+    """As `score_sequences`, one plain forward a pair."""
     out = np.zeros(len(heads))
     for i, (first, tail) in enumerate(zip(heads, tails)):
-        with autocast(dtype):
-            logprobs = truth(model, first + tail)[-len(tail) :]
+        logprobs = truth(model, first + tail)[-len(tail) :]
         out[i] = float(logprobs.gather(-1, torch.tensor(tail, device=model.device)[:, None]).double().sum())
-    return out, sum(map(len, heads)) + sum(map(len, tails))
+    return out, sum(map(len, [*heads, *tails]))
 
 
-@torch.inference_mode()
-@with_short_windows
-def way_to_score(model, dtype: torch.dtype) -> tuple[str, str]:
-    """(`Ways.score`, a note if it is the slow one)."""
-    model.eval()
+def score_gaps(model, dtype: torch.dtype, way: str) -> torch.Tensor:
+    """How far likelihoods are off on the probes, [N] in nats a token; for `fastest`."""
     heads = probes(model)
     tails = [heads[-1][: 1 + i % 3] for i in range(len(heads))]
-    with autocast(dtype):
-        limit = tolerance(model, heads[0])
-    expected, _ = plain_logprobs(model, dtype, heads, tails)
-    gap = math.inf
-    with suppress(Exception):
-        sums, _ = packed_logprobs(model, dtype, heads, tails)
-        gap = rms(torch.from_numpy((sums - expected) / [len(tail) for tail in tails]))
-    if gap <= limit:
-        return "shared", ""
-    return "rows", f"likelihoods take one forward a boundary (shared prefixes: {off(gap)})"
+    found, expected = (score_sequences(model, dtype, of, heads, tails)[0] for of in (way, "rows"))
+    return torch.from_numpy((found - expected) / [len(tail) for tail in tails])

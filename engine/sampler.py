@@ -7,21 +7,20 @@ from (temperature and top-p included).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine import Refused, first_line, plural, telling
 from engine.checks import Ways
 from engine.models import load_model, pick_device, resolve_model
 from engine.processes import ranks
-from engine.served_engine import Served, ServedEngine, is_served
+from engine.served_engine import ServedEngine, is_served
 from engine.tokens import Completion, stop_token_ids, text_and_offsets
-from engine.transformers_engine import TransformersEngine
+from engine.transformers_engine import TransformersEngine, ways_of
 from engine.vllm_engine import VllmEngine, vllm_or_why_not
 
 
@@ -52,15 +51,7 @@ class Sampler:
         self.computed_tokens = 0  # run through the model: prompts (shared parts once) and drawn tokens
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        max_tokens: int | list[int],
-        seeds: list[tuple[int, ...]],
-        n: int = 1,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        first: int = 0,
-        stop: Sequence[int] = (),
+        self, prompts: list[list[int]], max_tokens, seeds, n=1, temperature=1.0, top_p=1.0, first=0, stop=()
     ) -> list[list[Completion]]:
         """Samples `first … first + n - 1` of each prompt. `max_tokens`: one limit, or one for each prompt; `seeds`: a
         key of integers for each prompt; `stop`: tokens that end a completion besides the end-of-turn tokens.
@@ -68,14 +59,12 @@ class Sampler:
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         if not len(prompts) == len(limits) == len(seeds) or min(limits, default=1) < 1 or not all(prompts):
             raise ValueError("generate() needs a limit of at least 1 and a seed for each non-empty prompt")
-        before = self.engine.prompt_tokens
-        samples = range(first, first + n)
-        stop_ids = sorted({*self.stop_ids, *stop})
+        samples, stop_ids = range(first, first + n), sorted({*self.stop_ids, *stop})
         with telling(lambda: f"  sampling {plural(n * len(prompts), 'completion')}: {self.engine.progress()}"):
-            done = self.engine.generate(prompts, limits, seeds, stop_ids, samples, temperature, top_p)
+            done, computed = self.engine.generate(prompts, limits, seeds, stop_ids, samples, temperature, top_p)
         drawn = sum(len(c.token_ids) for row in done for c in row)
         self.sampled_tokens += drawn
-        self.computed_tokens += drawn + self.engine.prompt_tokens - before
+        self.computed_tokens += drawn + computed
         for row in done:
             for c in row:
                 c.text, c.offsets = text_and_offsets(self.tokenizer, c.token_ids)
@@ -128,26 +117,24 @@ def pick_engine(engine: str) -> str:
     return "vllm" if works else "transformers"
 
 
-def open_sampler(
-    engine: str, model: str, tokenizer, dtype: torch.dtype, longest: int, trained=None, served: Served | None = None
-) -> Sampler:
+def open_sampler(engine: str, model: str, tokenizer, dtype, longest: int, trained=None, served=None, scores=True):
     """The sampler over the model of that name, or over the transformers model that is `trained`. `longest`: most tokens
-    of a prompt and what is sampled after it; `served`: what `find_served` says of a model at the address `engine`."""
+    of a prompt and what is sampled after it; `served`: a `Served`, where `engine` is the address of a server;
+    `scores`: False where `Sampler.score` is never called: vLLM then needs no whole copy of a model that is sharded."""
 
-    def transformers_engine(weights: str) -> TransformersEngine:
-        if trained is not None and ranks()[1] == 1:
-            return TransformersEngine(trained, dtype)
-        return TransformersEngine(load_model(weights, pick_device(), dtype), dtype, trained)
+    def transformers_engine(weights: str, samples: bool = True) -> TransformersEngine:
+        if trained is not None and (ranks()[1] == 1 or not (samples or scores)):
+            return TransformersEngine(trained, dtype, ways=ways_of(trained, dtype, samples=samples))
+        copy = load_model(weights, pick_device(), dtype)
+        return TransformersEngine(copy, dtype, trained, ways_of(copy, dtype, trained, samples))
 
     if served:
         successor = transformers_engine(served.weights) if trained is not None else None
         return Sampler(ServedEngine(engine, served, tokenizer), tokenizer, successor)
     if engine != "vllm":
         return Sampler(transformers_engine(model), tokenizer)
-    memory = 0.85 if trained is None else 0.5  # in training the model, its gradients and AdamW's moments need room
+    scorer = transformers_engine(model, samples=False) if trained is not None else None
     try:
-        return Sampler(VllmEngine(resolve_model(model), dtype, longest, trained, memory), tokenizer)
-    except Refused:
-        raise
+        return Sampler(VllmEngine(resolve_model(model), dtype, longest, scorer), tokenizer)
     except Exception as error:
         raise Refused(f"--engine vllm: cannot start with {model}: {first_line(error)}") from error

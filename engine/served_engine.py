@@ -3,7 +3,6 @@ Token ids in, token ids and log-probs out: nothing is tokenized twice. A server 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import urllib3
-from transformers import GenerationConfig
 from urllib3.exceptions import HTTPError
 
 from engine import Refused, first_line, say_once
-from engine.models import resolve_model
+from engine.models import load_generation_config
 from engine.tokens import Completion, stop_token_ids
 
 
@@ -95,10 +93,7 @@ class ServedEngine:
     def __init__(self, url: str, served: Served, tokenizer):
         self.url, self.served, self.tokenizer = url, served, tokenizer
         self.pool, name = connect(url, served.concurrency), served.name
-        self.prompt_tokens = self.ended = 0
-        self.generation_config = None
-        with contextlib.suppress(OSError):
-            self.generation_config = GenerationConfig.from_pretrained(resolve_model(tokenizer.name_or_path))
+        self.generation_config, self.ended = load_generation_config(tokenizer.name_or_path), 0
         for self.extras in (EXTRAS, {}):
             try:
                 (probe, _, usage), cold = self.complete(PROBE, 1), self.complete(PROBE, 1, temperature=0.01)[1]
@@ -128,17 +123,17 @@ class ServedEngine:
             raise HTTPError(f"{self.url}: broke off a completion: {str(reply)[:200]}", 0)  # as when it shuts down
         return choice, (choice.get("logprobs") or {}).get("token_logprobs") or [], reply.get("usage") or {}
 
-    def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
+    def generate(self, prompts, limits, seeds, stop_ids, samples: range, temperature: float, top_p: float):
         """One request a sample. Of a trace's prefixes the longest goes first: the cache then holds the others."""
         most = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0)
         if most > (self.served.context or most):  # the server might shorten the limit silently
             raise ValueError(f"{most} tokens of a prompt and its completion exceed the server's {self.served.context}")
         order, self.ended = sorted(range(len(prompts)), key=prompts.__getitem__, reverse=True), 0
         jobs = [(prompts[p], limits[p], (*seeds[p], s), stop_ids, temperature, top_p) for p in order for s in samples]
-        drawn = iter(self.at_once(self.draw, jobs))
-        rows = {p: [next(drawn) for _ in samples] for p in order}
-        self.prompt_tokens += sum(computed for row in rows.values() for _, computed in row)
-        return [[completion for completion, _ in rows[p]] for p in range(len(prompts))]
+        drawn = self.at_once(self.draw, jobs)
+        completions = iter(completion for completion, _ in drawn)
+        rows = {p: [next(completions) for _ in samples] for p in order}
+        return [rows[p] for p in range(len(prompts))], sum(computed for _, computed in drawn)
 
     def draw(self, prompt: list[int], limit: int, key: tuple[int, ...], stop_ids: list[int], temperature, top_p):
         """(a completion with the token that ended it, as other engines give it; the prompt tokens computed)"""

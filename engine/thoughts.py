@@ -50,14 +50,11 @@ class ThinkMarks:
         return self.close.strip()
 
 
+@lru_cache
 def marks_of(tokenizer) -> ThinkMarks | None:
     """The marks of a model's thoughts: those named with --think-marks, else those that its chat template writes or
     mentions, else known ones whose end is a token of its vocabulary; None if it does not think."""
-    return _marks(tokenizer, str(tokenizer.chat_template), tuple(tokenizer.init_kwargs.get("think_marks") or ()))
-
-
-@lru_cache
-def _marks(tokenizer, template: str, named: tuple[str, ...]) -> ThinkMarks | None:
+    named, template = tokenizer.init_kwargs.get("think_marks"), str(tokenizer.chat_template)
     prompt, turn = rendered_turn(tokenizer)
     after = prompt.rpartition(PROBLEM)[2]
     begun, _, rest = turn.partition(THOUGHT)
@@ -130,13 +127,10 @@ def end_of_turn(tokenizer) -> int | None:
     return None
 
 
+@lru_cache
 def silent_ids(tokenizer) -> frozenset[int]:
     """The special tokens, which write no text, but for those that marks are made of."""
-    return _silent_ids(tokenizer, marks_of(tokenizer))
-
-
-@lru_cache
-def _silent_ids(tokenizer, marks: ThinkMarks | None) -> frozenset[int]:
+    marks = marks_of(tokenizer)
     kept = marks.open + marks.close if marks else ""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(number for number, token in added if token.special and token.content not in kept)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from contextlib import suppress
+from collections.abc import Iterator
+from functools import partial
 from itertools import groupby, islice
 from typing import Any
 
@@ -15,10 +15,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from engine import Refused, plural, say_once
-from engine.checks import Ways, name_of, off, probes, rms, same_positions, tolerance, truth, with_short_windows
-from engine.logprobs import head, way_to_update
-from engine.models import autocast, check_ids
-from engine.prefixes import Pack, own_masks, pack_prefixes, packed_states, score_sequences, way_to_score
+from engine.checks import Ways, fastest, name_of, not_finite, probes, same_positions, truth
+from engine.logprobs import head, update_gaps
+from engine.models import autocast
+from engine.prefixes import Pack, own_masks, pack_prefixes, packed_states, score_gaps, score_sequences
 from engine.processes import full_weights
 from engine.tokens import Completion
 
@@ -27,7 +27,8 @@ MAX_ROWS = 512  # of a batch
 
 class TransformersEngine:
     """A transformers model as a sampler. In training it is the trained model itself, so no weights are handed over; or,
-    where that is sharded over processes, a whole copy that follows `trained`.
+    where that is sharded over processes, a whole copy that follows `trained`. `ways`: how it may be used, where that
+    is known.
 
     By the way "shared", all prompts of a call are sampled together: prompts that share a prefix (a problem's samples,
     the forced answers along a trace) compute it once, batches hold similar lengths and drop finished rows, and the
@@ -38,25 +39,28 @@ class TransformersEngine:
         self.model, self.dtype, self.trained = model, dtype, trained
         self.ways = ways or ways_of(model, dtype, trained)
         self.generation_config = model.generation_config
-        self.prompt_tokens = self.drawn = 0
+        self.drawn = 0
 
     def progress(self) -> str:
         return f"{plural(self.drawn, 'token')} so far"
 
     @torch.inference_mode()
-    def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
+    def generate(self, prompts, limits, seeds, stop_ids, samples: range, temperature: float, top_p: float):
+        """([prompts][samples] completions, tokens of prompts that were run through the model), as all engines."""
         self.model.eval()
         self.drawn = 0
-        check_ids(name_of(self.model), self.model.config, prompts)
         done: list[list[Completion]] = [[] for _ in prompts]
         longest = max(map(len, prompts), default=1) + max(limits, default=1)
         way = self.ways.sample if longest <= same_positions(self.model) else "uncached"
+        choose = partial(draw, temperature=temperature, top_p=top_p)
         if way != "shared":
-            self._generate_plainly(way, done, prompts, limits, seeds, stop_ids, samples, temperature, top_p)
-            return done
+            for p, completion in self._generate_plainly(way, prompts, limits, seeds, stop_ids, samples, choose):
+                done[p].append(completion)
+            return done, len(samples) * sum(map(len, prompts))
         # The memory for the cache limits a batch's rows; a prompt's n samples are split only if they alone exceed it.
         memory = torch.cuda.mem_get_info()[1] // 4 if self.model.device.type == "cuda" else 3 << 30
         rows = max(1, min(MAX_ROWS, memory // (cache_bytes_of_a_token(self.model.config) * longest)))
+        computed = 0
         for start in range(samples.start, samples.stop, rows):
             numbers = range(start, min(samples.stop, start + rows))
             room = max(1, rows // len(numbers))
@@ -65,49 +69,49 @@ class TransformersEngine:
                 batch = [packs.pop()]
                 while packs and sum(len(pack.paths) for pack in [*batch, packs[-1]]) <= room:
                     batch.append(packs.pop())
-                for p, completion in self._decode(batch, seeds, limits, stop_ids, numbers, temperature, top_p):
+                computed += sum(len(pack.token_ids) for pack in batch)
+                for p, completion in self._decode(batch, limits, seeds, stop_ids, numbers, choose):
                     done[p].append(completion)
-        return done
+        return done, computed
 
-    def _generate_plainly(self, way, done, prompts, limits, seeds, stop_ids, samples: range, temperature, top_p):
-        """Rows of one prompt length at a time, so that nothing is padded."""
+    def _generate_plainly(self, way, prompts, limits, seeds, stop_ids, samples: range, choose):
+        """(prompt number, Completion) by the model's own `generate`: rows of one prompt length at a time, so that
+        nothing is padded."""
+        model, stock = self.model, self.model.generation_config
         rows = sorted(((p, s) for p in range(len(prompts)) for s in samples), key=lambda row: len(prompts[row[0]]))
         for _, of_one_length in groupby(rows, key=lambda row: len(prompts[row[0]])):
             while batch := list(islice(of_one_length, 64)):
-                ids = torch.tensor([prompts[p] for p, _ in batch], device=self.model.device)
-                room = max(limits[p] for p, _ in batch)
-                uniform = np.stack([np.random.default_rng([*seeds[p], s]).random(room) for p, s in batch])
-                drawn = self._draw_plainly(way, ids, room, torch.from_numpy(uniform), stop_ids, temperature, top_p)
-                self.prompt_tokens += ids.numel()
+                ids = torch.tensor([prompts[p] for p, _ in batch], device=model.device)
+                room, drawn = max(limits[p] for p, _ in batch), []
+                uniform = self._uniform([(*seeds[p], s) for p, s in batch], room)
+
+                def draw_one(_ids, scores, drawn=drawn, uniform=uniform):
+                    token, logprob = choose(scores.float(), uniform[:, len(drawn)])
+                    drawn.append((token.tolist(), logprob.tolist()))
+                    self.drawn += len(token)
+                    return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+
+                ends = {"eos_token_id": stop_ids or None, "pad_token_id": (stop_ids or [0])[0]}
+                settings = GenerationConfig(max_new_tokens=room, do_sample=False, use_cache=way == "cached", **ends)
+                model.generation_config = GenerationConfig()  # without the model's own penalties and lengths
+                try:
+                    with autocast(self.dtype):
+                        model.generate(ids, settings, [draw_one], attention_mask=torch.ones_like(ids))
+                finally:
+                    model.generation_config = stock
                 for row, (p, _) in enumerate(batch):
                     tokens, logprobs = ([step[k][row] for step in drawn[: limits[p]]] for k in (0, 1))
                     end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), 0)
                     last = end or len(tokens)
-                    done[p].append(finite(Completion(tokens[:last], logprobs[:last], "stop" if end else "length")))
+                    yield p, finite(Completion(tokens[:last], logprobs[:last], "stop" if end else "length"))
 
-    def _draw_plainly(self, way, ids, room: int, uniform, stop_ids, temperature, top_p) -> list[tuple[list, list]]:
-        """(tokens, log-probs) of the rows at each position, by the model's own `generate`."""
-        model, stock, drawn = self.model, self.model.generation_config, []
-        uniform = uniform.to(model.device)
-
-        def choose(_ids, scores):
-            token, logprob = draw(scores.float(), uniform[:, len(drawn)], temperature, top_p)
-            drawn.append((token.tolist(), logprob.tolist()))
-            self.drawn += len(token)
-            return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
-
-        ends = {"eos_token_id": stop_ids or None, "pad_token_id": (stop_ids or [0])[0]}
-        settings = GenerationConfig(max_new_tokens=room, do_sample=False, use_cache=way == "cached", **ends)
-        model.generation_config = GenerationConfig()  # without the model's own penalties and lengths
-        try:
-            with autocast(self.dtype):
-                model.generate(ids, settings, [choose], attention_mask=torch.ones_like(ids))
-        finally:
-            model.generation_config = stock
-        return drawn
+    def _uniform(self, keys: list[tuple[int, ...]], room: int) -> torch.Tensor:
+        """What each row is drawn with, [rows, room]: a function of its key alone."""
+        rows = [np.random.default_rng(key).random(room) for key in keys]
+        return torch.from_numpy(np.stack(rows)).to(self.model.device)
 
     def score(self, heads: list[list[int]], tails: list[list[int]]) -> tuple[np.ndarray, int]:
-        check_ids(name_of(self.model), self.model.config, [*heads, *tails])
+        """(log P(tail | head) of each pair [pairs], tokens computed), as all engines."""
         return score_sequences(self.model, self.dtype, self.ways.score, heads, tails)
 
     def pause(self) -> None: ...
@@ -121,7 +125,7 @@ class TransformersEngine:
 
     def close(self) -> None: ...
 
-    def _decode(self, packs: list[Pack], seeds, limits, stop_ids, samples: range, temperature: float, top_p: float):
+    def _decode(self, packs: list[Pack], limits, seeds, stop_ids, samples: range, choose) -> Iterator:
         """Runs the packed prompts once, then draws token by token; yields (prompt number, Completion)."""
         device = self.model.device
         cache: Any = DynamicCache()
@@ -142,8 +146,7 @@ class TransformersEngine:
         cache.layers = layers
         with autocast(self.dtype):
             logits = head(self.model, output.last_hidden_state[source, columns[:, -1]], type(output))
-        uniform = np.stack([np.random.default_rng([*seeds[p], s]).random(room) for _, p, _, s in rows])
-        uniform = torch.from_numpy(uniform).to(device)
+        uniform = self._uniform([(*seeds[p], s) for _, p, _, s in rows], room)
         tokens = torch.zeros(len(rows), room, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(rows), room, device=device)
         lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
@@ -158,7 +161,7 @@ class TransformersEngine:
             return stock(mask_function=mask_function, kv_length=kv_length, **{**options, "attention_mask": seen})
 
         for step in range(room):
-            token, logprob = draw(logits.float(), uniform[alive, step], temperature, top_p)
+            token, logprob = choose(logits.float(), uniform[alive, step])
             writing = alive[running]
             self.drawn += len(writing)
             tokens[writing, step], logprobs[writing, step] = token[running], logprob[running]
@@ -178,7 +181,6 @@ class TransformersEngine:
                     past_key_values=cache,
                     use_cache=True,
                 ).logits[:, -1]
-        self.prompt_tokens += sum(len(pack.token_ids) for pack in packs)
         rows_out = zip(rows, tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist())
         for (_, p, _, _), ids, logps, length, ended in rows_out:
             yield p, finite(Completion(ids[:length], logps[:length], "stop" if ended else "length"))
@@ -186,7 +188,7 @@ class TransformersEngine:
 
 def finite(completion: Completion) -> Completion:
     if not np.isfinite(completion.logprobs).all():
-        raise Refused("the model's logits are not finite (a weight is NaN or infinite, or the arithmetic overflows)")
+        raise not_finite()
     return completion
 
 
@@ -247,46 +249,41 @@ def ways_of(model, dtype: torch.dtype = torch.float32, trained=None, samples: bo
     """Before anything is sampled, compares updates, likelihoods and samples with the plain forward of the same
     sequences. What differs takes the plain path and says so; a model whose plain path differs, too, is refused.
     `trained`: the model that is updated, where `model` is its copy; `samples`: False where another engine samples."""
+    name, updated, notes = name_of(model), model if trained is None else trained, []
     versions = [weights._version for weights in model.parameters()]
-    with autocast(dtype):
-        update, slow_update = way_to_update(trained or model)
-    score, slow_score = way_to_score(model, dtype)
-    sample, slow_sample = way_to_sample(model, dtype) if samples else ("", "")
-    if notes := [note for note in (slow_update, slow_score, slow_sample) if note]:
-        say_once(f"{name_of(model)} takes plain paths: {'; '.join(notes)}")
-    return Ways(sample, update, score, versions == [weights._version for weights in model.parameters()])
+    update, off = fastest(updated, dtype, {way: partial(update_gaps, updated, way) for way in ("chunks", "rows")})
+    if update is None:
+        raise Refused(f"{name}: its log-probs depend on how often they are asked for ({off['rows']})")
+    if update == "rows":
+        notes.append(f"an update takes one row at a time (batches: {off['chunks']})")
+    score, off = fastest(model, dtype, {way: partial(score_gaps, model, dtype, way) for way in ("shared", "rows")})
+    if score != "shared":
+        notes.append(f"likelihoods take one forward a boundary (shared prefixes: {off['shared']})")
+    tried = ("shared", "cached", "uncached") if samples else ()
+    sample, off = fastest(model, dtype, {way: partial(sample_gaps, model, dtype, way) for way in tried})
+    if samples and sample is None:
+        told = "; ".join(f"{way}: {gap}" for way, gap in off.items())
+        raise Refused(f"{name}: no way to sample from it equals its plain forward ({told}); try --engine vllm")
+    if sample in ("cached", "uncached"):
+        cache = "" if sample == "cached" else " without a cache"
+        notes.append(f"transformers' generate samples{cache} (shared prefixes: {off['shared']})")
+    if notes:
+        say_once(f"{name} takes plain paths: {'; '.join(notes)}")
+    if (same := same_positions(updated)) < float("inf"):
+        warning = f"warning: {name}: beyond {same} tokens its positions depend on the length of the whole sequence, so "
+        say_once(warning + "sampler and trainer differ there; keep prompt and completion below it")
+    unchanged = versions == [weights._version for weights in model.parameters()]
+    return Ways(sample or "", update, score or "rows", unchanged)
 
 
-@torch.inference_mode()
-@with_short_windows
-def way_to_sample(model, dtype: torch.dtype) -> tuple[str, str]:
-    """(`Ways.sample`: the fastest way whose greedy tokens and log-probs are those of plain forwards, a note if it is a
-    slow one)."""
-    gaps, prompts = {}, probes(model)
-    model.eval()
-    with autocast(dtype):
-        limit = tolerance(model, prompts[0])
-    for way in ("shared", "cached", "uncached"):
-        gaps[way] = math.inf
-        with suppress(Exception):
-            engine = TransformersEngine(model, dtype, ways=Ways(way, "rows", "rows"))
-            rows = engine.generate(prompts, [5, 4, 5, 3, 5, 4], [(i,) for i in range(6)], [], range(1), 0.0, 1.0)
-            off_by = []
-            for prompt, (c,) in zip(prompts, rows):
-                with autocast(dtype):
-                    expected = truth(model, prompt + c.token_ids)[len(prompt) - 1 :]
-                chosen = expected.gather(-1, torch.tensor(c.token_ids, device=model.device)[:, None])[:, 0]
-                reported = torch.tensor(c.logprobs, device=model.device)
-                off_by.append((chosen - reported).abs() + (expected.amax(-1) - chosen))
-            gaps[way] = rms(torch.cat(off_by))
-        if gaps[way] <= limit:
-            break
-    else:
-        ways = "; ".join(f"{way}: {off(gap)}" for way, gap in gaps.items())
-        raise Refused(
-            f"{name_of(model)}: no way to sample from it equals its plain forward ({ways}); try --engine vllm"
-        )
-    if way == "shared":
-        return way, ""
-    cache = "" if way == "cached" else " without a cache"
-    return way, f"transformers' generate samples{cache} (shared prefixes: {off(gaps['shared'])})"
+def sample_gaps(model, dtype: torch.dtype, way: str) -> torch.Tensor:
+    """How far greedy samples of the probes are off, [N] in nats: their log-probs, and what a better token would have
+    had more; for `fastest`."""
+    prompts, limits = probes(model), [5, 4, 5, 3, 5, 4]
+    engine, gaps = TransformersEngine(model, dtype, ways=Ways(way, "rows", "rows")), []
+    rows, _ = engine.generate(prompts, limits, [(i,) for i in range(6)], [], range(1), 0.0, 1.0)
+    for prompt, (c,) in zip(prompts, rows):
+        expected = truth(model, prompt + c.token_ids)[len(prompt) - 1 :]
+        chosen = expected.gather(-1, torch.tensor(c.token_ids, device=model.device)[:, None])[:, 0]
+        gaps.append((chosen - torch.tensor(c.logprobs, device=model.device)).abs() + (expected.amax(-1) - chosen))
+    return torch.cat(gaps)

@@ -11,42 +11,39 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, GenerationConfig
 
-from engine.prefixes import score_sequences
+from engine import first_line
+from engine.models import load_generation_config
 from engine.processes import full_weights, ranks
 from engine.tokens import Completion
-from engine.transformers_engine import ways_of
+from engine.transformers_engine import TransformersEngine
 
 
 def vllm_or_why_not() -> tuple[str | None, str]:
     """(the vLLM that works here or None, why none does)."""
     if importlib.util.find_spec("vllm") is None:
         return None, "vLLM is not installed"
-    set_vllm_environment()
+    # Engine and worker share this process: only then can weights go over as tensors.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*", category=FutureWarning)
     try:
         import vllm
         from vllm.platforms import current_platform
 
         assert vllm.LLM  # `import vllm` alone imports nothing that could fail
     except Exception as error:
-        return None, f"vLLM does not import: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
+        return None, f"vLLM does not import: {type(error).__name__}: {first_line(error)}"
     platform = current_platform.device_type
     if platform not in ("cpu", "cuda"):
         return None, f"vLLM {vllm.__version__} finds no device here (platform {platform or 'unspecified'})"
     return f"vLLM {vllm.__version__} on {platform}", ""
 
 
-def set_vllm_environment() -> None:
-    """Before vllm is imported. Engine and worker share this process: only then can weights go over as tensors."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*", category=FutureWarning)
-
-
 class VllmEngine:
-    """vLLM as a sampler. `trained`: the transformers model whose weights it follows, or None.
+    """vLLM as a sampler. `scorer`, in training: a transformers engine whose weights it follows. Likelihoods are the
+    scorer's, since vLLM has no log-probs of given tokens without sampling.
 
     Weights go over in place: `reload_weights` with an iterator over the state dict, names as transformers has them, the
     tied head included (without it a CPU build silently keeps the old one); then the prefix cache is emptied, or answers
@@ -55,23 +52,19 @@ class VllmEngine:
     it (vLLM issues 29341, 21336).
     """
 
-    def __init__(self, path: str, dtype: torch.dtype, longest: int, trained=None, memory: float = 0.85):
-        """path: folder or Hub id; longest: most tokens of a prompt and its completion; memory: share of a GPU's."""
-        set_vllm_environment()
+    def __init__(self, path: str, dtype: torch.dtype, longest: int, scorer: TransformersEngine | None = None):
+        """path: folder or Hub id; longest: most tokens of a prompt and its completion."""
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        self.path, self.dtype, self.longest, self.trained = path, dtype, longest, trained
-        self.prompt_tokens = 0
-        self.ways: Any = ways_of(trained, dtype, samples=False) if trained is not None else None
-        try:
-            self.generation_config = GenerationConfig.from_pretrained(path)
-        except OSError:  # there is none: as transformers does
-            self.generation_config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
+        self.dtype, self.longest = dtype, longest
+        self.scorer: Any = scorer
+        self.ways = scorer.ways if scorer else None
+        self.generation_config = load_generation_config(path)
         on_cuda = current_platform.device_type == "cuda"
-        self.sleeps, self.asleep = on_cuda and trained is not None, False
-        if on_cuda:
-            options = {"gpu_memory_utilization": memory}
+        self.sleeps, self.asleep = on_cuda and scorer is not None, False
+        if on_cuda:  # in training the model, its gradients and AdamW's moments need room
+            options = {"gpu_memory_utilization": 0.5 if scorer else 0.85}
         else:
             options: dict[str, Any] = {
                 "kv_cache_memory_bytes": 2 << 30,
@@ -98,42 +91,33 @@ class VllmEngine:
     def progress(self) -> str:
         return f"{self.llm.llm_engine.get_num_unfinished_requests():,} to go"
 
-    def generate(self, prompts, limits, seeds, stop_ids, samples, temperature, top_p) -> list[list[Completion]]:
+    def generate(self, prompts, limits, seeds, stop_ids, samples: range, temperature: float, top_p: float):
         """One call for all; one request a sample, with its own seed, so that more samples can follow later."""
         from vllm import SamplingParams
 
         for prompt, limit in zip(prompts, limits):
             if len(prompt) + limit > self.longest:  # vLLM would refuse the whole batch, or shorten the limit silently
                 raise ValueError(f"a prompt of {len(prompt)} tokens + {limit} exceed the engine's {self.longest}")
+        common = dict(temperature=temperature, top_p=top_p, stop_token_ids=stop_ids, detokenize=False)
+        common["logprobs"] = 0  # only the drawn token's
         requests, params = [], []
         for prompt, limit, seed in zip(prompts, limits, seeds):
             for sample in samples:
                 requests.append({"prompt_token_ids": prompt})
-                params.append(
-                    SamplingParams(
-                        temperature=temperature,
-                        top_p=top_p,
-                        max_tokens=limit,
-                        seed=zlib.crc32(np.array([*seed, sample]).tobytes()),
-                        stop_token_ids=stop_ids,
-                        logprobs=0,  # only the drawn token's
-                        detokenize=False,
-                    )
-                )
-        outputs = self.llm.generate(requests, params, use_tqdm=False)
-        rows: list[list[Completion]] = [[] for _ in prompts]
-        for number, output in enumerate(outputs):
-            self.prompt_tokens += len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
+                number = zlib.crc32(np.array([*seed, sample]).tobytes())
+                params.append(SamplingParams(max_tokens=limit, seed=number, **common))
+        rows, computed = [[] for _ in prompts], 0
+        for number, output in enumerate(self.llm.generate(requests, params, use_tqdm=False)):
+            computed += len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
             drawn = output.outputs[0]
             ids = list(drawn.token_ids)
             logprobs = [candidates[token].logprob for token, candidates in zip(ids, drawn.logprobs)]
             reason = "stop" if ids[-1] in stop_ids else "length"
             rows[number // len(samples)].append(Completion(ids, logprobs, reason))
-        return rows
+        return rows, computed
 
     def score(self, heads: list[list[int]], tails: list[list[int]]) -> tuple[np.ndarray, int]:
-        """By the transformers model that is trained: vLLM has no log-probs of given tokens without sampling."""
-        return score_sequences(self.trained, self.dtype, self.ways.score, heads, tails)
+        return self.scorer.score(heads, tails)
 
     def pause(self) -> None:
         if self.sleeps and not self.asleep:
@@ -141,10 +125,11 @@ class VllmEngine:
             self.asleep = True
 
     def sync(self) -> None:
+        self.scorer.sync()
         if self.asleep:
             torch.cuda.empty_cache()  # vLLM asks the driver for memory, which PyTorch would not give back by itself
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(self.trained)})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(self.scorer.model)})
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache: answers would be sampled from old weights' states")
         if self.asleep:

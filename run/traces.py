@@ -128,12 +128,18 @@ def tokenizer_of(args):
 def sampler_of(args, tokenizer, longest: int, trained=None) -> Sampler:
     """`open_sampler` with the run's settings."""
     served = Served(args.model, weights_of(args), args.context, args.concurrency) if is_served(args.engine) else None
-    return open_sampler(args.engine, args.model, tokenizer, pick_dtype(args.dtype), longest, trained, served)
+    how = args.engine, args.model, tokenizer, pick_dtype(args.dtype), longest, trained, served
+    return open_sampler(*how, scores=by_likelihood(args))
+
+
+def by_likelihood(args) -> bool:
+    """Is J read off the gold answer's likelihood?"""
+    return getattr(args, "bonus", 0) > 0 and args.progress != "sampled"
 
 
 def context_of(args) -> int:
     """Tokens that the model of a run can attend to."""
-    return args.context or context_length(weights_of(args))
+    return args.context or context_length(load_config(weights_of(args)))
 
 
 def check_lengths(args, problems: list[dict], prompts: list[list[int]], after: int) -> int:

@@ -42,6 +42,7 @@ from run.files import (
     writing,
 )
 from run.folder import duration, metrics_reporter
+from run.traces import by_likelihood
 
 # ============================================================================================ steps
 
@@ -439,13 +440,13 @@ def memory_plan(args, problems: int, longest: int) -> str:
     world, dtype = ranks()[1], pick_dtype(args.dtype)
     tokens = max(args.max_tokens_per_batch, longest)
     count, parts = update_memory(load_config(args.model), tokens, dtype, args.kl > 0, world)
-    if args.engine == "transformers" and world > 1:
-        parts["copy that samples"] = dtype.itemsize * count
+    if world > 1 and (args.engine == "transformers" or by_likelihood(args)):
+        parts["copy that samples or scores"] = dtype.itemsize * count
     steps = args.steps or math.ceil(problems / args.problems_per_step)
     rollouts = args.problems_per_step * args.group_size
     until = f"at most {args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else plural(steps, "step")
     update = sum(parts.values()) / 2**30
-    kept = ("weights, gradients, moments", "reference of the KL penalty", "copy that samples")
+    kept = ("weights, gradients, moments", "reference of the KL penalty", "copy that samples or scores")
     resting = sum(parts.get(name, 0) for name in kept) / 2**30
     beside = "vLLM's half of the card" if args.engine == "vllm" else "the sampler's cache"
     return "\n".join(
