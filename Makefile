@@ -41,7 +41,7 @@ test: .venv/ready
 vllm: .venv-vllm/ready
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py tests/test_served.py tests/test_gpu.py
+	.venv-vllm/bin/python -m pytest -q tests/test_engines.py tests/test_vllm.py tests/test_served.py tests/test_gpu.py
 
 # No .venv: with the Python that requirements.txt was installed into. A worker, so that a crash or a hang ends one test.
 gpu-check:

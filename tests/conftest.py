@@ -177,6 +177,11 @@ def prompts(tokenizer, problems):
     return [prompt_ids(tokenizer, p["problem"]) for p in problems]
 
 
+def keys(prompts) -> list[tuple[int, int]]:
+    """A seed for each prompt."""
+    return [(0, i) for i in range(len(prompts))]
+
+
 # ------------------------------------------------------------------------------------------------ real processes
 
 SCRIPTS = ("rl_mrt", "evaluate", "analyze_r1", "budget_force", "star_mrt")

@@ -1,8 +1,6 @@
-"""analyze_r1.py: numbers from records made by hand, given responses of every kind, and the page in a real browser."""
+"""analyze_r1.py: numbers from records made by hand, given responses of every kind."""
 
 import json
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -13,14 +11,12 @@ import common
 from common import Forcing, Segmentation, set_sampled_J
 from engine.tokens import encode, prompt_ids
 from grading.box import extract_answer
-from run import data, report
+from run import data
 from run.traces import regret_at
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def options(*flags):
-    return analyze_r1.flags([*flags])
+    return analyze_r1.flags([*map(str, flags)])
 
 
 GOLD = "7"
@@ -37,19 +33,10 @@ def boundary(classes):
 def sample(rows, tokens, episodes=None, right=1.0):
     """A trace whose boundaries lie at `tokens` and have the forced answers `rows`."""
     return {
-        "text": "x" * tokens[-1],
-        "finish": "stop",
-        "finished": True,
-        "boxed": GOLD,
-        "reward": right,
-        "verdict": "right" if right else "wrong",
-        "tokens": tokens[-1],
-        "episodes": episodes or len(tokens) - 1,
-        "boundaries": tokens,
-        "characters": tokens,
-        "J": [row.count(0) / len(row) for row in rows],
-        "answer_tokens": [4.0] * len(tokens),
-        "forced": [boundary(row) for row in rows],
+        **{"text": "x" * tokens[-1], "finish": "stop", "finished": True, "boxed": GOLD, "reward": right},
+        **{"verdict": "right" if right else "wrong", "tokens": tokens[-1], "episodes": episodes or len(tokens) - 1},
+        **{"boundaries": tokens, "characters": tokens, "J": [row.count(0) / len(row) for row in rows]},
+        **{"answer_tokens": [4.0] * len(tokens), "forced": [boundary(row) for row in rows]},
     }
 
 
@@ -137,8 +124,14 @@ def test_noise_of_the_estimate_is_what_repeated_sampling_shows():
 
 # ---------------------------------------------------------------------------------------------- given responses
 
-STEPS = "Okay, try x = 8.\n\nno.\n\nand so on\n\n"
-EPISODES = STEPS + "".join(f"Wait, again {i}.\n\nno.\n\nstill no.\n\n" for i in range(3))
+STEPS, AGAIN = "Okay, try x = 8.\n\nno.\n\nand so on\n\n", "Wait, again {}.\n\nno.\n\nstill no.\n\n"
+
+
+def long_thought(episodes: int) -> str:
+    return STEPS + "".join(map(AGAIN.format, range(episodes)))
+
+
+EPISODES = long_thought(3)
 
 
 def given(tokenizer, response, *flags, marked=True):
@@ -176,7 +169,7 @@ def test_given_responses_of_every_kind(tokenizer, sampler, response, points, ans
 
 
 def test_five_hundred_episodes_stop_at_the_limit_and_are_grouped(tokenizer):
-    text = STEPS + "".join(f"Wait, again {i}.\n\nno.\n\nstill no.\n\n" for i in range(500)) + "</think>\\boxed{7}"
+    text = long_thought(500) + "</think>\\boxed{7}"
     assert len(given(tokenizer, text).boundaries) == 51
     assert len(given(tokenizer, text, "--episodes-per-point", "5").boundaries) == 11
     assert len(given(tokenizer, text, "--max-steps", "999").boundaries) == 502
@@ -188,11 +181,8 @@ def test_responses_without_any_marker_hold_their_answers(tokenizer):
 
 
 def test_windows_line_ends_and_scattered_rows(tmp_path):
-    rows = [
-        {"problem": "A", "answer": "1", "response": "one\r\n\r\ntwo</think>1"},
-        {"problem": "B", "answer": "2", "response": "x"},
-        {"problem": "A", "answer": "1", "response": ""},
-    ]
+    cells = ("A", "1", "one\r\n\r\ntwo</think>1"), ("B", "2", "x"), ("A", "1", "")
+    rows = [dict(zip(("problem", "answer", "response"), row)) for row in cells]
     file = tmp_path / "r.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems, responses = data.load_responses(file, None)
@@ -223,62 +213,26 @@ def test_a_given_trace_has_a_boundary_at_every_official_episode(tokenizer):
         text = row["text"] if "text" in row else traces[row["line"]]["response"]
         text = text.replace("<think>", "[think]").replace("</think>", "[/think]")
         flags = ("--max-steps", row["max_steps"], "--episodes-per-point", row["group_size"])
-        trace = given(tokenizer, text + "</think>", *map(str, flags))
+        trace = given(tokenizer, text + "</think>", *flags)
         starts = [trace.completion.offsets[b] for b in trace.boundaries]
-        spans = common.episode_spans(
-            trace.prefix(trace.boundaries[-1]), Segmentation(row["max_steps"], row["group_size"])
-        )
+        rule = Segmentation(row["max_steps"], row["group_size"])
+        spans = common.episode_spans(trace.prefix(trace.boundaries[-1]), rule)
         assert len(spans) == row["n_merged"]
         for (start, _), at in zip(spans, starts):
             assert 0 <= at - start < 12  # the first token that starts in the episode
 
 
-# ---------------------------------------------------------------------------------------------- cost, page
+# ---------------------------------------------------------------------------------------------- cost
 
 
 def test_forced_answers_cost_tokens_linear_in_the_trace(tokenizer, sampler):
     """Twice the trace and twice its boundaries: about twice the computed tokens, four times the requested ones."""
     computed, requested = [], []
     for repeats in (20, 40):
-        text = STEPS + "".join(f"Wait, again {i}.\n\nno.\n\nstill no.\n\n" for i in range(repeats)) + "</think>"
-        trace = given(tokenizer, text)
+        trace = given(tokenizer, long_thought(repeats) + "</think>")
         common.grade_traces([trace])
         before = sampler.computed_tokens
         set_sampled_J(sampler, [trace], Forcing(2, 4), (0,))
         computed.append(sampler.computed_tokens - before)
         requested.append(sum(len(common.forced_prompt(tokenizer, trace, b)) for b in trace.boundaries))
     assert computed[1] < 2.3 * computed[0] and requested[1] > 3.3 * requested[0]
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-def test_a_hostile_trace_is_text_in_a_real_browser(tmp_path):
-    hostile = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-    long = sample([NONE, ALL], [0, 200_000])
-    long["text"] = (hostile + " 'quote' \\u003c \u2028 ") * 2000
-    long["characters"] = [0, len(long["text"]) - 10]
-    long["forced"][0][0] |= {"text": hostile, "boxed": hostile}
-    (record,) = problem(0, long)
-    page = report.write_page([{**record, "problem": hostile}], tmp_path / "trace.html")
-    command = [
-        BROWSER,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-quic",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path}/user",
-        "--enable-logging=stderr",
-        "--dump-dom",
-        f"file://{page}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    shown = done.stdout
-    assert "<title>Traces by episode</title>" in shown and "owned</title>" not in shown
-    body = shown.split('<script type="application/json"')[0]
-    assert "&lt;/script&gt;&lt;script&gt;document.title" in body and "<img" not in body
-    assert body.count('<section class="episode up"') == 1 and "stop after 0 tokens" in body
-    assert len(body) > 200_000

@@ -10,31 +10,27 @@ from conftest import refusal
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from engine.logprobs import token_logprobs, way_to_update, without_noise
-from engine.models import autocast, load_model
+from engine.logprobs import token_logprobs, without_noise
+from engine.models import load_model
 from engine.sampler import Sampler
 from engine.transformers_engine import TransformersEngine, ways_of
 from run import training
 
-SIZES = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-)
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SIZES["max_position_embeddings"] = 512
 GPT = dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)
+DEEP = dict(hidden_size=32, num_hidden_layers=2)
 WINDOW = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
-MOE = dict(num_experts_per_tok=2, moe_intermediate_size=24)
-LINEAR = dict(
-    layer_types=["linear_attention", "full_attention"],
-    linear_num_value_heads=4,
-    linear_num_key_heads=2,
-    linear_key_head_dim=8,
-    linear_value_head_dim=8,
-)
-MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8)
+HEAD, EXPERTS = dict(head_dim=8), dict(num_local_experts=4)
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, **HEAD)
+LINEAR = dict(layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4, linear_num_key_heads=2)
+LINEAR |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8, mamba_d_ssm=64)
+CAPPED = dict(final_logit_softcapping=3.0, attn_logit_softcapping=5.0)
+SCALED = dict(logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.3)
+ROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+CONV = dict(layer_types=["conv", "full_attention"], block_ff_dim=48, block_multiple_of=16)
+OPT = dict(ffn_dim=48, word_embed_proj_dim=32)
 FAST, LIKE_A_STATE = ("shared", True, True), ("cached", True, False)
 
 # name: (type, sizes or none of them, settings, (how it samples, update in batches?, likelihood shares prefixes?))
@@ -43,69 +39,33 @@ MODELS = {
     "llama eager": ("llama", SIZES, dict(attn_implementation="eager"), FAST),
     "qwen2": ("qwen2", SIZES, dict(tie_word_embeddings=True), FAST),
     "qwen2 window": ("qwen2", SIZES, dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), FAST),
-    "qwen3": ("qwen3", SIZES, dict(head_dim=8), FAST),
-    "qwen3_moe": ("qwen3_moe", SIZES, dict(head_dim=8, num_experts=4, **MOE), FAST),
+    "qwen3": ("qwen3", SIZES, HEAD, FAST),
+    "qwen3_moe": ("qwen3_moe", SIZES, MOE, FAST),
     "olmo2": ("olmo2", SIZES, {}, FAST),
     "olmo3": ("olmo3", SIZES, WINDOW, FAST),
     "exaone4": ("exaone4", SIZES, WINDOW, FAST),
-    "gemma": ("gemma", SIZES, dict(head_dim=8), FAST),
-    "gemma2": (
-        "gemma2",
-        SIZES,
-        dict(head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=5.0, query_pre_attn_scalar=8, **WINDOW),
-        FAST,
-    ),
-    "gemma3_text": ("gemma3_text", SIZES, dict(head_dim=8, query_pre_attn_scalar=8, **WINDOW), FAST),
+    "gemma": ("gemma", SIZES, HEAD, FAST),
+    "gemma2": ("gemma2", SIZES, dict(query_pre_attn_scalar=8, **HEAD, **CAPPED, **WINDOW), FAST),
+    "gemma3_text": ("gemma3_text", SIZES, dict(query_pre_attn_scalar=8, **HEAD, **WINDOW), FAST),
     "gpt2 with dropout": ("gpt2", GPT, dict(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2), FAST),
     "gpt_neox": ("gpt_neox", {k: v for k, v in SIZES.items() if "key_value" not in k}, {}, FAST),
     "mistral": ("mistral", SIZES, dict(sliding_window=8), FAST),
     "phi3": ("phi3", SIZES, dict(sliding_window=8, resid_pdrop=0.2), FAST),
     "starcoder2": ("starcoder2", SIZES, dict(sliding_window=8, residual_dropout=0.2), FAST),
-    "granite": (
-        "granite",
-        SIZES,
-        dict(logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.3),
-        FAST,
-    ),
+    "granite": ("granite", SIZES, SCALED, FAST),
     "cohere": ("cohere", SIZES, dict(logit_scale=0.25), FAST),
     "cohere2": ("cohere2", SIZES, dict(logit_scale=0.25, **WINDOW), FAST),
-    "gpt_oss": (
-        "gpt_oss",
-        SIZES,
-        dict(
-            head_dim=8,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            **WINDOW,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        ),
-        FAST,
-    ),
-    "mixtral with router noise": ("mixtral", SIZES, dict(num_local_experts=4, router_jitter_noise=0.3), FAST),
+    "gpt_oss": ("gpt_oss", SIZES, dict(num_experts_per_tok=2, **HEAD, **EXPERTS, **WINDOW, **ROPE), FAST),
+    "mixtral with router noise": ("mixtral", SIZES, dict(router_jitter_noise=0.3, **EXPERTS), FAST),
     "falcon": ("falcon", SIZES, dict(alibi=False), FAST),
-    "lfm2": (
-        "lfm2",
-        SIZES,
-        dict(layer_types=["conv", "full_attention"], block_ff_dim=48, block_multiple_of=16),
-        LIKE_A_STATE,
-    ),
-    "qwen3_next": (
-        "qwen3_next",
-        SIZES,
-        dict(head_dim=8, num_experts=4, shared_expert_intermediate_size=24, **MOE, **LINEAR),
-        LIKE_A_STATE,
-    ),
-    "qwen3_5_text": ("qwen3_5_text", SIZES, dict(head_dim=8, **LINEAR), LIKE_A_STATE),
-    "falcon_h1": ("falcon_h1", SIZES, dict(head_dim=8, mamba_d_ssm=64, **MAMBA), LIKE_A_STATE),
+    "lfm2": ("lfm2", SIZES, CONV, LIKE_A_STATE),
+    "qwen3_next": ("qwen3_next", SIZES, dict(shared_expert_intermediate_size=24, **MOE, **LINEAR), LIKE_A_STATE),
+    "qwen3_5_text": ("qwen3_5_text", SIZES, HEAD | LINEAR, LIKE_A_STATE),
+    "falcon_h1": ("falcon_h1", SIZES, HEAD | MAMBA, LIKE_A_STATE),
     "bloom": ("bloom", {}, dict(hidden_size=32, n_layer=2, n_head=4), LIKE_A_STATE),
-    "mamba": ("mamba", {}, dict(hidden_size=32, num_hidden_layers=2, state_size=8), LIKE_A_STATE),
-    "rwkv": (
-        "rwkv",
-        {},
-        dict(hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
-        ("uncached", True, False),
-    ),
-    "opt": ("opt", SIZES, dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.2), ("cached", False, False)),
+    "mamba": ("mamba", {}, dict(state_size=8, **DEEP), LIKE_A_STATE),
+    "rwkv": ("rwkv", {}, dict(attention_hidden_size=32, **DEEP), ("uncached", True, False)),
+    "opt": ("opt", SIZES, dict(dropout=0.2, **OPT), ("cached", False, False)),
 }
 
 
@@ -180,16 +140,12 @@ def test_engine_update_and_likelihood_equal_the_plain_forward(name, tokenizer, c
     np.testing.assert_allclose(sampler.score(prompts, tails), sums, atol=1e-3)
 
 
-def test_a_model_that_is_not_causal_is_refused_in_one_line(tokenizer, capsys):
-    sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
-    model = build("bert", sizes, {}, tokenizer)
-    assert refusal(capsys, ways_of, model).startswith("error: bert")
-
-
-def test_a_model_whose_forward_fails_is_refused_in_one_line(tokenizer, capsys):
-    model = build("qwen2", SIZES, {}, tokenizer)
-    model.register_forward_pre_hook(lambda *_: 1 / 0)
-    assert "its own forward fails: division by zero" in refusal(capsys, ways_of, model)
+def test_a_model_that_is_not_causal_or_whose_forward_fails_is_refused_in_one_line(tokenizer, capsys):
+    bert = build("bert", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, {}, tokenizer)
+    assert refusal(capsys, ways_of, bert).startswith("error: bert")
+    broken = build("qwen2", SIZES, {}, tokenizer)
+    broken.register_forward_pre_hook(lambda *_: 1 / 0)
+    assert "its own forward fails: division by zero" in refusal(capsys, ways_of, broken)
 
 
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line(tokenizer, capsys):
@@ -229,8 +185,7 @@ def test_a_window_of_any_size_is_tried(defect, dtype, tokenizer):
 
     if defect:
         model.get_submodule("model.layers.0").register_forward_pre_hook(forget_window, with_kwargs=True)
-    with autocast(dtype):
-        way, _ = way_to_update(model)
+    way = ways_of(model, dtype, samples=False).update
     assert way == ("rows" if defect else "chunks") and model.config.sliding_window == 1000
 
 
@@ -241,18 +196,13 @@ def test_a_moderate_defect_shows_in_bf16(factor, batches):
     model.get_submodule("model.layers.1.self_attn").register_forward_hook(
         lambda _module, _args, output: (output[0] * factor if len(output[0]) > 1 else output[0], *output[1:])
     )
-    with autocast(torch.bfloat16):
-        way, _ = way_to_update(model)
-    assert way == ("chunks" if batches else "rows")
+    assert ways_of(model, torch.bfloat16, samples=False).update == ("chunks" if batches else "rows")
 
 
-@pytest.mark.parametrize("kind, settings", [("qwen2", {"attention_dropout": 0.3}), ("opt", {"dropout": 0.3})])
+@pytest.mark.parametrize("kind, settings", [("qwen2", {"attention_dropout": 0.3}), ("opt", {"dropout": 0.3, **OPT})])
 def test_gradient_checkpointing_recomputes_layers_and_their_noise_stays_off(kind, settings, tokenizer):
-    sizes = SIZES if kind == "qwen2" else {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}
-    model = build(kind, sizes, settings, tokenizer)
-    ids = torch.randint(0, 650, (2, 12))
-    where = torch.ones_like(ids, dtype=torch.bool)
-    where[:, 0] = False
+    model, ids = build(kind, SIZES, settings, tokenizer), torch.randint(0, 650, (2, 12))
+    where = torch.arange(12).expand(2, -1) > 0
     runs = []
     for recompute in (False, True):
         if recompute:

@@ -44,9 +44,7 @@ def traces(watched, problems, prompts):
     groups = sample_traces(options(), watched, problems[:6], prompts[:6])
     watched.calls.clear()
     traces = [trace for group in groups for trace in group]
-    assert {t.finished for t in traces} == {True, False}, (
-        "the test needs thoughts that ended and thoughts that were cut"
-    )
+    assert {t.finished for t in traces} == {True, False}, "the test needs thoughts that ended and that were cut"
     return traces
 
 
@@ -147,29 +145,15 @@ def test_results_do_not_depend_on_the_batch(watched, traces):
     same_content(budget_force.extrapolate(args, watched, traces[4:6]), together[4:6])
 
 
-def test_a_stop_token_ends_a_completion_and_belongs_to_it(watched, tokenizer, prompts):
-    marker = encode(tokenizer, "</think>")[0]
-    rows = watched.generate(prompts, 250, [(0, i) for i in range(len(prompts))], stop=[marker])
-    ended = [c for (c,) in rows if c.finish_reason == "stop"]
-    assert ended and all(c.token_ids[-1] == marker and c.token_ids.count(marker) == 1 for c in ended)
-
-
 # ---------------------------------------------------------------------------------------------- numbers
 
 
 def test_the_curve_joins_cuts_or_episodes_and_extensions():
     cut = {"thought_tokens": 10, "answer_tokens": 2.0, "J": 0.25, "cut": True}
     free = {"thought_tokens": 30, "answer_tokens": 3.0, "J": 1.0, "cut": False}
-    sample = {
-        "boundaries": [0, 30],
-        "J": [],
-        "answer_tokens": [],
-        "exploit": {"10": cut, "40": free},
-        "extrapolate": {
-            "0": {"thought_tokens": 30, "answer_tokens": 3.0, "J": 0.5},
-            "2": {"thought_tokens": 50, "answer_tokens": 3.0, "J": 0.75},
-        },
-    }
+    extended = {str(w): {"thought_tokens": 30 + 10 * w, "answer_tokens": 3.0, "J": 0.5 + w / 8} for w in (0, 2)}
+    sample = {"boundaries": [0, 30], "J": [], "answer_tokens": [], "exploit": {"10": cut, "40": free}}
+    sample["extrapolate"] = extended
     assert budget_force.curve(sample, "answer") == ([12.0, 33.0, 53.0], [0.25, 0.5, 0.75])
     tokens, values = budget_force.curve({**sample, "J": [0.0, 0.5], "answer_tokens": [2.0, 3.0]}, "answer")
     assert (tokens, values) == ([2.0, 33.0, 33.0, 53.0], [0.0, 0.5, 0.5, 0.75])
@@ -195,12 +179,15 @@ def test_flags_that_make_no_sense(capsys, argv):
     assert argv[0] in refusal(capsys, budget_force.flags, argv)
 
 
-def test_the_thoughts_of_one_model_are_not_given_to_several(capsys, monkeypatch, tmp_path):
+def test_thoughts_must_be_an_analysis_of_the_one_model(capsys, monkeypatch, tmp_path):
     analysis = a_run(tmp_path / "analysis", "analyze_r1.py", model="a", episodes_per_point=1, max_tokens=96)
     (analysis / "records.jsonl").write_text('{"id": "0", "sample": 0, "token_ids": [1], "boundaries": [0, 1]}\n')
-    flags = ("--model", "a,b", "--out", tmp_path / "run", "--engine", "transformers")
-    main = main_with(monkeypatch, budget_force, "--thoughts", analysis, *flags)
-    assert "holds thoughts of --model a, not of a,b" in refusal(capsys, main)
+    for thoughts, model, told in (
+        (analysis, "a,b", "thoughts of --model a, not of a,b"),
+        (tmp_path, "tiny", "--thoughts"),
+    ):
+        flags = ("--thoughts", thoughts, "--model", model, "--out", tmp_path / "run", "--engine", "transformers")
+        assert told in refusal(capsys, main_with(monkeypatch, budget_force, *flags))
 
 
 @pytest.mark.parametrize("limit, told", [(2, "the first 2 of the 3 problems"), (3, ""), (9, "")])
@@ -213,19 +200,3 @@ def test_it_says_how_many_of_the_thoughts_are_taken(capsys, tmp_path, limit, tol
     assert len(budget_force.read_thoughts(args)) == min(3, limit)
     said = capsys.readouterr().out
     assert told in said and bool(told) == ("--limit" in said)
-
-
-def test_thoughts_must_be_an_analysis_of_the_same_model(capsys, monkeypatch, tmp_path):
-    main = main_with(
-        monkeypatch,
-        budget_force,
-        "--thoughts",
-        tmp_path,
-        "--model",
-        "tiny",
-        "--out",
-        tmp_path / "run",
-        "--engine",
-        "transformers",
-    )
-    assert "--thoughts" in refusal(capsys, main)

@@ -1,37 +1,33 @@
 """Tokenizers, templates, weights, checkpoints and folders as users have them, not only as they should be."""
 
-import json
 import math
 import os
-import signal
-import subprocess
+import string
 import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import refusal, run_settings
+from conftest import ROOT, refusal
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.models import ROOT, load_model, load_tokenizer
+import rl_mrt
+from engine.models import load_model, load_tokenizer
 from engine.sampler import Sampler
 from engine.thoughts import thinks, thought_is_open
 from engine.tokens import encode, prompt_ids, text_and_offsets
 from engine.transformers_engine import TransformersEngine, ways_of
 from run import flags, training
-from run.folder import open_run
-
-ROOT = ROOT
+from run.folder import check_out
 
 
 def byte_fallback(metaspace: bool):
     """A small tokenizer of Gemma's or, with `metaspace`, of Llama 2's kind."""
     special = ["<unk>", "<s>", "</s>", "<pad>"]
-    vocabulary = {s: i for i, s in enumerate(special)} | {f"<0x{b:02X}>": 4 + b for b in range(256)}
-    for c in "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?+-=*/\\{}()<>²≡'$":
-        vocabulary[c] = len(vocabulary)
+    pieces = [*special, *(f"<0x{b:02X}>" for b in range(256)), "▁", *string.ascii_letters, *string.digits]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *".,:;!?+-=*/\\{}()<>²≡'$"])}
     t = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metaspace:
@@ -42,9 +38,8 @@ def byte_fallback(metaspace: bool):
     t.decoder = decoders.Sequence(steps)
     t.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in special])
     t.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=t, eos_token="</s>", pad_token="<pad>", unk_token="<unk>", bos_token="<s>"
-    )
+    names = dict(eos_token="</s>", pad_token="<pad>", unk_token="<unk>", bos_token="<s>")
+    return PreTrainedTokenizerFast(tokenizer_object=t, **names)
 
 
 @pytest.mark.parametrize("metaspace", [False, True])
@@ -90,9 +85,8 @@ def test_a_base_models_prompt_has_its_beginning_and_no_end(tokenizer):
     t.chat_template = None
     bare = prompt_ids(t, "1+1?")
     ends = [("<|end|>", 257), ("<|user|>", t.convert_tokens_to_ids("<|user|>"))]
-    t.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|user|> $A <|end|>", special_tokens=ends
-    )
+    processor = processors.TemplateProcessing(single="<|user|> $A <|end|>", special_tokens=ends)
+    t.backend_tokenizer.post_processor = processor
     assert prompt_ids(t, "1+1?") == [ends[1][1], *bare]
 
 
@@ -122,20 +116,19 @@ def test_a_setting_given_twice_is_refused(tmp_path, capsys):
         assert "is set twice" in refusal(capsys, flags.read_config, tmp_path / "c.yaml")
 
 
-def test_a_folder_has_one_owner_and_a_killed_one_leaves_it(tmp_path, capsys):
-    code = (
-        f"import sys, time; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; sys.argv[0] = {sys.argv[0]!r}\n"
-        f"from pathlib import Path; from conftest import run_settings; from run.folder import open_run\n"
-        f"open_run(run_settings(Path({str(tmp_path / 'run')!r})), {{}}); print('open', flush=True); time.sleep(60)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert other.stdout and other.stdout.readline() == "open\n"
+def test_a_folder_has_one_owner_and_a_killed_one_leaves_it(tmp_path, start, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rl_mrt.py"])
+    flags = "--bonus 0 --eval-every 0 --steps 200 --problems-per-step 2 --group-size 2 --max-tokens 60 --out run"
+    other = start(tmp_path, "rl_mrt.py", *flags.split())
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.01)
     for resume, overwrite in ((True, False), (False, True)):
-        error = refusal(capsys, open_run, run_settings(tmp_path / "run", resume, overwrite), {})
-        assert "another process is writing there" in error
+        settings = rl_mrt.flags([*flags.split()[:-1], str(tmp_path / "run")])
+        settings.resume, settings.overwrite = resume, overwrite
+        assert "another process is writing there" in refusal(capsys, check_out, settings)
     other.kill()
-    other.wait()
-    open_run(run_settings(tmp_path / "run", resume=True), {})
+    other.join()
+    check_out(settings)
 
 
 @pytest.mark.parametrize("damage", ["training.pt", "model.safetensors", "missing"])
@@ -155,25 +148,7 @@ def test_only_the_newest_checkpoint_stays_and_a_cut_one_is_named(tmp_path, token
     assert f"{newest} cannot be read (" in line and "--overwrite" in line
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_both_signals_finish_the_step_and_write_a_checkpoint(tmp_path, number, code):
-    command = [sys.executable, "rl_mrt.py", "--engine", "transformers", "--bonus", "0", "--eval-every", "0", "--steps"]
-    more = ["200", "--problems-per-step", "2", "--group-size", "2", "--max-tokens", "60", "--out", str(tmp_path / "k")]
-    run = subprocess.Popen(command + more, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    lines, began = tmp_path / "k" / "metrics.jsonl", time.time()
-    while not (lines.exists() and lines.read_text().count("\n") > 1) and time.time() - began < 60:
-        time.sleep(0.1)
-    run.send_signal(number)
-    out, error = run.communicate(timeout=60)
-    assert run.returncode == code and not error and "--resume" in out.splitlines()[-1]
-    done = len(lines.read_text().splitlines())
-    assert json.loads((tmp_path / "k" / "config.json").read_text())
-    assert (tmp_path / "k" / "checkpoints" / f"step_{done:06d}").exists()
-
-
 def test_positions_that_move_are_told(capsys):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     sizes = dict(vocab_size=704, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=20, rope_parameters=rope)).eval()

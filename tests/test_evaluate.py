@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import refusal
 
 import evaluate
 from evaluate import token_ratio
@@ -18,26 +19,14 @@ def options(*flags):
 
 def record(i, answers, gold="7", tokens=100, logprobs=None):
     """The records of a problem's traces."""
-    return [
-        {
-            "id": str(i),
-            "problem": f"p{i}",
-            "gold": gold,
-            "sample": s,
-            "boxed": a,
-            "reward": float(a == gold),
-            "verdict": "none" if a is None else "right" if a == gold else "wrong",
-            "finish": "stop" if a is not None else "length",
-            "finished": a is not None,
-            "tokens": tokens,
-            "mean_logprob": logprobs[s] if logprobs else -0.5,
-            "boundaries": [0, tokens - 5],
-            "J": [],
-            "answer_tokens": [],
-            "forced": [],
-        }
-        for s, a in enumerate(answers)
-    ]
+    about = {"id": str(i), "problem": f"p{i}", "gold": gold, "tokens": tokens, "boundaries": [0, tokens - 5]}
+    rows = [{**about, "sample": s, "boxed": a, "reward": float(a == gold)} for s, a in enumerate(answers)]
+    for row, logprob in zip(rows, logprobs or [-0.5] * len(rows)):
+        none = row["boxed"] is None
+        row |= {"verdict": "none" if none else "right" if row["reward"] else "wrong", "finished": not none}
+        row |= {"finish": "length" if none else "stop", "mean_logprob": logprob}
+        row |= {"J": [], "answer_tokens": [], "forced": []}
+    return rows
 
 
 def test_each_metric_of_a_problem_by_hand():
@@ -76,9 +65,7 @@ def test_token_ratio_is_two_where_a_model_needs_half_of_the_tokens():
 
 
 def test_more_k_than_samples_is_an_error(capsys):
-    with pytest.raises(SystemExit) as stop:
-        options("--num-samples", "4", "--k", "8")
-    assert stop.value.code == 2 and "--k 8" in capsys.readouterr().err
+    assert "--k 8" in refusal(capsys, options, "--num-samples", "4", "--k", "8")
 
 
 def write_run(folder, dataset, model, rows, **settings):
@@ -135,10 +122,8 @@ def test_five_hundred_problems_with_64_samples_are_scored_in_seconds():
     rows = []
     for i in range(500):
         p = rng.beta(0.7, 0.7)
-        drawn = [
-            "7" if rng.random() < p else None if rng.random() < 0.1 else str(rng.zipf(1.6) + 10) for _ in range(64)
-        ]
-        rows += record(i, drawn)
+        wrong = [None if rng.random() < 0.1 else str(rng.zipf(1.6) + 10) for _ in range(64)]
+        rows += record(i, ["7" if rng.random() < p else answer for answer in wrong])
     args = options("--num-samples", "64", "--metric", "all")
     began = time.perf_counter()
     summary = evaluate.summarise(rows, evaluate.problem_values(args, rows))

@@ -18,42 +18,16 @@ from engine.models import ROOT
 from experiments import compare, report, variants
 from run.files import read_jsonl
 
-TOY = {
-    "train": {
-        "dataset": "tiny",
-        "max-tokens": 64,
-        "max-sampled-tokens": 2500,
-        "eval-every": 1,
-        "eval-problems": 3,
-        "problems-per-step": 4,
-        "group-size": 4,
-        "lr": 2e-4,
-    },
-    "methods": {
-        "GRPO": "rl_mrt.py --bonus 0",
-        "MRT online": "rl_mrt.py --bonus 1 --variant online --progress likelihood",
-    },
-    "confirm": {
-        "seeds": {"base": 1, "GRPO": 1, "MRT online": 1, "STaR": 1},
-        "evaluate": {
-            "metric": "all",
-            "split": "test",
-            "limit": 6,
-            "max-tokens": 64,
-            "num-samples": 2,
-            "budgets": "32,64",
-        },
-    },
-    "star": {
-        "max-tokens": 96,
-        "limit": 16,
-        "iterations": 1,
-        "num-samples": 2,
-        "forced-answers": 2,
-        "eval-split": "validation",
-        "eval-problems": 2,
-    },
-}
+TOY = yaml.safe_load("""
+train: {dataset: tiny, max-tokens: 64, max-sampled-tokens: 2500, eval-every: 1, eval-problems: 3,
+        problems-per-step: 4, group-size: 4, lr: 2.0e-4}
+methods: {GRPO: rl_mrt.py --bonus 0, MRT online: rl_mrt.py --bonus 1 --variant online --progress likelihood}
+confirm:
+  seeds: {base: 1, GRPO: 1, MRT online: 1, STaR: 1}
+  evaluate: {metric: all, split: test, limit: 6, max-tokens: 64, num-samples: 2, budgets: "32,64"}
+star: {max-tokens: 96, limit: 16, iterations: 1, num-samples: 2, forced-answers: 2, eval-split: validation,
+       eval-problems: 2}
+""")
 
 
 def execute(folder: Path, *command):
@@ -70,9 +44,8 @@ def test_the_comparison_from_nothing_and_again_from_its_runs(tmp_path):
     pages = tmp_path / "run" / "pages"
     tables = json.loads((pages / "summary.json").read_text())["tables"]
     rows = tables["Reinforcement learning"]
-    assert rows["MRT online"]["gain"]["mean"] == pytest.approx(
-        rows["MRT online"]["right"]["mean"] - rows["base"]["right"]["mean"]
-    )
+    gain = rows["MRT online"]["right"]["mean"] - rows["base"]["right"]["mean"]
+    assert rows["MRT online"]["gain"]["mean"] == pytest.approx(gain)
     folder = tmp_path / "run" / "confirm" / "grpo-seed0"
     evaluated = json.loads((folder / "test" / "summary.json").read_text())["metrics"]
     assert rows["GRPO"]["right"]["mean"] == pytest.approx(evaluated["pass@1"]["mean"])
@@ -124,9 +97,8 @@ def test_every_command_of_the_comparison_is_one_that_its_script_takes(monkeypatc
     monkeypatch.chdir(ROOT)
     config = yaml.safe_load((ROOT / "experiments" / name).read_text())
     config["confirm"]["seeds"] |= dict.fromkeys(config["methods"], 1)
-    for words in (
-        words for job in compare.jobs_of(types.SimpleNamespace(out=Path("runs/none")), config) for _, words in job
-    ):
+    jobs = compare.jobs_of(types.SimpleNamespace(out=Path("runs/none")), config)
+    for words in (words for job in jobs for _, words in job):
         variant = words[0] == "experiments/variants.py"
         assert not variant or words[1] in variants.VARIANTS
         script, flags = ("rl_mrt.py", words[2:]) if variant else (words[0], words[1:])

@@ -64,10 +64,9 @@ def train(say, folder, *flags: str, processes: int = 1) -> list[dict]:
     assert done.returncode == 0, done.stderr
     metrics = jsonl(folder / "metrics.jsonl")
     for step in metrics:
-        told = (
-            "{}, step {step}: right {reward:.2f}, loss {loss:+.5f}, gradient norm {grad_norm:.4f}, sampler and trainer "
-        )
-        told += "differ by at most {sampler_gap_max:.1e}, {sampling_seconds:.1f} + {update_seconds:.1f} s"
+        told = "{}, step {step}: right {reward:.2f}, loss {loss:+.5f}, gradient norm {grad_norm:.4f}, "
+        told += "sampler and trainer differ by at most {sampler_gap_max:.1e}, "
+        told += "{sampling_seconds:.1f} + {update_seconds:.1f} s"
         say(told.format(folder.name, **step))
     return metrics
 

@@ -11,10 +11,11 @@ import json
 import math
 import time
 from fractions import Fraction
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
+from conftest import SHARED
 
 import grading.votes
 from common import (
@@ -29,59 +30,35 @@ from common import (
 )
 from run.report import bootstrap_interval
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # skipped where it is absent
-
 # ---------------------------------------------------------------------------- segmentation
 
-ALL_SIX = (
-    "p1\n\np2\n\np3\n\nBut wait, x\n\np4\n\np5\n\nAlternatively, x\n\np6\n\np7\n\n"
-    "Is there another way to think about this? x\n\np8\n\np9\n\nBut let me double-check x\n\np10\n\n"
-    "p11\n\nBut hold on, x\n\np12\n\np13\n\nWait x\n\np14"
-)
+A, B, C = "a\n\nb\n\nc", "a\n\nb\n\nc\n\n", "Wait, d\n\ne"
+SIX = [
+    "p1\n\np2\n\np3",
+    "But wait, x\n\np4\n\np5",
+    "Alternatively, x\n\np6\n\np7",
+    "Is there another way to think about this? x\n\np8\n\np9",
+    "But let me double-check x\n\np10\n\np11",
+    "But hold on, x\n\np12\n\np13",
+    "Wait x\n\np14",
+]
+ALL_SIX = "\n\n".join(SIX)
 PUBLISHED_SPLITS = [  # text, max_steps, group_size, episodes
     ("", 49, 1, [""]),
     ("Wait, is that right?\n\nb\n\nc\n\nd", 49, 1, ["Wait, is that right?\n\nb\n\nc\n\nd"]),
     ("a\n\nWait, 1\n\nWait, 2\n\nWait, 3\n\nz", 49, 1, ["a\n\nWait, 1\n\nWait, 2", "Wait, 3\n\nz"]),
-    (
-        "a\n\nb\n\nc\n\nWait, d\n\ne\n\nAlternatively, f\n\ng",
-        49,
-        1,
-        ["a\n\nb\n\nc", "Wait, d\n\ne\n\nAlternatively, f\n\ng"],
-    ),
-    ("a\n\nb\n\nc\n\n\nWait, d\n\ne", 49, 1, ["a\n\nb\n\nc\n\n\nWait, d\n\ne"]),
-    ("a\n\nb\n\nc\n\n\n\nWait, d\n\ne", 49, 1, ["a\n\nb\n\nc", "Wait, d\n\ne"]),
-    ("a\n\nb\n\nc\n\n\n\nWait, d\n\ne", 49, 5, ["a\n\nb\n\nc\n\nWait, d\n\ne"]),
-    ("a\n\nb\n\nc\n\nwait, d\n\ne", 49, 1, ["a\n\nb\n\nc\n\nwait, d\n\ne"]),
-    ("a\n\nb\n\nc\n\n Wait, d\n\ne", 49, 1, ["a\n\nb\n\nc\n\n Wait, d\n\ne"]),
-    ("a\n\nb\n\nc\n\nWaiting for the bus", 49, 1, ["a\n\nb\n\nc", "Waiting for the bus"]),
+    (B + "Wait, d\n\ne\n\nAlternatively, f\n\ng", 49, 1, [A, "Wait, d\n\ne\n\nAlternatively, f\n\ng"]),
+    (B + "\n" + C, 49, 1, [B + "\n" + C]),
+    (B + "\n\n" + C, 49, 1, [A, C]),
+    (B + "\n\n" + C, 49, 5, [B + C]),
+    (B + "wait, d\n\ne", 49, 1, [B + "wait, d\n\ne"]),
+    (B + " Wait, d\n\ne", 49, 1, [B + " Wait, d\n\ne"]),
+    (B + "Waiting for the bus", 49, 1, [A, "Waiting for the bus"]),
     ("a\r\n\r\nb\r\n\r\nc\r\n\r\nWait, d", 49, 1, ["a\r\n\r\nb\r\n\r\nc\r\n\r\nWait, d"]),
-    ("a\n\nb\n\nc\n\nWait, d\n\n\n\n", 49, 1, ["a\n\nb\n\nc", "Wait, d"]),
-    ("a\n\nb\n\nc \n\nWait, d\t\n", 49, 1, ["a\n\nb\n\nc ", "Wait, d\t"]),  # newlines only
-    (
-        ALL_SIX,
-        49,
-        1,
-        [
-            "p1\n\np2\n\np3",
-            "But wait, x\n\np4\n\np5",
-            "Alternatively, x\n\np6\n\np7",
-            "Is there another way to think about this? x\n\np8\n\np9",
-            "But let me double-check x\n\np10\n\np11",
-            "But hold on, x\n\np12\n\np13",
-            "Wait x\n\np14",
-        ],
-    ),
-    (
-        ALL_SIX,
-        3,
-        1,
-        [
-            "p1\n\np2\n\np3",
-            "But wait, x\n\np4\n\np5",
-            "Alternatively, x\n\np6\n\np7",
-            ALL_SIX[ALL_SIX.index("Is there") :],
-        ],
-    ),
+    (B + "Wait, d\n\n\n\n", 49, 1, [A, "Wait, d"]),
+    (A + " \n\nWait, d\t\n", 49, 1, [A + " ", "Wait, d\t"]),  # newlines only
+    (ALL_SIX, 49, 1, SIX),
+    (ALL_SIX, 3, 1, [*SIX[:3], ALL_SIX[ALL_SIX.index("Is there") :]]),
     (ALL_SIX, 49, 5, [ALL_SIX[: ALL_SIX.index("\n\nBut hold")], ALL_SIX[ALL_SIX.index("But hold") :]]),
     (ALL_SIX, 0, 1, [ALL_SIX]),
 ]
@@ -136,12 +113,6 @@ def test_minimum_of_three_paragraphs():
         assert len(episode_spans(thought)) == (3 if gap > 2 else 2)
 
 
-@pytest.mark.parametrize("max_steps, group_size", [(-1, 1), (49, 0), (49, -2)])
-def test_segmentation_refuses(max_steps, group_size):
-    with pytest.raises(ValueError):
-        episode_spans("a", Segmentation(max_steps, group_size))
-
-
 # ---------------------------------------------------------------------------- pass@k
 
 
@@ -156,15 +127,8 @@ def test_pass_at_k_brute_force():
 def test_pass_at_k_published():
     """NeMo-Skills: 7 problems x 3 samples and 4 x 4, its own expected numbers."""
     seven, four = [3, 0, 3, 3, 3, 2, 1], [4, 1, 3, 0]
-    expected = {
-        (3, 1): 71.42857142857143,
-        (3, 2): 80.95238095238096,
-        (3, 3): 85.71428571428571,
-        (4, 1): 50.0,
-        (4, 2): 62.5,
-        (4, 3): 68.75,
-        (4, 4): 75.0,
-    }
+    expected = {(3, 1): 71.42857142857143, (3, 2): 80.95238095238096, (3, 3): 85.71428571428571}
+    expected |= {(4, 1): 50.0, (4, 2): 62.5, (4, 3): 68.75, (4, 4): 75.0}
     for (n, k), percent in expected.items():
         correct = seven if n == 3 else four
         assert 100 * np.mean([pass_at_k(n, c, k) for c in correct]) == pytest.approx(percent, abs=1e-9)
@@ -173,12 +137,6 @@ def test_pass_at_k_published():
 def test_pass_at_k_large_is_stable():
     assert pass_at_k(10_000, 1, 100) == pytest.approx(0.01, abs=1e-15)
     assert pass_at_k(1000, 3, 1000) == 1 and pass_at_k(1000, 0, 1000) == 0
-
-
-@pytest.mark.parametrize("n, c, k", [(4, 0, 8), (4, 5, 1), (4, 1, 0), (4, -1, 1), (4, 1, -1), (0, 0, 1), (-1, 0, 1)])
-def test_pass_at_k_refuses(n, c, k):
-    with pytest.raises(ValueError):
-        pass_at_k(n, c, k)
 
 
 # ---------------------------------------------------------------------------- maj@k
@@ -213,46 +171,33 @@ VOTES = {  # gold is "1"
 
 
 @pytest.mark.parametrize("name", VOTES)
-def test_maj_at_k_brute_force_plain(name):
-    for k in range(1, len(VOTES[name]) + 1):
-        assert maj_at_k(VOTES[name], "1", k) == pytest.approx(brute_force_maj(VOTES[name], "1", k), abs=1e-12)
-
-
-@pytest.mark.parametrize("name", VOTES)
-def test_maj_at_k_brute_force_weighted(name):
-    rng = np.random.default_rng(2)
-    n = len(VOTES[name])
-    for weights in ((2 ** -rng.random(n)).tolist(), rng.integers(1, 4, n).tolist()):  # no ties; many ties
+def test_maj_at_k_brute_force(name):
+    answers, rng = VOTES[name], np.random.default_rng(2)
+    n = len(answers)
+    for weights in (None, (2 ** -rng.random(n)).tolist(), rng.integers(1, 4, n).tolist()):  # plain; no ties; many ties
         for k in range(1, n + 1):
-            assert maj_at_k(VOTES[name], "1", k, weights) == pytest.approx(
-                brute_force_maj(VOTES[name], "1", k, weights), abs=1e-12
-            )
+            value = maj_at_k(answers, "1", k, weights)
+            assert value == pytest.approx(brute_force_maj(answers, "1", k, weights), abs=1e-12)
+
+
+PLURAL = [-0.3907, -1.2075, -0.823, -0.0211, -1.0796, -0.5982, -1.2373, -1.0022]
+MINOR = [-0.0017, -0.7404, -1.3014, -0.3659, -0.4878, -1.3057, -0.2866, -0.8513]
 
 
 @pytest.mark.parametrize(
     "answers, logprobs, k, value",
     [  # published, by all subsets
-        (list("11122345"), None, 4, 0.6285714285714286),
-        (list("12223345"), None, 4, 0.12142857142857143),
-        (list("123123"), None, 4, 1 / 3),
-        (list("1122"), [-0.6309, -0.3884, -0.7669, -0.6074], 2, 2 / 3),
-        (
-            list("11122345"),
-            [-0.3907, -1.2075, -0.823, -0.0211, -1.0796, -0.5982, -1.2373, -1.0022],
-            4,
-            0.5285714285714286,
-        ),
-        (
-            list("12223345"),
-            [-0.0017, -0.7404, -1.3014, -0.3659, -0.4878, -1.3057, -0.2866, -0.8513],
-            4,
-            0.24285714285714285,
-        ),
+        ("11122345", None, 4, 0.6285714285714286),
+        ("12223345", None, 4, 0.12142857142857143),
+        ("123123", None, 4, 1 / 3),
+        ("1122", [-0.6309, -0.3884, -0.7669, -0.6074], 2, 2 / 3),
+        ("11122345", PLURAL, 4, 0.5285714285714286),
+        ("12223345", MINOR, 4, 0.24285714285714285),
     ],
 )
 def test_maj_at_k_published(answers, logprobs, k, value):
     weights = None if logprobs is None else [2**p for p in logprobs]
-    assert maj_at_k(answers, "1", k, weights) == pytest.approx(value, abs=1e-9)
+    assert maj_at_k(list(answers), "1", k, weights) == pytest.approx(value, abs=1e-9)
 
 
 def test_maj_at_k_of_all_samples_published():
@@ -308,52 +253,24 @@ def test_maj_at_k_monte_carlo(monkeypatch):
     assert np.std(few) == pytest.approx(0.5 / math.sqrt(500), rel=0.5)  # the stated error
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (["1", "2"], "1", 3),
-        (["1"], "1", 0),
-        ([], "1", 1),
-        (["1", "2"], None, 1),
-        (["1", "2"], "1", 1, [1.0]),
-        (["1", "2"], "1", 1, [1.0, math.nan]),
-        (["1", "2"], "1", 1, [1.0, 0.0]),
-        (["1", "2"], "1", 1, [1.0, math.inf]),
-        (["1", "2"], "1", 1, [1.0, -1.0]),
-    ],
-)
-def test_maj_at_k_refuses(arguments):
-    with pytest.raises(ValueError):
-        maj_at_k(*arguments)
-
-
 # ---------------------------------------------------------------------------- regret
 
 BUDGETS = [4096, 8192, 12288, 16384]
+LONG = [1331, 3033, 3736, 5564, 5869, 8154, 12229, 12478, 13447, 13776, 14583, 15936, 16860]
+UNEVEN = [1.0, 0.75, 0.6875, 0.9375, 0.0, 0.9375, 0.0625, 0.5625, 0.75, 0.3125, 0.3125, 1.0, 0.4375]
+RISING, STEPS, QUARTERS = [500, 2000, 4500, 8000, 15000], [0.2, 0.4, 0.6, 0.8], [0.25, 0.5, 0.75, 1.0]
 PUBLISHED_REGRET = [  # tokens, accuracies, normalised regret at BUDGETS
-    (
-        [500, 2000, 4500, 8000, 15000],
-        [0, 0.25, 0.5, 0.75, 1.0],
-        [0.7726658203125001, 0.5779836077008929, 0.4419890718005952, 0.339508056640625],
-    ),
+    (RISING, [0, *QUARTERS], [0.7726658203125001, 0.5779836077008929, 0.4419890718005952, 0.339508056640625]),
     ([20000], [1.0], [0.8976, 0.7951999999999999, 0.6928000000000001, 0.5903999999999998]),
     ([6000, 9000], [0.5, 1.0], [0.8293333333333334, 0.6342278645833332, 0.42724609375, 0.3204345703125]),
-    ([4096, 8192, 12288, 16384], [0.25, 0.5, 0.75, 1.0], [0.875, 0.75, 0.625, 0.5]),
+    (BUDGETS, QUARTERS, [0.875, 0.75, 0.625, 0.5]),
     (
         [1000, 5000, 5000, 9000],
-        [0.2, 0.4, 0.6, 0.8],
+        STEPS,
         [0.7659105468749999, 0.5764255859374998, 0.4522786458333333, 0.38920898437499996],
     ),
-    (
-        [1000, 4096, 4096, 9000],
-        [0.2, 0.4, 0.6, 0.8],
-        [0.7488281250000001, 0.5326522354200653, 0.4228515625, 0.36713867187500004],
-    ),
-    (
-        [1331, 3033, 3736, 5564, 5869, 8154, 12229, 12478, 13447, 13776, 14583, 15936, 16860],
-        [1.0, 0.75, 0.6875, 0.9375, 0.0, 0.9375, 0.0625, 0.5625, 0.75, 0.3125, 0.3125, 1.0, 0.4375],
-        [0.2879898939403974, 0.3414534034026915, 0.3974588029036721, 0.40110189264470886],
-    ),
+    ([1000, 4096, 4096, 9000], STEPS, [0.7488281250000001, 0.5326522354200653, 0.4228515625, 0.36713867187500004]),
+    (LONG, UNEVEN, [0.2879898939403974, 0.3414534034026915, 0.3974588029036721, 0.40110189264470886]),
 ]
 
 
@@ -382,29 +299,6 @@ def test_normalized_regret_where_positions_decrease():
         assert normalized_regret(x.tolist(), y.tolist(), 8192) == pytest.approx(dense, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ([], [], 10),
-        ([1, 2], [0.5], 10),
-        ([1], [0.5], 0),
-        ([1], [0.5], -1),
-        ([1], [0.5], math.nan),
-        ([1], [0.5], math.inf),
-        ([math.nan], [0.5], 10),
-        ([-1], [0.5], 10),
-        ([math.inf], [0.5], 10),
-        ([1], [math.nan], 10),
-        ([1], [50.0], 10),
-        ([1], [-0.1], 10),
-        ([[1, 2]], [[0.1, 0.2]], 10),
-    ],
-)
-def test_normalized_regret_refuses(arguments):
-    with pytest.raises(ValueError):
-        normalized_regret(*arguments)
-
-
 def test_additional_regret_closed_forms():
     # Voting reaches 1 at once, thinking stays at 0: area thinking 0. And the other way round.
     assert additional_regret([(0, 1, 1, 1), (0, 1, 1, 1)]) == 1
@@ -424,13 +318,8 @@ def test_additional_regret_closed_forms():
     assert additional_regret(trace, episodes=9) == additional_regret(trace)
 
 
-def test_additional_regret_undefined_and_refused():
+def test_additional_regret_undefined():
     assert math.isnan(additional_regret([(1, 1, 1, 1)])) and math.isnan(additional_regret([(0, 0, 0, 0)] * 3))
-    for bad in ([], [(1, 1, 1)], [(1, 1, 1, 2)], [(1, 1, 1, math.nan)]):
-        with pytest.raises(ValueError):
-            additional_regret(bad)
-    with pytest.raises(ValueError):
-        additional_regret([(1, 1, 1, 1)] * 2, episodes=0)
 
 
 # ---------------------------------------------------------------------------- bootstrap
@@ -445,15 +334,6 @@ def test_bootstrap_interval_matches_the_normal_approximation():
     narrow = bootstrap_interval(rows, level=0.5)
     assert narrow[2] - narrow[1] == pytest.approx(2 * 0.674 * error, rel=0.1)
     assert bootstrap_interval(rows) == (mean, low, high) != bootstrap_interval(rows, seed=1)
-
-
-def test_bootstrap_interval_covers():
-    rng = np.random.default_rng(6)
-    inside = 0
-    for trial in range(300):
-        _, low, high = bootstrap_interval(rng.random(30) ** 2, draws=400, seed=trial)
-        inside += low < 1 / 3 < high
-    assert 0.89 < inside / 300 < 0.98
 
 
 def test_bootstrap_interval_weighs_problems_equally():
@@ -473,15 +353,33 @@ def test_bootstrap_interval_paired_differences_are_narrower():
     assert alone[2] - alone[1] > 10 * (high - low)
 
 
-def test_bootstrap_interval_of_one_problem_and_refusals():
+def test_bootstrap_interval_of_one_problem():
     mean, low, high = bootstrap_interval([[0.0, 1.0, 1.0, 1.0]])
     assert mean == 0.75 and math.isnan(low) and math.isnan(high)
-    for bad in ([], [[]], [[1.0], []], [[1.0], [math.nan]], [[1.0], [math.inf]]):
-        with pytest.raises(ValueError):
-            bootstrap_interval(bad)
-    for options in ({"level": 0}, {"level": 1}, {"level": 95}, {"draws": 0}):
-        with pytest.raises(ValueError):
-            bootstrap_interval([[1.0], [0.0]], **options)
+
+
+# ---------------------------------------------------------------------------- what is refused
+
+LEVELS = [("level", 0), ("level", 1), ("level", 95), ("draws", 0)]
+VOTED, PAIR = ["1", "2"], [(1, 1, 1, 1)] * 2
+REFUSED = [(lambda *of: episode_spans("a", Segmentation(*of)), of) for of in ((-1, 1), (49, 0), (49, -2))]
+REFUSED += [(pass_at_k, of) for of in ((4, 0, 8), (4, 5, 1), (4, 1, 0), (4, -1, 1), (4, 1, -1), (0, 0, 1), (-1, 0, 1))]
+REFUSED += [(maj_at_k, of) for of in ((VOTED, "1", 3), (["1"], "1", 0), ([], "1", 1), (VOTED, None, 1))]
+REFUSED += [(maj_at_k, (VOTED, "1", 1, [1.0, *w])) for w in ([], [math.nan], [0.0], [math.inf], [-1.0])]
+REFUSED += [(normalized_regret, ([1], [0.5], budget)) for budget in (0, -1, math.nan, math.inf)]
+REFUSED += [(normalized_regret, ([tokens], [0.5], 10)) for tokens in (math.nan, -1, math.inf)]
+REFUSED += [(normalized_regret, ([1], [accuracy], 10)) for accuracy in (math.nan, 50.0, -0.1)]
+REFUSED += [(normalized_regret, (*of, 10)) for of in (([], []), ([1, 2], [0.5]), ([[1, 2]], [[0.1, 0.2]]))]
+REFUSED += [(additional_regret, (of,)) for of in ([], [(1, 1, 1)], [(1, 1, 1, 2)], [(1, 1, 1, math.nan)])]
+REFUSED += [(additional_regret, (PAIR, 0))]
+REFUSED += [(bootstrap_interval, (of,)) for of in ([], [[]], [[1.0], []], [[1.0], [math.nan]], [[1.0], [math.inf]])]
+REFUSED += [(partial(bootstrap_interval, **{name: of}), ([[1.0], [0.0]],)) for name, of in LEVELS]
+
+
+@pytest.mark.parametrize("function, arguments", REFUSED)
+def test_what_has_no_value_is_refused(function, arguments):
+    with pytest.raises(ValueError):
+        function(*arguments)
 
 
 # ---------------------------------------------------------------- all published outputs, where present

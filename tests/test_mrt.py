@@ -8,12 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
+from conftest import jsonl, refusal
 
 import common
 import rl_mrt
 from common import Forcing, Segmentation, Trace, episode_progress, set_likelihood_J, set_sampled_J
-from engine import models
 from engine.logprobs import token_logprobs
 from engine.sampler import Sampler
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
@@ -42,33 +41,28 @@ def test_progress_telescopes_so_a_whole_trace_bonus_would_say_nothing_about_the_
         assert sum(episode_progress(values)) == pytest.approx(0.8)
 
 
-def test_online_bonus_reinforces_the_episode_that_gains_and_not_the_one_that_gains_nothing():
-    """Two traces, both right: GRPO sees a flat group and learns nothing; MRT tells their episodes apart."""
-    group = [a_trace([0.1, 0.1, 0.9]), a_trace([0.1, 0.9, 0.9])]
-    rows = rl_mrt.episode_credit(group)
-    # Mean progress over the 4 episodes: 0.4. Two tokens an episode; the answer's token makes no progress.
-    expected = [[-0.4, -0.4, 0.4, 0.4, -0.4], [0.4, 0.4, -0.4, -0.4, -0.4]]
-    np.testing.assert_allclose(rows, expected, atol=1e-12)
-
-
-def test_the_mean_is_a_baseline_and_no_fee_for_episodes():
-    """Ending the thought and starting an episode that gains nothing are treated alike: no hidden length penalty."""
-    group = [a_trace([0.1, 0.9]), a_trace([0.1, 0.9, 0.9, 0.9])]
-    rows = rl_mrt.episode_credit(group)
-    ends_at_once, goes_on = rows[0][2], rows[1][2]
-    assert ends_at_once == pytest.approx(goes_on) and ends_at_once < 0
+@pytest.mark.parametrize(
+    "group, credits",
+    [
+        # Both right, so GRPO sees a flat group and learns nothing; MRT tells their episodes apart. Mean progress over
+        # the 4 episodes: 0.4. Two tokens an episode; the answer's token makes no progress.
+        (([0.1, 0.1, 0.9], [0.1, 0.9, 0.9]), ([-0.4, -0.4, 0.4, 0.4, -0.4], [0.4, 0.4, -0.4, -0.4, -0.4])),
+        # Ending the thought and episodes that gain nothing are treated alike: no hidden length penalty. Mean: 0.2.
+        (([0.1, 0.9], [0.1, 0.1, 0.1, 0.1]), ([0.6, 0.6, -0.2], [-0.2] * 7)),
+    ],
+)
+def test_online_bonus_is_progress_above_the_groups_mean(group, credits):
+    for row, expected in zip(rl_mrt.episode_credit([a_trace(values) for values in group]), credits, strict=True):
+        np.testing.assert_allclose(row, expected, atol=1e-12)
 
 
 def test_online_bonus_scales_with_alpha_and_punishes_lost_ground():
     group = [a_trace([0.5, 0.9, 0.2, 0.9]), a_trace([0.5], reward=0.0)]
-    ((row, _),) = rl_mrt.advantages_of(
-        options("--bonus", "2", "--variant", "online", "--progress", "likelihood"), [group]
-    )
+    args = options("--bonus", "2", "--variant", "online", "--progress", "likelihood")
+    ((row, _),) = rl_mrt.advantages_of(args, [group])
     mean, grpo = 0.4 / 3, 0.5 / (0.5 + 1e-4)
     episodes = [grpo + 2 * (progress - mean) for progress in (0.4, -0.7, 0.7)]
-    expected = [a for a in episodes for _ in range(2)] + [grpo - 2 * mean]
-    np.testing.assert_allclose(row, expected)
-    assert row[2] < 0
+    np.testing.assert_allclose(row, [*np.repeat(episodes, 2), grpo - 2 * mean])
 
 
 def test_progress_in_nats_is_what_an_episode_tells_of_the_answer():
@@ -86,20 +80,15 @@ def placed(problems):
     return [{**p, "place": i} for i, p in enumerate(problems)]
 
 
-def scripted(monkeypatch, prefix_right, going_on_right):
+def scripted(tokenizer, prefix_right, going_on_right):
     """Runs the prefix variant with scripted outcomes: how many of the m stops and of the G rollouts are right."""
     args = options("--bonus", "1", "--variant", "prefix", "--forced-answers", "4")
-    tokenizer = models.load_tokenizer("tiny")
-    problems = data.load_problems("tiny", "validation", 1)
-    gold = problems[0]["answer"]
+    problems, calls = data.load_problems("tiny", "validation", 1), []
 
     def completion(text, right):
-        text += f"</think>\n\n**Final Answer:** \\boxed{{{gold if right else 'wrong'}}}"
+        text += f"</think>\n\n**Final Answer:** \\boxed{{{problems[0]['answer'] if right else 'wrong'}}}"
         ids = encode(tokenizer, text) + [tokenizer.eos_token_id]
-        text, offsets = text_and_offsets(tokenizer, ids)
-        return Completion(ids, [0.0] * len(ids), "stop", text, offsets)
-
-    calls = []
+        return Completion(ids, [0.0] * len(ids), "stop", *text_and_offsets(tokenizer, ids))
 
     def generate(asked, limits, seeds, n=1, temperature=1.0, top_p=1.0):
         calls.append(asked)
@@ -110,23 +99,17 @@ def scripted(monkeypatch, prefix_right, going_on_right):
 
     sampler = types.SimpleNamespace(tokenizer=tokenizer, generate=generate)
     groups = rl_mrt.rollouts_prefix(args, sampler, placed(problems), (0, 0))
-    stats = rl_mrt.rollout_stats(args, groups)
-    return [row[0] for row in rl_mrt.advantages_of(args, groups)[0]], stats, calls, groups
+    advantages = [row[0] for row in rl_mrt.advantages_of(args, groups)[0]]
+    return advantages, rl_mrt.rollout_stats(args, groups), calls, groups
 
 
-def test_prefix_variant_is_not_grpo_and_pushes_up_what_beats_stopping(monkeypatch):
-    """J(μ|c) = 0, half of the rollouts that go on are right: on balance going on is reinforced."""
-    advantages, stats, _, _ = scripted(monkeypatch, prefix_right=0, going_on_right=2)
+@pytest.mark.parametrize("J", [0, 1])
+def test_prefix_variant_reinforces_what_beats_stopping(tokenizer, J):
+    """Half of the rollouts that go on are right: with J(μ|c) = 0 going on is on balance reinforced, with 1 stopping."""
+    advantages, stats, _, _ = scripted(tokenizer, prefix_right=4 * J, going_on_right=2)
     grpo = 0.5 / (0.5 + 1e-4)
-    np.testing.assert_allclose(advantages, [grpo + 1, grpo + 1, -grpo, -grpo])
-    assert sum(advantages) > 0 and stats["progress_of_going_on"] == 0.5
-
-
-def test_prefix_variant_favours_stopping_where_the_prefix_is_solved(monkeypatch):
-    advantages, stats, _, _ = scripted(monkeypatch, prefix_right=4, going_on_right=2)
-    grpo = 0.5 / (0.5 + 1e-4)
-    np.testing.assert_allclose(advantages, [grpo, grpo, -grpo - 1, -grpo - 1])
-    assert sum(advantages) < 0 and stats["J_prefix"] == 1
+    np.testing.assert_allclose(advantages, np.array([grpo, grpo, -grpo, -grpo]) + np.array([1, 1, 0, 0]) - J)
+    assert (stats["J_prefix"], stats["progress_of_going_on"]) == (J, 0.5 - J)
 
 
 def test_trap_1_normalising_the_bonus_within_the_shared_prefix_group_would_be_grpo():
@@ -139,12 +122,12 @@ def test_trap_1_normalising_the_bonus_within_the_shared_prefix_group_would_be_gr
         assert (ours - common.group_advantages(f)).abs().max() > 0.1
 
 
-def test_prefix_variant_trains_only_what_follows_the_prefix(monkeypatch):
-    _, _, calls, groups = scripted(monkeypatch, prefix_right=0, going_on_right=2)
+def test_prefix_variant_trains_only_what_follows_the_prefix(tokenizer):
+    _, _, calls, groups = scripted(tokenizer, prefix_right=0, going_on_right=2)
     partial, stops, contexts = calls
     assert contexts[0] == groups[0][0].prompt and contexts[0][: len(partial[0])] == partial[0]
     assert stops[0][: len(contexts[0])] == contexts[0]
-    tail = models.load_tokenizer("tiny").decode(stops[0][len(contexts[0]) :]).lstrip("\n")
+    tail = tokenizer.decode(stops[0][len(contexts[0]) :]).lstrip("\n")
     assert tail in (common.STOP_PHRASE, "</think>")  # the latter where the prefix is the complete thought
 
 
@@ -166,9 +149,8 @@ def test_without_a_thinking_marker_the_prefix_is_graded_with_what_follows(sample
     args = options("--bonus", "1")
     problems = data.load_problems("tiny", "validation", 1)
     prompts = [prompt_ids(tokenizer, problems[0]["problem"])]
-    groups = rl_mrt.sample_groups(
-        args, sampler, placed(problems), prompts, 1, (0,), [f"so \\boxed{{{problems[0]['answer']}}}"]
-    )
+    prefixes = [f"so \\boxed{{{problems[0]['answer']}}}"]
+    groups = rl_mrt.sample_groups(args, sampler, placed(problems), prompts, 1, (0,), prefixes)
     assert all(trace.reward == 1 for trace in groups[0])
 
 
@@ -223,20 +205,17 @@ def test_bonus_zero_ignores_the_variant_and_a_bonus_does_not(model, tokenizer, v
     assert not all(np.allclose(a, b) for x, y in zip(with_bonus, without) for a, b in zip(x, y))
 
 
-def test_online_and_grpo_train_on_the_same_sampled_tokens(model, tokenizer):
-    grpo, *_ = one_update(model, tokenizer, options("--bonus", "0"))
-    mrt, *_ = one_update(model, tokenizer, options("--bonus", "1", "--variant", "online", "--progress", "likelihood"))
-    for a, b in zip((t for g in grpo for t in g), (t for g in mrt for t in g)):
-        assert a.completion.token_ids == b.completion.token_ids
-
-
-@pytest.mark.parametrize("parts", [300, 100_000])
-def test_micro_batch_size_does_not_change_the_step(model, tokenizer, parts):
-    flags = ["--bonus", "1", "--variant", "online", "--progress", "likelihood", "--max-grad-norm", "0"]
-    *_, whole, _ = one_update(model, tokenizer, options(*flags))
-    *_, split, _ = one_update(model, tokenizer, options(*flags, "--max-tokens-per-batch", str(parts)))
+def test_micro_batch_size_does_not_change_the_step_nor_mrt_the_sampled_tokens(model, tokenizer):
+    flags = "--bonus 1 --variant online --progress likelihood --max-grad-norm 0 --max-tokens-per-batch"
+    mrt, _, whole, _ = one_update(model, tokenizer, options(*flags.split(), "100000"))
+    *_, split, _ = one_update(model, tokenizer, options(*flags.split(), "300"))
     for a, b in zip(whole, split):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    args = options("--bonus", "0")
+    problems = data.load_problems("tiny", "train", args.problems_per_step)
+    grpo = rl_mrt.rollouts_grpo(args, Sampler(TransformersEngine(model), tokenizer), placed(problems), (0, 0))
+    for a, b in zip((t for g in grpo for t in g), (t for g in mrt for t in g), strict=True):
+        assert a.completion.token_ids == b.completion.token_ids
 
 
 def test_several_updates_a_batch_use_the_policy_before_the_first(model, tokenizer):
@@ -293,26 +272,20 @@ def test_recorded_prefixes_are_those_of_the_records_and_only_what_follows_is_sam
     args = options("--variant", "prefix", "--prefixes", str(recorded), "--group-size", "3")
     problems = rl_mrt.recorded_prefixes(args, tokenizer)
     assert problems == rl_mrt.recorded_prefixes(args, tokenizer)
-    records = [json.loads(line) for line in (recorded / "records.jsonl").read_text().splitlines()]
     for problem in problems:
         ids, J = problem["prefix"]["token_ids"], problem["prefix"]["J"]
-        assert any(
-            r["token_ids"][: len(ids)] == ids and (len(ids), J) in zip(r["boundaries"], r["J"])
-            for r in records
-            if r["id"] == problem["id"]
-        )
+        rows = [r for r in jsonl(recorded / "records.jsonl") if r["id"] == problem["id"]]
+        assert any(r["token_ids"][: len(ids)] == ids and (len(ids), J) in zip(r["boundaries"], r["J"]) for r in rows)
     assert any(problem["prefix"]["token_ids"] for problem in problems)
     before = sampler.sampled_tokens
     groups = rl_mrt.rollouts_prefix(args, sampler, placed(problems), (0, 0))
     drawn = [trace for group in groups for trace in group]
     assert sampler.sampled_tokens - before == sum(len(trace.completion.token_ids) for trace in drawn)
     for problem, group in zip(problems, groups):
+        ids = problem["prefix"]["token_ids"]
         for trace in group:
             assert trace.prefix_J == problem["prefix"]["J"] and "prefix" not in trace.record()
-            assert (
-                trace.prompt[len(trace.prompt) - len(problem["prefix"]["token_ids"]) :]
-                == problem["prefix"]["token_ids"]
-            )
+            assert trace.prompt[len(trace.prompt) - len(ids) :] == ids
 
 
 @pytest.mark.parametrize(
@@ -329,7 +302,7 @@ def test_the_advantage_with_a_recorded_J(f, expected):
 
 def test_records_that_are_no_prefixes_are_refused(tokenizer, recorded, capsys):
     args = options("--variant", "prefix", "--prefixes", str(recorded))
-    records = [json.loads(line) for line in (recorded / "records.jsonl").read_text().splitlines()]
+    records = jsonl(recorded / "records.jsonl")
     for change, message in (
         ({"J": []}, "have no J"),
         ({"prompt_tokens": 3}, "another tokenizer or chat template"),

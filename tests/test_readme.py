@@ -14,6 +14,7 @@ import types
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, SCRIPTS
 
 import common
 from engine.tokens import Completion, encode, text_and_offsets
@@ -22,43 +23,22 @@ from run.data import load_problems
 from run.files import json_line
 from run.flags import read_config
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "configs/README.md", "experiments/findings.md"]
 PAGES += [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 TEXT = "\n".join(TEXTS.values())
-COMMAND = re.compile(
-    r"^ {4}(?:python|torchrun --nproc-per-node \d+) (-m [\w.]+|\S+\.py)(.*?)(?: {2,}#.*| +#.*)?$", re.M
-)
+COMMAND = re.compile(r"^ {4}(?:python|torchrun --nproc-per-node \d+) (-m [\w.]+|\S+\.py)(.*?)(?: +#.*)?$", re.M)
 COMMANDS = list(dict.fromkeys((script, flags.strip()) for script, flags in COMMAND.findall(TEXT)))
 COMMANDS = [(script, flags) for script, flags in COMMANDS if not script.startswith("tests/")]
-MAIN = ("analyze_r1.py", "star_mrt.py", "rl_mrt.py", "evaluate.py", "budget_force.py")
+MAIN = [f"{name}.py" for name in SCRIPTS]
 # What makes a command small, after its own flags; models and data that are not here become the embedded ones.
-SMALL = {
-    "--limit": 2,
-    "--max-tokens": 48,
-    "--answer-tokens": 8,
-    "--forced-answers": 1,
-    "--num-samples": 2,
-    "--eval-problems": 2,
-    "--problems-per-step": 2,
-    "--group-size": 2,
-    "--steps": 1,
-    "--iterations": 1,
-    "--epochs": 1,
-    "--batch-size": 4,
-    "--extensions": 2,
-    "--extension-tokens": 8,
-    "--budgets": "24,48",
-    "--dtype": "float32",
-    "--engine": "transformers",
-    "--kl": 0,
-    "--max-tokens-per-batch": 2048,
-}
+SMALL = """--limit 2 --max-tokens 48 --answer-tokens 8 --forced-answers 1 --num-samples 2 --eval-problems 2 --steps 1
+--problems-per-step 2 --group-size 2 --iterations 1 --epochs 1 --batch-size 4 --extensions 2 --extension-tokens 8
+--budgets 24,48 --dtype float32 --engine transformers --kl 0 --max-tokens-per-batch 2048"""
 SMALL_OF = {
-    "-m tiny.build": {"--steps": 2, "--batch": 2},
-    "-m tiny.backtrack": {"--steps": 2, "--batch": 2},
-    "star_mrt.py": {"--limit": 9, "--max-tokens": 192, "--forced-answers": 4},  # the filter keeps something
+    "-m tiny.build": "--steps 2 --batch 2",
+    "-m tiny.backtrack": "--steps 2 --batch 2",
+    "star_mrt.py": f"{SMALL} --limit 9 --max-tokens 192 --forced-answers 4",  # the filter keeps something
 }
 
 
@@ -111,9 +91,10 @@ def at_toy_size(script: str, text: str, out: Path) -> list[str]:
     words, flags = shlex.split(text), []
     for i, word in enumerate(words):
         flags.append(word if word.startswith("-") else here(words[i - 1], word))
-    for flag, value in (SMALL_OF[script] if script not in MAIN else {**SMALL, **SMALL_OF.get(script, {})}).items():
+    small = SMALL_OF.get(script, SMALL).split()
+    for flag, value in zip(small[::2], small[1::2]):
         if script not in MAIN or flag in flags_of(script):
-            flags += [flag, str(value)]
+            flags += [flag, value]
     if script in MAIN and "--config" in words:  # its model and data are on the Hub
         flags += ["--model", "tiny", "--dataset", "tiny", "--split", "train"]
     if "--k" in words:
@@ -155,9 +136,8 @@ def test_functions_files_and_figures_that_are_named_exist():
     for page, text in TEXTS.items():
         for file in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (ROOT / page).parent.joinpath(file).exists(), f"{page}: {file}"
-    for file in re.findall(
-        r"`((?:tests|configs|experiments|docs|engine|run|grading)/[\w-]+\.(?:py|yaml|png|md|json))", TEXT
-    ):
+    folders = "tests|configs|experiments|docs|engine|run|grading"
+    for file in re.findall(rf"`((?:{folders})/[\w-]+\.(?:py|yaml|png|md|json))", TEXT):
         assert (ROOT / file).exists(), file
 
 
@@ -180,9 +160,8 @@ def test_every_number_with_an_interval_is_one_of_the_comparison():
         if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
             digits = 0 if "tokens" in column else 2
             for sign in ("", "+") if value["mean"] is not None else ():
-                mean, low, high = (
-                    "∞" if value[n] is None else f"{value[n]:{sign}.{digits}f}" for n in ("mean", "low", "high")
-                )
+                numbers = (value[name] for name in ("mean", "low", "high"))
+                mean, low, high = ("∞" if n is None else f"{n:{sign}.{digits}f}" for n in numbers)
                 known.add(f"{mean} [{low}, {high}]")
         elif isinstance(value, dict):
             for name, inner in value.items():
@@ -191,10 +170,8 @@ def test_every_number_with_an_interval_is_one_of_the_comparison():
     for file in (ROOT / "experiments").glob("**/summary.json"):
         collect(json.loads(file.read_text(encoding="utf-8")))
     for page in ("README.md", "experiments/findings.md"):
-        cells = re.findall(r"[+-]?\d+(?:\.\d+)? \[[+-]?\d[^]]*\]", TEXTS[page])
-        assert len(cells) > 8 and not [cell for cell in cells if cell not in known], [
-            c for c in cells if c not in known
-        ]
+        cells = set(re.findall(r"[+-]?\d+(?:\.\d+)? \[[+-]?\d[^]]*\]", TEXTS[page]))
+        assert len(cells) > 8 and not cells - known, cells - known
 
 
 # A paragraph between marks, and where its numbers stand in a file, one a line, in their order. A place is a path like
@@ -280,9 +257,8 @@ def follow(monkeypatch):
     """follow(name): puts what CONTRIBUTING.md gives for `common.name` there."""
 
     def put(name: str) -> None:
-        (block,) = [
-            b for b in re.findall(r"```python\n(.*?)```", TEXTS["CONTRIBUTING.md"], re.S) if name in b.split("\n")[0]
-        ]
+        blocks = re.findall(r"```python\n(.*?)```", TEXTS["CONTRIBUTING.md"], re.S)
+        (block,) = [b for b in blocks if name in b.split("\n")[0]]
         there = {**vars(common)}
         exec(block, there)
         monkeypatch.setattr(common, name, there[name])

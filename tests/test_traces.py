@@ -119,11 +119,8 @@ def test_j_is_one_where_the_prefix_holds_the_answer_and_small_where_it_does_not(
     thought += "Wait, " + line(int(x), int(b), target)
     completion = completion_of(tokenizer, thought, "length")
     trace = read_trace(tokenizer, problem, prompt, completion, Segmentation(max_episodes=8))
-    for estimate in (
-        lambda: set_sampled_J(sampler, [trace], Forcing(16, 8), (0,)),
-        lambda: set_likelihood_J(sampler, [trace]),
-    ):
-        estimate()
+    for estimate in (lambda *of: set_sampled_J(*of, Forcing(16, 8), (0,)), set_likelihood_J):
+        estimate(sampler, [trace])
         assert trace.J[0] < 0.3 and trace.J[1] < 0.3 and trace.J[2] > 0.9
         assert all(n <= 8 for n in trace.answer_tokens)
 

@@ -1,0 +1,179 @@
+"""The contract of the engines: the same tokens, log-probs, limits and likelihoods, whichever answers; vLLM where it is
+installed. And what the transformers engine shares between rows."""
+
+import collections
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, keys
+from servers import KEY, Served, VllmServe
+from test_gpu import needs_vllm
+
+from engine import transformers_engine
+from engine.prefixes import pack_prefixes, pack_tensors
+from engine.sampler import Sampler
+from engine.tokens import encode, text_and_offsets
+from engine.transformers_engine import TransformersEngine, draw
+from engine.vllm_engine import VllmEngine
+
+IN_VLLM = [pytest.param(name, marks=needs_vllm) for name in ("vllm", "vllm serve")]
+
+
+@pytest.fixture(scope="module", params=["transformers", "served", *IN_VLLM])
+def engine(request, model, tokenizer, tmp_path_factory):
+    """A sampler of the embedded model, by each engine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", KEY)
+        if request.param in ("served", "vllm serve"):
+            by_vllm = request.param == "vllm serve"
+            server = VllmServe(tmp_path_factory.mktemp("vllm")) if by_vllm else Served(model, tokenizer)
+            yield server.over(tokenizer)
+            server.end()
+            return
+        of_model = TransformersEngine(model)
+        vllm = request.param == "vllm"
+        sampler = Sampler(VllmEngine(str(ROOT / "tiny"), torch.float32, 400, of_model) if vllm else of_model, tokenizer)
+        yield sampler
+        sampler.close()
+
+
+@pytest.fixture(scope="module")
+def uneven(tokenizer, prompts):
+    """Prompts of different lengths."""
+    more = encode(tokenizer, "Okay, try x = 8: 8² ≡ 3, + 17 ≡ 20 vs 5: no.\n\n")
+    return [p + more[: i % 7] for i, p in enumerate(prompts)]
+
+
+def test_greedy_tokens_equal_transformers_generate(engine, model, tokenizer, uneven):
+    for prompt, (c,) in zip(uneven, engine.generate(uneven, 40, keys(uneven), temperature=0)):
+        ids = torch.tensor([prompt])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        assert c.token_ids == expected[0, len(prompt) :].tolist()
+        assert (c.text, c.offsets) == text_and_offsets(tokenizer, c.token_ids)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 1.0), (1.0, 0.8)])
+def test_log_probs_are_those_of_the_distribution_sampled_from(engine, model, uneven, temperature, top_p):
+    for prompt, row in zip(uneven, engine.generate(uneven, 30, keys(uneven), 2, temperature, top_p)):
+        for c in row:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + c.token_ids])).logits[0, len(prompt) - 1 : -1]
+            probs = (logits.double() / temperature).softmax(-1)
+            for p in probs if top_p < 1 else ():  # the long way: tokens, most likely first, until their mass is top_p
+                order = p.argsort(descending=True)
+                p[order[1 + int((p[order].cumsum(0) < top_p).sum()) :]] = 0
+            logprobs = (probs / probs.sum(-1, keepdim=True)).log()
+            expected = logprobs[torch.arange(len(c.token_ids)), torch.tensor(c.token_ids)]
+            np.testing.assert_allclose(c.logprobs, expected.tolist(), atol=1e-4)
+
+
+def test_a_sample_depends_on_its_seed_and_number_and_not_on_the_batch(engine, uneven, monkeypatch):
+    def ids(prompts, seeds, **how):
+        return [[c.token_ids for c in row] for row in engine.generate(prompts, 50, seeds, **how)]
+
+    together = ids(uneven, keys(uneven), n=3)
+    assert ids(uneven[4:5], [(0, 4)], n=3) == together[4:5]
+    assert ids(uneven[4:5], [(0, 4)], n=1, first=2) == [together[4][2:]]
+    monkeypatch.setattr(transformers_engine, "MAX_ROWS", 2)
+    assert ids(uneven[3:6], keys(uneven)[3:6], n=3) == together[3:6]
+    assert len(set(map(tuple, together[4]))) > 1 and ids(uneven[4:5], [(1, 4)], n=3) != together[4:5]
+
+
+def test_each_prompt_keeps_its_own_limit_and_a_chosen_end_of_turn_is_a_token(engine, tokenizer, uneven):
+    limits, reasons = [1 + 13 * i for i in range(len(uneven))], set()
+    before = engine.sampled_tokens
+    rows = engine.generate(uneven, limits, keys(uneven), n=2)
+    for limit, row in zip(limits, rows):
+        for c in row:
+            reasons.add(c.finish_reason)
+            assert 1 <= len(c.token_ids) == len(c.logprobs) <= limit
+            ended = c.token_ids[-1] == tokenizer.eos_token_id
+            assert c.finish_reason == ("stop" if ended else "length") and (ended or len(c.token_ids) == limit)
+            assert tokenizer.eos_token_id not in c.token_ids[:-1]
+    assert reasons == {"stop", "length"}
+    assert engine.sampled_tokens - before == sum(len(c.token_ids) for row in rows for c in row)
+
+
+def test_a_stop_token_ends_a_completion_and_belongs_to_it(engine, tokenizer, prompts):
+    (marker,) = encode(tokenizer, "</think>")
+    ended = [c for (c,) in engine.generate(prompts, 250, keys(prompts), stop=[marker]) if c.finish_reason == "stop"]
+    assert ended and all(c.token_ids[-1] == marker and c.token_ids.count(marker) == 1 for c in ended)
+
+
+def test_likelihoods_equal_a_plain_forward(engine, model, uneven):
+    heads = [p[:k] for p in uneven for k in (3, 6, len(p))]
+    tails = [[5, 6, 7, 8][: 1 + i % 4] for i in range(len(heads))]
+    for head, tail, value in zip(heads, tails, engine.score(heads, tails)):
+        with torch.no_grad():
+            logp = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+        assert value == pytest.approx(sum(float(logp[len(head) - 1 + i, t]) for i, t in enumerate(tail)), abs=1e-4)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_the_call_and_costs_nothing(engine, uneven):
+    if isinstance(engine.engine, TransformersEngine):
+        pytest.skip("the run has checked it")
+    before = engine.sampled_tokens
+    with pytest.raises(ValueError, match=r"exceed the (engine's 400|server's 4096)"):
+        engine.generate([*uneven, uneven[0] * 900], 50, keys([*uneven, 0]))
+    assert engine.sampled_tokens == before
+    assert len(engine.generate(uneven, 5, keys(uneven))) == len(uneven)
+
+
+@pytest.mark.parametrize("prompts, limit", [([[]], 5), ([[1]], 0)])
+def test_refuses_empty_prompts_and_empty_budgets(engine, prompts, limit):
+    with pytest.raises(ValueError):
+        engine.generate(prompts, limit, [(0,)])
+
+
+# ------------------------------------------------------------------------------------------------ transformers
+
+
+def test_draws_follow_the_distribution():
+    """A chi-square test of 20,000 draws, and no token without probability is ever drawn."""
+    logits = torch.tensor([[-math.inf, 0.0, 1.0, -1.0, 2.0, -math.inf]])
+    uniform = torch.from_numpy(np.random.default_rng(0).random(20_000))
+    token, _ = draw(logits.expand(20_000, -1), uniform, 1.0, 1.0)
+    counts = torch.bincount(token, minlength=6).double()
+    expected = logits[0].double().softmax(-1) * 20_000
+    assert counts[0] == counts[5] == 0
+    assert float(((counts - expected) ** 2 / expected)[1:5].sum()) < 16.3  # 99.9 % of χ² with 3 degrees of freedom
+    for u in (0.0, 1 - 2**-53):
+        token, logprob = draw(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0)
+        assert torch.isfinite(logprob).all() and token.item() in (1, 4)
+
+
+def test_shared_prefixes_are_computed_once(sampler, prompts):
+    prefix = prompts[0] + list(range(300, 360))
+    asked = [prefix[: len(prompts[0]) + 10 * k] + [260, 261] for k in range(2, 7)]
+    sampler.generate(asked, 3, keys(asked), n=4)
+    assert sampler.computed_tokens - sampler.sampled_tokens == len(prefix) + 5 * 2  # not Σ of the five prompts
+    assert len(pack_prefixes(asked)) == 1
+
+
+def test_packed_rows_give_the_hidden_states_of_separate_rows(model):
+    rng = np.random.default_rng(0)
+    trunk = rng.integers(0, 600, 30).tolist()
+    sequences = [trunk[:k] + rng.integers(0, 600, 4).tolist() for k in (5, 10, 11, 20, 30)]
+    sequences += [trunk, trunk[:20], [7, 8]]
+    packs = pack_prefixes(sequences)
+    assert collections.Counter(s for pack in packs for s in pack.paths) == collections.Counter(range(len(sequences)))
+    ids, mask, positions = pack_tensors(packs, "cpu")
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state
+        for b, pack in enumerate(packs):
+            for s, path in pack.paths.items():
+                assert [pack.token_ids[i] for i in path] == sequences[s]
+                alone = model.base_model(input_ids=torch.tensor([sequences[s]])).last_hidden_state[0]
+                torch.testing.assert_close(hidden[b, path], alone, atol=2e-4, rtol=1e-4)
+
+
+def test_text_and_offsets_cover_the_text_and_hold_characters_of_several_tokens(tokenizer):
+    text = "Okay, try x = 8: 8² ≡ 3,é漢🙂 end\n\n"
+    ids = [*encode(tokenizer, text), tokenizer.eos_token_id]
+    got, offsets = text_and_offsets(tokenizer, ids)
+    assert got == text and offsets[0] == 0 and offsets[-1] == len(text) and len(offsets) == len(ids) + 1
+    assert offsets == sorted(offsets)
+    cut, _ = text_and_offsets(tokenizer, encode(tokenizer, "🙂")[:2])
+    assert "\ufffd" not in cut
