@@ -452,7 +452,7 @@ def maj_at_k(answers: Sequence[Hashable], gold: Hashable, k: int, weights: Seque
 # ============================================================================================ 5 the GRPO loss
 
 
-def group_advantages(rewards: torch.Tensor, normalize_std: bool = True) -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """A = (r - mean) / (std + 1e-4) within each group; [groups, rollouts] → the same shape.
 
     The std is the population's (a group of 1 gives 0, not NaN); the authors' is unbiased, √(G / (G - 1)) times it. A
@@ -462,8 +462,7 @@ def group_advantages(rewards: torch.Tensor, normalize_std: bool = True) -> torch
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
     std = rewards.std(-1, keepdim=True, unbiased=False)
-    scaled = centred / (std + 1e-4) if normalize_std else centred
-    return torch.where(std > 1e-6, scaled, torch.zeros_like(scaled))
+    return torch.where(std > 1e-6, centred / (std + 1e-4), torch.zeros_like(centred))
 
 
 def grpo_loss(

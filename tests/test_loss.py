@@ -116,9 +116,8 @@ def test_rule_7_flat_groups_and_groups_of_one_have_exactly_no_advantage():
 def test_rule_8_difficulty_weighting_of_the_std_is_what_the_docstring_says():
     rewards = torch.zeros(1, 16, dtype=torch.float64)
     rewards[0, 3] = 1
-    assert group_advantages(rewards, False)[0, 3].item() == pytest.approx(0.9375)
-    assert group_advantages(rewards, True)[0, 3].item() == pytest.approx(0.9375 / (math.sqrt(15) / 16 + 1e-4))
-    assert group_advantages(rewards, True).sum().item() == pytest.approx(0, abs=1e-9)
+    assert group_advantages(rewards)[0, 3].item() == pytest.approx(0.9375 / (math.sqrt(15) / 16 + 1e-4))
+    assert group_advantages(rewards).sum().item() == pytest.approx(0, abs=1e-9)
 
 
 def test_rule_9_inputs_are_left_as_they_are(model):

@@ -55,11 +55,7 @@ def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method
     printed, run = succeeded(done), tmp_path / "run"
     assert "step    1" in printed and "step    2" in printed and "validation after 2 steps" in printed
     settings = json.loads((run / "config.json").read_text())["settings"]
-    assert (settings["max_tokens"], settings["bonus"], settings["model"]) == (
-        80,
-        int(METHODS[method].split()[1]),
-        "tiny",
-    )
+    assert (settings["max_tokens"], settings["bonus"], settings["model"]) == (80, int(flags[1]), "tiny")
 
     records = jsonl(run / "records.jsonl")
     assert len(records) == 32
@@ -92,8 +88,8 @@ def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method
     changes = [(a - b).abs().max().item() for a, b in zip(trained.parameters(), base.parameters())]
     assert max(changes) > 1e-4 and all(map(math.isfinite, changes))
     text = "Find x between 1 and 10 such that x² + 3 ≡ 7 (mod 61).</think>"
-    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
-    assert tokenizers[0].encode(text) == tokenizers[1].encode(text)
+    ours, theirs = (AutoTokenizer.from_pretrained(folder).encode(text) for folder in folders)
+    assert ours == theirs
 
 
 SMALL = "--bonus 1 --progress sampled --problems-per-step 2 --group-size 4 --max-tokens 48 --forced-answers 2".split()
@@ -183,21 +179,6 @@ def test_an_evaluation_writes_records_and_a_summary_of_them(straight_evaluation)
 
 
 EVALUATED = ("records.jsonl", "summary.json", "summary.md")
-
-
-@pytest.mark.parametrize("line", [8, 2], ids=["after a batch", "within a batch"])
-def test_a_record_cut_by_a_crash_is_made_again(tmp_path, execute, straight_evaluation, line):
-    """Killed within a write: the file ends in the middle of a line, and here of a character."""
-    shutil.copytree(straight_evaluation, tmp_path / "run")
-    lines = (straight_evaluation / "records.jsonl").read_bytes().splitlines(keepends=True)
-    cut = lines[line][: lines[line].rindex("²".encode()) + 1]
-    (tmp_path / "run" / "records.jsonl").write_bytes(b"".join(lines[:line]) + cut)
-    succeeded(execute(tmp_path, "evaluate.py", *EVALUATION, "--num-samples", 4, "--out", "run", "--resume"))
-    if line == 8:  # the batches are those of the straight run
-        assert_same_bits(tmp_path / "run", straight_evaluation, EVALUATED)
-    else:
-        same_traces(tmp_path / "run", straight_evaluation)
-        assert_same_content(tmp_path / "run", straight_evaluation, files=("summary.json",))
 
 
 def same_traces(run: Path, other: Path) -> None:
