@@ -1,7 +1,7 @@
 """Benchmarks: python tests/bench.py NAME [...] [--trl-python PYTHON] [--rows FILE.jsonl ...] [--authors grader.py]
 
 engine    tokens a second of transformers' `generate` (one padded batch), our transformers engine and vLLM, where it is
-          there, on the same prompts; and how much of what repeats in forced answers is computed once
+          there, on the same prompts
 prefixes  forced answers at every boundary of every trace: prefixes shared, against the authors' call a trace
 progress  estimators of J against 256 sampled answers on the same prefixes: error, cost
 update    log-probs and loss of an update at a vocabulary of 152k, forward and backward: time and peak memory of ours
@@ -89,8 +89,7 @@ def bench_engine(args) -> None:
     samplers, speeds = {"our transformers engine": ours}, {"transformers generate": []}
     works, why_not = vllm_or_why_not()
     if works:
-        longest = max(len(more) + 100, max(map(len, prompts)) + max_tokens)
-        engine = VllmEngine(resolve_model("tiny"), torch.float32, longest)
+        engine = VllmEngine(resolve_model("tiny"), torch.float32, max(map(len, prompts)) + max_tokens)
         samplers[works] = Sampler(engine, tokenizer)
     print(works or why_not)
     for size in sizes:
@@ -104,16 +103,6 @@ def bench_engine(args) -> None:
     rows = [(name, [f"{speed:,.0f}" for speed in row]) for name, row in speeds.items()]
     for name, row in [("tokens/s, prompts at once:", sizes), *rows, ("ours / generate", [f"{r:.1f}" for r in ratios])]:
         print(f"{name:32s}" + "".join(f"{cell!s:>8s}" for cell in row))
-    trace = prompt_ids(tokenizer, problems[0]["problem"]) + more
-    asked = [trace[:end] for end in range(100, len(trace), 100)]
-    total = 4 * sum(map(len, asked))
-    print(f"4 forced answers at {len(asked)} boundaries of a trace of {len(trace)} tokens, {total:,} prompt tokens:")
-    for name, of in samplers.items():
-        before = of.computed_tokens - of.sampled_tokens
-        of.generate(asked, 4, [(1, i) for i in range(len(asked))], n=4)
-        computed = of.computed_tokens - of.sampled_tokens - before
-        shared = (total - computed) / (total - len(asked[-1]))
-        print(f"{name:32s} {computed:,} computed: {shared:.1%} of what repeats is shared")
 
 
 def bench_prefixes(args) -> None:
@@ -172,9 +161,7 @@ def bench_progress(args) -> None:
 
 def in_process(python: str, call: str, rows: str = "") -> dict:
     """What a function of this file returns, called in a process of its own."""
-    code = (
-        f"import json, sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import bench; print(json.dumps(bench.{call}))"
-    )
+    code = f"import json, sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]; import bench; print(json.dumps(bench.{call}))"
     done = subprocess.run([python, "-c", code], input=rows, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
@@ -266,9 +253,8 @@ def trl_steps() -> dict[str, float]:
 
 def our_steps(flags: str) -> dict[str, float]:
     """The same of rl_mrt.py, and the tokens that these steps sampled and computed."""
-    settings = (
-        f"--dataset tiny --limit 525 --lr 5e-4 --steps {STEPS} --problems-per-step {PROBLEMS} --group-size {GROUP} "
-    )
+    settings = f"--dataset tiny --limit 525 --lr 5e-4 --steps {STEPS} --problems-per-step {PROBLEMS} "
+    settings += f"--group-size {GROUP} "
     settings += f"--max-tokens {TOKENS} --eval-every 0 --checkpoint-every 1000000 --engine transformers {flags} --out"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "rl_mrt.py"), *settings.split(), f"{folder}/run"]
