@@ -37,27 +37,17 @@ def defined_in(file: Path) -> set[str]:
     return names | {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
-def imports(file: Path) -> list[tuple[str, str | None, str, bool]]:
-    """(module, name taken from it, what it is called here, hidden in a function?) of every import of a file."""
+def imports(file: Path) -> list[tuple[str, str | None, bool]]:
+    """(module, name taken from it, hidden in a function?) of every import of a file."""
     tree, found = tree_of(file), []
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = {inner for function in functions for inner in ast.walk(function)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(a.name, None, a.asname or a.name, node in inside) for a in node.names]
+            found += [(a.name, None, node in inside) for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{file}, line {node.lineno}: a relative import"
-            found += [(node.module, a.name, a.asname or a.name, node in inside) for a in node.names]
-    return found
-
-
-def our_imports(file: Path) -> list[tuple[Path, str | None, str, bool]]:
-    """The same of our own files, with the file that is imported: of `from run import folder` it is folder.py."""
-    found = []
-    for module, name, here, hidden in imports(file):
-        inner = path_of(f"{module}.{name}") if name else None
-        if (target := inner or path_of(module)) is not None:
-            found.append((target, None if inner else name, here, hidden))
+            found += [(node.module, a.name, node in inside) for a in node.names]
     return found
 
 
@@ -84,7 +74,7 @@ def test_the_two_doors_take_plain_values(folder):
 def test_nothing_is_imported_in_a_function_but_what_one_can_do_without():
     for file in OURS:
         if file.parent.name != "tests":
-            for module, name, _, hidden in imports(file):
+            for module, name, hidden in imports(file):
                 full = f"{module}.{name}"
                 allowed = not hidden or f"{full}.".startswith(tuple(f"{m}." for m in OPTIONAL.split()))
                 assert allowed, f"{file.name} imports {full} in a function"
@@ -92,23 +82,11 @@ def test_nothing_is_imported_in_a_function_but_what_one_can_do_without():
 
 @pytest.mark.parametrize("file", OURS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_name_is_imported_from_where_it_is_defined(file):
-    """Nothing is re-exported: neither `from common import encode` nor `common.encode`."""
-    modules = {}
-    for target, name, here, _ in our_imports(file):
-        if name is None:
-            modules[here] = target
-        else:
-            assert name in defined_in(target), f"{file.name} imports {name} from {target.name}"
-    shadowed = {n.arg for n in ast.walk(tree_of(file)) if isinstance(n, ast.arg)} | defined_in(file)
-    for node in ast.walk(tree_of(file)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load):
-            target = modules.get(node.value.id)
-            if target is not None and node.value.id not in shadowed and not node.attr.startswith("__"):
-                libraries = {
-                    n.split(".")[0] for m, taken, n, _ in imports(target) if taken is None and path_of(m) is None
-                }
-                inside = node.attr in defined_in(target) or (file.parent.name == "tests" and node.attr in libraries)
-                assert inside, f"{file.name}, line {node.lineno}: {node.value.id}.{node.attr}"
+    """Nothing is re-exported."""
+    for module, name, _ in imports(file):
+        source = path_of(module)
+        if name and source and not path_of(f"{module}.{name}"):
+            assert name in defined_in(source), f"{file.name} imports {name} from {module}"
 
 
 def test_nothing_is_excused_for_being_imported_and_not_used():
