@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
             again = {"Retry_After": "0"} if fault == 429 else {}
             return self.reply(fault, {"error": {"message": "on purpose"}}, **again)
         if fault in ("drop", "hang"):
-            time.sleep(1.5 if fault == "hang" else 0)
+            time.sleep(5 if fault == "hang" else 0)
             self.close_connection = True
             return
         if body["model"] not in self.server.models:

@@ -62,10 +62,10 @@ def test_the_longest_prefix_of_a_trace_goes_first_and_its_others_follow(serve, t
 def test_what_passes_is_tried_again_and_changes_nothing(serve, sampler, tokenizer, prompts, monkeypatch):
     server = serve()
     served = server.over(tokenizer, 3)
-    wait_at_most(monkeypatch, 1)
+    wait_at_most(monkeypatch, 4)
     before, server.faults = len(server.bodies), [429, 500, "drop", 503, "hang", 429, "drop", 502]
     assert greedy(served, prompts) == greedy(sampler, prompts)
-    assert len(server.bodies) - before >= len(prompts) + 8  # more where a busy machine takes over a second itself
+    assert len(server.bodies) - before >= len(prompts) + 8  # more where a busy machine takes over four seconds itself
 
 
 def test_a_server_that_fails_for_good_is_one_line_that_names_resume(serve, tokenizer, prompts, capsys):
