@@ -207,7 +207,7 @@ def test_rules_11_and_12_the_sampled_ids_are_the_trained_ids_and_a_chosen_end_of
 
 def test_micro_batches_keep_every_example_once_under_the_limit():
     examples = [([1] * n, 1, np.zeros((1, n - 1))) for n in (3, 50, 7, 7, 20, 90, 4)]
-    batches = training.micro_batches(examples, range(1, 7), 60, "cpu")
+    batches = list(training.micro_batches(examples, range(1, 7), 60, "cpu"))
     assert all(ids.numel() <= 60 or len(order) == 1 for order, ids, _, _ in batches)
     assert sorted(i for order, *_ in batches for i in order) == list(range(1, 7))
 
