@@ -164,13 +164,13 @@ class ServedEngine:
 
     def at_once(self, function, requests: list[tuple]) -> list:
         """The results in order; the first request that fails for good ends the run."""
-        with ThreadPoolExecutor(self.served.concurrency) as threads:
-            try:
-                return list(threads.map(lambda request: function(*request), requests))
-            except HTTPError as error:
-                raise Refused(
-                    f"--engine {error.args[0]}; what is recorded stays, --resume goes on from there"
-                ) from error
+        threads = ThreadPoolExecutor(self.served.concurrency)
+        try:
+            return list(threads.map(lambda request: function(*request), requests))
+        except HTTPError as error:
+            raise Refused(f"--engine {error.args[0]}; what is recorded stays, --resume goes on from there") from error
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C no request is waited for
 
     def pause(self) -> None: ...
 

@@ -36,7 +36,10 @@ def end_in_one_line(main: Callable[[], None]) -> None:
     except Refused as why:
         fail(str(why))
     except KeyboardInterrupt as stop:
-        raise SystemExit(say_stopped(stop.args[0] if stop.args else signal.SIGINT)) from None
+        code = say_stopped(stop.args[0] if stop.args else signal.SIGINT)
+        with contextlib.suppress(OSError):
+            print(end="", flush=True)
+        os._exit(code)  # now: Python would wait for threads, which may wait for a server
     except BrokenPipeError:  # nobody reads any more, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try again at its end
         raise SystemExit(say_stopped(signal.SIGPIPE)) from None

@@ -18,7 +18,7 @@ import engine
 import rl_mrt
 from engine import models
 from engine.processes import LAUNCHED, ranks
-from engine.served_engine import ask, connect
+from engine.served_engine import Served, ServedEngine, ask, connect
 from run import data, training
 from run.files import append_jsonl, on_stop, read_jsonl, repair, whole_lines, write_text
 from run.folder import held, metrics_reporter, open_run, weights_digest
@@ -114,6 +114,22 @@ def test_ctrl_c_while_the_libraries_are_loaded(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=PATIENCE)[1] == "stopped by SIGINT; what is recorded is kept, --resume goes on\n"
     assert process.returncode == 130 and not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_waits_for_no_request():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    engine, began = object.__new__(ServedEngine), time.time()
+    engine.served = Served("m", "m", concurrency=2)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine.at_once(time.sleep, [(4,)] * 9)
+        assert time.time() - began < 3
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("when", ["before", "inside", "in another process", "in the update", "never"])
