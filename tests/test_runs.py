@@ -120,13 +120,13 @@ def test_ctrl_c_waits_for_no_request():
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    engine, began = object.__new__(ServedEngine), time.time()
-    engine.served = Served("m", "m", concurrency=2)
+    server, began = object.__new__(ServedEngine), time.time()
+    server.served = Served("m", "m", concurrency=2)
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
         with pytest.raises(KeyboardInterrupt):
-            engine.at_once(time.sleep, [(4,)] * 9)
+            server.at_once(time.sleep, [(4,)] * 9)
         assert time.time() - began < 3
     finally:
         signal.signal(signal.SIGALRM, before)
