@@ -182,8 +182,6 @@ def named(gold: str, answer: str, same: Same) -> bool:
         if len(answers) == 1:
             return not RELATION.search(answer) and not re.search(r"=|\\equiv", answer) and same(golds[-1], answer)
         return squeeze(golds[0]) == squeeze(answers[0]) and same(golds[-1], answers[-1])
-    if len(answers) > 1 and re.fullmatch("[a-z]", answers[-1]) and not NAME.fullmatch(answers[0]):
-        answers = answers[::-1]  # 5 = x
     *left, last = answers
     if not left or NAME.fullmatch(left[0]):
         return bool(left) and same(gold, last)
