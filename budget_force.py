@@ -530,20 +530,21 @@ def draw_accuracy(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
 
 
 def draw_search(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
-    """Figure 8: accuracy over tokens; solid maj@K of K traces, dashed the search, up to the tokens that it has."""
+    """Figure 8: accuracy over tokens, of K traces and of searches, up to the tokens that these have."""
     curves = []
     for number, (name, means) in enumerate(metrics.items()):
         ks = [int(metric[4:]) for metric in means if metric.startswith("maj@")]
         tokens = {K: K * means["tokens"]["mean"] for K in ks}
         reached = [K for K in ks if K == 1 or tokens[K] <= means["tokens of a search"]["mean"]]
         curves.append(Curve([tokens[K] for K in ks], [means[f"maj@{K}"] for K in ks], name, "o-", f"C{number}"))
-        search = [means[f"search@{K}"] for K in reached]
-        curves.append(Curve([tokens[K] for K in reached], search, None, "o--", f"C{number}"))
+        for kind, style in (("search", "o--"), ("standing", ".:")):
+            votes = [means[f"{kind}@{K}"] for K in reached]
+            curves.append(Curve([tokens[K] for K in reached], votes, None, style, f"C{number}", band=False))
     labels = {
         "xlabel": f"tokens (a trace in training: at most {settings['max_tokens']})",
         "ylabel": "accuracy of the vote",
     }
-    title = "solid: maj@K of whole traces, dashed: linearised search"
+    title = "solid: maj@K of whole traces; linearised search: dashed, dotted where only standing attempts vote"
     return report.draw_panels(out / "search.png", Panel({**labels, "title": title}, curves, tokens=True), width=4.6)
 
 

@@ -63,13 +63,14 @@ def command(script: str, out: Path, *settings: dict) -> tuple[Path, list[str]]:
 def jobs_of(args, config) -> list[Job]:
     """A training of each method and seed, and self-training with both filters; each model on test problems."""
     jobs: list[Job] = []
+    script = config["confirm"].get("script", "evaluate.py")
     for seed in range(max(config["confirm"]["seeds"].values())):
         for method in (m for m, count in config["confirm"]["seeds"].items() if seed < count):
             run = folder(args, method, seed)
             models: dict[str, Path | str] = {"test": run / "model"}
             job = []
             if method == "base":
-                models = {"test": "tiny"}
+                models = {"test": config["confirm"].get("base", "tiny")}
             elif method == "STaR":
                 last = f"model_{config['star']['iterations']}"
                 models = {"test": run / "outcome" / last, "test-mrt": run / "mrt" / last}
@@ -78,7 +79,7 @@ def jobs_of(args, config) -> list[Job]:
                 job = [command(config["methods"][method], run, config["train"], {"seed": seed})]
             for test, model in models.items():
                 where = {"model": model, "seed": seed}
-                job.append(command("evaluate.py", run / test, config["confirm"]["evaluate"], where))
+                job.append(command(script, run / test, config["confirm"]["evaluate"], where))
             jobs.append(job)
     return jobs
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import budget_force
 import evaluate
 from common import Trace, episode_spans, normalized_regret, set_likelihood_J
 from engine import models
@@ -42,6 +43,8 @@ def write_report(args, config) -> None:
     """summary.json with every number, tables.md with the tables, and the figures, of what is there. On the screen: how
     every method did, and in words the differences to its reference."""
     args.pages.mkdir(parents=True, exist_ok=True)
+    if config["confirm"].get("script") == "budget_force.py":
+        return write_searches(args, config)
     tables: dict[str, Table] = {}
     values = {method: read_values(args, config, method) for method in config["confirm"]["seeds"]}
     values |= {name: read_values(args, config, "STaR", test) for name, test in SELF_TRAINED.items()}
@@ -65,6 +68,33 @@ def write_report(args, config) -> None:
             if differences := tables.get(f"Difference to {reference}", {}).get(name):
                 print(in_words(name, reference, differences))
     print(f"\ntables: {args.pages / 'tables.md'}   numbers: {args.pages / 'summary.json'}   figures beside them")
+
+
+def write_searches(args, config) -> None:
+    """The same of a comparison by linearised search, `budget_force.py --style window`."""
+    values: dict[str, Values] = {}
+    tests = {name: (name, "test") for name in config["confirm"]["seeds"]} | {"MRT-STaR": ("STaR", "test-mrt")}
+    for name, (method, test) in tests.items():
+        runs = [folder(args, method, seed) / test for seed in range(config["confirm"]["seeds"][method])]
+        files = [run / "records.jsonl" for run in runs if (run / "summary.json").exists()]
+        rows = [sorted(load_records(file), key=lambda r: (r["id"], r["sample"])) for file in files]
+        found = [budget_force.search_values(records) for records in rows]
+        values |= {name: {metric: np.array([of[metric] for of in found]) for metric in found[0]}} if found else {}
+    draws = {metric: boot(values, metric) for metric in values["base"]}
+    levels = {name: {metric: cell_of(draws[metric][name]) for metric in draws} for name in values}
+    pairs = [(a, b) for a, b in (("MRT-STaR", "STaR"), ("MRT", "GRPO")) if {a, b} <= set(values)]
+    differences = {f"{a} - {b}": {f"Δ {m}": cell_of(of[a] - of[b]) for m, of in draws.items()} for a, b in pairs}
+    parallel = {m: f"maj@{m.split('@')[1]}" for m in draws if m.startswith(("search@", "standing@"))}
+    gains = {
+        name: {f"Δ {m}": cell_of(draws[m][name] - draws[maj][name]) for m, maj in parallel.items()} for name in values
+    }
+    tables = {"Linearised search": levels, "Differences": differences, "Search - maj at equal tokens": gains}
+    write_json(args.pages / "summary.json", {"seeds": per_seed(values), "tables": tables})
+    shown = ("right", "tokens", *(f"{kind}@{K}" for K in (1, 2, 4) for kind in ("maj", "search", "standing")))
+    for title, table in tables.items():
+        short = {name: {c: v for c, v in row.items() if c.removeprefix("Δ ") in shown} for name, row in table.items()}
+        print(f"## {title}\n\n{markdown_of(short)}" if short else "")
+    print(budget_force.draw_search({"max_tokens": 160}, levels, args.pages), args.pages / "summary.json")
 
 
 def trained_by_rl(values: dict[str, Values]) -> list[str]:

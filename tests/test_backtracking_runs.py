@@ -5,9 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
 from conftest import ROOT, assert_same_bits, jsonl, refusal
 
 import analyze_r1
@@ -365,11 +363,3 @@ def test_answers_of_metamath_are_read(tmp_path):
     file.write_text("".join(map(json_line, rows)))
     found = load_problems(str(file), "train", problem_column="query", answer_column="response")
     assert [p["answer"] for p in found] == ["7", "\\frac{1}{2}", "9"]
-
-
-def test_the_experiment_is_one_that_its_scripts_take():
-    config = yaml.safe_load((ROOT / "experiments/backtracking.yaml").read_text())
-    assert (
-        config["confirm"]["seeds"]["MRT"] >= 3
-        and np.isin(list(config["methods"]), list(config["confirm"]["seeds"])).all()
-    )

@@ -92,7 +92,7 @@ def test_a_command_that_fails_is_named_with_its_log(tmp_path):
     assert "--max-tokens 1" in log.read_text()
 
 
-@pytest.mark.parametrize("name", ["compare.yaml", "demo.yaml"])
+@pytest.mark.parametrize("name", ["compare.yaml", "demo.yaml", "backtracking.yaml"])
 def test_every_command_of_the_comparison_is_one_that_its_script_takes(monkeypatch, name):
     monkeypatch.chdir(ROOT)
     config = yaml.safe_load((ROOT / "experiments" / name).read_text())
