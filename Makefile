@@ -11,10 +11,10 @@ PY = .venv/bin/python
 	touch .venv/ready
 
 demo: .venv/ready
-	@echo "self-training with STaR and MRT-STaR, then GRPO and MRT with two seeds, one process a core; then the comparison"
+	@echo "GRPO and MRT, one training each, one process a core; then the base and both on 150 problems that neither saw"
 	$(PY) -m experiments.compare --config experiments/demo.yaml --out runs/demo
-	@echo "Pictures: method.png (J along one trace before and after) and confirmation.png in runs/demo/pages. Every trace is in"
-	@echo "runs/demo/confirm/*/records.jsonl. These are short runs: experiments/findings.md says what more seeds show."
+	@echo "Picture: runs/demo/pages/results.png. Every trace: runs/demo/confirm/*/records.jsonl. This is one seed of each:"
+	@echo "experiments/findings.md has eight, and the controls."
 
 lint: .venv/ready
 	$(PY) -m ruff check .
