@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -23,6 +24,11 @@ def fail(message: str) -> NoReturn:
     """Bad input: one line on stderr, exit code 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+NEEDED = ("torch", "transformers", "datasets", "math_verify", "matplotlib")
+if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    fail(f"not installed: {', '.join(missing)}; pip install -r requirements.txt, without a GPU requirements-cpu.txt")
 
 
 def end_in_one_line(main: Callable[[], None]) -> None:

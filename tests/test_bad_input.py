@@ -393,3 +393,10 @@ def test_a_real_process_says_one_line_and_exits_with_2(tmp_path, monkeypatch, co
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_packages_that_are_not_installed_are_one_line():
+    command = [sys.executable, "-S", str(ROOT / "rl_mrt.py")]  # without site-packages
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: not installed: torch, ") and "requirements-cpu.txt" in done.stderr
