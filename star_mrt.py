@@ -20,7 +20,7 @@ Filters. Each keeps at most --per-problem traces of a problem.
            Of backtracking (Table 4) it keeps, in each trace, the backtrack from a failed attempt to a right one that
            makes most progress, and trains it and the right attempt; what is before it is not trained.
 A cut thought ends as the model's own thoughts do, with the end-of-thinking marker, and an answer sampled after it, so
-that stopping there is what is learnt. --stop-phrase masked or trained keeps μ's forced answer after the stop phrase.
+that stopping there is what is learnt.
 """
 
 from run.files import append_jsonl, end_in_one_line, fail, json_line, write_json, write_text  # isort: split
