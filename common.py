@@ -497,8 +497,10 @@ def grpo_loss(
     return (weights * per_token).sum() / denominator, sums
 
 
-def stop_loss(stop_logprobs: torch.Tensor, gains: torch.Tensor, denominator: float) -> torch.Tensor:
-    """- 1/denominator · Σ_j π_j (J_j - f), π_j = π(</think> | z_0:j): credit for the decision to stop at a boundary.
+def stop_loss(
+    stop_logprobs: torch.Tensor, gains: torch.Tensor, denominator: float, weights: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """- 1/denominator · Σ_j w π_j (J_j - f), π_j = π(</think> | z_0:j): credit for the decision to stop at a boundary.
 
     Ours, not the paper's. Figure 6 compares rollouts that stop at a prefix with others that go on; where J is known at
     the boundaries of a trace, the trace itself is that comparison, and no rollout is needed:
@@ -507,7 +509,9 @@ def stop_loss(stop_logprobs: torch.Tensor, gains: torch.Tensor, denominator: flo
     3. A trace that went on has the outcome f, on average G_j. One that stopped has J_j on average, and adds nothing.
     4. So the mean over traces is Σ_j (1 - π_j) ∇π_j (J_j - G_j): a boundary counts as often as thoughts go on there.
 
-    stop_logprobs, gains [N]: ln π_j at every trained token, and J_j - f after a boundary, 0 elsewhere. The denominator
-    is that of `grpo_loss`.
+    stop_logprobs, gains [N]: ln π_j at every trained token, and J_j - f after a boundary, 0 elsewhere. Denominator and
+    weights are those of `grpo_loss`; a boundary is one of many tokens, so β has to be large beside α.
     """
-    return -(stop_logprobs.exp() * gains).sum() / denominator  # MRT 8: ours, β · Σ_j π_j (J_j - f) is maximised
+    return (
+        -(weights * stop_logprobs.exp() * gains).sum() / denominator
+    )  # MRT 8: ours, β · Σ_j π_j (J_j - f) is maximised

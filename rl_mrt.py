@@ -93,7 +93,7 @@ MAX_IMPORTANCE = 2.0  # importance weights between sampler and trainer are cappe
 
 
 def flags(argv=None) -> argparse.Namespace:
-    # Each flag: name, default with the embedded model (the setting of experiments/findings.md), with any other, source.
+    # Each flag: name, default with the embedded model (step and rate of experiments/findings.md), any other, source.
     parser = new_parser(
         __doc__,
         dataset=("tiny:30", "AI-MO/NuminaMath-1.5", "the paper: NuminaMath, release not named"),
@@ -103,7 +103,7 @@ def flags(argv=None) -> argparse.Namespace:
     flag = add_group(parser, "MRT")
     flag("bonus", 1.0, 1.0, "the authors' v0.1", type=non_negative, help="α of Eq. 2; 0 is GRPO")
     flag("variant", "online", "prefix", "the paper's", choices=("prefix", "online"))
-    estimate = "J by sampled forced answers, by the gold answer's likelihood, or that in nats (default: nats for "
+    estimate = "J by sampled forced answers, by the gold answer's likelihood, or its log (default: nats for "
     estimate += "tiny online, else sampled, as the authors)"
     flag("progress", choices=("sampled", "likelihood", "nats"), help=estimate)
     stop = "β of the decision to stop; ours, not the paper's (default: 50 for tiny online in nats, else 0)"
@@ -208,14 +208,15 @@ def main() -> None:
 
 
 def tell_plan(args, problems: int, validated: int) -> None:
-    """--dry-run: what is sampled at most; with --max-sampled-tokens a training may end before."""
+    """--dry-run: what --steps, or one pass over the problems, sample at most; --max-sampled-tokens is not looked at."""
     steps = args.steps or math.ceil(problems / args.problems_per_step)
     started = steps * args.problems_per_step
+    fresh = 0 if args.prefixes else started  # what prefixes are cut from
     rollouts, forced, partial_rollouts, first = started * args.group_size, 0, 0, 0
     if kind_of(args) == "backtracking":
-        first = 0 if args.prefixes else started
+        first = fresh
     elif args.bonus and args.variant == "prefix":
-        partial_rollouts, forced = started, started * args.forced_answers
+        partial_rollouts, forced = fresh, fresh * args.forced_answers
     elif args.bonus and args.progress == "sampled":
         forced = rollouts * (args.max_episodes + 1) * args.forced_answers
     tested = validated * (steps // args.eval_every + 2) if args.eval_every else 0
@@ -397,7 +398,7 @@ def cut_rollouts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
     stops = [forced_prompt(sampler.tokenizer, trace, end) for trace, end in zip(partial_rollouts, ends)]
     answers = force_answers(sampler, problems, stops, forcing_of(args), [(*s, STOPPED) for s in seeds])
     J = map(success_rate, problems, answers)
-    cut = [trace.completion.token_ids[:end] for trace, end in zip(partial_rollouts, ends)]
+    cut = [trace.completion.token_ids[:end] for trace, end in zip(partial_rollouts, ends)]  # MRT 6: c
     return [{**p, "prefix": {"token_ids": ids, "J": value}} for p, ids, value in zip(problems, cut, J)]
 
 
@@ -562,12 +563,13 @@ def update(
             with models.autocast(dtype):
                 loss, found, gap = batch_loss(args, score, reference, ids, where, columns, denominator, stop)
             (loss * ranks()[1] * bool(numbers)).backward()  # FSDP takes the mean of the processes' gradients
-            if numbers and not torch.isfinite(loss):
+            if not numbers:  # other processes have more micro-batches
+                continue
+            if not torch.isfinite(loss):
                 names = ", ".join(sorted({traces[i].problem["id"] for i in numbers}))
                 raise FloatingPointError(f"the loss is {loss.item()} on samples of {names}")
-            if numbers:
-                sums.update(found)
-            if numbers and part is parts[0]:  # sampler and trainer are still the same policy
+            sums.update(found)
+            if part is parts[0]:  # sampler and trainer are still the same policy
                 gaps.append(gap)
         if part is parts[0]:
             all_gaps = training.check_gap(gaps, dtype)
@@ -589,8 +591,8 @@ def example_of(args, trace: Trace, advantage: np.ndarray) -> training.Example:
 
 def batch_loss(args, score, reference, ids, where, columns, denominator: float, stop: int | None):
     """The loss of a micro-batch: ids [B, T], `where` [B, T] marks its N trained tokens, columns [4 or 5, N] are those
-    of `example_of` (and the old log-probs, if there are several steps); the sums of what is measured; |log-prob of the
-    trainer - of the sampler| [N]."""
+    of `example_of` (and the old log-probs, if there are several steps). Returns (loss, the sums of the metrics, the
+    distance between the log-probs of trainer and sampler [N])."""
     weights, advantage, sampled, gains, *old = columns
     scores, entropies = score(ids, where, args.temperature, also=stop)
     logprobs = scores if stop is None else scores[:, 0]
@@ -602,7 +604,7 @@ def batch_loss(args, score, reference, ids, where, columns, denominator: float, 
         logprobs, before, advantage * importance, denominator, args.clip, ref, args.kl, weights=weights
     )
     if stop is not None:
-        loss = loss + args.stop_credit * stop_loss(scores[:, 1], gains, denominator)
+        loss = loss + args.stop_credit * stop_loss(scores[:, 1], gains, denominator, weights)
     found |= {"loss": loss.item() * denominator, "entropy": float(entropies.sum())}
     found |= {"padded": ids.numel(), "importance": float(importance.sum())}
     return loss, found, (logprobs.detach() - sampled).abs().cpu()

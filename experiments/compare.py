@@ -4,8 +4,8 @@
     python -m experiments.compare --report    # tables and figures again, from the runs that are there
 
 Everything is a command of the scripts with the settings of experiments/compare.yaml, one process a core, and is printed
-as it starts; what was stopped is resumed. All methods have the same search, problems and number of sampled tokens
-(forced answers included).
+as it starts; what was stopped is resumed. All methods have the same problems and number of sampled tokens (forced
+answers included), and the setting that is best for GRPO.
 """
 
 import argparse

@@ -316,22 +316,24 @@ def draw_results(args, config, values: dict[str, Values], curves: dict[str, list
 
 
 def draw_curves(axes, config, values: dict[str, Values], curves: dict[str, list[Curves]]) -> None:
-    """The normalised regret by budget; the accuracy of an answer forced within a budget; learning curves, a thin line a
-    seed."""
+    """The normalised regret by budget; the accuracy of an answer forced within a budget; learning curves. A few methods
+    have bands, and a thin line for each seed."""
     grid, anytime = grid_of(config), boot(values, "anytime")
     regrets = {b: boot(values, f"regret@{b}") for b in budgets_of(config)}
     at = np.linspace(0, config["train"]["max-sampled-tokens"], 61)
+    few = len(values) < 6  # bands of many cannot be told apart
     for number, name in enumerate(values):
-        color = "grey" if name == "base" else f"C{number - 1}"
-        draw_curve(axes[0], list(regrets), [cell_of(draws[name]) for draws in regrets.values()], color, name, "o-")
-        draw_curve(axes[1], grid, [cell_of(column) for column in anytime[name].T], color, None, "-")
+        color, style = "grey" if name == "base" else f"C{number - 1}", "-" if number < 6 else ":"
+        at_budgets = [cell_of(draws[name]) for draws in regrets.values()]
+        draw_curve(axes[0], list(regrets), at_budgets, color, name, f"o{style}", few)
+        draw_curve(axes[1], grid, [cell_of(column) for column in anytime[name].T], color, None, style, few)
         if name in curves:
             runs = [np.interp(at, sampled, accuracy) for sampled, _, accuracy in curves[name]]
-            for curve in runs:
+            for curve in runs if few else []:
                 axes[2].plot(at / 1e3, curve, color=color, linewidth=0.5, alpha=0.4)
-            axes[2].plot(at / 1e3, np.mean(runs, 0), color=color, linewidth=2)
+            axes[2].plot(at / 1e3, np.mean(runs, 0), style, color=color, linewidth=1.5)
     axes[0].set(xlabel="token budget C0", ylabel="normalised regret", ylim=(None, 1), xticks=list(regrets))
-    axes[0].legend(fontsize=7, loc="upper right")
+    axes[0].legend(fontsize=6, loc="lower left")
     axes[1].set(xlabel="token budget", ylabel="accuracy of an answer forced by then", ylim=(0, None))
     axes[2].set(xlabel="sampled tokens of training (thousands)", ylabel="accuracy, validation problems")
 

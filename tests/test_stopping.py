@@ -75,6 +75,14 @@ def gradient(model, rolled_out, credit: float, stop: int | None, **settings) -> 
     return [old - new.detach() for old, new in zip(before, net.parameters())]
 
 
+def test_a_token_weighs_as_much_in_the_credit_as_in_the_loss():
+    """--loss-mean sequence: 1 / tokens of the sequence, here of 2 and of 4, and the sequences as denominator."""
+    chances, gains = torch.tensor([0.5, 0.25, 0.5, 0.125]), torch.tensor([1.0, 0.0, -0.5, 0.5])
+    weights = torch.tensor([1 / 2, 1 / 2, 1 / 4, 1 / 4])
+    found = common.stop_loss(chances.log(), gains, 2.0, weights)
+    assert float(found) == pytest.approx(-(0.5 / 2 - 0.25 / 4 + 0.0625 / 4) / 2)
+
+
 def test_a_credit_of_zero_is_no_credit_to_the_last_bit(model, rolled_out):
     pairs = zip(gradient(model, rolled_out, 0.0, None), gradient(model, rolled_out, 0.0, 261), strict=True)
     defaults = [
