@@ -38,7 +38,8 @@ from run.traces import (
 
 SAME = ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes")  # of runs to be compared
 SCORES = ("pass@k", "maj@k")
-MAY_CHANGE = ("metric", "k", "budgets", "num_samples", "compare", "limit")  # between a run and its --resume
+# Settings that may change between a run and its --resume.
+MAY_CHANGE = ("metric", "k", "budgets", "regret_axis", "num_samples", "compare", "limit")
 
 
 def flags(argv=None) -> argparse.Namespace:
