@@ -512,6 +512,4 @@ def stop_loss(
     stop_logprobs, gains [N]: ln π_j at every trained token, and J_j - f after a boundary, 0 elsewhere. Denominator and
     weights are those of `grpo_loss`; a boundary is one of many tokens, so β has to be large beside α.
     """
-    return (
-        -(weights * stop_logprobs.exp() * gains).sum() / denominator
-    )  # MRT 8: ours, β · Σ_j π_j (J_j - f) is maximised
+    return -(weights * stop_logprobs.exp() * gains).sum() / denominator  # MRT 8: ours, maximises Σ_j π_j (J_j - f)

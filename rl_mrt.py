@@ -398,7 +398,7 @@ def cut_rollouts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
     stops = [forced_prompt(sampler.tokenizer, trace, end) for trace, end in zip(partial_rollouts, ends)]
     answers = force_answers(sampler, problems, stops, forcing_of(args), [(*s, STOPPED) for s in seeds])
     J = map(success_rate, problems, answers)
-    cut = [trace.completion.token_ids[:end] for trace, end in zip(partial_rollouts, ends)]  # MRT 6: c
+    cut = [trace.completion.token_ids[:end] for trace, end in zip(partial_rollouts, ends)]
     return [{**p, "prefix": {"token_ids": ids, "J": value}} for p, ids, value in zip(problems, cut, J)]
 
 

@@ -49,6 +49,9 @@ def write_report(args, config) -> None:
     values = {method: read_values(args, config, method) for method in config["confirm"]["seeds"]}
     values |= {name: read_values(args, config, "STaR", test) for name, test in SELF_TRAINED.items()}
     values = {method: measured for method, measured in values.items() if measured}
+    if not values:
+        print("nothing is finished yet, so there is nothing to report")
+        return
     tables["Levels"] = levels(config, values)
     pair = {"STaR": [name for name in SELF_TRAINED if name in values], "GRPO": trained_by_rl(values)}
     for reference, others in pair.items():
@@ -190,7 +193,8 @@ def cell_of(draws: np.ndarray) -> dict[str, float]:
 def levels(config, values: dict[str, Values]) -> Table:
     """How each method did, on its own."""
     budgets = budgets_of(config)
-    shown = (f"regret@{budgets[-3]}", f"regret@{budgets[-1]}", "right", f"forced@{budgets[-3]}", "tokens")
+    middle = budgets[(len(budgets) - 1) // 2]
+    shown = (f"regret@{middle}", f"regret@{budgets[-1]}", "right", f"forced@{middle}", "tokens")
     draws = {metric: boot(values, metric) for metric in shown}
     return {
         name: {"seeds": f"{len(values[name]['right'])}", **{metric: cell_of(draws[metric][name]) for metric in shown}}

@@ -199,7 +199,7 @@ def test_unusable_responses_are_told_and_a_problem_without_any_is_kept(tokenizer
     said = capsys.readouterr().out
     assert [len(g) for g in groups] == [1, 0, 0] and longest < 4096
     assert "problem 1: no usable response" in said and "problem 2: no usable response" in said
-    assert "2 responses are empty" in said and "1 responses exceed" in said
+    assert "left out 2 responses, empty" in said and "left out 1 response, beyond" in said
     with pytest.raises(SystemExit):
         analyze_r1.read_given(args, tokenizer, problems[1:2], prompts[1:2], responses[1:2])
 
