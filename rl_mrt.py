@@ -17,7 +17,7 @@ rollouts start. l_FT is the outcome reward's objective, c_{j-1} the prefix befor
 
 On a laptop, with the embedded model (a minute or two on one core):
     python rl_mrt.py --bonus 0
-    python rl_mrt.py --bonus 1                         # --variant online --progress nats --stop-credit 50
+    python rl_mrt.py --bonus 1                         # --variant online --progress nats
 On GPUs, with the paper's data and settings (Table 3):
     python rl_mrt.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --bonus 1.0           # --variant prefix
     torchrun --nproc-per-node 8 rl_mrt.py --config configs/rl_r1_distill_1.5b.yaml
@@ -106,8 +106,8 @@ def flags(argv=None) -> argparse.Namespace:
     estimate = "J by sampled forced answers, by the gold answer's likelihood, or its log (default: nats for "
     estimate += "tiny online, else sampled, as the authors)"
     flag("progress", choices=("sampled", "likelihood", "nats"), help=estimate)
-    stop = "β of the decision to stop; ours, not the paper's (default: 50 for tiny online in nats, else 0)"
-    flag("stop-credit", type=non_negative, help=stop)
+    stop = "β of the decision to stop; ours, not the paper's (50 is what was confirmed)"
+    flag("stop-credit", type=non_negative, default=0.0, help=stop)
     stale = (
         "prefixes and their J from the records of a run of analyze_r1.py, evaluate.py or star_mrt.py, one a problem, "
     )
@@ -150,8 +150,6 @@ def flags(argv=None) -> argparse.Namespace:
     backtracking = args.parameterization == "backtracking"
     in_nats_by_default = args.variant == "online" and models.is_tiny(args.model) and not backtracking
     args.progress = args.progress or ("nats" if in_nats_by_default else "sampled")
-    if args.stop_credit is None:
-        args.stop_credit = 50.0 if in_nats_by_default and args.bonus and args.progress == "nats" else 0.0
     kind = "grpo" if args.bonus == 0 else "prefix" if args.variant == "prefix" else f"online-{args.progress}"
     name, told = f"rl-{folder.short_name(args.model)}-{kind}-seed{args.seed}", ["variant", "progress", "seed"]
     args.out = args.out or default_out(args, name, *told, *["bonus"] * (args.bonus == 0))

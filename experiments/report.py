@@ -194,7 +194,7 @@ def levels(config, values: dict[str, Values]) -> Table:
     """How each method did, on its own."""
     budgets = budgets_of(config)
     middle = budgets[(len(budgets) - 1) // 2]
-    shown = (f"regret@{middle}", f"regret@{budgets[-1]}", "right", f"forced@{middle}", "tokens")
+    shown = (f"regret@{middle}", f"regret@{budgets[-1]}", "right", f"forced@{middle}", "tokens", "idle share")
     draws = {metric: boot(values, metric) for metric in shown}
     return {
         name: {"seeds": f"{len(values[name]['right'])}", **{metric: cell_of(draws[metric][name]) for metric in shown}}
@@ -205,7 +205,7 @@ def levels(config, values: dict[str, Values]) -> Table:
 def comparison(config, values: dict[str, Values], reference: str) -> dict[str, Table]:
     """What regret falls and accuracy rises from the base, in the reference's; differences to it; behaviour."""
     regrets, forced = ([f"{name}@{budget}" for budget in budgets_of(config)] for name in ("regret", "forced"))
-    compared, wasted = (*regrets, "right", *forced, "tokens"), ("truncated", "idle share", "episodes after the find")
+    compared, wasted = (*regrets, "right", *forced, "tokens", "idle share"), ("truncated", "episodes after the find")
     draws = {metric: boot(values, metric) for metric in (*compared, *wasted)}
     others = [name for name in values if name not in ("base", reference)]
 
@@ -289,6 +289,7 @@ def in_words(name: str, reference: str, differences: dict[str, dict[str, float]]
         return (differences[metric]["low"] > 0) - (differences[metric]["high"] < 0)
 
     often = {1: "more often right", 0: "as often right, within the noise,", -1: "less often right"}
+    idle = {1: "more", 0: "as many, within the noise,", -1: "fewer"}
     longer = {1: "from longer traces", 0: "from traces as long", -1: "from shorter traces"}
     budgets = [metric for metric in differences if metric.startswith("Δ regret@")]
     less, more = ([b.split("@")[1] for b in budgets if side(b) == sign] for sign in (-1, 1))
@@ -298,7 +299,8 @@ def in_words(name: str, reference: str, differences: dict[str, dict[str, float]]
     return (
         f"{name} has {regret or f'as much regret as {reference}, within the noise'} "
         f"({cell(differences[budgets[-1]], 2, '+')} at {budgets[-1].split('@')[1]}); left alone it is "
-        f"{often[side('Δ right')]} ({right}), {longer[side('Δ tokens')]} ({tokens} tokens)."
+        f"{often[side('Δ right')]} ({right}), {longer[side('Δ tokens')]} ({tokens} tokens). Up to the one that finds x, "
+        f"{idle[side('Δ idle share')]} of its episodes try nothing new ({cell(differences['Δ idle share'], 2, '+')})."
     )
 
 

@@ -143,11 +143,17 @@ def test_tables_show_what_was_never_reached():
 
 def test_words_follow_the_intervals():
     def told(low: float, high: float, regret: float) -> str:
-        found = {"Δ right": (low, high), "Δ tokens": (-9, -3), "Δ regret@96": (regret - 0.1, regret + 0.1)}
+        found = {
+            "Δ right": (low, high),
+            "Δ tokens": (-9, -3),
+            "Δ idle share": (-0.2, -0.1),
+            "Δ regret@96": (regret - 0.1, regret + 0.1),
+        }
         cells = {name: {"mean": sum(of) / 2, "low": of[0], "high": of[1]} for name, of in found.items()}
         return report.in_words("MRT", "GRPO", cells)
 
     assert "it is more often right (+0.20 [+0.10, +0.30]), from shorter traces" in told(0.1, 0.3, 0)
+    assert "finds x, fewer of its episodes try nothing new (-0.15 [-0.20, -0.10])" in told(0, 0, 0)
     assert "less often right" in told(-0.3, -0.1, 0) and "as often right, within the noise" in told(-0.1, 0.1, 0)
     assert "less regret than GRPO at budgets of 96 tokens (-0.20" in told(0, 0, -0.2)
     assert "more at 96" in told(0, 0, 0.2) and "as much regret as GRPO, within the noise" in told(0, 0, 0)
