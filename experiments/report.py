@@ -299,7 +299,7 @@ def in_words(name: str, reference: str, differences: dict[str, dict[str, float]]
     return (
         f"{name} has {regret or f'as much regret as {reference}, within the noise'} "
         f"({cell(differences[budgets[-1]], 2, '+')} at {budgets[-1].split('@')[1]}); left alone it is "
-        f"{often[side('Δ right')]} ({right}), {longer[side('Δ tokens')]} ({tokens} tokens). Up to the one that finds x, "
+        f"{often[side('Δ right')]} ({right}), {longer[side('Δ tokens')]} ({tokens} tokens). Until x is found, "
         f"{idle[side('Δ idle share')]} of its episodes try nothing new ({cell(differences['Δ idle share'], 2, '+')})."
     )
 
@@ -339,7 +339,7 @@ def draw_curves(axes, config, values: dict[str, Values], curves: dict[str, list[
                 axes[2].plot(at / 1e3, curve, color=color, linewidth=0.5, alpha=0.4)
             axes[2].plot(at / 1e3, np.mean(runs, 0), style, color=color, linewidth=1.5)
     axes[0].set(xlabel="token budget C0", ylabel="normalised regret", ylim=(None, 1), xticks=list(regrets))
-    axes[0].legend(fontsize=6, loc="lower left")
+    axes[0].legend(fontsize=6, loc="upper right", ncols=2)
     axes[1].set(xlabel="token budget", ylabel="accuracy of an answer forced by then", ylim=(0, None))
     axes[2].set(xlabel="sampled tokens of training (thousands)", ylabel="accuracy, validation problems")
 

@@ -153,7 +153,7 @@ def test_words_follow_the_intervals():
         return report.in_words("MRT", "GRPO", cells)
 
     assert "it is more often right (+0.20 [+0.10, +0.30]), from shorter traces" in told(0.1, 0.3, 0)
-    assert "finds x, fewer of its episodes try nothing new (-0.15 [-0.20, -0.10])" in told(0, 0, 0)
+    assert "Until x is found, fewer of its episodes try nothing new (-0.15 [-0.20, -0.10])" in told(0, 0, 0)
     assert "less often right" in told(-0.3, -0.1, 0) and "as often right, within the noise" in told(-0.1, 0.1, 0)
     assert "less regret than GRPO at budgets of 96 tokens (-0.20" in told(0, 0, -0.2)
     assert "more at 96" in told(0, 0, 0.2) and "as much regret as GRPO, within the noise" in told(0, 0, 0)
