@@ -327,9 +327,10 @@ def draw_curves(axes, config, values: dict[str, Values], curves: dict[str, list[
     grid, anytime = grid_of(config), boot(values, "anytime")
     regrets = {b: boot(values, f"regret@{b}") for b in budgets_of(config)}
     at = np.linspace(0, config["train"]["max-sampled-tokens"], 61)
-    few = len(values) < 6  # bands of many cannot be told apart
-    for number, name in enumerate(values):
-        color, style = "grey" if name == "base" else f"C{number - 1}", "-" if number < 6 else ":"
+    few, others = len(values) < 6, [name for name in values if name != "base"]  # bands of many cannot be told apart
+    for name in values:
+        number = others.index(name) if name in others else 0
+        color, style = f"C{number}" if name in others else "grey", "-" if number < 5 else ":"
         at_budgets = [cell_of(draws[name]) for draws in regrets.values()]
         draw_curve(axes[0], list(regrets), at_budgets, color, name, f"o{style}", few)
         draw_curve(axes[1], grid, [cell_of(column) for column in anytime[name].T], color, None, style, few)

@@ -45,7 +45,7 @@ def test_the_comparison_from_nothing_and_again_from_its_runs(tmp_path):
     pages = tmp_path / "run" / "pages"
     tables = json.loads((pages / "summary.json").read_text())["tables"]
     rows = tables["Levels"]
-    assert list(rows) == ["base", "GRPO", "MRT online", "STaR", "MRT-STaR"]
+    assert {*rows} == {"base", "GRPO", "MRT online", "STaR", "MRT-STaR"}
     for metric, label in (("regret@64", "cut of regret@64"), ("right", "gain")):
         base, grpo, mrt = (rows[name][metric]["mean"] for name in ("base", "GRPO", "MRT online"))
         cut = tables["In GRPO's"]["MRT online"][label]["mean"]
