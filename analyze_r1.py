@@ -63,6 +63,7 @@ from run.traces import (
     sampler_of,
     segmentation,
     tokenizer_of,
+    vote_of,
     vote_rate,
 )
 
@@ -347,7 +348,7 @@ def direct_summary(records: list[dict]) -> dict:
     ks = [2**i for i in range(len(groups[0]).bit_length())]
     tokens = float(problem_means(records, lambda r: r["tokens"]).mean())
     passes = [[pass_rate(group, k) for group in groups] for k in ks]
-    votes = [[vote_rate(group, group[0]["gold"], k) for group in groups] for k in ks]
+    votes = [[vote_of(group, k) for group in groups] for k in ks]
     tokens_of_k = [k * tokens for k in ks]
     return {"k": ks, "tokens": tokens_of_k, "pass@k": [*map(interval, passes)], "maj@k": [*map(interval, votes)]}
 

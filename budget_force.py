@@ -46,6 +46,7 @@ from run.flags import add_group, default_out, each_in_its_folder, new_parser, pa
 from run.folder import short_name
 from run.report import Curve, Panel, Values, group_by_problem, interval, problem_means
 from run.traces import (
+    AXES,
     FORCED_BUDGET,
     context_of,
     forcing_of,
@@ -59,6 +60,7 @@ from run.traces import (
     tokenizer_of,
     trace_curve,
     trace_of,
+    vote_of,
     vote_rate,
 )
 
@@ -95,8 +97,7 @@ def flags(argv=None) -> argparse.Namespace:
     style += "s1: 'Wait' at the very end, all within --max-tokens; window: linearised search, the one for backtracking"
     flag("style", choices=("paper", "s1", "window"), help=style)
     flag("window", 3, 3, "ours", type=positive_int, help="attempts that the context of a linearised search holds")
-    axis = "tokens of a point: what the model wrote, or all that μ read and wrote"
-    flag("regret-axis", "answer", "answer", "the authors: prompt", choices=("answer", "prompt"), help=axis)
+    flag("regret-axis", "answer", "answer", "the authors: prompt", choices=tuple(AXES))
     flag("compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
     args = parse_flags(parser, argv)
     if args.thoughts:  # the limits follow theirs
@@ -377,7 +378,7 @@ def search_values(records: list[dict]) -> Values:
     values = {"right": mean(lambda r: r["reward"]), "tokens": mean(lambda r: r["tokens"])}
     for K in range(1, min(10, *map(len, groups)) + 1):
         budget = K * values["tokens"].mean()
-        values[f"maj@{K}"] = np.array([vote_rate(group, group[0]["gold"], K) for group in groups])
+        values[f"maj@{K}"] = np.array([vote_of(group, K) for group in groups])
         values[f"search@{K}"] = mean(vote_within, budget)
         values[f"standing@{K}"] = mean(vote_within, budget, True)
     values["attempts"] = mean(lambda r: len(r["search"]))
@@ -460,8 +461,8 @@ SAME = (  # settings in which runs that are compared may not differ
 def compare(args, folders: list[Path]) -> None:
     """Table and figures of runs on the problems they share, from their records; differences are to the first."""
     searches = (folder.config_of(folders[0]) or {"settings": {}})["settings"].get("style") == "window"
-    asked = ["asked"] * (args.regret_axis == "prompt")
-    recorded = report.read_runs(folders, *(["search"] if searches else ["exploit", "extrapolate", *asked]))
+    fields = ["search"] if searches else ["exploit", "extrapolate", AXES[args.regret_axis]]
+    recorded = report.read_runs(folders, *fields)
     if differing := report.differing_flags(recorded, SAME + ["window"] * searches):
         fail(f"--compare: the runs differ in {', '.join(differing)}")
     problems, settings = report.keep_shared_problems(recorded), recorded[0].settings

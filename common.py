@@ -286,6 +286,14 @@ def set_likelihood_J(sampler: Sampler, traces: list[Trace]) -> None:
             trace.answer_tokens[j] = float(lengths[number] - len(prompt))
 
 
+def reset_J(trace: Trace) -> None:
+    """What a trace has at its boundaries before anything is asked: the outcome for J, and no answers."""
+    count = len(trace.boundaries)
+    trace.J, trace.answer_tokens = [trace.reward] * count, [0.0] * count
+    trace.asked = [len(trace.prompt) + boundary for boundary in trace.boundaries]
+    trace.forced = [[] for _ in range(count)]
+
+
 def prompts_of_mu(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trace, int]]]:
     """{(problem id, prompt of μ): the (trace, number of the boundary) that share it}; equal prefixes, such as the empty
     one of a problem's traces, are answered once. Resets the J of the traces.
@@ -294,12 +302,9 @@ def prompts_of_mu(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trac
     """
     owners_of: dict[tuple, list[tuple[Trace, int]]] = {}
     for trace in traces:
-        count = len(trace.boundaries)
-        trace.J, trace.answer_tokens = [trace.reward] * count, [0.0] * count
-        trace.forced = [[] for _ in range(count)]
-        trace.asked = [len(trace.prompt) + boundary for boundary in trace.boundaries]
+        reset_J(trace)
         answered = trace.finished and not thinks(tokenizer)
-        for j, boundary in enumerate(trace.boundaries[: count - answered]):
+        for j, boundary in enumerate(trace.boundaries[: len(trace.boundaries) - answered]):
             prompt = tuple(forced_prompt(tokenizer, trace, boundary))
             trace.asked[j] = len(prompt)
             owners_of.setdefault((trace.problem["id"], prompt), []).append((trace, j))

@@ -24,6 +24,7 @@ from run.flags import add_group, changed, default_out, each_in_its_folder, new_p
 from run.folder import RecordedRun, short_name
 from run.report import Curve, Panel, Values, group_by_problem, interval, mean_interval, problem_means
 from run.traces import (
+    AXES,
     accuracy_at,
     inputs_of,
     new_traces,
@@ -33,7 +34,7 @@ from run.traces import (
     sampler_of,
     segmentation,
     tokenizer_of,
-    vote_rate,
+    vote_of,
 )
 
 SAME = ("split", "max_tokens", "temperature", "top_p", "forced_answers", "max_episodes")  # of runs to be compared
@@ -63,9 +64,8 @@ def flags(argv=None) -> argparse.Namespace:
     flag("budgets")
     flag = add_group(parser, "evaluation")
     dear = "what is told (default: pass@k); regret and all force answers at every episode, at many times the cost"
-    axis = "tokens of a point of the regret: what the model wrote, or all that μ read and wrote"
-    flag("regret-axis", "answer", "answer", "the authors: prompt", choices=("answer", "prompt"), help=axis)
     flag("metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), help=dear)
+    flag("regret-axis", "answer", "answer", "the authors: prompt", choices=tuple(AXES))
     flag("k", help="k of pass@k and maj@k, as 1,2,4 (default: powers of 2 up to the samples)")
     flag("compare", type=Path, nargs="+", metavar="RUN", help="earlier evaluations; the first is the base")
     args = parse_flags(parser, argv)
@@ -173,11 +173,6 @@ def problem_values(args, records: list[dict]) -> Values:
     return values
 
 
-def vote_of(group: list[dict], k: int) -> float:
-    """maj@k of one problem's records."""
-    return vote_rate(group, group[0]["gold"], k)
-
-
 def summarise(records: list[dict], values: Values) -> dict:
     """Every metric with its 95 % interval, from `problem_values`; counts; what went wrong."""
     metrics, counts = {name: interval(of_problems) for name, of_problems in values.items()}, report.counts_of(records)
@@ -206,8 +201,7 @@ def table_of(summaries: dict[str, dict], differences: dict[str, dict]) -> str:
 
 def compare(args, folders: list[Path]) -> None:
     """Tables, paired differences and figures from records alone; one section a data set, and a table of all."""
-    asked = ["asked"] * (args.regret_axis == "prompt")
-    recorded = report.read_runs(folders, "reward", "verdict", "boundaries", *asked)
+    recorded = report.read_runs(folders, "reward", "verdict", "boundaries", AXES[args.regret_axis])
     for flag in report.differing_flags(recorded, SAME):
         print(f"warning: the runs differ in {flag}")
     args.budgets = args.budgets or quarters(max(run.settings["max_tokens"] for run in recorded))

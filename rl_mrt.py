@@ -106,7 +106,7 @@ def flags(argv=None) -> argparse.Namespace:
     estimate = "J by sampled forced answers, by the gold answer's likelihood, or its log (default: nats for "
     estimate += "tiny online, else sampled, as the authors)"
     flag("progress", choices=("sampled", "likelihood", "nats"), help=estimate)
-    stop = "β of the decision to stop; ours, not the paper's (50 is what was confirmed)"
+    stop = "β of the decision to stop; ours, not the paper's (50 in experiments/findings.md)"
     flag("stop-credit", type=non_negative, default=0.0, help=stop)
     stale = (
         "prefixes and their J from the records of a run of analyze_r1.py, evaluate.py or star_mrt.py, one a problem, "

@@ -76,12 +76,10 @@ def write_report(args, config) -> None:
 def write_searches(args, config) -> None:
     """The same of a comparison by linearised search, `budget_force.py --style window`."""
     values: dict[str, Values] = {}
-    tests = {name: (name, "test") for name in config["confirm"]["seeds"]} | {"MRT-STaR": ("STaR", "test-mrt")}
+    tests = {name: (name, "test") for name in config["confirm"]["seeds"]}
+    tests |= {name: ("STaR", test) for name, test in SELF_TRAINED.items()}
     for name, (method, test) in tests.items():
-        runs = [folder(args, method, seed) / test for seed in range(config["confirm"]["seeds"][method])]
-        files = [run / "records.jsonl" for run in runs if (run / "summary.json").exists()]
-        rows = [sorted(load_records(file), key=lambda r: (r["id"], r["sample"])) for file in files]
-        found = [budget_force.search_values(records) for records in rows]
+        found = [budget_force.search_values(records) for records in evaluations(args, config, method, test)]
         values |= {name: {metric: np.array([of[metric] for of in found]) for metric in found[0]}} if found else {}
     draws = {metric: boot(values, metric) for metric in values["base"]}
     levels = {name: {metric: cell_of(draws[metric][name]) for metric in draws} for name in values}
@@ -97,7 +95,10 @@ def write_searches(args, config) -> None:
     for title, table in tables.items():
         short = {name: {c: v for c, v in row.items() if c.removeprefix("Δ ") in shown} for name, row in table.items()}
         print(f"## {title}\n\n{markdown_of(short)}" if short else "")
-    print(budget_force.draw_search({"max_tokens": 160}, levels, args.pages), args.pages / "summary.json")
+    print(
+        budget_force.draw_search({"max_tokens": config["confirm"]["evaluate"]["max-tokens"]}, levels, args.pages),
+        args.pages / "summary.json",
+    )
 
 
 def trained_by_rl(values: dict[str, Values]) -> list[str]:
@@ -115,14 +116,18 @@ def per_seed(values: dict[str, Values]) -> dict[str, dict[str, list[float]]]:
 # ---------------------------------------------------------------------------------------------- the confirmation
 
 
+def evaluations(args, config, method: str, test: str) -> list[list[dict]]:
+    """The records of each seed's evaluation that is there, in the order of problems and samples."""
+    runs = [folder(args, method, seed) / test for seed in range(config["confirm"]["seeds"].get(method, 0))]
+    files = [run / "records.jsonl" for run in runs if (run / "summary.json").exists()]
+    return [sorted(load_records(file), key=lambda r: (r["id"], r["sample"])) for file in files]
+
+
 def read_values(args, config, method: str, test: str = "test") -> Values:
     """What the evaluations that are there measured, each problem's mean over its samples."""
     seeds: dict[str, list] = {}
-    for seed in range(config["confirm"]["seeds"].get(method, 0)):
-        run = folder(args, method, seed) / test
-        if not (run / "summary.json").exists():
-            continue
-        groups = group_by_problem(sorted(load_records(run / "records.jsonl"), key=lambda r: (r["id"], r["sample"])))
+    for records in evaluations(args, config, method, test):
+        groups = group_by_problem(records)
         measured = [[measure(config, record) for record in group] for group in groups.values()]
         for metric in measured[0][0]:
             means = [np.mean([trace[metric] for trace in group], 0) for group in measured]

@@ -22,10 +22,11 @@ from common import (
     success_rate,
 )
 from run.files import end_in_one_line, fail
+from run.flags import quarters
 from run.traces import FORCED, ROLLOUT, prompts_to
 
 ONLINE_CREDIT = rl_mrt.episode_credit
-BUDGETS = 4  # a thought may be stopped at a quarter, a half, three quarters and all of --max-tokens
+BUDGETS = 4  # where a thought may be stopped: the quarters of --max-tokens
 
 
 def shuffled_credit(group: list[Trace], scale) -> list[np.ndarray]:
@@ -40,15 +41,11 @@ def shuffled_credit(group: list[Trace], scale) -> list[np.ndarray]:
     return ONLINE_CREDIT(group, shuffled)
 
 
-def budgets_of(args) -> list[int]:
-    return [args.max_tokens * (t + 1) // BUDGETS for t in range(BUDGETS)]
-
-
 def rollouts_of_budgets(args, sampler, problems, seed) -> rl_mrt.Groups:
     """GRPO on random budgets: each group may think up to one of them, drawn, and has to answer there."""
     tokenizer = sampler.tokenizer
     drawn = [np.random.default_rng((*seed, p["place"])).integers(BUDGETS) for p in problems]
-    limits = [budgets_of(args)[number] for number in drawn]
+    limits = [quarters(args.max_tokens)[number] for number in drawn]
     groups = rl_mrt.sample_groups(
         args, sampler, problems, prompts_to(args, tokenizer, problems), limits, (*seed, ROLLOUT)
     )
@@ -67,7 +64,7 @@ def budget_advantages(args, groups: rl_mrt.Groups) -> rl_mrt.Advantages:
     Tokens between budgets s and s + 1 get the Σ r_t / S that is left, minus (s V1 + (S - s) V2) / S: V1 is what the
     earlier budgets of the same trace, V2 what the group's mean lets expect."""
     later = 1 - np.arange(BUDGETS) / BUDGETS  # the share of the budgets from s on
-    limits, advantages = budgets_of(args), []
+    limits, advantages = quarters(args.max_tokens), []
     for group in groups:
         r = np.array([[t.J[np.searchsorted(t.boundaries, b, "right") - 1] for b in limits] for t in group])
         returns = np.cumsum(r[:, ::-1], 1)[:, ::-1] / BUDGETS

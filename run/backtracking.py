@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import pairwise
 
-from common import Trace
+from common import Trace, reset_J
 from engine.tokens import Completion, encode, text_and_offsets
 from grading.box import extract_answer
 from grading.verdict import grade_all
@@ -116,13 +116,11 @@ def prompts_of_attempts(tokenizer, traces: list[Trace]) -> dict[tuple, list[tupl
     owners_of: dict[tuple, list[tuple[Trace, int]]] = {}
     settled: list[tuple[Trace, int, str]] = []
     for trace in traces:
-        count = len(trace.boundaries)
-        trace.J, trace.answer_tokens = [trace.reward] * count, [0.0] * count
-        trace.forced = [[] for _ in range(count)]
+        reset_J(trace)
         for j, (boundary, episode) in enumerate(zip(trace.boundaries, ["", *episodes_of(trace)])):
             if box := extract_answer(episode):
                 settled.append((trace, j, box))
-            elif not (trace.finished and j == count - 1):
+            elif not (trace.finished and j == len(trace.boundaries) - 1):
                 prompt = (*trace.prompt, *trace.completion.token_ids[:boundary])
                 owners_of.setdefault((trace.problem["id"], prompt), []).append((trace, j))
     verdicts = grade_all([(box, trace.problem["answer"]) for trace, _, box in settled])

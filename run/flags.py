@@ -163,6 +163,7 @@ SHARED = {
     "answer-tokens": (positive_int, "token limit of a forced answer; less where --max-tokens is"),
     "max-episodes": (positive_int, "in longer thoughts neighbouring episodes are joined"),
     "budgets": (str, "token budgets C0, such as 512,1024 (default: quarters of --max-tokens or of the longest given)"),
+    "regret-axis": (str, "tokens of a point of the regret: what the model wrote, or all that μ read and wrote"),
     "batch-problems": (positive_int, "problems sampled and recorded together"),
     "lr": (non_negative, "learning rate"),
     "warmup": (non_negative, "share of the run in which the learning rate rises"),

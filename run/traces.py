@@ -233,11 +233,16 @@ def trace_of(record: dict, tokenizer, problem: dict, prompt: list[int]) -> Trace
     return Trace(problem, prompt, completion, **kept, **estimates, forced=forced)
 
 
+AXES = {
+    "answer": "boundaries",
+    "prompt": "asked",
+}  # --regret-axis: the field of a record with the tokens before an answer
+
+
 def trace_curve(record: dict, axis: str = "answer") -> tuple[list[float], list[float]]:
     """(tokens, J) at the boundaries of a recorded trace: prefix tokens + mean tokens of the answers forced there; with
     axis "prompt", the authors', μ's whole prompt in place of the prefix: template, problem and stop phrase, too."""
-    asked = record["asked"] if axis == "prompt" else record["boundaries"]
-    return [before + answer for before, answer in zip(asked, record["answer_tokens"])], record["J"]
+    return [before + answer for before, answer in zip(record[AXES[axis]], record["answer_tokens"])], record["J"]
 
 
 def regret_at(record: dict, budget: float, axis: str = "answer") -> float:
@@ -261,6 +266,11 @@ def vote_rate(answers: list[dict], gold: str | list[str], k: int, weighted: bool
     vote counts 1 or, if weighted, 2^(mean token log-prob), as in the paper's analysis (Appendix D)."""
     classes = classes_of(tuple(a["boxed"] for a in answers), gold if isinstance(gold, str) else tuple(gold))
     return maj_at_k(classes, 0, k, [2 ** a["mean_logprob"] for a in answers] if weighted else None)
+
+
+def vote_of(group: list[dict], k: int) -> float:
+    """`vote_rate` of one problem's records."""
+    return vote_rate(group, group[0]["gold"], k)
 
 
 classes_of = lru_cache(maxsize=100_000)(group_answers)  # every k needs them; 0 are the right ones
