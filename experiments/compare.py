@@ -61,26 +61,24 @@ def command(script: str, out: Path, *settings: dict) -> tuple[Path, list[str]]:
 
 
 def jobs_of(args, config) -> list[Job]:
-    """A training of each method and seed, and self-training with both filters; each model on test problems."""
+    """A training of each method and seed, then its model on test problems. Of self-training that is the last one."""
     jobs: list[Job] = []
-    script = config["confirm"].get("script", "evaluate.py")
+    script, test, tuning = (
+        config["confirm"].get("script", "evaluate.py"),
+        config["confirm"]["evaluate"],
+        config.get("star"),
+    )
     for seed in range(max(config["confirm"]["seeds"].values())):
         for method in (m for m, count in config["confirm"]["seeds"].items() if seed < count):
-            run = folder(args, method, seed)
-            models: dict[str, Path | str] = {"test": run / "model"}
-            job = []
-            if method == "base":
-                models = {"test": config["confirm"].get("base", "tiny")}
-            elif method == "STaR":
-                last = f"model_{config['star']['iterations']}"
-                models = {"test": run / "outcome" / last, "test-mrt": run / "mrt" / last}
-                job = [command("star_mrt.py", run, config["star"], {"seed": seed})]
-            else:
-                job = [command(config["methods"][method], run, config["train"], {"seed": seed})]
-            for test, model in models.items():
-                where = {"model": model, "seed": seed}
-                job.append(command(script, run / test, config["confirm"]["evaluate"], where))
-            jobs.append(job)
+            run, job = folder(args, method, seed), []
+            model = config["confirm"].get("base", "tiny")
+            if method in config.get("methods", {}):
+                model, job = run / "model", [command(config["methods"][method], run, config["train"], {"seed": seed})]
+            elif method in config.get("self-training", {}):
+                words = config["self-training"][method]
+                model = run / words.split("--filter ")[1].split()[0] / f"model_{tuning['iterations']}"
+                job = [command(words, run, tuning, {"seed": seed})]
+            jobs.append([*job, command(script, run / "test", test, {"model": model, "seed": seed})])
     return jobs
 
 

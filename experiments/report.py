@@ -25,7 +25,6 @@ from run.report import cell, draw_curve, group_by_problem, markdown, pyplot, sav
 from run.traces import accuracy_at, prompts_of, regret_at, sample_traces, trace_curve
 
 DRAWS = 2000
-SELF_TRAINED = {"MRT-STaR": "test-mrt"}  # methods of a self-training beside STaR, and the evaluation of each
 Values = dict[str, np.ndarray]  # {metric: [seeds, problems, …]} of one method
 Table = dict[str, dict[str, Any]]  # row → column → interval or text
 Curves = tuple[np.ndarray, np.ndarray, np.ndarray]  # at each validation: sampled tokens, computed tokens, accuracy
@@ -47,13 +46,15 @@ def write_report(args, config) -> None:
         return write_searches(args, config)
     tables: dict[str, Table] = {}
     values = {method: read_values(args, config, method) for method in config["confirm"]["seeds"]}
-    values |= {name: read_values(args, config, "STaR", test) for name, test in SELF_TRAINED.items()}
     values = {method: measured for method, measured in values.items() if measured}
     if not values:
         print("nothing is finished yet, so there is nothing to report")
         return
     tables["Levels"] = levels(config, values)
-    pair = {"STaR": [name for name in SELF_TRAINED if name in values], "GRPO": trained_by_rl(values)}
+    pair = {
+        reference: [name for name in config.get(kind, {}) if name in values and name != reference]
+        for kind, reference in (("self-training", "STaR"), ("methods", "GRPO"))
+    }
     for reference, others in pair.items():
         if others and {"base", reference} <= set(values):
             measured = {name: values[name] for name in ("base", reference, *others)}
@@ -76,10 +77,8 @@ def write_report(args, config) -> None:
 def write_searches(args, config) -> None:
     """The same of a comparison by linearised search, `budget_force.py --style window`."""
     values: dict[str, Values] = {}
-    tests = {name: (name, "test") for name in config["confirm"]["seeds"]}
-    tests |= {name: ("STaR", test) for name, test in SELF_TRAINED.items()}
-    for name, (method, test) in tests.items():
-        found = [budget_force.search_values(records) for records in evaluations(args, config, method, test)]
+    for name in config["confirm"]["seeds"]:
+        found = [budget_force.search_values(records) for records in evaluations(args, config, name)]
         values |= {name: {metric: np.array([of[metric] for of in found]) for metric in found[0]}} if found else {}
     draws = {metric: boot(values, metric) for metric in values["base"]}
     levels = {name: {metric: cell_of(draws[metric][name]) for metric in draws} for name in values}
@@ -101,10 +100,6 @@ def write_searches(args, config) -> None:
     )
 
 
-def trained_by_rl(values: dict[str, Values]) -> list[str]:
-    return [name for name in values if name not in ("base", "GRPO", "STaR", *SELF_TRAINED)]
-
-
 def per_seed(values: dict[str, Values]) -> dict[str, dict[str, list[float]]]:
     """{method: {metric: each seed's mean over the problems}}."""
     return {
@@ -116,17 +111,17 @@ def per_seed(values: dict[str, Values]) -> dict[str, dict[str, list[float]]]:
 # ---------------------------------------------------------------------------------------------- the confirmation
 
 
-def evaluations(args, config, method: str, test: str) -> list[list[dict]]:
+def evaluations(args, config, method: str) -> list[list[dict]]:
     """The records of each seed's evaluation that is there, in the order of problems and samples."""
-    runs = [folder(args, method, seed) / test for seed in range(config["confirm"]["seeds"].get(method, 0))]
+    runs = [folder(args, method, seed) / "test" for seed in range(config["confirm"]["seeds"].get(method, 0))]
     files = [run / "records.jsonl" for run in runs if (run / "summary.json").exists()]
     return [sorted(load_records(file), key=lambda r: (r["id"], r["sample"])) for file in files]
 
 
-def read_values(args, config, method: str, test: str = "test") -> Values:
+def read_values(args, config, method: str) -> Values:
     """What the evaluations that are there measured, each problem's mean over its samples."""
     seeds: dict[str, list] = {}
-    for records in evaluations(args, config, method, test):
+    for records in evaluations(args, config, method):
         groups = group_by_problem(records)
         measured = [[measure(config, record) for record in group] for group in groups.values()]
         for metric in measured[0][0]:

@@ -1,17 +1,20 @@
-"""experiments/variants.py: rl_mrt.py with a control or a relative of MRT, which is not part of the product.
+"""experiments/variants.py: rl_mrt.py or star_mrt.py with a control or a relative of MRT, not part of the product.
 
     python experiments/variants.py shuffled --bonus 1           # then any flags of rl_mrt.py
+    python experiments/variants.py shortest --filter outcome    # or of star_mrt.py
 
-A variant is one or two functions that stand in for those of rl_mrt.py with the same names.
+A variant is one or two functions that stand in for those of the script with the same names.
 """
 
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rl_mrt
+import star_mrt
 from common import (
     Forcing,
     Trace,
@@ -26,6 +29,8 @@ from run.flags import quarters
 from run.traces import FORCED, ROLLOUT, prompts_to
 
 ONLINE_CREDIT = rl_mrt.episode_credit
+KEEP_PROGRESS, KEEP_RIGHT, FIRST_OF_PROBLEM = star_mrt.keep_progress, star_mrt.keep_right, star_mrt.first_of_problem
+EXAMPLES = 240  # of an iteration of self-training, where filters are compared at equal numbers
 BUDGETS = 4  # where a thought may be stopped: the quarters of --max-tokens
 
 
@@ -75,20 +80,49 @@ def budget_advantages(args, groups: rl_mrt.Groups) -> rl_mrt.Advantages:
     return advantages
 
 
-VARIANTS: dict[str, dict[str, object]] = {
-    "shuffled": {"episode_credit": shuffled_credit},
-    "budgets": {"ROLLOUTS": {**rl_mrt.ROLLOUTS, "grpo": rollouts_of_budgets}},
-    "brpo": {"advantages_of": budget_advantages},
+def as_many(examples: list[star_mrt.Example], count: int) -> list[star_mrt.Example]:
+    """EXAMPLES of those that the filter keeps, drawn: no filter trains on more than another."""
+    kept = FIRST_OF_PROBLEM(examples, count)
+    drawn = np.random.default_rng(len(kept)).permutation(len(kept))[:EXAMPLES]
+    return [kept[i] for i in sorted(drawn)]
+
+
+def shortest_right(traces: list[Trace]) -> dict[int, int]:
+    """Plain STaR that prefers short traces, as the filter mrt does."""
+    return dict(sorted(KEEP_RIGHT(traces).items(), key=lambda t: len(traces[t[0]].completion.token_ids)))
+
+
+def own_right(traces: list[Trace], min_success: float) -> dict[int, int]:
+    """MRT-STaR from traces that plain STaR keeps, too: none whose own answer was wrong."""
+    right = KEEP_RIGHT(traces)
+    return {t: cut for t, cut in KEEP_PROGRESS(traces, min_success).items() if t in right}
+
+
+def own_right_unranked(traces: list[Trace], min_success: float) -> dict[int, int]:
+    """The same in the order of the samples, as plain STaR: the cut is all that differs."""
+    return dict(sorted(own_right(traces, min_success).items()))
+
+
+EVEN = {"first_of_problem": as_many}
+VARIANTS: dict[str, tuple[ModuleType, dict[str, object]]] = {
+    "shuffled": (rl_mrt, {"episode_credit": shuffled_credit}),
+    "budgets": (rl_mrt, {"ROLLOUTS": {**rl_mrt.ROLLOUTS, "grpo": rollouts_of_budgets}}),
+    "brpo": (rl_mrt, {"advantages_of": budget_advantages}),
+    "even": (star_mrt, EVEN),
+    "shortest": (star_mrt, {**EVEN, "keep_right": shortest_right}),
+    "own-right": (star_mrt, {**EVEN, "keep_progress": own_right}),
+    "unranked": (star_mrt, {**EVEN, "keep_progress": own_right_unranked}),
 }
 
 
 def main() -> None:
     name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if name not in VARIANTS:
-        fail(f"{name or 'no variant'}: expected one of {', '.join(VARIANTS)}, then flags of rl_mrt.py")
-    for replaced, stand_in in VARIANTS[name].items():
-        setattr(rl_mrt, replaced, stand_in)
-    rl_mrt.main()
+        fail(f"{name or 'no variant'}: expected one of {', '.join(VARIANTS)}, then flags of its script")
+    script, stand_ins = VARIANTS[name]
+    for replaced, stand_in in stand_ins.items():
+        setattr(script, replaced, stand_in)
+    script.main()
 
 
 if __name__ == "__main__":

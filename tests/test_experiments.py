@@ -22,8 +22,9 @@ TOY = yaml.safe_load("""
 train: {dataset: tiny, max-tokens: 64, max-sampled-tokens: 2500, eval-every: 1, eval-problems: 3,
         problems-per-step: 4, group-size: 4, lr: 2.0e-4}
 methods: {GRPO: rl_mrt.py --bonus 0, MRT online: rl_mrt.py --bonus 1 --variant online --progress likelihood}
+self-training: {STaR: star_mrt.py --filter outcome, MRT-STaR: star_mrt.py --filter mrt}
 confirm:
-  seeds: {base: 1, GRPO: 1, MRT online: 1, STaR: 1}
+  seeds: {base: 1, GRPO: 1, MRT online: 1, STaR: 1, MRT-STaR: 1}
   evaluate: {metric: all, split: test, limit: 6, max-tokens: 64, num-samples: 2, budgets: "32,64"}
 star: {max-tokens: 96, limit: 16, iterations: 1, num-samples: 2, forced-answers: 2, eval-split: validation,
        eval-problems: 2}
@@ -96,18 +97,19 @@ def test_a_command_that_fails_is_named_with_its_log(tmp_path):
     assert "--max-tokens 1" in log.read_text()
 
 
-@pytest.mark.parametrize("name", ["compare.yaml", "demo.yaml", "backtracking.yaml"])
+@pytest.mark.parametrize("name", ["compare.yaml", "demo.yaml", "backtracking.yaml", "star.yaml"])
 def test_every_command_of_the_comparison_is_one_that_its_script_takes(monkeypatch, name):
     monkeypatch.chdir(ROOT)
     config = yaml.safe_load((ROOT / "experiments" / name).read_text())
-    config["confirm"]["seeds"] |= dict.fromkeys(config["methods"], 1)
+    config["confirm"]["seeds"] |= dict.fromkeys([*config.get("methods", {}), *config.get("self-training", {})], 1)
     jobs = compare.jobs_of(types.SimpleNamespace(out=Path("runs/none")), config)
     for words in (words for job in jobs for _, words in job):
         variant = words[0] == "experiments/variants.py"
         assert not variant or words[1] in variants.VARIANTS
-        script, flags = ("rl_mrt.py", words[2:]) if variant else (words[0], words[1:])
+        script = variants.VARIANTS[words[1]][0] if variant else importlib.import_module(words[0].removesuffix(".py"))
+        flags = words[2:] if variant else words[1:]
         flags = ["tiny" if "runs/none" in flag and flags[i - 1] == "--model" else flag for i, flag in enumerate(flags)]
-        importlib.import_module(script.removesuffix(".py")).flags(flags)
+        script.flags(flags)
 
 
 def test_resampling_draws_problems_together_and_seeds_apart():
@@ -187,7 +189,7 @@ def test_the_advantages_of_budgets_by_hand():
     np.testing.assert_allclose(second[[0, 4]], [-0.25, 0.2 - 0.75 * 0.425])
 
 
-@pytest.mark.parametrize("variant", variants.VARIANTS)
+@pytest.mark.parametrize("variant", [name for name, (of, _) in variants.VARIANTS.items() if of is rl_mrt])
 def test_a_variant_trains_with_its_own_rollouts(tmp_path, variant):
     bonus = 0 if variant == "budgets" else 1
     toy = f"--bonus {bonus} --max-tokens 64 --steps 2 --problems-per-step 3 --group-size 4 --eval-every 0"
