@@ -27,6 +27,7 @@ from common import (
     Trace,
     additional_regret,
     episode_spans,
+    flat,
     grade_traces,
     token_boundaries,
 )
@@ -211,7 +212,7 @@ def read_given(args, tokenizer, problems, prompts, responses: list[list[str]]) -
         groups.append(usable)
     for why, count in (+unused).items():
         print(f"{args.traces}: left out {plural(count, 'response')}, {why}")
-    traces = [trace for group in groups for trace in group]
+    traces = flat(groups)
     if not traces:
         fail(f"--traces {args.traces}: no usable response")
     grade_traces(traces)

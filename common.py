@@ -179,6 +179,10 @@ def token_boundaries(completion: Completion, end: int, rule: Segmentation) -> li
     return sorted({min(bisect_left(completion.offsets, start), end) for start, _ in spans} | {0, end})
 
 
+def flat(groups: list[list[Trace]]) -> list[Trace]:
+    return [trace for group in groups for trace in group]
+
+
 def read_traces(tokenizer, problems, prompts, rows, rule=Segmentation(), first: int = 0, prefixes=None):
     """The completions of each (problem, prompt) as graded traces, numbered from `first`: [problems][samples].
 
@@ -194,7 +198,7 @@ def read_traces(tokenizer, problems, prompts, rows, rule=Segmentation(), first: 
             trace.sample = number
             if not thinks(tokenizer):
                 trace.answer = prefix + trace.completion.text
-    grade_traces([trace for group in groups for trace in group])
+    grade_traces(flat(groups))
     return groups
 
 

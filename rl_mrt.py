@@ -44,6 +44,7 @@ from common import (
     Trace,
     cut_at_budget,
     episode_progress,
+    flat,
     force_answers,
     forced_prompt,
     group_advantages,
@@ -189,7 +190,7 @@ def main() -> None:
         fail(f"--stop-credit {args.stop_credit:g}: needs a model whose thoughts end with a token of their own")
     problems = recorded_prefixes(args, tokenizer) if args.prefixes else data.problems_of(args)
     validation = data.held_out_of(args) if args.eval_every else []
-    first = args.prompt_tokens if kind_of(args) == "backtracking" else 0
+    first = args.prompt_tokens * begins_with_attempt(args)
     prompts, longest = prompts_of(args, tokenizer, problems + validation, first, bool(args.bonus or validation))
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
@@ -211,7 +212,7 @@ def tell_plan(args, problems: int, validated: int) -> None:
     started = steps * args.problems_per_step
     fresh = 0 if args.prefixes else started  # what prefixes are cut from
     rollouts, forced, partial_rollouts, first = started * args.group_size, 0, 0, 0
-    if kind_of(args) == "backtracking":
+    if begins_with_attempt(args):
         first = fresh
     elif args.bonus and args.variant == "prefix":
         partial_rollouts, forced = fresh, fresh * args.forced_answers
@@ -258,14 +259,14 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
         sampler.sync()
     if validation and steps.due(args.eval_every) and not validated(run, steps.state["step"]):
         validate(args, steps, sampler, validation)
-    rollouts, told = ROLLOUTS[kind_of(args)], False
+    rollouts, told = ROLLOUTS[args.variant if args.bonus else "grpo"], False
     stop = stop_ids_of_thought(sampler.tokenizer)[0] if args.stop_credit else None
 
     for step in steps:
         drawn = training.draw_problems(problems, args.problems_per_step, step, args.seed)[rank::world]
         with steps.can_be_left(), sampler.counting() as spent:
             groups = rollouts(args, sampler, drawn, (args.seed, step))
-        told = told or not args.bonus or tell_single_episodes(args, [trace for group in groups for trace in group])
+        told = told or not args.bonus or tell_single_episodes(args, flat(groups))
         advantages = advantages_of(args, groups)
         sampler.pause()
         try:
@@ -313,7 +314,7 @@ def rollouts_grpo(args, sampler: Sampler, problems, seed: tuple) -> Groups:
 def rollouts_online(args, sampler: Sampler, problems, seed: tuple) -> Groups:
     """MRT online: GRPO's traces, with J(μ) at every boundary."""
     groups = rollouts_grpo(args, sampler, problems, seed)
-    traces = [trace for group in groups for trace in group]
+    traces = flat(groups)
     if args.progress == "sampled":
         set_sampled_J(sampler, traces, forcing_of(args), (*seed, FORCED))
     else:
@@ -322,47 +323,32 @@ def rollouts_online(args, sampler: Sampler, problems, seed: tuple) -> Groups:
 
 
 def rollouts_prefix(args, sampler: Sampler, problems, seed: tuple) -> Groups:
-    """MRT as in Figure 6: a partial rollout is cut after some of its episodes, and G rollouts go on from its prefix c,
-    whose J(μ|c) is known. Each group shares its prefix; a trace is what follows it."""
+    """MRT as in Figure 6: G rollouts go on from a prefix c whose J(μ|c) is known. Each group shares its prefix; a trace
+    is what follows it. c is a partial rollout cut after some of its episodes.
+
+    Of backtracking (Table 5, the authors' first code) c is a whole first attempt and the phrase that opens the second,
+    and J(μ|c) whether that attempt is right. What follows is graded alone, and may have --max-tokens of its own."""
+    open_ended = args.parameterization == "open-ended"
     if not args.prefixes:
-        problems = cut_rollouts(args, sampler, problems, seed)
+        problems = (cut_rollouts if open_ended else first_attempts)(args, sampler, problems, seed)
     prefixes = [problem["prefix"]["token_ids"] for problem in problems]
-    texts = [text_and_offsets(sampler.tokenizer, prefix)[0] for prefix in prefixes]
-    return go_on(args, sampler, problems, [args.max_tokens - len(prefix) for prefix in prefixes], seed, texts)
-
-
-def rollouts_backtracking(args, sampler: Sampler, problems, seed: tuple) -> Groups:
-    """MRT of the backtracking parameterization (Table 5, the authors' first code): the context is the problem, a whole
-    first attempt and the phrase that opens the second; c, in the place of J(μ|c), is whether that attempt is right.
-    What follows is graded alone, and may have --max-tokens of its own."""
-    if not args.prefixes:
-        problems = first_attempts(args, sampler, problems, seed)
-    return go_on(args, sampler, problems, args.max_tokens, seed)
-
-
-def go_on(args, sampler: Sampler, problems, limits, seed: tuple, texts=None) -> Groups:
-    """G rollouts from the prefix of each problem, whose J is known."""
-    prefixes = [problem["prefix"]["token_ids"] for problem in problems]
-    contexts = [prompt + prefix for prompt, prefix in zip(prompts_to(args, sampler.tokenizer, problems), prefixes)]
-    groups = sample_groups(args, sampler, problems, contexts, limits, (*seed, GOING_ON), texts)
-    for trace in (trace for group in groups for trace in group):
+    prompts = [prompt + prefix for prompt, prefix in zip(prompts_to(args, sampler.tokenizer, problems), prefixes)]
+    limits, texts = args.max_tokens, None
+    if open_ended:
+        limits = [args.max_tokens - len(prefix) for prefix in prefixes]
+        texts = [text_and_offsets(sampler.tokenizer, prefix)[0] for prefix in prefixes]
+    groups = sample_groups(args, sampler, problems, prompts, limits, (*seed, GOING_ON), texts)
+    for trace in flat(groups):
         trace.prefix_J = trace.problem["prefix"]["J"]
     return groups
 
 
-ROLLOUTS = {
-    "grpo": rollouts_grpo,
-    "online": rollouts_online,
-    "prefix": rollouts_prefix,
-    "backtracking": rollouts_backtracking,
-}
+ROLLOUTS = {"grpo": rollouts_grpo, "online": rollouts_online, "prefix": rollouts_prefix}
 
 
-def kind_of(args) -> str:
-    """Which of the `ROLLOUTS`."""
-    if args.bonus and args.variant == "prefix" and args.parameterization == "backtracking":
-        return "backtracking"
-    return args.variant if args.bonus else "grpo"
+def begins_with_attempt(args) -> bool:
+    """Are rollouts sampled after a first attempt?"""
+    return args.parameterization == "backtracking" and args.variant == "prefix" and args.bonus > 0
 
 
 def first_attempts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
@@ -546,7 +532,7 @@ def update(
     """One or more optimiser steps on the sampled tokens; returns the update's metrics. With several processes each has
     its own groups; denominators and metrics are over all of them, and so is the gradient. `stop`: the token that ends a
     thought, with --stop-credit."""
-    traces, dtype = [trace for group in groups for trace in group], models.pick_dtype(args.dtype)
+    traces, dtype = flat(groups), models.pick_dtype(args.dtype)
     examples = list(map(example_of, repeat(args), traces, chain.from_iterable(advantages)))
     parts = parts_of(args, traces)
     if len(parts) > 1:
@@ -683,7 +669,7 @@ def progress_told(stats: dict[str, float]) -> str:
 
 
 def records(step: int, groups: Groups) -> list[dict]:
-    return [{"step": step + 1, **trace.record()} for group in groups for trace in group]
+    return [{"step": step + 1, **trace.record()} for trace in flat(groups)]
 
 
 def give_up(run: Path, step: int, groups: Groups, error: FloatingPointError) -> NoReturn:
@@ -702,7 +688,7 @@ def rollout_stats(args, groups: Groups) -> dict[str, float]:
     def progress_in(scale: Callable) -> list[float]:
         return [progress for trace in traces for progress in episode_progress(scale(trace.J))] or [0.0]
 
-    traces = [trace for group in groups for trace in group]
+    traces = flat(groups)
     stats = {
         "reward": mean(t.reward for t in traces),
         "flat_groups": mean(len({t.reward for t in group}) == 1 for group in groups),

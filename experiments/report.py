@@ -13,7 +13,7 @@ import numpy as np
 
 import budget_force
 import evaluate
-from common import Trace, episode_spans, normalized_regret, set_likelihood_J
+from common import Trace, episode_spans, flat, normalized_regret, set_likelihood_J
 from engine import models
 from engine.sampler import Sampler
 from engine.transformers_engine import TransformersEngine
@@ -365,7 +365,7 @@ def traces_of(model: str) -> list[list[Trace]]:
     tokenizer, problems = models.load_tokenizer(model), data.problems_of(settings)
     sampler = Sampler(TransformersEngine(models.load_model(model, "cpu")), tokenizer)
     groups = sample_traces(settings, sampler, problems, prompts_of(settings, tokenizer, problems)[0])
-    set_likelihood_J(sampler, [trace for group in groups for trace in group])
+    set_likelihood_J(sampler, flat(groups))
     return groups
 
 

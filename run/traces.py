@@ -15,6 +15,7 @@ from common import (
     Forcing,
     Segmentation,
     Trace,
+    flat,
     maj_at_k,
     normalized_regret,
     pass_at_k,
@@ -197,7 +198,7 @@ def new_traces(
             groups = sample_traces(args, sampler, *inputs, rule, first, drawn)
         else:
             groups = [given[i][first:] for i in share]
-        traces = [trace for group in groups for trace in group]
+        traces = flat(groups)
         if forced:
             told = told or tell_single_episodes(args, traces)
             set_sampled_J(sampler, traces, forcing_of(args), (args.seed, FORCED))

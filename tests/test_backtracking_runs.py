@@ -136,7 +136,7 @@ def test_the_filter_drops_luck_and_what_makes_no_progress(watched, text, J):
 def test_rollouts_go_on_from_a_first_attempt_and_c_is_its_success(watched):
     args = rl_mrt.flags(["--model", MODEL, "--bonus", "1", "--group-size", "4"])
     drawn = [{**problem, "place": place} for place, problem in enumerate(problems("train")[:8])]
-    groups = rl_mrt.ROLLOUTS[rl_mrt.kind_of(args)](args, watched, drawn, (0, 0))
+    groups = rl_mrt.ROLLOUTS[args.variant if args.bonus else "grpo"](args, watched, drawn, (0, 0))
     for problem, group in zip(drawn, groups):
         prompt = prompt_ids(watched.tokenizer, problem["problem"])
         for trace in group:
@@ -166,7 +166,6 @@ def test_a_training_without_bonus_goes_on_from_nothing_and_online_has_J_everywhe
     drawn = [{**problem, "place": place} for place, problem in enumerate(problems("train")[:3])]
     for flags, kind in ((["--bonus", "0"], "grpo"), (["--variant", "online"], "online")):
         args = rl_mrt.flags(["--model", MODEL, "--group-size", "3", *flags])
-        assert rl_mrt.kind_of(args) == kind
         for group in rl_mrt.ROLLOUTS[kind](args, watched, drawn, (0, 0)):
             for trace in group:
                 assert trace.prefix_J is None and len(trace.J) == (len(trace.boundaries) if kind == "online" else 0)
@@ -345,7 +344,7 @@ def test_the_published_configurations_run_on_a_llama_of_files(llama, tmp_path, m
 
 def test_the_configurations_hold_what_is_published():
     rl = rl_mrt.flags(["--config", str(ROOT / "configs/rl_backtracking.yaml")])
-    assert (rl.model, rl.limit) == ("meta-llama/Llama-3.2-3B-Instruct", 20_000) and rl_mrt.kind_of(rl) == "backtracking"
+    assert (rl.model, rl.limit) == ("meta-llama/Llama-3.2-3B-Instruct", 20_000) and rl_mrt.begins_with_attempt(rl)
     assert (rl.group_size, rl.group_size * rl.problems_per_step) == (4, 256)
     assert (rl.prompt_tokens, rl.max_tokens) == (1500, 1024)
     star = star_mrt.flags(["--config", str(ROOT / "configs/star_backtracking.yaml")])
