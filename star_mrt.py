@@ -113,9 +113,19 @@ def main() -> None:
     if args.dry_run:
         tell_plan(args)
         return
-    run, model, sampler, problems, held_out = prepare(args)
+    args.engine = pick_engine(args.engine)
+    folder.check_out(args)
+    tokenizer = tokenizer_of(args)  # small: a wrong --model is reported before a data set is fetched
+    if not thinks(tokenizer) and "mrt" in filters(args) and args.parameterization == "open-ended":
+        why = f"no thought to cut: {what_was_seen(tokenizer)}; --filter outcome (plain STaR) cuts none"
+        fail(f"--model {args.model}: {why}")
+    problems, held_out = data.problems_of(args), data.held_out_of(args)
+    prompts, longest = prompts_of(args, tokenizer, problems + held_out)
+    model = training.remember(args, models.load_model(weights_of(args), models.pick_device()))
+    run = folder.open_run_once(args, inputs_of(args, problems, prompts, held_out))
+    sampler = sampler_of(args, tokenizer, longest, trained=model)
     score = training.prepare(model, models.pick_dtype(args.dtype), sampler.ways, not models.is_tiny(weights_of(args)))
-    evaluate(args, run / "base.jsonl", sampler, held_out)
+    test(args, run / "base.jsonl", sampler, held_out)
     ran_out = [not self_train(args, run, name, model, score, sampler, problems, held_out) for name in filters(args)]
     if ranks()[0] == 0:
         write_report(args, run)
@@ -134,21 +144,6 @@ def tell_plan(args) -> None:
     forced = (args.max_episodes + 1) * (traces * args.forced_answers + tested * 4)
     work = ("trace", traces, args.max_tokens), ("held-out trace", tested, args.max_tokens)
     report.tell_plan(args.dry_run, problems, *work, ("forced answer", forced, args.answer_tokens))
-
-
-def prepare(args):
-    """(folder of the run, model, its sampler, problems, held-out problems), what is cheap to refuse first."""
-    args.engine = pick_engine(args.engine)
-    folder.check_out(args)
-    tokenizer = tokenizer_of(args)
-    if not thinks(tokenizer) and "mrt" in filters(args) and args.parameterization == "open-ended":
-        why = f"no thought to cut: {what_was_seen(tokenizer)}; --filter outcome (plain STaR) cuts none"
-        fail(f"--model {args.model}: {why}")
-    problems, held_out = data.problems_of(args), data.held_out_of(args)
-    prompts, longest = prompts_of(args, tokenizer, problems + held_out)
-    model = training.remember(args, models.load_model(weights_of(args), models.pick_device()))
-    run = folder.open_run_once(args, inputs_of(args, problems, prompts, held_out))
-    return run, model, sampler_of(args, tokenizer, longest, trained=model), problems, held_out
 
 
 def filters(args) -> list[str]:
@@ -184,7 +179,7 @@ def self_train(args, run: Path, name: str, model, score, sampler: Sampler, probl
                 return False
             training.save_model(final, model, tokenizer)
         sampler.sync()  # the next traces are those of the new model
-        evaluate(args, place / f"evaluation_{iteration}.jsonl", sampler, held_out)
+        test(args, place / f"evaluation_{iteration}.jsonl", sampler, held_out)
     return True
 
 
@@ -195,7 +190,7 @@ def record(
     if not examples:
         why = why_dropped(args, place.name, traces)
         print(f"the filter {place.name} kept no trace in iteration {iteration}: nothing to train on: {why}")
-    about = {"iteration": iteration, **describe(traces, examples), **(tuning or {})}
+    about = {"iteration": iteration, **count_kept(traces, examples), **(tuning or {})}
     if args.parameterization == "backtracking":
         about |= marker_counts(map(whole_text, traces))
     if ranks()[0] == 0:
@@ -210,15 +205,15 @@ def record(
 def sample(args, run: Path, name: str, iteration: int, sampler: Sampler, problems: list[dict]) -> list[Trace]:
     """The traces of an iteration. The first samples from the base: the same traces for every filter."""
     file = run / "samples_1.jsonl" if iteration == 1 else run / name / f"samples_{iteration}.jsonl"
-    return recorded_traces(changed(args, seed=(args.seed + 1) * 1000 + iteration), file, sampler, problems)
+    return traces_with_J(changed(args, seed=(args.seed + 1) * 1000 + iteration), file, sampler, problems)
 
 
-def evaluate(args, file: Path, sampler: Sampler, problems: list[dict]) -> None:
+def test(args, file: Path, sampler: Sampler, problems: list[dict]) -> None:
     """Traces on held-out problems, once a model; seeds, and four forced answers, are the same for every run."""
-    recorded_traces(changed(args, seed=77, forced_answers=4), file, sampler, problems)
+    traces_with_J(changed(args, seed=77, forced_answers=4), file, sampler, problems)
 
 
-def recorded_traces(args, file: Path, sampler: Sampler, problems: list[dict]) -> list[Trace]:
+def traces_with_J(args, file: Path, sampler: Sampler, problems: list[dict]) -> list[Trace]:
     """--num-samples traces a problem with J at every boundary: sampled, each process its share, and read back."""
     tokenizer, rule = sampler.tokenizer, segmentation(args)
     prompts, _ = prompts_of(args, tokenizer, problems)
@@ -379,8 +374,8 @@ def first_of_problem(examples: list[Example], count: int) -> list[Example]:
     return kept
 
 
-def describe(traces: list[Trace], examples: list[Example]) -> dict:
-    """What a filter keeps, for the table."""
+def count_kept(traces: list[Trace], examples: list[Example]) -> dict:
+    """What a filter kept, in numbers, which it also prints."""
     tokens, episodes = [e.fine_tuned()[2].size for e in examples], [e.episodes - e.before for e in examples]
     progress = sum(e.trace.J[e.episodes] - e.trace.J[e.before] for e in examples) / max(1, sum(episodes))
     problems, mean = len({e.trace.problem["id"] for e in examples}), float(np.mean(tokens or [0]))

@@ -112,7 +112,7 @@ def test_the_filter_keeps_the_backtrack_with_most_progress_that_ends_right(watch
     ids, first, weights = kept[0].fine_tuned()
     assert watched.tokenizer.decode(ids[first:]) == ON + RIGHT + "<|end|>" and weights.shape[1] == len(ids) - first
     assert len(kept) == 1 and kept[0].episodes - kept[0].before == 1
-    (about,) = [star_mrt.describe([kept[0].trace], kept)]
+    (about,) = [star_mrt.count_kept([kept[0].trace], kept)]
     assert about["progress_per_episode"] == pytest.approx(0.9)
 
 
