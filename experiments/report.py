@@ -63,6 +63,10 @@ def write_report(args, config) -> None:
         curves = {method: learning_curves(args, config, method) for method in ("GRPO", *pair["GRPO"])}
         tables["Training"] = training_table(curves)
         draw_results(args, config, values, curves)
+    else:
+        figure, axes = subplots(2, 4.4, 3.4)
+        draw_curves(axes, config, values, {})
+        save_figure(figure, args.pages / "results.png")
     write_json(args.pages / "summary.json", {"seeds": per_seed(values), "tables": tables})
     text = "".join(f"## {title}\n\n{markdown_of(rows)}\n" for title, rows in tables.items() if rows)
     write_text(args.pages / "tables.md", text)
@@ -324,25 +328,26 @@ def draw_results(args, config, values: dict[str, Values], curves: dict[str, list
 def draw_curves(axes, config, values: dict[str, Values], curves: dict[str, list[Curves]]) -> None:
     """The normalised regret by budget; the accuracy of an answer forced within a budget; learning curves. A few methods
     have bands, and a thin line for each seed."""
+    regret, forced, *learning = axes
     grid, anytime = grid_of(config), boot(values, "anytime")
     regrets = {b: boot(values, f"regret@{b}") for b in budgets_of(config)}
-    at = np.linspace(0, config["train"]["max-sampled-tokens"], 61)
     few, others = len(values) < 6, [name for name in values if name != "base"]  # bands of many cannot be told apart
     for name in values:
         number = others.index(name) if name in others else 0
         color, style = f"C{number}" if name in others else "grey", "-" if number < 5 else ":"
         at_budgets = [cell_of(draws[name]) for draws in regrets.values()]
-        draw_curve(axes[0], list(regrets), at_budgets, color, name, f"o{style}", few)
-        draw_curve(axes[1], grid, [cell_of(column) for column in anytime[name].T], color, None, style, few)
-        if name in curves:
+        draw_curve(regret, list(regrets), at_budgets, color, name, f"o{style}", few)
+        draw_curve(forced, grid, [cell_of(column) for column in anytime[name].T], color, None, style, few)
+        for axis in learning if name in curves else []:
+            at = np.linspace(0, config["train"]["max-sampled-tokens"], 61)
             runs = [np.interp(at, sampled, accuracy) for sampled, _, accuracy in curves[name]]
             for curve in runs if few else []:
-                axes[2].plot(at / 1e3, curve, color=color, linewidth=0.5, alpha=0.4)
-            axes[2].plot(at / 1e3, np.mean(runs, 0), style, color=color, linewidth=1.5)
-    axes[0].set(xlabel="token budget C0", ylabel="normalised regret", ylim=(None, 1), xticks=list(regrets))
-    axes[0].legend(fontsize=6, loc="upper right", ncols=2)
-    axes[1].set(xlabel="token budget", ylabel="accuracy of an answer forced by then", ylim=(0, None))
-    axes[2].set(xlabel="sampled tokens of training (thousands)", ylabel="accuracy, validation problems")
+                axis.plot(at / 1e3, curve, color=color, linewidth=0.5, alpha=0.4)
+            axis.plot(at / 1e3, np.mean(runs, 0), style, color=color, linewidth=1.5)
+            axis.set(xlabel="sampled tokens of training (thousands)", ylabel="accuracy, validation problems")
+    regret.set(xlabel="token budget C0", ylabel="normalised regret", ylim=(None, 1), xticks=list(regrets))
+    regret.legend(fontsize=6, loc="upper right", ncols=2)
+    forced.set(xlabel="token budget", ylabel="accuracy of an answer forced by then", ylim=(0, None))
 
 
 def example_traces(args, config) -> dict[str, Trace]:
