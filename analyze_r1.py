@@ -133,7 +133,7 @@ def main() -> None:
 def tell_plan(args) -> None:
     """--dry-run: what the analysis costs at most, without a model. The empty prefix is answered once a problem."""
     if args.traces:
-        problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
+        problems, responses = data.load_responses(args.traces, args.limit, data.columns_of(args))
         thoughts, sampled = sum(map(len, responses)), 0
     else:
         problems = data.problems_of(args)
@@ -151,7 +151,7 @@ def analyse(args) -> None:
     folder.check_out(args, *MAY_CHANGE)
     tokenizer = tokenizer_of(args)
     if args.traces:
-        problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
+        problems, responses = data.load_responses(args.traces, args.limit, data.columns_of(args))
         prompts = prompts_to(args, tokenizer, problems)
         given, longest = read_given(args, tokenizer, problems, prompts, responses)
     else:
