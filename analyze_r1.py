@@ -496,7 +496,7 @@ def draw_progress(summary: dict, run: Path) -> Path:
         spread.set(xlabel="progress of an episode, J after - J before", ylabel="episodes", yscale="log", title=title)
         if rows := moved["by_number"]:
             means = [row["mean"] for row in rows]
-            report.draw_curve(by_number, [row["number"] for row in rows], means, "C0", style="o-")
+            report.draw_curve(by_number, Curve([row["number"] for row in rows], means, color="C0"))
         by_number.xaxis.get_major_locator().set_params(integer=True)
         by_number.axhline(0, color="grey", linewidth=0.8)
         by_number.set(xlabel="number of the episode", ylabel="mean progress")

@@ -58,13 +58,13 @@ def load_problems(dataset: str, split: str, limit: int | None = None, columns: C
     if not from_file:
         columns = columns._replace(skip_unusable=True)
     problems = [problem for problem, _ in usable_rows(dataset, rows, limit, columns)]
-    if (different := len(set(map(asked_in, problems)))) < len(problems):
+    if (different := len(set(map(text_and_answer, problems)))) < len(problems):
         rows_are = f"{len(problems)} rows are {plural(different, 'problem')}"
         print(f"{dataset}: {rows_are}; rows of one problem count as its samples")
     return with_distinct_ids(dataset, problems)
 
 
-def asked_in(problem: dict) -> str:
+def text_and_answer(problem: dict) -> str:
     """What rows of one problem share, whatever their ids."""
     return json.dumps([problem.get("messages", problem["problem"]), problem["answer"]])
 
@@ -116,8 +116,8 @@ def load_responses(file: Path, limit: int | None = None, columns=Columns()) -> t
     problems: dict[str, dict] = {}
     responses: dict[str, list[str]] = {}
     for problem, texts in usable_rows(str(file), read_rows(file), None, columns, responses_of):
-        problems.setdefault(asked_in(problem), problem)
-        responses.setdefault(asked_in(problem), []).extend(texts)
+        problems.setdefault(text_and_answer(problem), problem)
+        responses.setdefault(text_and_answer(problem), []).extend(texts)
     return with_distinct_ids(str(file), list(problems.values())[:limit]), list(responses.values())[:limit]
 
 
