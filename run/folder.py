@@ -294,16 +294,19 @@ def metrics_reporter(args: argparse.Namespace, run: Path) -> Callable[[dict], ob
             log(metrics)
             write_json(reported, metrics["step"])
 
-    log = warned(open_service, args, run)
+    log = warned(open_service, args, run, parsed(reported) or 0)
     return lambda metrics: log and warned(send, metrics)
 
 
-def open_service(args: argparse.Namespace, run: Path) -> Callable[[dict], object]:
-    """What logs metrics with tensorboard, wandb or trackio; a run that is resumed is one run there, too."""
+def open_service(args: argparse.Namespace, run: Path, last: int) -> Callable[[dict], object]:
+    """What logs metrics with tensorboard, wandb or trackio; a run that is resumed after a `last` step is one run there,
+    too."""
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(run / "tensorboard")
+        writer = SummaryWriter(
+            run / "tensorboard", purge_step=last + 1
+        )  # that step may be there, but not in `reported`
 
         def log(metrics: dict) -> None:
             for name, value in metrics.items():
