@@ -134,7 +134,7 @@ def main() -> None:
 def tell_plan(args) -> None:
     """--dry-run: what the analysis costs at most, without a model. The empty prefix is answered once a problem."""
     if args.traces:
-        problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
+        problems, responses = data.load_responses(args.traces, args.limit, data.columns_of(args))
         thoughts, sampled = sum(map(len, responses)), 0
     else:
         problems = data.problems_of(args)
@@ -152,7 +152,7 @@ def analyse(args) -> None:
     folder.check_out(args, *MAY_CHANGE)
     tokenizer = tokenizer_of(args)
     if args.traces:
-        problems, responses = data.load_responses(args.traces, args.limit, *data.columns_of(args))
+        problems, responses = data.load_responses(args.traces, args.limit, data.columns_of(args))
         prompts = prompts_to(args, tokenizer, problems)
         given, longest = read_given(args, tokenizer, problems, prompts, responses)
     else:
@@ -497,7 +497,7 @@ def draw_progress(summary: dict, run: Path) -> Path:
         spread.set(xlabel="progress of an episode, J after - J before", ylabel="episodes", yscale="log", title=title)
         if rows := moved["by_number"]:
             means = [row["mean"] for row in rows]
-            report.draw_curve(by_number, [row["number"] for row in rows], means, "C0", style="o-")
+            report.draw_curve(by_number, Curve([row["number"] for row in rows], means, color="C0"))
         by_number.xaxis.get_major_locator().set_params(integer=True)
         by_number.axhline(0, color="grey", linewidth=0.8)
         by_number.set(xlabel="number of the episode", ylabel="mean progress")

@@ -222,6 +222,14 @@ def forced_prompt(tokenizer, trace: Trace, boundary: int) -> list[int]:
     return trace.prompt + trace.completion.token_ids[:boundary] + tail  # MRT 2: μ, the model forced to answer here
 
 
+def prompt_or_answer(tokenizer, trace: Trace, j: int) -> list[int] | str:
+    """The prompt of μ at boundary j. A model without an end-of-thinking marker has answered when it stops by itself:
+    there the text of its answer, of which J is the reward."""
+    if trace.finished and not thinks(tokenizer) and j == len(trace.boundaries) - 1:
+        return trace.answer or ""
+    return forced_prompt(tokenizer, trace, trace.boundaries[j])
+
+
 def stop_phrase(tokenizer) -> str:
     """The stop phrase with the mark that ends the model's thoughts; without, if it has none."""
     marks = marks_of(tokenizer)
@@ -230,21 +238,21 @@ def stop_phrase(tokenizer) -> str:
 
 @dataclass(frozen=True)
 class Forcing:
-    """How answers are forced from μ: n of them at a prefix, of at most `max_tokens`. Another parameterization has other
-    prompts than `prompts_of_mu`, and answers that end before the turn does."""
+    """How answers are forced from μ: n of them at a prefix, of at most `max_tokens`. Another parameterization asks in
+    another way than `prompt_or_answer`, and has answers that end before the turn does."""
 
     n: int
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    prompts: Callable | None = None
+    ask: Callable = prompt_or_answer
     cut: Callable[[Completion], Completion] | None = None
 
 
 def set_sampled_J(sampler: Sampler, traces: list[Trace], forcing: Forcing, seed: tuple[int, ...]) -> None:
     """Sets each trace's J(μ|z_0:j) at every boundary: the share of right answers among n sampled forced ones; also
     sets `answer_tokens` and `forced`."""
-    owners_of = (forcing.prompts or prompts_of_mu)(sampler.tokenizer, traces)
+    owners_of = begin_J(sampler.tokenizer, traces, forcing.ask)
     prompts = [list(prompt) for _, prompt in owners_of]
     seeds = [(*seed, zlib.crc32(np.array(prompt, dtype="<i8").tobytes())) for prompt in prompts]
     problems = [owners[0][0].problem for owners in owners_of.values()]
@@ -271,7 +279,7 @@ def set_likelihood_J(sampler: Sampler, traces: list[Trace]) -> None:
     μ answers in this form at once, as the embedded model does; for a model that explains first it is a proxy. The
     probabilities of several gold answers are added.
     """
-    tokenizer, owners_of = sampler.tokenizer, prompts_of_mu(sampler.tokenizer, traces)
+    tokenizer, owners_of = sampler.tokenizer, begin_J(sampler.tokenizer, traces)
     heads, tails, asked = [], [], []
     for number, ((_, prompt), owners) in enumerate(owners_of.items()):
         trace, j = owners[0]
@@ -290,28 +298,25 @@ def set_likelihood_J(sampler: Sampler, traces: list[Trace]) -> None:
             trace.answer_tokens[j] = float(lengths[number] - len(prompt))
 
 
-def reset_J(trace: Trace) -> None:
-    """What a trace has at its boundaries before anything is asked: the outcome for J, and no answers."""
-    count = len(trace.boundaries)
-    trace.J, trace.answer_tokens = [trace.reward] * count, [0.0] * count
-    trace.asked = [len(trace.prompt) + boundary for boundary in trace.boundaries]
-    trace.forced = [[] for _ in range(count)]
-
-
-def prompts_of_mu(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trace, int]]]:
-    """{(problem id, prompt of μ): the (trace, number of the boundary) that share it}; equal prefixes, such as the empty
-    one of a problem's traces, are answered once. Resets the J of the traces.
-
-    A model without an end-of-thinking marker has answered when it stops by itself: there J is the outcome.
-    """
+def begin_J(tokenizer, traces: list[Trace], ask: Callable = prompt_or_answer) -> dict[tuple, list[tuple[Trace, int]]]:
+    """Sets J where a trace has answered, clears what was forced elsewhere, and returns what is to be asked: {(problem
+    id, prompt): the (trace, number of the boundary) that share it}. Equal prefixes, such as the empty one of a
+    problem's traces, are answered once."""
     owners_of: dict[tuple, list[tuple[Trace, int]]] = {}
+    answered: list[tuple[Trace, int, str]] = []
     for trace in traces:
-        reset_J(trace)
-        answered = trace.finished and not thinks(tokenizer)
-        for j, boundary in enumerate(trace.boundaries[: len(trace.boundaries) - answered]):
-            prompt = tuple(forced_prompt(tokenizer, trace, boundary))
-            trace.asked[j] = len(prompt)
-            owners_of.setdefault((trace.problem["id"], prompt), []).append((trace, j))
+        count = len(trace.boundaries)
+        trace.J, trace.answer_tokens, trace.forced = [0.0] * count, [0.0] * count, [[] for _ in range(count)]
+        trace.asked = [len(trace.prompt) + boundary for boundary in trace.boundaries]
+        for j in range(count):
+            if isinstance(asked := ask(tokenizer, trace, j), str):
+                answered.append((trace, j, asked))
+            else:
+                trace.asked[j] = len(asked)
+                owners_of.setdefault((trace.problem["id"], tuple(asked)), []).append((trace, j))
+    grade_all([(extract_answer(text), trace.problem["answer"]) for trace, _, text in answered])
+    for trace, j, text in answered:  # all at once; `reward` finds them decided
+        trace.J[j] = reward(trace.problem, text)
     return owners_of
 
 

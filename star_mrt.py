@@ -218,7 +218,7 @@ def traces_with_J(args, file: Path, sampler: Sampler, problems: list[dict]) -> l
     tokenizer, rule = sampler.tokenizer, segmentation(args)
     prompts, _ = prompts_of(args, tokenizer, problems)
     order = {problem["id"]: i for i, problem in enumerate(problems)}
-    for traces in new_traces(args, file, sampler, problems, prompts, rule, process=ranks()):
+    for traces in new_traces(args, file, sampler, problems, prompts, rule):
         records = gather_over_ranks([trace.record() for trace in traces])
         if ranks()[0] == 0:
             append_jsonl(file, sorted(records, key=lambda r: order[r["id"]]))  # the order of a single process

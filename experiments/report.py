@@ -21,7 +21,17 @@ from run import data
 from run.files import read_jsonl, write_json, write_text
 from run.flags import numbers
 from run.folder import load_records
-from run.report import cell, draw_curve, group_by_problem, markdown, pyplot, save_figure, subplots, tokens_to_reach
+from run.report import (
+    Curve,
+    cell,
+    draw_curve,
+    group_by_problem,
+    markdown,
+    pyplot,
+    save_figure,
+    subplots,
+    tokens_to_reach,
+)
 from run.traces import accuracy_at, prompts_of, regret_at, sample_traces, trace_curve
 
 DRAWS = 2000
@@ -336,8 +346,8 @@ def draw_curves(axes, config, values: dict[str, Values], curves: dict[str, list[
         number = others.index(name) if name in others else 0
         color, style = f"C{number}" if name in others else "grey", "-" if number < 5 else ":"
         at_budgets = [cell_of(draws[name]) for draws in regrets.values()]
-        draw_curve(regret, list(regrets), at_budgets, color, name, f"o{style}", few)
-        draw_curve(forced, grid, [cell_of(column) for column in anytime[name].T], color, None, style, few)
+        draw_curve(regret, Curve(list(regrets), at_budgets, name, f"o{style}", color, few))
+        draw_curve(forced, Curve(grid, [cell_of(column) for column in anytime[name].T], None, style, color, few))
         for axis in learning if name in curves else []:
             at = np.linspace(0, config["train"]["max-sampled-tokens"], 61)
             runs = [np.interp(at, sampled, accuracy) for sampled, _, accuracy in curves[name]]

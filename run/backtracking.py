@@ -14,10 +14,9 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import pairwise
 
-from common import Trace, reset_J
+from common import Trace
 from engine.tokens import Completion, encode, text_and_offsets
 from grading.box import extract_answer
-from grading.verdict import grade_all
 
 # The phrase that opens a second attempt in the authors' first code (grpo.py, bash/r1.sh); their "Step" is left to the
 # model. The marker lines of eval_history_conditioned.py. The labels of the prompt "backtrack" in template.py.
@@ -109,24 +108,15 @@ def first_attempt(completion: Completion) -> Completion:
     return Completion(ids, logprobs, completion.finish_reason, completion.text[: offsets[-1]], offsets)
 
 
-def prompts_of_attempts(tokenizer, traces: list[Trace]) -> dict[tuple, list[tuple[Trace, int]]]:
-    """As `common.prompts_of_mu`. J after an attempt is 1 if its own box is right, else 0, and nothing is asked. At the
-    empty prefix, after a marker line and within an attempt it is the share of right ones among n completions of one
-    attempt."""
-    owners_of: dict[tuple, list[tuple[Trace, int]]] = {}
-    settled: list[tuple[Trace, int, str]] = []
-    for trace in traces:
-        reset_J(trace)
-        for j, (boundary, episode) in enumerate(zip(trace.boundaries, ["", *episodes_of(trace)])):
-            if box := extract_answer(episode):
-                settled.append((trace, j, box))
-            elif not (trace.finished and j == len(trace.boundaries) - 1):
-                prompt = (*trace.prompt, *trace.completion.token_ids[:boundary])
-                owners_of.setdefault((trace.problem["id"], prompt), []).append((trace, j))
-    verdicts = grade_all([(box, trace.problem["answer"]) for trace, _, box in settled])
-    for (trace, j, _), verdict in zip(settled, verdicts):
-        trace.J[j] = float(verdict == "right")
-    return owners_of
+def prompt_or_attempt(_tokenizer, trace: Trace, j: int) -> list[int] | str:
+    """As `common.prompt_or_answer`. J after an attempt is its own reward. At the empty prefix, after a marker line and
+    within an attempt it is the share of right ones among n completions of one attempt."""
+    episode = episodes_of(trace)[j - 1] if j else ""
+    if extract_answer(episode):
+        return episode
+    if trace.finished and j == len(trace.boundaries) - 1:
+        return trace.answer or ""
+    return trace.prompt + trace.completion.token_ids[: trace.boundaries[j]]
 
 
 def episodes_of(trace: Trace) -> list[str]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine import first_line, plural
 from engine.models import ROOT, TINY, reach_hub
@@ -28,14 +28,16 @@ NOT_ANSWERS = ("proof", "notfound", "not found", "see solution", "n/a", "none", 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def load_problems(
-    dataset: str,
-    split: str,
-    limit: int | None = None,
-    problem_column: str | None = None,
-    answer_column: str | None = None,
-    skip_unusable: bool = False,
-) -> list[dict]:
+class Columns(NamedTuple):
+    """Where rows have problem and gold answer, None: in the first of the usual columns that is filled; and whether
+    those that cannot be used are left out."""
+
+    problem: str | None = None
+    answer: str | None = None
+    skip_unusable: bool = False
+
+
+def load_problems(dataset: str, split: str, limit: int | None = None, columns: Columns = Columns()) -> list[dict]:
     """`[{problem, answer, id}]` from `tiny`, `tiny:30` (only that difficulty), a file or the Hub. `split` may name
     a part of a split, as the library datasets does: test[100:200]; a file has no splits.
 
@@ -49,17 +51,22 @@ def load_problems(
         if not (problems := tiny_problems(dataset, name)[part][:limit]):
             fail(f"--split {split}: holds no problem")
         return problems
-    from_file = is_file_name(dataset) or Path(dataset).exists()
+    from_file = dataset.removesuffix(".gz").endswith(FILE_TYPES) or Path(dataset).exists()
     if from_file and name != split:
         fail(f"--split {split}: {dataset} is a file, which has no splits to take a part of")
     rows = read_rows(Path(dataset)) if from_file else load_from_hub(dataset, name, part)
-    used = usable_rows(dataset, rows, limit, problem_column, answer_column, skip_unusable or not from_file)
-    problems = [problem for problem, _ in used]
-    different = len({json.dumps([p.get("messages", p["problem"]), p["answer"]]) for p in problems})
-    if different < len(problems):
-        told = plural(different, "problem")
-        print(f"{dataset}: {len(problems)} rows are {told}; rows of one problem count as its samples")
+    if not from_file:
+        columns = columns._replace(skip_unusable=True)
+    problems = [problem for problem, _ in usable_rows(dataset, rows, limit, columns)]
+    if (different := len(set(map(text_and_answer, problems)))) < len(problems):
+        rows_are = f"{len(problems)} rows are {plural(different, 'problem')}"
+        print(f"{dataset}: {rows_are}; rows of one problem count as its samples")
     return with_distinct_ids(dataset, problems)
+
+
+def text_and_answer(problem: dict) -> str:
+    """What rows of one problem share, whatever their ids."""
+    return json.dumps([problem.get("messages", problem["problem"]), problem["answer"]])
 
 
 def with_distinct_ids(name: str, problems: list[dict]) -> list[dict]:
@@ -85,49 +92,36 @@ def part_of_split(split: str) -> tuple[str, slice]:
     return name, slice(int(start) if start else None, int(end) if end else None)
 
 
-def columns_of(args) -> tuple[str | None, str | None, bool]:
-    """The last arguments of `load_problems` and `load_responses`, from the flags."""
-    return args.problem_column, args.answer_column, args.skip_unusable
+def columns_of(args) -> Columns:
+    return Columns(args.problem_column, args.answer_column, args.skip_unusable)
 
 
 def problems_of(args) -> list[dict]:
     """The problems that the flags name."""
-    return load_problems(args.dataset, args.split, args.limit, *columns_of(args))
+    return load_problems(args.dataset, args.split, args.limit, columns_of(args))
 
 
 def held_out_of(args) -> list[dict]:
     """The held-out problems of a training; none without --eval-dataset, unless it trains on tiny's problems."""
     if not args.eval_dataset and not is_tiny_dataset(args.dataset):
         return []
-    return load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems, *columns_of(args))
+    return load_problems(args.eval_dataset or args.dataset, args.eval_split, args.eval_problems, columns_of(args))
 
 
-def load_responses(
-    file: Path,
-    limit: int | None = None,
-    problem_column: str | None = None,
-    answer_column: str | None = None,
-    skip_unusable: bool = False,
-) -> tuple[list[dict], list[list[str]]]:
+def load_responses(file: Path, limit: int | None = None, columns=Columns()) -> tuple[list[dict], list[list[str]]]:
     """(problems, the responses to each) of a file with the columns of `load_problems` and `response` or `responses`.
 
     A response is text or a chat, whose last assistant message counts. Rows of one problem need not be adjacent.
     """
-    used = usable_rows(str(file), read_rows(file), None, problem_column, answer_column, skip_unusable, responses_of)
     problems: dict[str, dict] = {}
     responses: dict[str, list[str]] = {}
-    for problem, texts in used:
-        identity = json.dumps([problem.get("messages", problem["problem"]), problem["answer"]])
-        problems.setdefault(identity, problem)
-        responses.setdefault(identity, []).extend(texts)
+    for problem, texts in usable_rows(str(file), read_rows(file), None, columns, responses_of):
+        problems.setdefault(text_and_answer(problem), problem)
+        responses.setdefault(text_and_answer(problem), []).extend(texts)
     return with_distinct_ids(str(file), list(problems.values())[:limit]), list(responses.values())[:limit]
 
 
 # ================================================================================================== rows of a file
-
-
-def is_file_name(dataset: str) -> bool:
-    return dataset.removesuffix(".gz").endswith(FILE_TYPES)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -174,53 +168,43 @@ def json_document(data: bytes) -> list | None:
 # ================================================================================================== cells of a row
 
 
-def usable_rows(
-    name: str,
-    rows: Any,
-    limit: int | None,
-    problem_column: str | None,
-    answer_column: str | None,
-    skip_unusable: bool,
-    extra=lambda row: None,
-) -> list[tuple[dict, Any]]:
-    """[({problem, answer, id}, extra(row))] of the first `limit` rows that can be used."""
-    problem_columns = (problem_column,) if problem_column else PROBLEM_COLUMNS
-    answer_columns = (answer_column,) if answer_column else ANSWER_COLUMNS
-    columns = list(getattr(rows, "column_names", dict.fromkeys(column for row in rows for column in row)))
-    lowercase = {column.lower() for column in columns}
-    if not all(
-        any({c.lower(), c.split(".")[0].lower()} & lowercase for c in cs) for cs in (problem_columns, answer_columns)
-    ):
+def usable_rows(name: str, rows: Any, limit: int | None, columns: Columns, more_of=lambda row: None) -> list[tuple]:
+    """[({problem, answer, id}, more_of(row))] of the first `limit` rows that can be used."""
+    of_problem = (columns.problem,) if columns.problem else PROBLEM_COLUMNS
+    of_answer = (columns.answer,) if columns.answer else ANSWER_COLUMNS
+    there = list(getattr(rows, "column_names", dict.fromkeys(column for row in rows for column in row)))
+    names = {column.lower() for column in there}
+    if not all(any({c.lower(), c.lower().split(".")[0]} & names for c in usual) for usual in (of_problem, of_answer)):
         fail(
-            f"--dataset {name}: needs one column of {'|'.join(problem_columns)} and one of {'|'.join(answer_columns)} "
-            f"(--problem-column and --answer-column name others); found {', '.join(columns)}"
+            f"--dataset {name}: needs one column of {'|'.join(of_problem)} and one of {'|'.join(of_answer)} "
+            f"(--problem-column and --answer-column name others); found {', '.join(there)}"
         )
-    used, unusable, several = [], [], 0
+    used, why_not = [], {}
     numbered = enumerate(rows, 1)
     while part := list(islice(numbered, None if limit is None else limit - len(used))):
         found = []
         for number, row in part:
             try:
                 refuse_images(row)
-                chat, answer = chat_of(row, problem_columns), gold_of(row, answer_columns)
+                chat, answer = chat_of(row, of_problem), gold_of(row, of_answer)
                 problem = {"problem": chat[-1]["content"], "answer": answer, "id": str(row.get("id", number - 1))}
-                found.append((number, problem | ({"messages": chat} if len(chat) > 1 else {}), extra(row)))
-                check_text(found[-1])
+                read = problem | ({"messages": chat} if len(chat) > 1 else {}), more_of(row)
+                check_text(read)
+                found.append((number, read))
             except ValueError as error:
-                unusable.append((number, f"row {number}: {error}"))
-        for (number, problem, more), error in zip(found, check_golds([problem["answer"] for _, problem, _ in found])):
-            if error:
-                unusable.append((number, f"row {number}: {error}"))
-            else:
-                used.append((problem, more))
-                several += isinstance(problem["answer"], list)
-    unusable = [text for _, text in sorted(unusable)]
-    if several:
+                why_not[number] = error
+        errors = check_golds([problem["answer"] for _, (problem, _) in found])
+        why_not |= {number: error for (number, _), error in zip(found, errors) if error}
+        used += [read for (_, read), error in zip(found, errors) if not error]
+    if several := sum(isinstance(problem["answer"], list) for problem, _ in used):
         print(f"{name}: {plural(several, 'row')} with several answers; any of them is right")
-    if unusable and not skip_unusable:
-        fail(f"{name}, {unusable[0]}" if len(unusable) == 1 else f"{name}: {told(unusable)}")
-    if unusable:
-        print(f"{name}: left out {told(unusable)}")
+    if why_not:
+        rows_told = [f"row {number}: {why_not[number]}" for number in sorted(why_not)]
+        ten = "; ".join(rows_told[:10]) + "; ..." * (len(rows_told) > 10)
+        left_out = f"{plural(len(rows_told), 'row')} that cannot be used: {ten}"
+        if not columns.skip_unusable:
+            fail(f"{name}, {rows_told[0]}" if len(rows_told) == 1 else f"{name}: {left_out}")
+        print(f"{name}: left out {left_out}")
     if not used:
         fail(f"--dataset {name}: no usable problem")
     return used
@@ -231,12 +215,6 @@ def refuse_images(row: dict) -> None:
     for name, value in row.items():
         if re.fullmatch(r"(decoded_)?images?(_\d+)?", str(name).lower()) and value not in (None, "", [], {}):
             raise ValueError(f"column {name} holds an image, which no model here sees")
-
-
-def told(unusable: list[str]) -> str:
-    """The number of unusable rows and the first ten of them."""
-    more = "; ..." if len(unusable) > 10 else ""
-    return f"{plural(len(unusable), 'row')} that cannot be used: {'; '.join(unusable[:10])}{more}"
 
 
 def value_at(row: dict, column: str) -> Any:

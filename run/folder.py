@@ -28,7 +28,7 @@ from engine import first_line, plural, say_once, tell
 from engine.models import ROOT, resolve_model
 from engine.processes import ranks, wait_for_ranks
 from engine.served_engine import is_served
-from run.files import digest, fail, parse_lines, read_jsonl, remove, repair, whole_lines, write_json, writing
+from run.files import digest, fail, parse_lines, remove, repair, whole_lines, write_json, writing
 
 
 def short_name(path: str) -> str:
@@ -206,9 +206,9 @@ def open_run(args: argparse.Namespace, inputs: dict[str, dict], *may_change: str
             if path.name not in (LOCK, "config.json"):
                 remove(path)
     write_json(out / "inputs.json", inputs)
-    about = {"script": script_name(), "id": uuid.uuid4().hex[:8], "command": sys.argv}
-    about |= {"versions": versions(), "device": device_name()}
-    write_json(out / "config.json", {"settings": identity(args), **about})
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    about = {"script": script_name(), "id": uuid.uuid4().hex[:8], "command": sys.argv, "versions": versions()}
+    write_json(out / "config.json", {"settings": identity(args), **about, "device": device})
     return out
 
 
@@ -268,26 +268,20 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on, and the commit of this checkout where git knows it."""
     installed = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     installed["transformers"] = importlib.metadata.version("transformers")
+    describe = ["git", "describe", "--always", "--dirty"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        installed["commit"] = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        commit = subprocess.check_output(describe, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
+        installed["commit"] = commit.strip()
     return installed
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-
-
 def metrics_reporter(args: argparse.Namespace, run: Path) -> Callable[[dict], object]:
-    """A function that sends a step's metrics to --report-to, from the first process and each step once. `metrics.jsonl`
-    and a picture are written in any case, so a service that fails costs a warning."""
+    """A function that sends a step's metrics to --report-to, from the first process and each step once: the last one
+    sent is in `reported`. `metrics.jsonl` and a picture are written in any case, so a service that fails costs a
+    warning."""
     if getattr(args, "report_to", None) is None or ranks()[0] > 0:
         return lambda metrics: None
+    reported = run / "reported"
 
     def warned(call: Callable, *values):
         try:
@@ -295,36 +289,33 @@ def metrics_reporter(args: argparse.Namespace, run: Path) -> Callable[[dict], ob
         except Exception as error:
             say_once(f"warning: --report-to {args.report_to}: {first_line(error)}; {run / 'metrics.jsonl'} has it all")
 
-    send = warned(tensorboard if args.report_to == "tensorboard" else service, args, run)
-    return lambda metrics: send and warned(send, metrics)
-
-
-def tensorboard(_args, run: Path) -> Callable[[dict], object]:
-    """Its files are written again from metrics.jsonl: those of a run that was killed have steps that are repeated."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    remove(run / "tensorboard")
-    writer = SummaryWriter(run / "tensorboard")
-
-    def send(metrics: dict) -> None:
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, metrics["step"])
-
-    for metrics in read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []:
-        send(metrics)
-    return send
-
-
-def service(args: argparse.Namespace, run: Path) -> Callable[[dict], object]:
-    """wandb or trackio. A run that is resumed is one run there, too; the last step it was told is in `reported`."""
-    logs, reported = importlib.import_module(args.report_to), run / "reported"  # the two have the same two calls
-    more = {"id": (config_of(run) or {}).get("id")} if args.report_to == "wandb" else {}
-    config = {name: str(value) for name, value in vars(args).items()}
-    logs.init(project="mrt", name=run.name, config=config, resume="allow", **more)
-
     def send(metrics: dict) -> None:
         if metrics["step"] > (parsed(reported) or 0):
-            logs.log(metrics, step=metrics["step"])
+            log(metrics)
             write_json(reported, metrics["step"])
 
-    return send
+    log = warned(open_service, args, run, parsed(reported) or 0)
+    return lambda metrics: log and warned(send, metrics)
+
+
+def open_service(args: argparse.Namespace, run: Path, last: int) -> Callable[[dict], object]:
+    """What logs metrics with tensorboard, wandb or trackio; a run that is resumed after a `last` step is one run there,
+    too."""
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(
+            run / "tensorboard", purge_step=last + 1
+        )  # that step may be there, but not in `reported`
+
+        def log(metrics: dict) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, metrics["step"])
+            writer.flush()
+
+        return log
+    service = importlib.import_module(args.report_to)  # the two others have the same two calls
+    more = {"id": (config_of(run) or {}).get("id")} if args.report_to == "wandb" else {}
+    config = {name: str(value) for name, value in vars(args).items()}
+    service.init(project="mrt", name=run.name, config=config, resume="allow", **more)
+    return lambda metrics: service.log(metrics, step=metrics["step"])

@@ -32,10 +32,10 @@ def group_by_problem(records: Iterable[dict]) -> dict[str, list[dict]]:
     """Rows that repeat a problem and its answer (an AIME file × 64) are one problem with more samples."""
     names: dict[str, str] = {}
 
-    def asked(r: dict) -> str:
+    def text_and_gold(r: dict) -> str:
         return json.dumps([r.get("messages"), r.get("problem", r["id"]), r.get("gold")])
 
-    return group_by(records, lambda r: names.setdefault(asked(r), r["id"]))
+    return group_by(records, lambda r: names.setdefault(text_and_gold(r), r["id"]))
 
 
 def problem_means(records: Iterable[dict], value: Callable[..., float], *more) -> np.ndarray:
@@ -48,10 +48,8 @@ def bootstrap_picks(count: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(count, size=(draws, count))
 
 
-def bootstrap_interval(
-    per_problem: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """(mean, low, high): mean over problems of each one's mean over its samples; studentised bootstrap.
+def interval(per_problem: Sequence | np.ndarray) -> dict[str, float]:
+    """{mean, low, high}: mean over problems of each one's mean over its samples, with a 95 % studentised bootstrap.
 
     per_problem: a row of any length >= 1, or a number, per problem. Problems are resampled, not samples: samples of one
     problem are correlated and the claim is about unseen problems; the noise within a problem is included, since its
@@ -64,28 +62,20 @@ def bootstrap_interval(
     as all of it at most. The ends stay within the problems' range.
 
     One problem says nothing about the spread between problems: low and high are NaN. ValueError for no problems, an
-    empty row, NaN or infinity, level outside (0, 1), or draws < 1.
+    empty row, NaN or infinity.
     """
-    if not 0 < level < 1 or draws < 1:
-        raise ValueError(f"need 0 < level < 1 and draws >= 1, got {level} and {draws}")
     means = np.sort(np.array([np.mean(row) if np.size(row) else math.nan for row in per_problem], dtype=float))
     if len(means) == 0 or not np.all(np.isfinite(means)):
         raise ValueError("need at least one problem, at least one sample of each, and finite numbers")
     mean, spread = float(means.mean()), means.std()
     if len(means) == 1:
-        return mean, math.nan, math.nan
+        return {"mean": mean, "low": math.nan, "high": math.nan}
     if means[0] == means[-1]:
-        return mean, mean, mean
-    resampled = means[bootstrap_picks(len(means), draws, seed)]
+        return {"mean": mean, "low": mean, "high": mean}
+    resampled = means[bootstrap_picks(len(means))]
     errors = (resampled.mean(axis=1) - mean) / resampled.std(axis=1).clip(spread / 4, spread)
-    ends = mean - means.std(ddof=1) * np.quantile(errors, [(1 + level) / 2, (1 - level) / 2])
-    low, high = ends.clip(means[0], means[-1])
-    return mean, float(low), float(high)
-
-
-def interval(values) -> dict[str, float]:
-    """A mean over problems with its 95 % bootstrap interval."""
-    mean, low, high = bootstrap_interval(values)
+    ends = mean - means.std(ddof=1) * np.quantile(errors, [0.975, 1 - 0.975])
+    low, high = map(float, ends.clip(means[0], means[-1]))
     return {"mean": mean, "low": low, "high": high}
 
 
@@ -322,7 +312,7 @@ def draw_panels(file: Path, *panels: Panel, rows=1, **layout) -> Path:
     figure, axes = subplots(len(panels), rows=rows, **layout)
     for axis, panel in zip(axes, panels):
         for curve in panel.curves:
-            draw_curve(axis, curve.x, curve.means, curve.color, curve.label, curve.style, curve.band)
+            draw_curve(axis, curve)
         if panel.tokens:
             token_axis(axis)
         elif all(x == int(x) for curve in panel.curves for x in curve.x):
@@ -351,11 +341,12 @@ def subplots(count: int, width: float = 3.3, height: float = 2.9, rows: int = 1,
     return figure, axes.flatten()
 
 
-def draw_curve(axis, x, means: list[dict], color=None, label=None, style="-", band=True) -> None:
-    (drawn,) = axis.plot(x, [m["mean"] for m in means], style, color=color, label=label, markersize=3, linewidth=1.2)
-    if band:
-        low, high = ([m[end] for m in means] for end in ("low", "high"))
-        axis.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+def draw_curve(axis, curve: Curve) -> None:
+    mean, low, high = ([m.get(part) for m in curve.means] for part in ("mean", "low", "high"))
+    look = {"color": curve.color, "label": curve.label, "markersize": 3, "linewidth": 1.2}
+    (drawn,) = axis.plot(curve.x, mean, curve.style, **look)
+    if curve.band:
+        axis.fill_between(curve.x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
 
 
 def token_axis(axis) -> None:

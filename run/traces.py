@@ -25,18 +25,13 @@ from common import (
 )
 from engine import Refused
 from engine.models import check_ids, context_length, load_config, load_tokenizer, pick_dtype
+from engine.processes import ranks
 from engine.sampler import Sampler, open_sampler
 from engine.served_engine import Served, is_served
 from engine.thoughts import marks_of
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
 from grading.verdict import group_answers
-from run.backtracking import (
-    asked_to_backtrack,
-    backtracking_spans,
-    first_attempt,
-    prompts_of_attempts,
-    tell_markers,
-)
+from run.backtracking import asked_to_backtrack, backtracking_spans, first_attempt, prompt_or_attempt, tell_markers
 from run.files import digest, fail
 from run.folder import unrecorded, weights_digest
 
@@ -100,11 +95,8 @@ def inputs_of(args, problems: list[dict], prompts: list[list[int]], held_out: Se
 
 def problem_digests(problems: Sequence[dict], prompts: list[list[int]]) -> dict[str, str]:
     """{id: its place, and a digest of text, gold answer, recorded prefix and prompt}."""
-    numbered = enumerate(zip(problems, prompts))
-    return {
-        p["id"]: f"{number} {digest(p['problem'], p['answer'], p.get('prefix'), prompt)}"
-        for number, (p, prompt) in numbered
-    }
+    read = ((p["id"], digest(p["problem"], p["answer"], p.get("prefix"), ids)) for p, ids in zip(problems, prompts))
+    return {name: f"{place} {digested}" for place, (name, digested) in enumerate(read)}
 
 
 def room_for_answer(tokenizer, answer_tokens: int) -> int:
@@ -163,7 +155,7 @@ def check_lengths(args, problems: list[dict], prompts: list[list[int]], after: i
 
 def forcing_of(args) -> Forcing:
     """How a run's flags say that answers are forced; backtracking, that one attempt is completed or made."""
-    other: Any = (prompts_of_attempts, first_attempt) if args.parameterization == "backtracking" else ()
+    other: Any = (prompt_or_attempt, first_attempt) if args.parameterization == "backtracking" else ()
     return Forcing(args.forced_answers, args.answer_tokens, args.temperature, getattr(args, "top_p", 1.0), *other)
 
 
@@ -183,14 +175,13 @@ def new_traces(
     rule=Segmentation(),
     given=None,
     forced=True,
-    process=(0, 1),
     drawn=(),
 ) -> Iterator[list[Trace]]:
-    """The traces that a records.jsonl lacks, a batch of problems at a time: --num-samples a problem or those `given`,
-    with J(μ) at every boundary if `forced`. `process`: this one's number and how many share the work; `drawn`: what
-    their seeds have between --seed and the problem."""
+    """The traces that a records.jsonl lacks, a batch of problems at a time, of which each process has a share:
+    --num-samples a problem or those `given`, with J(μ) at every boundary if `forced`. `drawn`: what their seeds have
+    between --seed and the problem."""
     counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
-    (rank, world), told = process, False
+    (rank, world), looked_at = ranks(), False
     for batch, first in unrecorded(file, problems, counts, args.batch_problems, sampler):
         share = batch[rank::world]
         if given is None:
@@ -200,7 +191,7 @@ def new_traces(
             groups = [given[i][first:] for i in share]
         traces = flat(groups)
         if forced:
-            told = told or tell_single_episodes(args, traces)
+            looked_at = looked_at or tell_single_episodes(args, traces)
             set_sampled_J(sampler, traces, forcing_of(args), (args.seed, FORCED))
         yield traces
 
@@ -234,10 +225,7 @@ def trace_of(record: dict, tokenizer, problem: dict, prompt: list[int]) -> Trace
     return Trace(problem, prompt, completion, **kept, **estimates, forced=forced)
 
 
-AXES = {
-    "answer": "boundaries",
-    "prompt": "asked",
-}  # --regret-axis: the field of a record with the tokens before an answer
+AXES = {"answer": "boundaries", "prompt": "asked"}  # --regret-axis: the field with the tokens before an answer
 
 
 def trace_curve(record: dict, axis: str = "answer") -> tuple[list[float], list[float]]:

@@ -108,7 +108,7 @@ def sampler():
 
 
 def attempts(n: int) -> Forcing:
-    return Forcing(n, 24, 1.0, 1.0, bt.prompts_of_attempts, bt.first_attempt)
+    return Forcing(n, 24, 1.0, 1.0, bt.prompt_or_attempt, bt.first_attempt)
 
 
 def trace_of(tokenizer, problem: dict, text: str, ends: bool) -> Trace:

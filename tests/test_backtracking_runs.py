@@ -18,7 +18,7 @@ from engine.sampler import Sampler
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
 from engine.transformers_engine import TransformersEngine
 from run import backtracking as bt
-from run.data import load_problems
+from run.data import Columns, load_problems
 from run.files import json_line
 from run.traces import prompts_of, sample_traces, segmentation
 from tiny.backtrack import PLACES, attempt, problems
@@ -360,5 +360,5 @@ def test_answers_of_metamath_are_read(tmp_path):
     ]
     file: Path = tmp_path / "m.jsonl"
     file.write_text("".join(map(json_line, rows)))
-    found = load_problems(str(file), "train", problem_column="query", answer_column="response")
+    found = load_problems(str(file), "train", columns=Columns("query", "response"))
     assert [p["answer"] for p in found] == ["7", "\\frac{1}{2}", "9"]

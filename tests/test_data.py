@@ -9,7 +9,7 @@ from conftest import SHARED, refusal
 from common import grade
 from grading.box import extract_answer
 from run import data
-from run.data import load_problems, load_responses, split_response
+from run.data import Columns, load_problems, load_responses, split_response
 from run.flags import load_markers
 from run.report import group_by_problem
 
@@ -71,9 +71,9 @@ def test_messages_before_the_problem_are_kept_and_those_after_it_are_not(tmp_pat
 def test_columns_of_other_names(tmp_path, capsys):
     file = write(tmp_path / "d.jsonl", [{"text": "p", "extra": {"label": "7"}}])
     assert "--problem-column" in refusal(capsys, load_problems, file, "train")
-    (problem,) = load_problems(file, "train", problem_column="text", answer_column="extra.label")
+    (problem,) = load_problems(file, "train", columns=Columns("text", "extra.label"))
     assert problem["problem"] == "p" and problem["answer"] == "7"
-    assert "nope" in refusal(capsys, load_problems, file, "train", problem_column="nope", answer_column="extra.label")
+    assert "nope" in refusal(capsys, load_problems, file, "train", columns=Columns("nope", "extra.label"))
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,12 @@ def test_all_unusable_rows_are_named_at_once(tmp_path, capsys):
     file = write(tmp_path / "d.jsonl", [row for one in bad for row in (ROWS[0], one)] + [{"answer": "1/0"}] * 9)
     message = refusal(capsys, load_problems, file, "train")
     assert "15 rows" in message and message.count("row ") == 10 and "row 2: " in message and "row 12: " in message
-    kept = load_problems(file, "train", skip_unusable=True)
+    kept = load_problems(file, "train", columns=Columns(skip_unusable=True))
     assert [p["answer"] for p in kept] == ["2"] * 6 and "15 rows" in capsys.readouterr().out
     assert len(load_problems(file, "train", limit=1)) == 1  # what is not used is not looked at
-    assert "no usable" in refusal(capsys, load_problems, write(tmp_path / "e.jsonl", bad), "train", skip_unusable=True)
+    assert "no usable" in refusal(
+        capsys, load_problems, write(tmp_path / "e.jsonl", bad), "train", columns=Columns(skip_unusable=True)
+    )
 
 
 def test_several_golds_are_said_once(tmp_path, capsys):

@@ -14,7 +14,7 @@ import rl_mrt
 import star_mrt
 from run import data, report
 from run.folder import recorded_run
-from run.report import bootstrap_interval, group_by_problem, why_zero
+from run.report import group_by_problem, interval, why_zero
 from run.traces import prompts_of
 
 # ------------------------------------------------------------------------------------------------ defaults
@@ -105,8 +105,8 @@ def test_a_training_by_filters_names_its_files(tmp_path, capsys):
 
 
 def covered(draw, truth: float, trials: int = 150) -> float:
-    ends = [bootstrap_interval(draw(), draws=300)[1:] for _ in range(trials)]
-    return float(np.mean([low <= truth <= high for low, high in ends]))
+    found = [interval(draw()) for _ in range(trials)]
+    return float(np.mean([i["low"] <= truth <= i["high"] for i in found]))
 
 
 @pytest.mark.parametrize("problems", [15, 30])
@@ -125,9 +125,9 @@ def test_intervals_cover_on_hard_sets_and_of_differences(problems):
 
 def test_an_interval_does_not_depend_on_the_order_and_stays_in_range():
     values = np.random.default_rng(0).random(20) ** 4
-    assert bootstrap_interval(values) == bootstrap_interval(values[::-1])
-    _, low, high = bootstrap_interval([0.0] * 9 + [1.0])
-    assert 0 <= low < high <= 1
+    assert interval(values) == interval(values[::-1])
+    ends = interval([0.0] * 9 + [1.0])
+    assert 0 <= ends["low"] < ends["high"] <= 1
 
 
 def test_rows_that_repeat_a_problem_are_one_problem_told_once(tmp_path, capsys):

@@ -11,7 +11,6 @@ import json
 import math
 import time
 from fractions import Fraction
-from functools import partial
 
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ from common import (
     pass_at_k,
     split_episodes,
 )
-from run.report import bootstrap_interval
+from run.report import interval
 
 # ---------------------------------------------------------------------------- segmentation
 
@@ -325,42 +324,39 @@ def test_additional_regret_undefined():
 # ---------------------------------------------------------------------------- bootstrap
 
 
-def test_bootstrap_interval_matches_the_normal_approximation():
+def ends(per_problem) -> tuple[float, float, float]:
+    return tuple(interval(per_problem).values())
+
+
+def test_an_interval_matches_the_normal_approximation():
     rows = np.random.default_rng(4).random((200, 20)) < np.random.default_rng(5).random((200, 1))
-    mean, low, high = bootstrap_interval(rows)
+    mean, low, high = ends(rows)
     error = rows.mean(axis=1).std() / math.sqrt(200)  # of the mean over problems, not over 4,000 samples
-    assert mean == pytest.approx(rows.mean(), abs=1e-12)
+    assert mean == pytest.approx(rows.mean(), abs=1e-12) and ends(rows) == (mean, low, high)
     assert (mean - low, high - mean) == pytest.approx((1.96 * error, 1.96 * error), rel=0.1)
-    narrow = bootstrap_interval(rows, level=0.5)
-    assert narrow[2] - narrow[1] == pytest.approx(2 * 0.674 * error, rel=0.1)
-    assert bootstrap_interval(rows) == (mean, low, high) != bootstrap_interval(rows, seed=1)
 
 
-def test_bootstrap_interval_weighs_problems_equally():
-    assert bootstrap_interval([[1, 1, 1, 1], [0]])[0] == 0.5
-    # Two problems: resampled means are 0, .5, 1 with probability 1/4, 1/2, 1/4.
-    assert bootstrap_interval([[0.0], [1.0]], draws=10_000) == (0.5, 0, 1)
-    assert bootstrap_interval([[0.0], [1.0]], level=0.4, draws=10_000) == (0.5, 0.5, 0.5)
+def test_an_interval_weighs_problems_equally():
+    assert ends([[1, 1, 1, 1], [0]]) == (0.5, 0, 1)
 
 
-def test_bootstrap_interval_paired_differences_are_narrower():
+def test_intervals_of_paired_differences_are_narrower():
     rng = np.random.default_rng(7)
     problem = rng.random(100)
     ours, theirs = problem + 0.02 + 0.01 * rng.normal(size=100), problem
-    mean, low, high = bootstrap_interval(ours - theirs)
+    mean, low, high = ends(ours - theirs)
     assert 0.015 < low < mean < high < 0.025  # the spread of `problem` (.29) is gone
-    alone = bootstrap_interval(ours)
-    assert alone[2] - alone[1] > 10 * (high - low)
+    _, low_alone, high_alone = ends(ours)
+    assert high_alone - low_alone > 10 * (high - low)
 
 
-def test_bootstrap_interval_of_one_problem():
-    mean, low, high = bootstrap_interval([[0.0, 1.0, 1.0, 1.0]])
+def test_the_interval_of_one_problem():
+    mean, low, high = ends([[0.0, 1.0, 1.0, 1.0]])
     assert mean == 0.75 and math.isnan(low) and math.isnan(high)
 
 
 # ---------------------------------------------------------------------------- what is refused
 
-LEVELS = [("level", 0), ("level", 1), ("level", 95), ("draws", 0)]
 VOTED, PAIR = ["1", "2"], [(1, 1, 1, 1)] * 2
 REFUSED = [(lambda *of: episode_spans("a", Segmentation(*of)), of) for of in ((-1, 1), (49, 0), (49, -2))]
 REFUSED += [(pass_at_k, of) for of in ((4, 0, 8), (4, 5, 1), (4, 1, 0), (4, -1, 1), (4, 1, -1), (0, 0, 1), (-1, 0, 1))]
@@ -372,8 +368,7 @@ REFUSED += [(normalized_regret, ([1], [accuracy], 10)) for accuracy in (math.nan
 REFUSED += [(normalized_regret, (*of, 10)) for of in (([], []), ([1, 2], [0.5]), ([[1, 2]], [[0.1, 0.2]]))]
 REFUSED += [(additional_regret, (of,)) for of in ([], [(1, 1, 1)], [(1, 1, 1, 2)], [(1, 1, 1, math.nan)])]
 REFUSED += [(additional_regret, (PAIR, 0))]
-REFUSED += [(bootstrap_interval, (of,)) for of in ([], [[]], [[1.0], []], [[1.0], [math.nan]], [[1.0], [math.inf]])]
-REFUSED += [(partial(bootstrap_interval, **{name: of}), ([[1.0], [0.0]],)) for name, of in LEVELS]
+REFUSED += [(interval, (of,)) for of in ([], [[]], [[1.0], []], [[1.0], [math.nan]], [[1.0], [math.inf]])]
 
 
 @pytest.mark.parametrize("function, arguments", REFUSED)
