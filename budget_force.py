@@ -415,7 +415,7 @@ def counts_of(run: folder.RecordedRun, searches: bool) -> dict[str, float]:
 def curve(record: dict, axis: str) -> tuple[list[float], list[float]]:
     """(tokens, J) of one trace where it was cut and after its extensions. Inside the thought the points are the
     episodes' ends where an analysis gave them, else the budgets that cut it."""
-    tokens, J = trace_curve(record, axis) if record["J"] else ([], [])
+    tokens, J = trace_curve(record, axis) if record["J"] and record[AXES[axis]] else ([], [])
     points = [] if J else [p for p in record["exploit"].values() if p["cut"]]
     points = [*points, *record["extrapolate"].values()]
     return [*tokens, *(spent(p, axis) for p in points)], [*J, *(p["J"] for p in points)]
@@ -461,7 +461,7 @@ SAME = (  # settings in which runs that are compared may not differ
 def compare(args, folders: list[Path]) -> None:
     """Table and figures of runs on the problems they share, from their records; differences are to the first."""
     searches = (folder.config_of(folders[0]) or {"settings": {}})["settings"].get("style") == "window"
-    fields = ["search"] if searches else ["exploit", "extrapolate", AXES[args.regret_axis]]
+    fields = ["search"] if searches else ["exploit", "extrapolate"]
     recorded = report.read_runs(folders, *fields)
     if differing := report.differing_flags(recorded, SAME + ["window"] * searches):
         fail(f"--compare: the runs differ in {', '.join(differing)}")
@@ -477,7 +477,7 @@ def compare(args, folders: list[Path]) -> None:
         "difference_to_first": report.differences_to_first(values),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    text = told(settings) + report.metric_table(metrics)
+    text = told(settings, args.regret_axis) + report.metric_table(metrics)
     for count in ("truncated", *WINDOW_COUNTS * searches, "samples", "problems"):
         text += report.table_row(count, *(f"{run[count]:.3g}" for run in summary["runs"].values()))
     first = f"{recorded[0].name} on the same {problems} problems"
@@ -489,12 +489,13 @@ def compare(args, folders: list[Path]) -> None:
     report.write_summary(args.out, summary, text, *figures, *(folder / "trace.html" for folder in folders))
 
 
-def told(settings: dict) -> str:
+def told(settings: dict, axis: str) -> str:
     """What stands above the table."""
     if settings["style"] == "window":
         then = f"then {settings['extensions']} more attempts that see the last {settings['window']}"
         return f"A search: a trace of at most {settings['max_tokens']} tokens, {then}.\n\n"
-    text = f"A budget counts the thought; regret@{settings['max_tokens']} and less is inside the "
+    counted = "prompt and thought" if axis == "prompt" else "the thought"
+    text = f"A budget counts {counted}; regret@{settings['max_tokens']} and less is inside the "
     limit = (
         f"at most {settings['extension_tokens']} tokens each" if settings["style"] == "paper" else "within the former"
     )

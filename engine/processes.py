@@ -8,6 +8,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,8 @@ def start_processes() -> tuple[int, int]:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             with telling(lambda: f"  waiting for all {world} processes"):
-                dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+                backend = "nccl" if torch.cuda.is_available() else "gloo"
+                ThreadPoolExecutor(1).submit(dist.init_process_group, backend).result()  # this thread hears signals
         except Exception as error:
             raise Refused(f"the {world} processes do not find each other: {first_line(error)}") from error
         atexit.register(end_processes)

@@ -224,9 +224,10 @@ def inject(kind: str, number: int, folder: Path) -> None:
     os.fsync = synced
 
 
-def child(script: str, argv: list[str], folder: Path, fault: tuple | None = None) -> None:
+def child(script: str, argv: list[str], folder: Path, fault: tuple | None, env: dict[str, str]) -> None:
     """In the forked process: what `python script argv` does, or `python -m script argv`, with its output in files."""
     os.chdir(folder)
+    os.environ |= env
     if fault:
         inject(*fault, folder / "run")
     for stream, name in ((1, "stdout.txt"), (2, "stderr.txt")):
@@ -240,7 +241,7 @@ def child(script: str, argv: list[str], folder: Path, fault: tuple | None = None
 
 @pytest.fixture(scope="session")
 def start():
-    """start(folder, script, *flags, fault=…) → a running process."""
+    """start(folder, script, *flags, fault=…, **environment) → a running process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*SCRIPTS, "tiny.build", "datasets", "matplotlib.pyplot"])
     with pytest.MonkeyPatch.context() as patch:  # the server keeps the environment that it starts in
@@ -248,8 +249,8 @@ def start():
         patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
 
-    def start_one(folder: Path, script: str, *flags, fault=None) -> multiprocessing.Process:
-        process = context.Process(target=child, args=(script, [str(f) for f in flags], folder, fault))
+    def start_one(folder: Path, script: str, *flags, fault=None, **env) -> multiprocessing.Process:
+        process = context.Process(target=child, args=(script, [str(f) for f in flags], folder, fault, env))
         process.start()
         return process
 

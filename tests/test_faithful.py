@@ -171,6 +171,13 @@ def test_the_regret_on_both_axes_by_hand():
     assert [accuracy_at(record, 70, axis) for axis in ("answer", "prompt")] == [0.8, 0.2]
     point = {"thought_tokens": 40, "asked": 95, "answer_tokens": 5.0}
     assert [budget_force.spent(point, axis) for axis in ("answer", "prompt")] == [45, 100]
+    bare = {
+        "J": [],
+        "asked": [],
+        "exploit": {"40": {**point, "J": 0.8, "cut": True}},
+        "extrapolate": {},
+    }  # no J of its own
+    assert [budget_force.curve(bare, axis) for axis in ("answer", "prompt")] == [([45], [0.8]), ([100], [0.8])]
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,18 @@ def test_ctrl_c_while_the_libraries_are_loaded(tmp_path):
     assert process.returncode == 130 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("script, number", [("rl_mrt", signal.SIGINT), ("star_mrt", signal.SIGTERM)])
+def test_a_signal_while_the_other_processes_never_come(tmp_path, start, script, number):
+    lone = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
+    process, deadline = start(tmp_path, f"{script}.py", **lone), time.time() + PATIENCE
+    while not (told := tmp_path / "stdout.txt").exists() or "waiting for all 2 processes" not in told.read_text():
+        assert process.is_alive() and time.time() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, number)
+    process.join(PATIENCE)
+    assert process.exitcode == 128 + number and (tmp_path / "stderr.txt").read_text().count("\n") == 1
+
+
 def test_ctrl_c_waits_for_no_request():
     def interrupt(*_):
         raise KeyboardInterrupt
