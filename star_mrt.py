@@ -114,7 +114,7 @@ def main() -> None:
         tell_plan(args)
         return
     run, model, sampler, problems, held_out = prepare(args)
-    score = training.prepare(model, models.pick_dtype(args.dtype), sampler.ways, not models.is_tiny(weights_of(args)))
+    score = training.prepare(args, model, sampler.ways)
     evaluate(args, run / "base.jsonl", sampler, held_out)
     ran_out = [not self_train(args, run, name, model, score, sampler, problems, held_out) for name in filters(args)]
     if ranks()[0] == 0:
@@ -146,7 +146,7 @@ def prepare(args):
         fail(f"--model {args.model}: {why}")
     problems, held_out = data.problems_of(args), data.held_out_of(args)
     prompts, longest = prompts_of(args, tokenizer, problems + held_out)
-    model = training.remember(args, models.load_model(weights_of(args), models.pick_device()))
+    model = models.load_model(weights_of(args), models.pick_device())
     run = folder.open_run_once(args, inputs_of(args, problems, prompts, held_out))
     return run, model, sampler_of(args, tokenizer, longest, trained=model), problems, held_out
 
