@@ -196,7 +196,7 @@ def main() -> None:
         print(training.memory_plan(args, len(problems), longest))
         tell_plan(args, len(problems), len(validation))
         return
-    model = training.remember(args, models.load_model(args.model, models.pick_device()))
+    model = models.load_model(args.model, models.pick_device())
     run = folder.open_run_once(args, inputs_of(args, problems, prompts, validation))
     if args.resume and (run / "summary.json").exists():
         print(f"{run} is complete")
@@ -243,8 +243,7 @@ def check_engine(args, world: int) -> None:
 def train(args, run: Path, model, sampler: Sampler, problems: list[dict], validation: list[dict]) -> None:
     """All steps. Under torchrun every process samples and trains its share of a step's problems; rank 0 writes."""
     rank, world = ranks()
-    dtype, recompute = models.pick_dtype(args.dtype), not models.is_tiny(args.model)
-    score = training.prepare(model, dtype, sampler.ways, recompute)
+    score = training.prepare(args, model, sampler.ways)
     initial = models.load_model(args.model, model.device) if args.kl > 0 else None
     reference = partial(token_logprobs, initial, way=sampler.ways.update) if initial else None
     optimizer = training.adamw(args, model)

@@ -121,10 +121,10 @@ def main() -> None:
         fail(f"--model {args.model}: {why}")
     problems, held_out = data.problems_of(args), data.held_out_of(args)
     prompts, longest = prompts_of(args, tokenizer, problems + held_out)
-    model = training.remember(args, models.load_model(weights_of(args), models.pick_device()))
+    model = models.load_model(weights_of(args), models.pick_device())
     run = folder.open_run_once(args, inputs_of(args, problems, prompts, held_out))
     sampler = sampler_of(args, tokenizer, longest, trained=model)
-    score = training.prepare(model, models.pick_dtype(args.dtype), sampler.ways, not models.is_tiny(weights_of(args)))
+    score = training.prepare(args, model, sampler.ways)
     test(args, run / "base.jsonl", sampler, held_out)
     ran_out = [not self_train(args, run, name, model, score, sampler, problems, held_out) for name in filters(args)]
     if ranks()[0] == 0:

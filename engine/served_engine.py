@@ -49,7 +49,7 @@ def is_served(engine: str) -> bool:
     return engine.startswith("http")
 
 
-def connect(url: str, connections: int = 1) -> urllib3.PoolManager:
+def connect(connections: int = 1) -> urllib3.PoolManager:
     """A pool of connections, their certificates always verified, with the key in OPENAI_API_KEY."""
     key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -76,7 +76,7 @@ def ask(pool: urllib3.PoolManager, url: str, body: dict | None = None, tries: in
 def find_served(url: str, model: str | None) -> Served:
     """The model of that name, or the only one there is. Refused: a server out of reach, a wrong key, another name."""
     try:
-        served = {m["id"]: m for m in ask(connect(url), f"{url}/models", tries=3).get("data") or []}
+        served = {m["id"]: m for m in ask(connect(), f"{url}/models", tries=3).get("data") or []}
     except HTTPError as error:
         if error.args[1] != 404 or not model:
             raise Refused(f"--engine {error.args[0]}") from error
@@ -92,7 +92,7 @@ class ServedEngine:
 
     def __init__(self, url: str, served: Served, tokenizer):
         self.url, self.served, self.tokenizer = url, served, tokenizer
-        self.pool, name = connect(url, served.concurrency), served.name
+        self.pool, name = connect(served.concurrency), served.name
         self.generation_config, self.ended = load_generation_config(tokenizer.name_or_path), 0
         for self.extras in (EXTRAS, {}):
             try:

@@ -251,19 +251,19 @@ def ways_of(model, dtype: torch.dtype = torch.float32, trained=None, samples: bo
     `trained`: the model that is updated, where `model` is its copy; `samples`: False where another engine samples."""
     name, updated, notes = name_of(model), model if trained is None else trained, []
     versions = [weights._version for weights in model.parameters()]
-    update, off = fastest(updated, dtype, {way: partial(update_gaps, updated, way) for way in ("chunks", "rows")})
+    update, off = fastest(updated, dtype, ("chunks", "rows"), partial(update_gaps, updated))
     if update is None:
         raise Refused(f"{name}: its log-probs depend on how often they are asked for ({off['rows']})")
     if update == "rows":
         notes.append(f"an update takes one row at a time (batches: {off['chunks']})")
-    score, off = fastest(model, dtype, {way: partial(score_gaps, model, dtype, way) for way in ("shared", "rows")})
+    score, off = fastest(model, dtype, ("shared", "rows"), partial(score_gaps, model, dtype))
     if score != "shared":
         notes.append(f"likelihoods take one forward a boundary (shared prefixes: {off['shared']})")
     tried = ("shared", "cached", "uncached") if samples else ()
-    sample, off = fastest(model, dtype, {way: partial(sample_gaps, model, dtype, way) for way in tried})
+    sample, off = fastest(model, dtype, tried, partial(sample_gaps, model, dtype))
     if samples and sample is None:
-        told = "; ".join(f"{way}: {gap}" for way, gap in off.items())
-        raise Refused(f"{name}: no way to sample from it equals its plain forward ({told}); try --engine vllm")
+        gaps = "; ".join(f"{way}: {gap}" for way, gap in off.items())
+        raise Refused(f"{name}: no way to sample from it equals its plain forward ({gaps}); try --engine vllm")
     if sample in ("cached", "uncached"):
         cache = "" if sample == "cached" else " without a cache"
         notes.append(f"transformers' generate samples{cache} (shared prefixes: {off['shared']})")

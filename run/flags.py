@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,8 +121,7 @@ def load_markers(file: Path) -> list[str]:
     return markers
 
 
-def positive_int(text: str) -> int:
-    return whole_number(text, 1)
+positive_int = partial(whole_number, least=1)
 
 
 def numbers(flag: str, text: str) -> list[int]:

@@ -234,10 +234,7 @@ def weights_digest(model: str) -> str:
 
 def load_records(file: Path) -> list[dict]:
     """The traces of a records.jsonl, each (step, problem, sample) once; a line that a crash cut is dropped."""
-    records = parse_lines(file, whole_lines(file))
-    if records and "samples" in records[0]:
-        fail(f"{file}: holds one line per problem, as earlier versions wrote it; run it again")
-    return list({(r.get("step"), r["id"], r["sample"]): r for r in records}.values())
+    return list({(r.get("step"), r["id"], r["sample"]): r for r in parse_lines(file, whole_lines(file))}.values())
 
 
 def unrecorded(file: Path, problems: list[dict], counts: list[int], size: int, sampler) -> Iterator[tuple]:

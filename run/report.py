@@ -48,35 +48,34 @@ def bootstrap_picks(count: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(count, size=(draws, count))
 
 
-def interval(per_problem: Sequence | np.ndarray) -> dict[str, float]:
-    """{mean, low, high}: mean over problems of each one's mean over its samples, with a 95 % studentised bootstrap.
+def interval(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """{mean, low, high} of the problems' values [problems], each a mean over its samples: 95 %, studentised bootstrap.
 
-    per_problem: a row of any length >= 1, or a number, per problem. Problems are resampled, not samples: samples of one
-    problem are correlated and the claim is about unseen problems; the noise within a problem is included, since its
-    mean carries it. To compare two methods pass the differences of their per-problem means: the spread between problems
-    they share then cancels. The order of the problems does not matter.
+    Problems are resampled, not samples: samples of one problem are correlated and the claim is about unseen problems;
+    the noise within a problem is included, since its mean carries it. To compare two methods pass the differences of
+    their values: the spread between problems they share then cancels. The order of the problems does not matter.
 
     Why studentised: in 1,000 simulations each of 8 kinds of 15 and of 30 problems (mixed, hard, easy, pass@4, paired
     differences) a percentile interval covers in .83 to .94, this one in .947 to .99. A resample's deviation counts as
     a third of the sample's at least, since one without a solved problem has none, and as all of it at most; the ends
     are widened as Student's t is, and stay within the problems' range.
 
-    One problem says nothing about the spread between problems: low and high are NaN. ValueError for no problems, an
-    empty row, NaN or infinity.
+    One problem says nothing about the spread between problems: low and high are NaN. ValueError for no problems, NaN or
+    infinity.
     """
-    means = np.sort(np.array([np.mean(row) if np.size(row) else math.nan for row in per_problem], dtype=float))
-    if len(means) == 0 or not np.all(np.isfinite(means)):
-        raise ValueError("need at least one problem, at least one sample of each, and finite numbers")
-    mean, spread = float(means.mean()), means.std()
-    if len(means) == 1:
+    values = np.sort(np.asarray(values, dtype=float))
+    if len(values) == 0 or not np.all(np.isfinite(values)):
+        raise ValueError("need at least one problem and finite numbers")
+    mean, spread = float(values.mean()), values.std()
+    if len(values) == 1:
         return {"mean": mean, "low": math.nan, "high": math.nan}
-    if means[0] == means[-1]:
+    if values[0] == values[-1]:
         return {"mean": mean, "low": mean, "high": mean}
-    resampled = means[bootstrap_picks(len(means))]
+    resampled = values[bootstrap_picks(len(values))]
     errors = (resampled.mean(axis=1) - mean) / resampled.std(axis=1).clip(spread / 3, spread)
-    student = 1 + 1.21 / (len(means) - 1)  # the 97.5 % quantile of t over that of the normal distribution
-    ends = mean - student * means.std(ddof=1) * np.quantile(errors, [0.975, 0.025])
-    low, high = map(float, ends.clip(means[0], means[-1]))
+    student = 1 + 1.21 / (len(values) - 1)  # the 97.5 % quantile of t over that of the normal distribution
+    ends = mean - student * values.std(ddof=1) * np.quantile(errors, [0.975, 0.025])
+    low, high = map(float, ends.clip(values[0], values[-1]))
     return {"mean": mean, "low": low, "high": high}
 
 
@@ -126,8 +125,8 @@ def fate_of(record: dict) -> str:
 def counted(fates: Iterable[str]) -> str:
     """How many there are of each, with the remedy."""
     counts = Counter(fates)
-    told = [f"{n} {fate}" + (f" ({REMEDIES[fate]})" if fate in REMEDIES else "") for fate, n in counts.most_common()]
-    return f"of {counts.total()}, " + ", ".join(told)
+    parts = [f"{n} {fate}" + (f" ({REMEDIES[fate]})" if fate in REMEDIES else "") for fate, n in counts.most_common()]
+    return f"of {counts.total()}, " + ", ".join(parts)
 
 
 def why_zero(records: list[dict]) -> str:

@@ -167,15 +167,7 @@ def sample_traces(args, sampler: Sampler, problems, prompts, rule=Segmentation()
 
 
 def new_traces(
-    args,
-    file: Path,
-    sampler: Sampler,
-    problems,
-    prompts,
-    rule=Segmentation(),
-    given=None,
-    forced=True,
-    drawn=(),
+    args, file: Path, sampler: Sampler, problems, prompts, rule=Segmentation(), given=None, forced=True, drawn=()
 ) -> Iterator[list[Trace]]:
     """The traces that a records.jsonl lacks, a batch of problems at a time, of which each process has a share:
     --num-samples a problem or those `given`, with J(μ) at every boundary if `forced`. `drawn`: what their seeds have

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from engine import Refused, first_line, is_quiet, plural, tell
 from engine.checks import Ways, name_of
 from engine.logprobs import CHUNK_LOGITS, check_training, token_logprobs
-from engine.models import autocast, load_config, load_model, pick_dtype
+from engine.models import autocast, is_tiny, load_config, load_model, pick_dtype
 from engine.processes import full_weights, gather_over_ranks, ranks, shard, sum_over_ranks, wait_for_ranks
 from run.files import (
     append_jsonl,
@@ -42,7 +42,7 @@ from run.files import (
     writing,
 )
 from run.folder import duration, metrics_reporter
-from run.traces import by_likelihood
+from run.traces import by_likelihood, weights_of
 
 # ============================================================================================ steps
 
@@ -161,20 +161,16 @@ def learning_rate(args, done: float) -> float:
 # ============================================================================================ an update
 
 
-def remember(args, model):
-    """The model, which will say what it was trained as, unless that is the default."""
+def prepare(args, model, ways: Ways) -> Callable:
+    """Makes a model ready to be trained, before its optimiser: gradient checkpointing, unless it is the embedded one;
+    sharding where there are processes; its configuration says as what it was trained, unless that is the default.
+    Returns `token_logprobs` of the model; refuses one that cannot be trained."""
+    if not ways.trainable:
+        why = "its forward pass changes its weights, so others would be saved"
+        raise Refused(f"{name_of(model)} cannot be trained: {why}")
     if args.parameterization == "backtracking":
         model.config.flags = {**getattr(model.config, "flags", {}), "parameterization": args.parameterization}
-    return model
-
-
-def prepare(model, dtype: torch.dtype, ways: Ways, recompute: bool) -> Callable:
-    """Makes a model ready to be trained, before its optimiser: gradient checkpointing if `recompute`, sharding where
-    there are processes. Returns `token_logprobs` of the model; refuses one that cannot be trained."""
-    if not ways.trainable:
-        raise Refused(
-            f"{name_of(model)} cannot be trained: its forward pass changes its weights, so others would be saved"
-        )
+    dtype, recompute = pick_dtype(args.dtype), not is_tiny(weights_of(args))
     if recompute and model.supports_gradient_checkpointing:  # the name in newer and in older transformers
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     scores = partial(token_logprobs, way=ways.update)

@@ -154,7 +154,7 @@ class VllmServe:
         deadline = time.time() + 240
         while time.time() < deadline and self.process.poll() is None:
             try:
-                return served_engine.ask(served_engine.connect(self.url), f"{self.url}/models", tries=1)
+                return served_engine.ask(served_engine.connect(), f"{self.url}/models", tries=1)
             except urllib3.exceptions.HTTPError:
                 time.sleep(0.5)
         self.end()

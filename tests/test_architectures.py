@@ -10,6 +10,7 @@ from conftest import refusal
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+import rl_mrt
 from engine.logprobs import token_logprobs, without_noise
 from engine.models import load_model
 from engine.sampler import Sampler
@@ -150,11 +151,12 @@ def test_a_model_that_is_not_causal_or_whose_forward_fails_is_refused_in_one_lin
 
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line(tokenizer, capsys):
     """rwkv rescales its weights when it evaluates; the other's backward pass raises."""
-    kind, sizes, settings, _ = MODELS["rwkv"]
-    models = [build(kind, sizes, settings, tokenizer), build("qwen2", SIZES, {}, tokenizer)]
+    kind, sizes, of_rwkv, _ = MODELS["rwkv"]
+    models = [build(kind, sizes, of_rwkv, tokenizer), build("qwen2", SIZES, {}, tokenizer)]
+    settings = rl_mrt.flags(["--dtype", "float32"])
     models[1].get_submodule("model.layers.0").register_full_backward_hook(lambda *_: 1 / 0)
     for model, why in zip(models, ("its forward pass changes its weights", "its backward pass fails: division")):
-        line = refusal(capsys, training.prepare, model, torch.float32, ways_of(model), recompute=False)
+        line = refusal(capsys, training.prepare, settings, model, ways_of(model))
         assert f"cannot be trained: {why}" in line
 
 

@@ -336,24 +336,6 @@ def test_earlier_runs_that_are_none(capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    "script, flags",
-    [
-        (evaluate, "--compare"),
-        (budget_force, "--compare"),
-        (analyze_r1, "--from"),
-        (budget_force, "--model tiny --engine transformers --thoughts"),
-    ],
-    ids=str,
-)
-def test_records_of_an_earlier_version_are_refused(capsys, monkeypatch, tmp_path, script, flags):
-    """One line a problem with its samples in a list, as it was once written."""
-    run = a_run(tmp_path / "run", "analyze_r1.py", max_steps=49, episodes_per_point=1, max_tokens=96)
-    write_rows(run / "records.jsonl", {"id": "a", "answer": "2", "samples": [{"right": 1.0}]})
-    message = refusal(capsys, main_with(monkeypatch, script, *flags.split(), run))
-    assert str(run / "records.jsonl") in message and "one line per problem" in message
-
-
 # ------------------------------------------------------------------------------------------------ real processes
 
 

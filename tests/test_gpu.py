@@ -111,12 +111,12 @@ def test_an_update_of_table_3(say):
     with torch.device(models.pick_device()):
         model = Qwen2ForCausalLM(config)
     reference = partial(token_logprobs, copy.deepcopy(model).eval())
-    score = training.prepare(model, dtype, Ways("shared", "chunks", "shared"), recompute=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     groups = [[random_trace(model, place, length, dtype) for _ in range(2)] for place in range(2)]
     advantages = [[np.random.default_rng(0).normal(size=len(t.completion.token_ids)) for t in g] for g in groups]
     sizes = f"--problems-per-step 2 --group-size 2 --temperature 1 --max-tokens-per-batch {2 * length}"
     settings = rl_mrt.flags([*sizes.split(), "--model", "random", "--dtype", str(dtype).removeprefix("torch.")])
+    score = training.prepare(settings, model, Ways("shared", "chunks", "shared"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     for name in ("first", "second"):
         began = time.perf_counter()
         metrics = rl_mrt.update(settings, model, score, reference, optimizer, groups, advantages)

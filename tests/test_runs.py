@@ -362,7 +362,7 @@ def test_a_hub_out_of_reach_is_told_once_and_not_asked_again(capsys, monkeypatch
 def test_a_lost_server_is_told_at_once(capsys):
     address = "http://127.0.0.1:9/v1"
     with pytest.raises(HTTPError):
-        ask(connect(address), f"{address}/models", tries=2)
+        ask(connect(), f"{address}/models", tries=2)
     assert "warning: 127.0.0.1:9 is busy or away" in capsys.readouterr().out
 
 
