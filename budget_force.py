@@ -546,7 +546,7 @@ def draw_search(settings: dict, metrics: dict[str, dict], out: Path) -> Path:
         "xlabel": f"tokens (a trace in training: at most {settings['max_tokens']})",
         "ylabel": "accuracy of the vote",
     }
-    title = "solid: maj@K of whole traces; linearised search: dashed, dotted where only standing attempts vote"
+    title = "solid: maj@K of whole traces; dashed: linearised search;\ndotted: only its standing attempts vote"
     return report.draw_panels(out / "search.png", Panel({**labels, "title": title}, curves, tokens=True), width=4.6)
 
 

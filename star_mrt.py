@@ -423,7 +423,7 @@ def write_report(args, run: Path) -> None:
         if all(model in values for model in last):
             (difference,) = report.differences_to_first({model: values[model] for model in last}).values()
             summary["mrt_minus_star"] = difference
-            text += f"\nAfter {args.iterations} iterations:\n\n"
+            text += f"\nAfter {plural(args.iterations, 'iteration')}:\n\n"
             text += report.metric_table({"MRT-STaR - STaR": difference}, "+")
         draw(args, summary, run)
         records = folder.load_records(list(evaluations.values())[len(values) - 1])

@@ -264,7 +264,7 @@ def default_out(args: argparse.Namespace, name: str, *in_name: str) -> Path:
     """runs/NAME with the flags that were given and are not the defaults, so that other settings are another folder.
     `in_name`: flags that the name has, or that --resume may change."""
     for flag, value in args.unusual.items():
-        if flag in (*MAY_CHANGE, "model", "dataset", *in_name):
+        if flag in (*MAY_CHANGE, "model", "dataset", "tokenizer", *in_name):
             continue
         text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
         text = "served" if flag == "engine" and is_served(text) else digest(text)[:6] if len(text) > 40 else text

@@ -107,7 +107,7 @@ REMEDIES = {
     "ended without an end of the thought": "does the chat template open the thought? --chat-template-kwargs",
     "without a box": "only the last \\boxed{} after the thought counts; read trace.html",
     "forced without a box": "raise --answer-tokens if they are cut",
-    "of one episode": "--markers FILE names phrases that open an episode",
+    "of one episode": "--markers FILE names phrases that open episodes, three paragraphs or more apart",
 }
 
 
@@ -308,7 +308,7 @@ class Panel:
 
 
 def draw_panels(file: Path, *panels: Panel, rows=1, **layout) -> Path:
-    """Panels on `subplots`, in each row a legend in the first panel that has labels."""
+    """Panels on `subplots`, their legend above them, where it covers no curve."""
     figure, axes = subplots(len(panels), rows=rows, **layout)
     for axis, panel in zip(axes, panels):
         for curve in panel.curves:
@@ -318,10 +318,10 @@ def draw_panels(file: Path, *panels: Panel, rows=1, **layout) -> Path:
         elif all(x == int(x) for curve in panel.curves for x in curve.x):
             axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(**panel.settings)
-    for row in axes.reshape(rows, -1):
-        labelled = [axis for axis in row if axis.get_legend_handles_labels()[1]]
-        if labelled:
-            labelled[0].legend(fontsize=8 if rows == 1 else 6)
+    labels = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    if labels:
+        columns = int(12 * figure.get_figwidth() / (8 + max(map(len, labels)))) or 1
+        figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=columns)
     return save_figure(figure, file)
 
 
@@ -356,7 +356,7 @@ def token_axis(axis) -> None:
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     wide = high > 4 * low
-    axis.xaxis.set_major_locator(ticker.LogLocator(base=2, numticks=8) if wide else ticker.MaxNLocator(4, integer=True))
+    axis.xaxis.set_major_locator(ticker.LogLocator(base=2, numticks=5) if wide else ticker.MaxNLocator(4, integer=True))
     axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
 

@@ -196,7 +196,7 @@ def tell_single_episodes(args, traces: list[Trace]) -> bool:
     elif traces and all(len(trace.boundaries) <= 2 for trace in traces):
         print(
             f"all of the first {len(traces)} thoughts are one episode, with no progress within them to credit; "
-            "--markers FILE names the phrases with which this model starts anew",
+            "--markers FILE names the phrases that open its episodes, three paragraphs or more apart",
             flush=True,
         )
     return True
