@@ -46,8 +46,6 @@ def extract_answer(response: str) -> str | None:
     return None if "" in parts else ", ".join(dict.fromkeys(parts)) or None
 
 
-# ================================================================================================== cleaning
-
 _GLYPHS = r"""
 − -  – -  — -  ‐ -  ‑ -  × \times~  · \cdot~  ⋅ \cdot~  ÷ /  ∞ \infty~  ± \pm~  ∓ \mp~  ∠ \angle~  △ \triangle~
 ≤ \le~  ⩽ \le~  ≦ \le~  ≥ \ge~  ⩾ \ge~  ≧ \ge~  ≠ \ne~  ≈ \approx~  ≡ \equiv~  ∧ \land~  ∨ \lor~  → \to~  ∴ \therefore~
@@ -62,13 +60,13 @@ _MACROS = {  # one macro or sign for each meaning
     for new, names in {
         "": "left right middle displaystyle textstyle limits nolimits strut mathstrut pounds yen euro"
         " tiny scriptsize small normalsize large Large LARGE huge Huge rm bf it bfseries"
-        " boldsymbol bm pmb underline mathbf mathit mathsf mathtt mathnormal mathcal emph ensuremath",
+        " therefore boldsymbol bm pmb underline mathbf mathit mathsf mathtt mathnormal mathcal emph ensuremath",
         r"\le ": "leq leqslant", r"\ge ": "geq geqslant", r"\ne ": "neq", "<": "lt", ">": "gt",
         r"\{": "lbrace", r"\}": "rbrace", "|": "vert lvert rvert", r"\text{or}": "lor vee", r"\text{and}": "land wedge",
-        ":": "colon", "(": "langle", ")": "rangle", r"\setminus ": "smallsetminus backslash", r"\mathbb{R}": "R reals Reals",
-        r"\emptyset ": "varnothing", r"\ldots ": "dots cdots dotsb dotsc dotsm", r"\arccot ": "arcctg",
+        ":": "colon", "(": "langle", ")": "rangle", r"\setminus ": "smallsetminus backslash",
+        r"\mathbb{R}": "R reals Reals", r"\emptyset ": "varnothing", r"\ldots ": "dots cdots dotsb dotsc dotsm",
         r"\frac": "dfrac tfrac cfrac", r"\bar": "overline", r"\log_{10} ": "lg", r"\tan ": "tg", r"\cot ": "ctg cotg",
-        r"\csc ": "cosec", r"\arctan ": "arctg", "^\\circ ": "degree degrees degreeCelsius",
+        r"\csc ": "cosec", r"\arctan ": "arctg", r"\arccot ": "arcctg", "^\\circ ": "degree degrees degreeCelsius",
     }.items()
     for name in names.split()
 }  # fmt: skip
@@ -136,8 +134,8 @@ _TABLE = [
         (r"\^ ?(-?[0-9]+(?:\.[0-9]+)?)", r"^{\1}"),
         (r"(\\sqrt|\^) ?\(((?:[^()]|\((?:[^()]|\([^()]{0,80}\)){0,80}\)){0,200})\)", r"\1{\2}"),
         # repeating decimals, thousands
-        (r"(?<![0-9.])([0-9]{0,20})\.([0-9]{0,20})"
-         r"(?:\(([0-9]{1,20})\)|\\(?:bar|dot) ?\{? ?([0-9]{1,20}) ?\}?(?:([0-9]{0,20})\\dot ?\{?([0-9])\}?)?)", _repeating),
+        (r"(?<![0-9.])([0-9]{0,20})\.([0-9]{0,20})(?:\(([0-9]{1,20})\)"
+         r"|\\(?:bar|dot) ?\{? ?([0-9]{1,20}) ?\}?(?:([0-9]{0,20})\\dot ?\{?([0-9])\}?)?)", _repeating),
         (r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20}?)([0-9]{1,20}?)\3+ ?\\ldots", _repeating),
         (r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?: ?\{,\} ?| )[0-9]{3})+(?![0-9/])", lambda m: re.sub("[^0-9]", "", m[0])),
     ]

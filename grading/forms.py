@@ -1,12 +1,12 @@
 """What the rules see of a cleaned text: its brackets, items, sides, names and numbers."""
 
 import re
+from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 
 from grading.box import TEXT, T, W
 
-MAX_DEPTH = 40  # of brackets in brackets
 OR, AND = (rf"\\text ?\{{[, ]?(?:{w})[, ]?\}}|{W}(?:{w}){T}" for w in ("or|oder|ou|или|或者?", "and|et|und|и|和"))
 RELATION = re.compile(rf"\\(?:[lgn]e|in){T}|[<>]")
 SYMBOL = r"(?:\\(?:mathbb|vec|hat|bar) ?\{?[a-zA-Z]\}?|\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\w|\{\w+\}))?'{0,3}"
@@ -28,7 +28,7 @@ _NUMBER = re.compile(
 )
 _FRAC = re.compile(rf"\\frac ?\{{ ?([-+]? ?{_DIGITS}) ?\}} ?\{{ ?([-+]? ?{_DIGITS}) ?\}}")
 _BROKEN = re.compile(  # 2+, x^^2, 1/0, 3 5
-    r"[-+*/^_=<>]$|\^ ?\^|\\frac ?\{[^{}]{0,99}\} ?(?:\{ ?0 ?\}|$)|/ ?0(?![0-9.])"
+    r"^(?:NaN|nan|None|null)$|[-+*/^_=<>]$|\^ ?\^|\\frac ?\{[^{}]{0,99}\} ?(?:\{ ?0 ?\}|$)|/ ?0(?![0-9.])"
     r"|(?<![_^0-9.{])(?<!frac )(?<!frac)[0-9][0-9.]{0,99} [0-9](?![0-9]{0,99}/[0-9])"
 )
 
@@ -106,14 +106,10 @@ def number(text: str) -> Fraction | None:
 
 
 def hopeless(text: str) -> bool:
-    """Empty, broken off, unbalanced, too deep, divided by zero, two numbers side by side, NaN."""
-    depth = deepest = 0
-    for sign in (unescaped := re.sub(r"\\[{}]", "", text)):
-        depth += (sign in "({[") - (sign in ")}]")
-        deepest = max(deepest, depth)
-    if depth or deepest > MAX_DEPTH or unescaped.count("{") != unescaped.count("}"):
-        return True
-    return not re.search(r"\w|\\", text) or bool(_BROKEN.search(re.sub(TEXT, r"\\text{}", text)))
+    """Empty, broken off, unbalanced, divided by zero, two numbers side by side, NaN."""
+    count = Counter(re.sub(r"\\[{}]", "", text))
+    balanced = count["{"] == count["}"] and count["("] + count["["] == count[")"] + count["]"]
+    return not balanced or bool(_BROKEN.search(re.sub(TEXT, r"\\text{}", text))) or not re.search(r"\w|\\", text)
 
 
 @lru_cache(maxsize=20_000)

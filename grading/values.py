@@ -61,9 +61,6 @@ def value(latex: str) -> Any:
         return None
 
 
-# ================================================================================================== expressions
-
-
 def same_number(x: Any, y: Any) -> bool | None:
     """Are two numbers equal? None where that cannot be had: one is undefined, infinite or needs too many digits."""
     if x.is_Rational and y.is_Rational:
@@ -123,9 +120,6 @@ def same_value(a: Any, b: Any) -> bool:
     return equal >= CONCLUSIVE or simplify(a - b) == 0
 
 
-# ================================================================================================== relations, sets
-
-
 def same_relation(a: Any, b: Any) -> bool:
     """Is one of two equations or inequalities the other, rearranged and scaled?"""
     if a.free_symbols != b.free_symbols or any(isinstance(side, sympy.Set) for side in (*a.args, *b.args)):
@@ -137,37 +131,16 @@ def same_relation(a: Any, b: Any) -> bool:
     return type(a) is type(b) if both_ways else (a if ratio.is_positive else a.reversed).rel_op == b.rel_op
 
 
-def same_set(a: Any, b: Any) -> bool:
-    """Are two sets equal, item by item or part by part?"""
-    if isinstance(a, sympy.FiniteSet) and isinstance(b, sympy.FiniteSet):
-        return all(any(same(x, y) for y in other) for one, other in ((a, b), (b, a)) for x in one)
-    return sympy.SymmetricDifference(a, b) is sympy.S.EmptySet or same_parts(a, b)
-
-
-def same_matrix(a: Any, b: Any) -> bool:
-    """Are two matrices equal, entry by entry?"""
-    a, b = (sympy.Matrix(v.doit()) for v in (a, b))
-    return a.shape == b.shape and all(map(same, a.flat(), b.flat()))
-
-
-def same_parts(a: Any, b: Any) -> bool:
-    """Are two things of one kind and equal part by part?"""
-    return type(a) is type(b) and len(a.args) == len(b.args) > 0 and all(map(same, a.args, b.args))
-
-
-KINDS = (
-    (MatrixBase | sympy.MatrixExpr, same_matrix),
-    (Relational, same_relation),
-    (sympy.Set, same_set),
-    (Expr, same_value),
-)
-
-
 def same(a: Any, b: Any) -> bool:
     """Are two values equal? Things of two kinds are not; what cannot be read equals nothing."""
     if a is None or b is None or any(isinstance(v, Expr) and v.has(nan, zoo) for v in (a, b)):
         return False
-    for kind, rule in KINDS if a != b else ():
-        if isinstance(a, kind) or isinstance(b, kind):
-            return isinstance(a, kind) and isinstance(b, kind) and bool(rule(a, b))
-    return a == b or same_parts(a, b)
+    if any(isinstance(v, MatrixBase | sympy.MatrixExpr) for v in (a, b)):
+        a, b = (sympy.Matrix(v.doit()) if isinstance(v, MatrixBase | sympy.MatrixExpr) else None for v in (a, b))
+        return bool(a and b) and a.shape == b.shape and all(map(same, a.flat(), b.flat()))
+    for kind, rule in ((Relational, same_relation), (Expr, same_value)) if a != b else ():
+        if isinstance(a, kind) and isinstance(b, kind):
+            return bool(rule(a, b))
+    if isinstance(a, sympy.Set) and isinstance(b, sympy.Set) and sympy.SymmetricDifference(a, b) is sympy.S.EmptySet:
+        return True
+    return a == b or (type(a) is type(b) and len(a.args) == len(b.args) > 0 and all(map(same, a.args, b.args)))

@@ -132,9 +132,6 @@ def _ask(questions: Iterable[tuple]) -> dict[tuple, Any]:
     return _known
 
 
-# ================================================================================================== verdicts
-
-
 def _several(gold: Gold) -> list[str]:
     return [gold] if isinstance(gold, str) else list(gold)
 

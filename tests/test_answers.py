@@ -263,7 +263,7 @@ MODULES = (box, forms, policy, values)
 def patterns():
     """(pattern, how it is used) of all regular expressions of the grader, inline ones too."""
     found = {(row[0], "search") for row in (*box._TABLE, *policy.NOTATIONS, *values.MISREAD)}
-    found |= {(row[1], "fullmatch") for row in policy._SAID}
+    found |= {(re.compile(names), "fullmatch") for names in policy._SAID.values()}
     for module in MODULES:
         for call in ast.walk(ast.parse(inspect.getsource(module))):
             if not isinstance(call, ast.Call):
