@@ -28,14 +28,14 @@ def extract_answer(response: str) -> str | None:
     if _THOUGHT_START.search(text := pieces[-1]):
         return None
     boxes: list[tuple[int, int, str]] = []  # where it starts and ends, what is in it; none within another
-    open_braces: list[tuple[int, int]] = []  # where its box starts, or -1; where its content starts
+    opened: list[tuple[int, int]] = []  # where its box starts, or -1; where its content starts
     for token in _BOX_TOKEN.finditer(text):
         if token[0] == "}":
-            start, inside = open_braces.pop() if open_braces else (-1, 0)
+            start, inside = opened.pop() if opened else (-1, 0)
             if start >= 0 and not (boxes and start < boxes[-1][0]):
                 boxes.append((start, token.end(), text[inside : token.start()].strip()))
         elif token[0].endswith("{") and token[0] != r"\{":
-            open_braces.append((token.start() if token[0] != "{" else -1, token.end()))
+            opened.append((token.start() if token[0] != "{" else -1, token.end()))
         elif token[1]:
             boxes.append((token.start(), token.end(), token[1].rstrip(".,;:)")))
     parts, after = [], 0
@@ -62,7 +62,7 @@ _MACROS = {  # one macro or sign for each meaning
         " tiny scriptsize small normalsize large Large LARGE huge Huge rm bf it bfseries"
         " therefore boldsymbol bm pmb underline mathbf mathit mathsf mathtt mathnormal mathcal emph ensuremath",
         r"\le ": "leq leqslant", r"\ge ": "geq geqslant", r"\ne ": "neq", "<": "lt", ">": "gt",
-        r"\{": "lbrace", r"\}": "rbrace", "|": "vert lvert rvert", r"\text{or}": "lor vee", r"\text{and}": "land wedge",
+        r"\{": "lbrace", r"\}": "rbrace", "|": "vert lvert rvert", " or ": "lor vee", " and ": "land wedge",
         ":": "colon", "(": "langle", ")": "rangle", r"\setminus ": "smallsetminus backslash",
         r"\mathbb{R}": "R reals Reals", r"\emptyset ": "varnothing", r"\ldots ": "dots cdots dotsb dotsc dotsm",
         r"\frac": "dfrac tfrac cfrac", r"\bar": "overline", r"\log_{10} ": "lg", r"\tan ": "tg", r"\cot ": "ctg cotg",
@@ -80,13 +80,13 @@ _FUNCTIONS = (
 
 
 def _environment(match: re.Match) -> str:
-    r"""x&=3\\y&=4 as "x=3, y=4"; S&=1+2\\&=3 as "S=1+2 =3"; a,&x>0\\b&x<0 as "a \text{if} x>0, b \text{if} x<0"."""
+    r"""x&=3\\y&=4 as "x=3, y=4"; S&=1+2\\&=3 as "S=1+2 =3"; a,&x>0\\b&x<0 as "a if x>0, b if x<0"."""
     name, rows = match.groups()
     if "matrix" in name or (name == "array" and "=" not in rows):
         return rf"\begin{{pmatrix}}{rows}\end{{pmatrix}}"
     rows = re.sub(r"\\\\ ?(?:\[\w{1,9}\])? ?(?=& ?=)|& ?(?=[=<>]|\\[lg]e(?![a-z])|\\approx)|(?<=[=<>]) ?&", "", rows)
     parts = [[part.strip(" ,;") for part in row.split("&", 1)] for row in rows.split(r"\\")]
-    return ", ".join(r" \text{if} ".join(part) for part in parts if part[0])
+    return ", ".join(" if ".join(part) for part in parts if part[0])
 
 
 def _repeating(match: re.Match) -> str:
@@ -116,7 +116,7 @@ _TABLE = [
         (r"\\(?:num|qty) ?\{", "{"),
         (r"\\SI ?\{([^{}]{0,80})\} ?\{([^{}]{0,80})\}", r"\1\\text{\2}"),
         (r"\\text ?\{([^{}a-zA-Z]*)\}|^\\text ?\{([^{}]*(?:[0-9,;]|\b(?:and|or)\b)[^{}]*)\}$", r"\1\2"),
-        (r"^([A-J])\)", r"(\1)"),
+        (r"\\text ?\{ ?,? ?(and|or|by|if|或者?|和|или|и|oder|und|ou|et) ?,? ?\}", r" \1 "), (r"^([A-J])\)", r"(\1)"),
         (r"\^ ?\{? ?\\prime ?\}?", "'"),
         (r"<=", r"\\le "), (r">=", r"\\ge "), (r"\\not ?=|!=", r"\\ne "), (r"\.\.\.+", r"\\ldots "),
         (r"\\\{ ?\\\}", r"\\emptyset "), (r"\^ ?\*|\*\*", "^"), (rf"{W}(?:infinity|infty|inf|oo){T}", r"\\infty "),

@@ -7,12 +7,12 @@ from functools import lru_cache
 
 from grading.box import TEXT, T, W
 
-OR, AND = (rf"\\text ?\{{[, ]?(?:{w})[, ]?\}}|{W}(?:{w}){T}" for w in ("or|oder|ou|или|或者?", "and|et|und|и|和"))
+OR, AND = rf"{W}(?:or|oder|ou|или|或者?){T}", rf"{W}(?:and|et|und|и|和){T}"
 RELATION = re.compile(rf"\\(?:[lgn]e|in){T}|[<>]")
 SYMBOL = r"(?:\\(?:mathbb|vec|hat|bar) ?\{?[a-zA-Z]\}?|\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\w|\{\w+\}))?'{0,3}"
 # what may stand before "=": x, f(x), E[X], (x,y), AB, |AB|, \angle ABC, \text{Area}, Area, [ABC], \frac{AB}{CD}, x:y
 NAME = re.compile(
-    rf"{SYMBOL} ?(?:\([\w, ]*\)|\[[A-Z]\])?|\( ?{SYMBOL}(?: ?, ?{SYMBOL})+ ?\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
+    rf"{SYMBOL} ?(?:\([\\\w, ]*\)|\[[A-Z]\])?|\( ?{SYMBOL}(?: ?, ?{SYMBOL})+ ?\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
     rf"|\\(?:angle|bar|triangle) ?\{{?[A-Z_0-9 ]+\}}?|\\text ?\{{[^{{}}]*\}}|[A-Z][a-z]{{2,}}|\[[A-Z]{{3,5}}\]"
     rf"|\\frac\{{ ?[a-zA-Z]{{1,2}} ?\}}\{{ ?[a-zA-Z]{{1,2}} ?\}}|{SYMBOL} ?: ?{SYMBOL}"
 )
@@ -127,7 +127,7 @@ def items(text: str) -> tuple[str, list[str]]:
             return "or" if separator == OR else "", [item for part in each for item in part]
     if len(_SIGNS.findall(text)) == 1:
         return "or", [_SIGNS.sub(sign, text).removeprefix("+").strip() for sign in "+-"]
-    factors = split(text, r"\\text ?\{ ?by ?\}|\bby\b")  # 5 cm by 3 cm
+    factors = split(text, r"\bby\b")  # 5 cm by 3 cm
     return ("()", factors) if len(factors) > 1 else ("", [text])
 
 

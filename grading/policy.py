@@ -1,8 +1,9 @@
 r"""Third stage: what counts as the same answer, against and beyond the verdict on values. Only the worker imports this.
 
-`equal` compares two cleaned texts: as texts, as numbers, as values unless a veto forbids it, in plainer words, and by
-each rule. A reading is what one text says in plainer words. A rule sees gold, answer and `same`, which puts the whole
-question about parts of them; rules do not know each other. docs/answers.md has the table of them.
+`equal` compares two cleaned texts: as texts, as numbers, then by each rule, the first of which asks for their values,
+the second what they say in plainer words (a reading is such a function of one text). A rule sees gold, answer and
+`same`, which puts the whole question about parts of them; rules do not know each other. The table of them is in
+docs/answers.md.
 """
 
 import re
@@ -65,6 +66,8 @@ NOTATIONS = [
         (r"^\\mathbb ?\{? ?R ?\}? ?[\^_] ?\{? ?(?:\+|> ?0) ?\}?$", r"(0,\\infty)"),
         (r"^(?:the set of |all |the )*real(?: number)?s$", r"\\mathbb{R}"),
         (r"^(?:the set of |all |the )*reals?(?: numbers?)?(?: [a-z])? (?:with|such that|where|satisfying)\b", ""),
+        (r"^(.*[^ %]) ?%$", r"(\1)/100"),
+        (r"^\\\{((?:[^,;|:\\]|\\(?![{}]|emptyset|mid)|\([^()]*\))+)\\\}$", r"\1"),  # \{5\}
         (r"^(\w+)(?: (squared)| cubed)$", lambda m: f"{m[1]}^{2 if m[2] else 3}"),
         (r"^[A-Z](?:_\w)?'? ?=? ?(\([^()]*[,;][^()]*\))$", r"\1"),  # P(1,2)
         (r"^\\begin ?\{pmatrix\}([^&]*\\\\[^&]*)\\end ?\{pmatrix\}$",  # a column
@@ -86,7 +89,7 @@ def plainer(text: str) -> str:
     return text
 
 
-_ON_NAME = rf"[a-zA-Z](?:_\w)? ?(?:\\(?:in|[lgn]e){T}|[<>])"
+_ON_NAME = rf"(?:\\xi|[a-zA-Z](?:_\w)?) ?(?:\\(?:in|[lgn]e){T}|[<>])"
 _REMARK = re.compile(
     r"(?<=[ ,;(])(?:(?:since|because|as (?:required|desired|claimed|\w+ ?=)|attained|achieved|occurs|obtained|для"
     r"|by (?:the|symmetry|AM)|respectively|for (?:all|any|every|each|some)|where|with|in (?:total|all)|因为)(?!\w).*"
@@ -121,14 +124,26 @@ def residues(text: str) -> str:
     return "=".join([*name, rf"\{{{', '.join(rest)}\}} mod {modulus}"])
 
 
+_BOUND = re.compile(
+    r"^\w ?(?:\(|_\{?) ?([a-z])(?= ?[)}]? ?=)"  # f(x)=, a_n=
+    r"|(?<=[,:|( ])([a-zA-Z])(?= ?(?:\\in(?![a-z])|is an?\b))(?<!^.)|constant ([a-zA-Z])$"  # k\in\mathbb{Z}
+)
+
+
+def renamed(text: str) -> str:
+    r"""f(\xi)=3\xi for f(x)=3x and f(t)=3t, \xi\pi, \xi\in\mathbb{Z} for k\pi, k\in\mathbb{Z}."""
+    names = {name for found in _BOUND.findall(plain(text)) for name in found if name}
+    if len(names) != 1:
+        return text
+    text = re.sub(rf"\\[a-zA-Z]+|{names.pop()}", lambda m: m[0] if m[0][0] == "\\" else r"\xi ", text)
+    return re.sub(r"(?<!\\)\|| : |(?<=[\w}]):", r"\\mid ", text)
+
+
 def lists(gold: str, answer: str, same: Same) -> bool:
     r"""(1,2) for 1,2 in this order, \{2,1\} and "2 or 1" in any; 2,2,3 is not 2,3,3, but \{1,1,2\} is \{1,2\}."""
     (kind, golds), (other, answers) = items(gold), items(answer)
-    kinds, most = {kind, other}, max(len(golds), len(answers))
-    if len(kinds) == 2 and any(each == r"\{\}" and len(of) == 1 for each, of in ((kind, golds), (other, answers))):
-        one, two = (golds[0], answer) if kind == r"\{\}" else (gold, answers[0])  # 5 for \{5\}
-        return r"\emptyset" not in one + two and enclosed(one)[0] == enclosed(two)[0] and same(one, two)
-    if most < 2 and kinds != {r"\{\}"}:
+    kinds = {kind, other}
+    if max(len(golds), len(answers)) < 2:
         return False
     if ordered := kinds & {"()", "[]"}:
         loose = ordered == {"()"} or len(kinds) == 1 or len(golds) > 2  # "1,2" is no interval
@@ -223,27 +238,9 @@ def solution_set(text: str) -> tuple[str, Any] | None:
 
 def sets(gold: str, answer: str, same: Same) -> bool:
     r"""1<x<3 and "x>1 and x<3" for (1,3), x\ne2 for \mathbb{R}\setminus\{2\}; another unknown is wrong."""
-    if not all(re.search(r"[<>=()\[\]]|\\(?:[lgn]e|in|mathbb|emptyset|\{)", text) for text in (gold, answer)):
-        return False
     a = solution_set(gold)
     b = a and solution_set(answer)
     return bool(a and b and (not a[0] or not b[0] or a[0] == b[0]) and values.same(a[1], b[1]))
-
-
-_BOUND = re.compile(
-    r"^\w ?(?:\(|_\{?) ?([a-z])(?= ?[)}]? ?=)"  # f(x)=, a_n=
-    r"|(?<=[,:|( ])([a-zA-Z])(?= ?(?:\\in(?![a-z])|is an?\b))(?<!^.)|constant ([a-zA-Z])$"  # k\in\mathbb{Z}
-)
-
-
-def renamed(gold: str, answer: str, same: Same) -> bool:
-    r"""f(t)=3t for f(x)=3x, a_k=2^k for a_n=2^n; n\pi, n\in\mathbb{Z} for k\pi, k\in\mathbb{Z}."""
-    g, a = ({name for found in _BOUND.findall(plain(text)) for name in found if name} for text in (gold, answer))
-    if len(g) != 1 or len(a) != 1 or g & letters(answer) or a & letters(gold):
-        return False
-    (old,), (new,) = a, g
-    answer = re.sub(rf"\\[a-zA-Z]+|{old}", lambda m: new if m[0] == old else m[0], answer)
-    return same(*(re.sub(r"(?<!\\)\|| : |(?<=[\w}]):", r"\\mid ", text) for text in (gold, answer)))
 
 
 _SAID = {  # what is said in words, in the commonest languages of answers
@@ -357,21 +354,6 @@ def units(gold: str, answer: str, same: Same) -> bool:
     return bool(g or a) and same(g[0] if g else gold, a[0] if a else answer)
 
 
-def based(gold: str, answer: str, same: Same) -> bool:
-    """1010 for 1010_2; the decimal value is another answer."""
-    return re.sub(r"_\w+$", "", plainer(gold)) == answer.lstrip("0") != plainer(gold)
-
-
-def percents(gold: str, answer: str, same: Same) -> bool:
-    r"""0.5 and 50\% for each other; 20 for 20\% ("what percent?")."""
-    one, two = (text.rstrip("% ") for text in (gold, answer))
-    if (gold == one) == (answer == two):
-        return gold != one and same(one, two)
-    share, other = (two, gold) if gold == one else (one, answer)
-    asked = number(share) == number(other) is not None and (number(share) or 0) > 1
-    return asked or same(other, f"({share})/100")
-
-
 def ratios(gold: str, answer: str, same: Same) -> bool:
     """6:8 for 3:4; neither 4:3 nor 3/4, and no times of the day."""
     g, a = split(gold, ":"), split(answer, ":")
@@ -380,9 +362,12 @@ def ratios(gold: str, answer: str, same: Same) -> bool:
     return all(same(rf"({x})\cdot({w})", rf"({z})\cdot({y})") for (x, y), (z, w) in zip(pairwise(g), pairwise(a)))
 
 
-def decimal_comma(gold: str, answer: str, same: Same) -> bool:
-    """3,75 for 3.75, but 2.5 is not the list 2,5."""
-    return bool(re.fullmatch(r"[0-9]+,[0-9]+", answer)) and answer.replace(",", ".") == gold
+def conventions(gold: str, answer: str, same: Same) -> bool:
+    r"""1010 for 1010_2, whose decimal value is another answer; 3,75 for 3.75; 20 for 20\% and back."""
+    read, share = plainer(gold), number(gold.rstrip("% "))
+    percent = "%" in gold + answer and share is not None and share == number(answer.rstrip("% ")) and share > 1
+    commas = re.fullmatch(r"[0-9]+,[0-9]+", answer) and answer.replace(",", ".") == gold
+    return bool(percent or commas) or re.sub(r"_\w+$", "", read) == answer.lstrip("0") != read
 
 
 _NO_LETTERS = re.compile(r"\\[a-zA-Z]+|\{[pv]?matrix\}")
@@ -390,51 +375,48 @@ _NO_PRODUCT = re.compile(rf":|\\(?:angle|triangle|bar|subset|Rightarrow){T}")
 _BINDS = re.compile(rf"\\(?:sum|prod|int|lim|text){T}|\{{ ?d ?\}}")
 
 
-def misread(gold: str, answer: str) -> bool:
-    """Must the verdict on values not be asked? Vetoes, each with an example."""
+def by_value(gold: str, answer: str, same: Same) -> bool:
+    """Are the values equal, where no veto forbids to ask?"""
     both = f"{gold} {answer}"
     named = [set(re.findall("[a-zA-Z]", _NO_LETTERS.sub("", text))) - {"e", "i", "E"} for text in (gold, answer)]
-    return (
+    vetoed = (
         any(len(items(text)[1]) > 1 for text in (gold, answer))  # 2,3,3 for 2,2,3: its sets know no order, no number
         or len(split(gold, "=")) != len(split(answer, "="))  # x+y=5 for 5: an equation is not its last side
-        or bool(_NO_PRODUCT.search(both))  # 1:2 for 1/2, \angle ACB for \angle ABC
+        or _NO_PRODUCT.search(both)  # 1:2 for 1/2, \angle ACB for \angle ABC
         or (named[0] != named[1] and not _BINDS.search(both))  # 2x for 2
     )
+    return not vetoed and values.same(values.value(gold), values.value(answer))
 
 
-READINGS = (plainer, without_remark, in_digits, residues)
+def in_other_words(gold: str, answer: str, same: Same) -> bool:
+    """Are they the same after one of the readings?"""
+    read = [(reading(gold), reading(answer)) for reading in READINGS]
+    return any(pair != (gold, answer) and same(*pair) for pair in read)
+
+
+READINGS = (plainer, without_remark, in_digits, residues, renamed)
 RULES = (
-    named, lists, assigned, sets, words, options, renamed, units, based, percents, ratios, decimal_comma, conclusion,
+    by_value, in_other_words, named, lists, assigned, sets, words, options, units, ratios, conventions, conclusion,
 )  # fmt: skip
 
 
 def equal(gold: str, answer: str, known: dict[tuple[str, str], bool], depth: int = 0) -> bool:
     """Is a cleaned answer a cleaned gold? `known` are the pairs that this question has met."""
+
+    def same(x: str, y: str) -> bool:
+        return equal(x, y, known, depth + 1)
+
     pair = gold, answer = bare(gold), bare(answer)
     if pair not in known:
         known[pair] = False  # while it is open
-        known[pair] = bool(
-            gold and answer and depth < 9 and _equal(gold, answer, lambda x, y: equal(x, y, known, depth + 1))
-        )
+        a, b = number(gold), number(answer)
+        if squeeze(gold) == squeeze(answer):
+            known[pair] = bool(gold)
+        elif None not in (a, b):
+            known[pair] = a == b
+        elif gold and answer and depth < 9:
+            known[pair] = any(rule(gold, answer, same) for rule in RULES)
     return known[pair]
-
-
-def _equal(gold: str, answer: str, same: Same) -> bool:
-    if squeeze(gold) == squeeze(answer):
-        return True
-    a, b = number(gold), number(answer)
-    if a is not None and b is not None:
-        return a == b
-    if (
-        not misread(gold, answer)
-        and (read := values.value(gold)) is not None
-        and values.same(read, values.value(answer))
-    ):
-        return True
-    readings = ((reading(gold), reading(answer)) for reading in READINGS)
-    if any(pair != (gold, answer) and same(*pair) for pair in readings):
-        return True
-    return any(rule(gold, answer, same) for rule in RULES)
 
 
 @lru_cache(maxsize=100_000)
@@ -472,8 +454,7 @@ def as_asked(gold: str, answer: str) -> str | None:
     if brackets in ("", "or") and len(entries) > 1 and "=" not in text and solution_set(text) is None:
         opening, closing = "()" if enclosed(read)[0] == "()" and not brackets else (r"\{", r"\}")
         text = opening + ", ".join(entries) + closing
-    share = number(text.rstrip("% "))
-    return str(share / 100) if text.endswith("%") and not read.endswith("%") and share is not None else text
+    return text
 
 
 def same_vote(gold: str, a: str, b: str) -> bool:

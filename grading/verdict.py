@@ -62,14 +62,10 @@ os.register_at_fork(after_in_child=_idle.clear)  # a forked process must not sha
 def _start() -> Any:
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    worker: Any = subprocess.Popen(
-        [sys.executable, "-c", "from grading import policy, verdict; verdict.work(policy.QUESTIONS)"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=0,
-        env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,
-    )
+    command = [sys.executable, "-c", "from grading import policy, verdict; verdict.work(policy.QUESTIONS)"]
+    pipes: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    env = {**os.environ, "PYTHONPATH": path}
+    worker: Any = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
     if worker.stdout.readline() != b"ready\n":
         _stop(worker)
         raise RuntimeError("the grading worker did not start; the reason stands above")
@@ -91,24 +87,6 @@ def _stop_workers() -> None:
         _stop(_idle.pop())
 
 
-def _replies(worker: Any, batch: list[tuple]) -> list:
-    """Replies up to the first that is "timeout"; a worker that broke is stopped."""
-    replies: list = []
-    try:
-        worker.stdin.write(json.dumps(batch).encode() + b"\n")
-        while len(replies) < len(batch) and "timeout" not in replies:
-            replies.append(json.loads(worker.stdout.readline()))
-    except BrokenPipeError:  # it died before
-        _stop(worker)
-    except json.JSONDecodeError:  # it died at work: no line came
-        _stop(worker)
-        replies.append("timeout")
-    except BaseException:  # Ctrl-C: a late reply must not be taken for the next question's
-        _stop(worker)
-        raise
-    return replies
-
-
 def _ask_batch(batch: list[tuple]) -> None:
     while batch:
         worker: Any = None
@@ -116,9 +94,18 @@ def _ask_batch(batch: list[tuple]) -> None:
             worker = _idle.pop()
         if worker is None or worker.poll() is not None:
             worker = _start()
-        replies = _replies(worker, batch)
-        if worker.returncode is None:
+        replies: list = []
+        try:
+            worker.stdin.write(json.dumps(batch).encode() + b"\n")
+            while len(replies) < len(batch) and "timeout" not in replies:
+                replies.append(json.loads(worker.stdout.readline()))
             _idle.append(worker)
+        except (json.JSONDecodeError, BrokenPipeError):  # no line came: it died
+            _stop(worker)
+            replies.append("timeout")
+        except BaseException:  # Ctrl-C: a late reply must not be taken for the next question's
+            _stop(worker)
+            raise
         _known.update(zip(batch, replies))
         batch = batch[len(replies) :]
 
@@ -139,11 +126,8 @@ def _several(gold: Gold) -> list[str]:
 def check_golds(golds: Sequence[Gold]) -> list[str | None]:
     """For each gold an error that names it, if nothing can be compared with it, or None."""
     known = _ask(("readable", text) for gold in golds for text in _several(gold))
-    bad = [[text for text in _several(gold) if known["readable", text] is not True] for gold in golds]
-    return [
-        f"gold answer cannot be parsed: {(texts or [''])[0][:200]!r}" if texts or not gold else None
-        for gold, texts in zip(golds, bad)
-    ]
+    bad = [[text for text in _several(gold) or [""] if known.get(("readable", text)) is not True] for gold in golds]
+    return [f"gold answer cannot be parsed: {text[0][:200]!r}" if text else None for text in bad]
 
 
 def grade_all(pairs: Sequence[tuple[str | None, Gold]]) -> list[str]:
@@ -155,8 +139,8 @@ def grade_all(pairs: Sequence[tuple[str | None, Gold]]) -> list[str]:
         raise ValueError(error)
     asked = [[("right", g, answer) for g in _several(gold) if answer and answer.strip()] for answer, gold in pairs]
     known = _ask(itertools.chain(*asked))
-    names = {True: "right", "timeout": "timeout", False: "wrong"}
     replies = [{known[question] for question in each} for each in asked]
+    names = {True: "right", "timeout": "timeout", False: "wrong"}
     return [next((name for reply, name in names.items() if reply in each), "none") for each in replies]
 
 
