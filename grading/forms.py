@@ -12,14 +12,14 @@ RELATION = re.compile(rf"\\(?:[lgn]e|in){T}|[<>]")
 SYMBOL = r"(?:\\(?:mathbb|vec|hat|bar) ?\{?[a-zA-Z]\}?|\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\w|\{\w+\}))?'{0,3}"
 # what may stand before "=": x, f(x), E[X], (x,y), AB, |AB|, \angle ABC, \text{Area}, Area, [ABC], \frac{AB}{CD}, x:y
 NAME = re.compile(
-    rf"{SYMBOL} ?(?:\([\\\w, ]*\)|\[[A-Z]\])?|\( ?{SYMBOL}(?: ?, ?{SYMBOL})+ ?\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
+    rf"{SYMBOL} ?(?:\([\\\w, ]*\)|\[[A-Z]\])?|\([^()=]*,[^()=]*\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
     rf"|\\(?:angle|bar|triangle) ?\{{?[A-Z_0-9 ]+\}}?|\\text ?\{{[^{{}}]*\}}|[A-Z][a-z]{{2,}}|\[[A-Z]{{3,5}}\]"
     rf"|\\frac\{{ ?[a-zA-Z]{{1,2}} ?\}}\{{ ?[a-zA-Z]{{1,2}} ?\}}|{SYMBOL} ?: ?{SYMBOL}"
 )
 _BRACKET = r"\\?[{(\[]|\\?[})\]]"
 _SIGNS = re.compile(rf"\\[pm][pm]{T}")
 _THOUSANDS = re.compile(
-    r"[(\[{]|[)\]}]|(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])|^[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}$"
+    r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])|^[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}$"
 )
 _DIGITS = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(
@@ -27,8 +27,8 @@ _NUMBER = re.compile(
     rf"(?:(?:[eE]| ?\\(?:times|cdot) ?\{{?10\}}? ?\^) ?\{{? ?([-+]?[0-9]{{1,3}}) ?\}}?)?(?: ?/ ?([-+]? ?{_DIGITS}))?"
 )
 _FRAC = re.compile(rf"\\frac ?\{{ ?([-+]? ?{_DIGITS}) ?\}} ?\{{ ?([-+]? ?{_DIGITS}) ?\}}")
-_BROKEN = re.compile(  # 2+, x^^2, 1/0, 3 5
-    r"^(?:NaN|nan|None|null)$|[-+*/^_=<>]$|\^ ?\^|\\frac ?\{[^{}]{0,99}\} ?(?:\{ ?0 ?\}|$)|/ ?0(?![0-9.])"
+_BROKEN = re.compile(  # 2+, x^^2, 1/0, 3 5, ((((
+    r"^(?:NaN|nan|None|null)$|[(\[{]{40}|[-+*/^_=<>]$|\^ ?\^|\\frac ?\{[^{}]{0,99}\} ?(?:\{ ?0 ?\}|$)|/ ?0(?![0-9.])"
     r"|(?<![_^0-9.{])(?<!frac )(?<!frac)[0-9][0-9.]{0,99} [0-9](?![0-9]{0,99}/[0-9])"
 )
 
@@ -63,14 +63,9 @@ def bare(text: str) -> str:
     text = re.sub(r"^\+ ?(?=[\w\\])", "", text.strip(" ").rstrip(".,;: ")).removesuffix("\\").strip()
     while (whole := enclosed(text))[0] == "{}":
         text = whole[1].rstrip(".,; ")
-    depth = 0
-
-    def joined(match: re.Match) -> str:
-        nonlocal depth
-        depth += (match[0] in "([{") - (match[0] in ")]}")
-        return match[0] if depth > 0 else match[0].replace(",", "")
-
-    return _THOUSANDS.sub(joined, text) if "," in text else text
+    if "," in text and not re.search(r"[(\[]|\\\{", text):
+        text = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
+    return text
 
 
 @lru_cache(maxsize=20_000)

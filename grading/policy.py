@@ -108,7 +108,7 @@ def without_remark(text: str) -> str:
     if not remark or _RESTRICTS.search(remark[0]):
         return text
     head = said[: remark.start()].rstrip(" ,;.(")
-    whole = head and not forms.hopeless(head) and not _OPEN.search(re.sub(r"\\(?![lgn]e|in)[a-zA-Z]+", "", head))
+    whole = not forms.hopeless(head) and not _OPEN.search(re.sub(r"\\(?![lgn]e|in)[a-zA-Z]+", "", head))
     return head if whole else text
 
 
@@ -139,6 +139,22 @@ def renamed(text: str) -> str:
     return re.sub(r"(?<!\\)\|| : |(?<=[\w}]):", r"\\mid ", text)
 
 
+def assigned(text: str) -> str:
+    r"""(x, y)=(3, 5) for "y=5 and x=3", n=\{2, 3\} for "n=2, 3" and "n=2 or n=3"."""
+    pairs: list[tuple[str, str]] = []
+    for part in items(text)[1] if not enclosed(text)[0] else ():
+        *names, last = split(part, "=")
+        if RELATION.search(part) or not (names or pairs) or not all(map(NAME.fullmatch, names)):
+            return text
+        for name in names or [pairs[-1][0]]:
+            several = enclosed(name)[0] == "()" and len(items(name)[1]) == len(items(last)[1])
+            pairs += zip(items(name)[1], items(last)[1]) if several else [(squeeze(name), last)]
+    names, parts = sorted({name for name, _ in pairs}), ", ".join(part for _, part in sorted(pairs))
+    if 1 < len(pairs) == len(names):
+        return f"({', '.join(names)})=({parts})"
+    return rf"{names[0]}=\{{{parts}\}}" if 1 == len(names) < len(pairs) else text
+
+
 def lists(gold: str, answer: str, same: Same) -> bool:
     r"""(1,2) for 1,2 in this order, \{2,1\} and "2 or 1" in any; 2,2,3 is not 2,3,3, but \{1,1,2\} is \{1,2\}."""
     (kind, golds), (other, answers) = items(gold), items(answer)
@@ -163,46 +179,21 @@ def lists(gold: str, answer: str, same: Same) -> bool:
     return not rest
 
 
+_STATED = re.compile(rf"{RELATION.pattern}|=|\\equiv")
+
+
 def named(gold: str, answer: str, same: Same) -> bool:
     r"""x=5, m+n=108 and 2+3=5 for 5, 108 and 5; not y=5 for x=5, 4=5 for 5, x^2-1=0 for 0."""
     (*names, asked), (*left, last) = sides(gold), sides(answer)
     if names:
-        comparable = (
-            squeeze(names[0]) == squeeze(left[0]) if left else not re.search(rf"{RELATION.pattern}|=|\\equiv", answer)
-        )
-        return comparable and all(map(NAME.fullmatch, names)) and same(asked, last)
+        alike = squeeze(names[0]) == squeeze(left[0]) if left else not _STATED.search(answer)
+        return alike and all(map(NAME.fullmatch, names)) and same(asked, last)
     if not left or NAME.fullmatch(left[0]):
         return bool(left) and same(gold, last)
     equation = len(left) == 1 and number(last) == 0 and letters(left[0])
     sentence = re.search(r"[a-zA-Z]{2} ", re.sub(r"\\[a-zA-Z]+", "", plain("=".join(left))))
     apart = [side for side in left if letters(side) and not letters(side) & letters(last)]
     return not equation and not sentence and same(gold, last) and all(same(gold, x) for x in left if x not in apart)
-
-
-def assignments(text: str) -> list[tuple[str, str]]:
-    """[("x", "3"), ("y", "5")] of "x=3 and y=5" and "(x,y)=(3,5)", [("n", "2"), ("n", "3")] of "n=2, 3"; else []."""
-    pairs: list[tuple[str, str]] = []
-    for part in items(text)[1] if not enclosed(text)[0] else ():
-        *names, last = split(part, "=")
-        if RELATION.search(part) or not (names or pairs) or not all(map(NAME.fullmatch, names)):
-            return []
-        for name in names or [pairs[-1][0]]:
-            several = enclosed(name)[0] == "()" and len(items(name)[1]) == len(items(last)[1])
-            pairs += zip(items(name)[1], items(last)[1]) if several else [(squeeze(name), last)]
-    return pairs if len(pairs) > 1 else []
-
-
-def assigned(gold: str, answer: str, same: Same) -> bool:
-    """y=5, x=3 and (3,5) for x=3, y=5; 2,3 for n=2, 3. Without names, the gold's order or the alphabet's."""
-    g, a = assignments(gold), assignments(answer)
-    names = [{name for name, _ in pairs} for pairs in (g, a) if pairs]
-    if not names or names[0] != names[-1] or (not (g and a) and "=" in (answer if g else gold)):
-        return False
-    if len(names[0]) > 1 and g and a:
-        return len(g) == len(a) == len(names[0]) and all(same(dict(g)[name], part) for name, part in a)
-    sign = " or " if len(names[0]) == 1 else ", "
-    one, two = (sign.join(part for _, part in pairs) for pairs in (g, sorted(a) if sign == ", " else a))
-    return same(f"({one})" if g and sign == ", " else one or gold, two or answer)
 
 
 def _solved(text: str) -> tuple[str, Any] | None:
@@ -238,8 +229,7 @@ def solution_set(text: str) -> tuple[str, Any] | None:
 
 def sets(gold: str, answer: str, same: Same) -> bool:
     r"""1<x<3 and "x>1 and x<3" for (1,3), x\ne2 for \mathbb{R}\setminus\{2\}; another unknown is wrong."""
-    a = solution_set(gold)
-    b = a and solution_set(answer)
+    a, b = solution_set(gold), solution_set(answer)
     return bool(a and b and (not a[0] or not b[0] or a[0] == b[0]) and values.same(a[1], b[1]))
 
 
@@ -394,9 +384,9 @@ def in_other_words(gold: str, answer: str, same: Same) -> bool:
     return any(pair != (gold, answer) and same(*pair) for pair in read)
 
 
-READINGS = (plainer, without_remark, in_digits, residues, renamed)
+READINGS = (plainer, without_remark, in_digits, residues, renamed, assigned)
 RULES = (
-    by_value, in_other_words, named, lists, assigned, sets, words, options, units, ratios, conventions, conclusion,
+    by_value, in_other_words, named, lists, sets, words, options, units, ratios, conventions, conclusion,
 )  # fmt: skip
 
 
