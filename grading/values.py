@@ -82,14 +82,10 @@ def same_number(x: Any, y: Any) -> bool | None:
 def _points(a: Any, b: Any):
     """Random values for the free symbols: natural numbers in factorials and sums, and where n is in a floor or (-1)^n,
     else fractions; of both signs, now and then large. Equal questions get equal points."""
-    terms = [term for v in (a, b) for term in v.atoms(*DISCRETE, *STEPWISE, sympy.Pow)]
-    natural = {
-        symbol
-        for term in terms
-        if not term.is_Pow or term.base.is_negative
-        for symbol in term.free_symbols
-        if isinstance(term, DISCRETE) or str(symbol)[0] in "ijklmnpqrN"
-    }
+    terms = [term for v in (a, b) for term in v.atoms(*DISCRETE, *STEPWISE)]
+    terms += [power.exp for v in (a, b) for power in v.atoms(sympy.Pow) if power.base.is_negative]
+    found = [(symbol, isinstance(term, DISCRETE)) for term in terms for symbol in term.free_symbols]
+    natural = {symbol for symbol, always in found if always or str(symbol)[0] in "ijklmnpqrN"}
     rng, symbols = random.Random(f"{a}|{b}"), sorted(a.free_symbols | b.free_symbols, key=str)
     for n in range(POINTS):
         most, point = 10**6 if n % 8 == 7 else 99, {}

@@ -99,13 +99,10 @@ def _ask_batch(batch: list[tuple]) -> None:
             worker.stdin.write(json.dumps(batch).encode() + b"\n")
             while len(replies) < len(batch) and "timeout" not in replies:
                 replies.append(json.loads(worker.stdout.readline()))
-            _idle.append(worker)
+            _idle.append(worker)  # never one that still owes a reply: it must not be taken for the next question's
         except (json.JSONDecodeError, BrokenPipeError):  # no line came: it died
             _stop(worker)
             replies.append("timeout")
-        except BaseException:  # Ctrl-C: a late reply must not be taken for the next question's
-            _stop(worker)
-            raise
         _known.update(zip(batch, replies))
         batch = batch[len(replies) :]
 
