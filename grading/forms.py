@@ -1,35 +1,35 @@
 """What the rules see of a cleaned text: its brackets, items, sides, names and numbers."""
 
 import re
+from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 
 from grading.box import TEXT, T, W
 
-MAX_DEPTH = 40  # of brackets in brackets
-OR, AND = (rf"\\text ?\{{[, ]?(?:{w})[, ]?\}}|{W}(?:{w}){T}" for w in ("or|oder|ou|или|或者?", "and|et|und|и|和"))
+OR, AND = rf"{W}(?:or|oder|ou|или|或者?){T}", rf"{W}(?:and|et|und|и|和){T}"
 RELATION = re.compile(rf"\\(?:[lgn]e|in){T}|[<>]")
 SYMBOL = r"(?:\\(?:mathbb|vec|hat|bar) ?\{?[a-zA-Z]\}?|\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\w|\{\w+\}))?'{0,3}"
 # what may stand before "=": x, f(x), E[X], (x,y), AB, |AB|, \angle ABC, \text{Area}, Area, [ABC], \frac{AB}{CD}, x:y
 NAME = re.compile(
-    rf"{SYMBOL} ?(?:\([\w, ]*\)|\[[A-Z]\])?|\( ?{SYMBOL}(?: ?, ?{SYMBOL})+ ?\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
+    rf"{SYMBOL} ?(?:\([\\\w, ]*\)|\[[A-Z]\])?|\([^()=]*,[^()=]*\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
     rf"|\\(?:angle|bar|triangle) ?\{{?[A-Z_0-9 ]+\}}?|\\text ?\{{[^{{}}]*\}}|[A-Z][a-z]{{2,}}|\[[A-Z]{{3,5}}\]"
-    rf"|\\frac\{{ ?[A-Z]{{1,2}} ?\}}\{{ ?[A-Z]{{1,2}} ?\}}|{SYMBOL} ?: ?{SYMBOL}"
+    rf"|\\frac\{{ ?[a-zA-Z]{{1,2}} ?\}}\{{ ?[a-zA-Z]{{1,2}} ?\}}|{SYMBOL} ?: ?{SYMBOL}"
 )
-_BRACKET = r"\\?[{(\[]|\\?[})\]]|\\[lr]angle"
+_BRACKET = r"\\?[{(\[]|\\?[})\]]"
+_SIGNS = re.compile(rf"\\[pm][pm]{T}")
+_THOUSANDS = re.compile(
+    r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])|^[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}$"
+)
 _DIGITS = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(
     rf"([-+]?) ?(?:([0-9]+) )?([-+]? ?{_DIGITS})"
     rf"(?:(?:[eE]| ?\\(?:times|cdot) ?\{{?10\}}? ?\^) ?\{{? ?([-+]?[0-9]{{1,3}}) ?\}}?)?(?: ?/ ?([-+]? ?{_DIGITS}))?"
 )
 _FRAC = re.compile(rf"\\frac ?\{{ ?([-+]? ?{_DIGITS}) ?\}} ?\{{ ?([-+]? ?{_DIGITS}) ?\}}")
-_BROKEN = re.compile(
-    r"[-+*/^_=<>]$|\^ ?\^|\\frac ?\{[^{}]{0,99}\} ?(?:\{ ?0 ?\}|$)|/ ?0(?![0-9.])"
+_BROKEN = re.compile(  # 2+, x^^2, 1/0, 3 5, ((((
+    r"^(?:NaN|nan|None|null)$|[(\[{]{40}|[-+*/^_=<>]$|\^ ?\^|\\frac ?\{[^{}]{0,99}\} ?(?:\{ ?0 ?\}|$)|/ ?0(?![0-9.])"
     r"|(?<![_^0-9.{])(?<!frac )(?<!frac)[0-9][0-9.]{0,99} [0-9](?![0-9]{0,99}/[0-9])"
-)
-_SIGNS = re.compile(rf"\\[pm][pm]{T}")
-_GROUPS = re.compile(
-    r"[(\[{]|[)\]}]|(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])|^[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}$"
 )
 
 
@@ -38,7 +38,7 @@ def split(text: str, pattern: str) -> list[str]:
     parts, start, depth = [], 0, 0
     for token in re.finditer(rf"(?P<cut>{pattern})|{_BRACKET}", text):
         if token["cut"] is None:
-            depth += 1 if token[0][-1] in "{([" or token[0] == r"\langle" else -1
+            depth += 1 if token[0][-1] in "{([" else -1
         elif depth == 0:
             parts.append(text[start : token.start()].strip())
             start = token.end()
@@ -52,9 +52,9 @@ def enclosed(text: str) -> tuple[str, str]:
         if depth == 0 and token.start():
             break
         opening = opening or token[0]
-        depth += 1 if token[0][-1] in "{([" or token[0] == r"\langle" else -1
+        depth += 1 if token[0][-1] in "{([" else -1
         if depth == 0 and token.end() == len(text):
-            return (opening + token[0]).replace(r"\langle\rangle", "()"), text[len(opening) : token.start()].strip()
+            return opening + token[0], text[len(opening) : token.start()].strip()
     return "", text
 
 
@@ -63,14 +63,9 @@ def bare(text: str) -> str:
     text = re.sub(r"^\+ ?(?=[\w\\])", "", text.strip(" ").rstrip(".,;: ")).removesuffix("\\").strip()
     while (whole := enclosed(text))[0] == "{}":
         text = whole[1].rstrip(".,; ")
-    depth = 0
-
-    def joined(match: re.Match) -> str:
-        nonlocal depth
-        depth += (match[0] in "([{") - (match[0] in ")]}")
-        return match[0] if depth > 0 else match[0].replace(",", "")
-
-    return _GROUPS.sub(joined, text) if "," in text else text
+    if "," in text and not re.search(r"[(\[]|\\\{", text):
+        text = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
+    return text
 
 
 @lru_cache(maxsize=20_000)
@@ -97,23 +92,19 @@ def number(text: str) -> Fraction | None:
     if not match:
         return None
     sign, whole, top, exponent, bottom = (part and part.replace(" ", "") for part in match.groups())
-    number = Fraction(top) * Fraction(10) ** int(exponent or 0) / (Fraction(bottom or 1) or 1)
+    value = Fraction(top) * Fraction(10) ** int(exponent or 0) / (Fraction(bottom or 1) or 1)
     if whole is not None:
-        if bottom is None or not (top + bottom).isdigit() or number >= 1:
+        if bottom is None or not (top + bottom).isdigit() or value >= 1:
             return None  # two numbers in a row, or a product
-        number += int(whole)
-    return -number if sign == "-" else number
+        value += int(whole)
+    return -value if sign == "-" else value
 
 
 def hopeless(text: str) -> bool:
-    """Empty, broken off, unbalanced, too deep, divided by zero, two numbers side by side, NaN."""
-    depth = deepest = 0
-    for sign in (unescaped := re.sub(r"\\[{}]", "", text)):
-        depth += (sign in "({[") - (sign in ")}]")
-        deepest = max(deepest, depth)
-    if depth or deepest > MAX_DEPTH or unescaped.count("{") != unescaped.count("}") or text in ("NaN", "None", "null"):
-        return True
-    return not re.search(r"\w|\\", text) or bool(_BROKEN.search(re.sub(TEXT, r"\\text{}", text)))
+    """Empty, broken off, unbalanced, divided by zero, two numbers side by side, NaN."""
+    count = Counter(re.sub(r"\\[{}]", "", text))
+    balanced = count["{"] == count["}"] and count["("] + count["["] == count[")"] + count["]"]
+    return not balanced or bool(_BROKEN.search(re.sub(TEXT, r"\\text{}", text))) or not re.search(r"\w|\\", text)
 
 
 @lru_cache(maxsize=20_000)
@@ -121,22 +112,20 @@ def items(text: str) -> tuple[str, list[str]]:
     r"""Brackets, items: ("()", ["1", "2"]) of (1,2), "1 by 2", ("", ...) of "1, 2", ("or", ...) of "1 or 2", 1\pm2."""
     brackets, inside = enclosed(text)
     if brackets in ("()", r"\{\}", "[]"):
-        spaced = split(inside, r"[,;] |;") if re.search(r"[0-9],[0-9]{3}", inside) else []  # (1,000, 2,000)
-        parts = spaced if len(spaced) > 1 else split(inside, "[,;]")
+        parts = split(inside, "[,;]")
         flat = [item for part in parts for item in (items(part)[1] if _SIGNS.search(part) else [part])]
         return (brackets, flat) if len(flat) > 1 or brackets == r"\{\}" else ("", [text])
-    for separator in (OR, AND, ";", ", ", ","):
+    for separator in (OR, AND, ";", ","):
         if len(parts := [part.strip(" ,") for part in split(text, separator)]) > 1:
             systems = separator in (OR, ";") or all("=" in part and "," in part for part in parts)
             each = [[part] if (systems and "=" in part) or enclosed(part)[0] else items(part)[1] for part in parts]
             return "or" if separator == OR else "", [item for part in each for item in part]
     if len(_SIGNS.findall(text)) == 1:
         return "or", [_SIGNS.sub(sign, text).removeprefix("+").strip() for sign in "+-"]
-    sides = split(text, r"\\text ?\{ ?by ?\}|\bby\b")  # 5 cm by 3 cm
-    return ("()", sides) if len(sides) > 1 else ("", [text])
+    factors = split(text, r"\bby\b")  # 5 cm by 3 cm
+    return ("()", factors) if len(factors) > 1 else ("", [text])
 
 
-@lru_cache(maxsize=20_000)
 def sides(text: str) -> list[str]:
     """The sides of an equation or of a chain of them; the text itself if it is none."""
     return [text] if RELATION.search(text) or len(items(text)[1]) > 1 else split(text, "=")

@@ -1,8 +1,9 @@
 r"""Third stage: what counts as the same answer, against and beyond the verdict on values. Only the worker imports this.
 
-`equal` compares two cleaned texts: as texts, as numbers, as values unless a veto forbids it, in plainer words, and by
-each rule. A reading is what one text says in plainer words. A rule sees gold, answer and `same`, which puts the whole
-question about parts of them; rules do not know each other. docs/answers.md has the table of them.
+`equal` compares two cleaned texts: as texts, as numbers, then by each rule, the first of which asks for their values,
+the second what they say in plainer words (a reading is such a function of one text). A rule sees gold, answer and
+`same`, which puts the whole question about parts of them; rules do not know each other. The table of them is in
+docs/answers.md.
 """
 
 import re
@@ -15,29 +16,22 @@ from typing import Any
 import sympy
 from latex2sympy2_extended.math_normalization import extract_boxed_content
 from sympy.core.function import AppliedUndef
+from sympy.physics import units as si
 
-# isort: off
+from grading import forms, values
 from grading.box import T, W, clean
-from grading.forms import (
-    AND, NAME, OR, RELATION, bare, enclosed, hopeless, items, letters, number, plain, sides, split, squeeze,
-)  # fmt: skip
-
-# isort: on
-from grading.values import same as same_values
-from grading.values import value
+from grading.forms import AND, NAME, OR, RELATION, bare, enclosed, items, letters, number, plain, sides, split, squeeze
 
 Same = Callable[[str, str], bool]
 MAX_CHARS, MAX_GOLD = 300, 3000  # longer answers are wrong unless the gold is long; longer golds are compared as text
 
-# ================================================================================================== readings
-
-_ONES = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-NUMBERS = {word: n for n, word in enumerate(["zero", *_ONES.split(), "eighteen", "nineteen"])}
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+NUMBERS = {word: n for n, word in enumerate([*_ONES.split(), "seventeen", "eighteen", "nineteen"])}
 NUMBERS |= {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 TIMES = dict(dozen=12, score=20, hundred=100, thousand=10**3, lakh=10**5, million=10**6, crore=10**7, billion=10**9)
-TIMES |= dict(bn=10**9, trillion=10**12) | {"百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
+TIMES |= {"trillion": 10**12, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 TIMES |= {re.sub("y$", "ie", word) + "th": Fraction(1, n) for word, n in (NUMBERS | TIMES).items() if n}
-_PARTS = dict(half=2, halve=2, third=3, quarter=4, fifth=5, eighth=8, ninth=9, twelfth=12, permille=1000, basis=10**4)
+_PARTS = dict(half=2, halve=2, third=3, quarter=4, fifth=5, eighth=8, ninth=9, twelfth=12)
 TIMES |= {word: Fraction(1, n) for word, n in _PARTS.items()}
 
 
@@ -57,34 +51,31 @@ def in_digits(text: str) -> str:
         else:
             break
         used += 1
-    left = " ".join(rest[used:]).removeprefix("points").strip()
-    return text if not used and first not in NUMBERS else f"{total + current} {left}".strip()
+    return " ".join([str(total + current), *rest[used:]]) if used or first in NUMBERS else text
 
 
 _SMALL = r" ?\{?(\w+)\}? ?"
+_ABOUT = rf"(?:\\approx{T}|\b(?:approximately|approx\.?|about|roughly){T})"
 NOTATIONS = [
     (re.compile(pattern), new)
     for pattern, new in [
-        (rf"^\\therefore{T}", ""),
-        (rf"^([a-zA-Z](?:_\w)?) ?\\approx{T}", r"\1="),  # x\approx11
-        (rf"^(?:\\approx{T}|(?:approximately|approx\.?|about|roughly)\b)", ""),  # \approx 2.7, 4\pi (\approx 12.57)
-        (rf"[,( ]?(?:\\approx{T}|\b(?:approximately|approx\.?|about|roughly){T})[^()]{{0,80}}\)?$", ""),
+        (rf"^([a-zA-Z](?:_\w)?) ?\\approx{T}|^(\w\(\w\)) ?\\equiv{T}(?!.*mod)", r"\1\2="),  # x\approx11, f(x)\equiv0
+        (rf"^{_ABOUT}|[,( ]?{_ABOUT}[^()]{{0,80}}\)?$", ""),  # \approx 2.7, 4\pi (\approx 12.57)
         (rf"{W}C ?\( ?(\w+) ?, ?(\w+) ?\)|(?:\{{ ?\}})?[\^_]{_SMALL}C ?_{_SMALL}|{W}C ?_{_SMALL}\^{_SMALL}",
          lambda m: rf"\binom{{{m[1] or m[3] or m[5]}}}{{{m[2] or m[4] or m[6]}}}"),  # C(10,3), {}^{10}C_3, C_{10}^3
-        (r"^\\mathbb ?\{? ?R ?\}? ?(?:\^ ?\{? ?\+ ?\}?|_ ?\{? ?(?:\+|> ?0) ?\}?)$", r"(0,\\infty)"),
-        (r"^(?:the set of |all |the )*reals?(?: numbers?)?(?: [a-z])? (?:with|such that|where|satisfying)\b", ""),
+        (r"^\\mathbb ?\{? ?R ?\}? ?[\^_] ?\{? ?(?:\+|> ?0) ?\}?$", r"(0,\\infty)"),
         (r"^(?:the set of |all |the )*real(?: number)?s$", r"\\mathbb{R}"),
-        (rf"^(\w\(\w\)) ?\\equiv{T}(?!.*mod)", r"\1="),  # f(x)\equiv0
-        (r"^(.*%) ?(?:decrease|increase|off|discount|more|less)$", r"\1"),
+        (r"^(?:the set of |all |the )*reals?(?: numbers?)?(?: [a-z])? (?:with|such that|where|satisfying)\b", ""),
+        (r"^(.*[^ %]) ?%$", r"(\1)/100"),
+        (r"^\\\{((?:[^,;|:\\]|\\(?![{}]|emptyset|mid)|\([^()]*\))+)\\\}$", r"\1"),  # \{5\}
+        (r"^(\w+)(?: (squared)| cubed)$", lambda m: f"{m[1]}^{2 if m[2] else 3}"),
+        (r"^[A-Z](?:_\w)?'? ?=? ?(\([^()]*[,;][^()]*\))$", r"\1"),  # P(1,2)
+        (r"^\\begin ?\{pmatrix\}([^&]*\\\\[^&]*)\\end ?\{pmatrix\}$",  # a column
+         lambda m: "(" + ", ".join(split(m[1], r"\\\\")) + ")"),
         (r"^([0-9]+) ?h(?:(?:ou)?rs?)?,? ?(?:and )?([0-9]+) ?m(?:in(?:ute)?s?)?$",
          lambda m: f"{60 * int(m[1]) + int(m[2])} min"),
         (r"^(?:at )?([0-9]{1,2})(?::([0-9]{2}))? ?([apAP])\.? ?[mM]\.?$",
          lambda m: rf"\text{{at {int(m[1])}:{m[2] or '00'} {m[3].lower()}m}}"),
-        (r"^[A-Z](?:_\w)?'? ?=? ?(\([^()]*[,;][^()]*\))$", r"\1"),  # P(1,2)
-        (r"^\\begin ?\{pmatrix\}([^&]*)\\end ?\{pmatrix\}$",  # a column
-         lambda m: "(" + ", ".join(split(m[1], r"\\\\")) + ")" if r"\\" in m[1] else m[0]),
-        (r"^(\w+) (squared|cubed)$", lambda m: f"{m[1]}^{{{2 + (m[2] == 'cubed')}}}"),
-        (r"^0b([01]+)$", r"\1_2"), (r"^0x([0-9A-Fa-f]+)$", lambda m: f"{m[1].upper()}_16"),
         (r"^(-? ?)\(? ?([0-9A-Fa-f]+) ?\)? ?(?:_ ?\{? ?(\w+) ?\}?|\(?(?:in )?base ?-?(\w+)\)?)$",
          lambda m: f"{m[1]}{m[2].upper()}_{NUMBERS.get(m[3] or m[4], m[3] or m[4])}"),
     ]
@@ -98,13 +89,12 @@ def plainer(text: str) -> str:
     return text
 
 
-_REASON = (
-    r"\b(?:since|because|as (?:required|desired|claimed|\w+ ?=)|attained|achieved|occurs|obtained"
-    r"|by (?:the|symmetry|AM)|respectively|for (?:all|any|every|each|some)|where|with|in (?:total|all)|для|因为)(?!\w)"
+_ON_NAME = rf"(?:\\xi|[a-zA-Z](?:_\w)?) ?(?:\\(?:in|[lgn]e){T}|[<>])"
+_REMARK = re.compile(
+    r"(?<=[ ,;(])(?:(?:since|because|as (?:required|desired|claimed|\w+ ?=)|attained|achieved|occurs|obtained|для"
+    r"|by (?:the|symmetry|AM)|respectively|for (?:all|any|every|each|some)|where|with|in (?:total|all)|因为)(?!\w).*"
+    rf"|(?:for (?:[a-zA-Z] ?, ?){{0,3}})?{_ON_NAME}[^,;=]{{0,80}})$"
 )
-_ON_NAME = rf"[a-zA-Z](?:_\w)? ?(?:\\(?:in|[lgn]e){T}|[<>])"
-_CUT = re.compile(rf"{_REASON}|[,(;]| (?={_ON_NAME})")
-_REMARK = re.compile(rf"{_REASON}.*|(?:for |where |with )?(?:[a-zA-Z] ?, ?){{0,3}}{_ON_NAME}[^,;=]*")
 _RESTRICTS = re.compile(
     r"\b(?:if|otherwise|or|odd|even|else|except|remainder|not|but|unless|(?:is|equals) -?[0-9])\b"
     r"|^(?:where|with)\b.*= ?-?[0-9]"
@@ -114,14 +104,12 @@ _OPEN = re.compile(rf"[a-zA-Z]{{3}} [a-zA-Z]{{2}}|\b(?:if|when|unless|otherwise|
 
 def without_remark(text: str) -> str:
     r"""12 for "12 since 3\cdot4=12", 2x for "2x for all real x" and "2x, x\ne2", but not for "2x for odd x"."""
-    said = plain(text)
-    for cut in list(_CUT.finditer(said))[:9]:
-        head = re.sub(r" (?:for|where|with)$", "", said[: cut.start()].rstrip(" ,;.("))
-        remark = said[cut.start() :].lstrip(" ,;(").rstrip(")")
-        whole = head and not hopeless(head) and not _OPEN.search(re.sub(r"\\(?![lgn]e|in)[a-zA-Z]+", "", head))
-        if whole and _REMARK.fullmatch(remark) and not _RESTRICTS.search(remark):
-            return head
-    return text
+    remark = _REMARK.search(said := plain(text))
+    if not remark or _RESTRICTS.search(remark[0]):
+        return text
+    head = said[: remark.start()].rstrip(" ,;.(")
+    whole = not forms.hopeless(head) and not _OPEN.search(re.sub(r"\\(?![lgn]e|in)[a-zA-Z]+", "", head))
+    return head if whole else text
 
 
 def residues(text: str) -> str:
@@ -132,130 +120,8 @@ def residues(text: str) -> str:
     numbers = [number(item) for item in items(last.strip(" (,"))[1]]
     if not (modulus := modulus.strip("(){} ")).isdigit() or not int(modulus) or None in numbers:
         return text
-    rest = ", ".join(sorted({str(n % int(modulus)) for n in numbers if n is not None}))
-    return "=".join([*name, rf"\{{{rest}\}} mod {modulus}"])
-
-
-# =============================================================================================== lists, equations, sets
-
-
-def matched(golds: list[str], answers: list[str], same: Same) -> bool:
-    """Each item of one is an item of the other, as often as there."""
-    rest = list(answers)
-    for item in golds:
-        if (found := next((other for other in rest if same(item, other)), None)) is None:
-            return False
-        rest.remove(found)
-    return not rest
-
-
-def lists(gold: str, answer: str, same: Same) -> bool:
-    r"""(1,2) for 1,2 in this order, \{2,1\} and "2 or 1" in any; 2,2,3 is not 2,3,3, but \{1,1,2\} is \{1,2\}."""
-    (kind, golds), (other, answers) = items(gold), items(answer)
-    kinds = {kind, other}
-    single = [parts for name, parts in ((kind, golds), (other, answers)) if name == r"\{\}"]
-    if len(single) == 1 and len(single[0]) == 1:  # 5 for \{5\}
-        one, two = (golds[0], answer) if kind == r"\{\}" else (gold, answers[0])
-        return r"\emptyset" not in one + two and enclosed(one)[0] == enclosed(two)[0] and same(one, two)
-    if max(len(golds), len(answers)) < 2 and kinds != {r"\{\}"}:
-        return False
-    if ordered := kinds & {"()", "[]"}:
-        loose = ordered == {"()"} or len(kinds) == 1 or len(golds) > 2  # "1,2" is no interval
-        fits = len(ordered) == 1 and kinds <= {*ordered, ""} and loose
-        return fits and len(golds) == len(answers) and all(map(same, golds, answers))
-    if all("=" in i and "," not in i for i in golds) != all("=" in i and "," not in i for i in answers):
-        return False  # names decide the order
-    if kinds == {"", "or"} and any(RELATION.search(i) or re.fullmatch(r"\(?[A-J]\)?", i) for i in golds + answers):
-        return False  # "x>1 or x<3" is not "x>1, x<3"
-    if r"\{\}" in kinds or all(enclosed(item)[0] for item in golds + answers):  # a set knows each item once
-        found = all(any(same(g, a) for a in answers) for g in golds)
-        return found and all(any(same(g, a) for g in golds) for a in answers)
-    return matched(golds, answers, same)
-
-
-def named(gold: str, answer: str, same: Same) -> bool:
-    r"""x=5, m+n=108 and 2+3=5 for 5, 108 and 5; not y=5 for x=5, 4=5 for 5, x^2-1=0 for 0."""
-    golds, answers = sides(gold), sides(answer)
-    if len(golds) > 1:
-        if not all(map(NAME.fullmatch, golds[:-1])):
-            return False
-        if len(answers) == 1:
-            return not RELATION.search(answer) and not re.search(r"=|\\equiv", answer) and same(golds[-1], answer)
-        return squeeze(golds[0]) == squeeze(answers[0]) and same(golds[-1], answers[-1])
-    *left, last = answers
-    if not left or NAME.fullmatch(left[0]):
-        return bool(left) and same(gold, last)
-    equation = len(left) == 1 and number(last) == 0 and letters(left[0])
-    sentence = any(re.search(r"[a-zA-Z]{2} ", re.sub(r"\\[a-zA-Z]+", "", plain(side))) for side in left)
-    apart = [letters(side) and not letters(side) & letters(last) for side in left]
-    return not equation and not sentence and same(gold, last) and all(a or same(gold, x) for a, x in zip(apart, left))
-
-
-def assignments(text: str) -> list[tuple[str, str]]:
-    """[("x", "3"), ("y", "5")] of "x=3 and y=5" and "(x,y)=(3,5)", [("n", "2"), ("n", "3")] of "n=2, 3"; else []."""
-    pairs: list[tuple[str, str]] = []
-    for part in items(text)[1] if not enclosed(text)[0] else ():
-        *names, last = split(part, "=")
-        if RELATION.search(part) or not (names or pairs) or not all(map(NAME.fullmatch, names)):
-            return []
-        for name in names or [pairs[-1][0]]:
-            several = enclosed(name)[0] == "()" and len(items(name)[1]) == len(items(last)[1])
-            pairs += zip(items(name)[1], items(last)[1]) if several else [(squeeze(name), last)]
-    return pairs if len(pairs) > 1 else []
-
-
-def assigned(gold: str, answer: str, same: Same) -> bool:
-    """y=5, x=3 and (3,5) for x=3, y=5; 2,3 for n=2, 3. Without names, the gold's order or the alphabet's."""
-    g, a = assignments(gold), assignments(answer)
-    names = [{name for name, _ in pairs} for pairs in (g, a) if pairs]
-    if not names or names[0] != names[-1]:
-        return False
-    if len(names[0]) > 1 and g and a:
-        return len(g) == len(a) == len(names[0]) and all(same(dict(g)[name], part) for name, part in a)
-    sign = " or " if len(names[0]) == 1 else ", "
-    one, two = (sign.join(part for _, part in pairs) for pairs in (g, sorted(a) if sign == ", " else a))
-    one = f"({one})" if g and sign == ", " else one
-    return (bool(g and a) or "=" not in (answer if g else gold)) and same(one or gold, two or answer)
-
-
-@lru_cache(maxsize=10_000)
-def solution_set(text: str) -> tuple[str, Any] | None:
-    r"""("x", (1,3)) of 1<x<3, "x>1 and x<3", x\in(1,3); ("", (1,3)) of (1,3) and \{x \mid 1<x<3\}."""
-    brackets, inside = enclosed(text)
-    if brackets == r"\{\}" and len(parts := split(inside, rf"\\mid{T}|\||:")) == 2:
-        inner = solution_set(parts[1])
-        return ("", inner[1]) if inner and inner[0] == re.split(r" ?\\in", parts[0])[0] else None
-    for pattern, kind in ((OR, sympy.Union), (AND, sympy.Intersection), ("[,;]", None)):
-        if len(parts := split(text, pattern)) > 1:
-            if r"\ne" in parts[0] and not any(map(RELATION.search, parts[1:])):  # x \ne 0, 3
-                parts = [parts[0], *(parts[0].split(r"\ne")[0] + r"\ne " + part for part in parts[1:])]
-            sets = [found for part in parts if (found := solution_set(part))]
-            names = {name for name, _ in sets} - {""}
-            if len(sets) < len(parts) or len(names) > 1 or not (names or kind is sympy.Union):
-                return None
-            joined = (kind or sympy.Intersection)(*(found for _, found in sets))
-            if kind is None and joined is sympy.S.EmptySet:  # "x<1, x>2" can only be either
-                joined = sympy.Union(*(found for _, found in sets))
-            return (names or {""}).pop(), joined
-    read: Any = value(text.replace(";", ",") if brackets else text)
-    if isinstance(read, sympy.Eq) and isinstance(read.rhs, sympy.Set):
-        return str(read.lhs), read.rhs.doit()
-    if isinstance(read, sympy.Set):
-        return "", read.doit()
-    if read is None or isinstance(read, sympy.Expr) or not hasattr(read, "as_set"):
-        return None
-    as_symbol: Any = {function: sympy.Symbol(str(function), real=True) for function in read.atoms(AppliedUndef)}
-    relation: Any = read.xreplace(as_symbol)  # 0<f(x)<1
-    return (str(*relation.free_symbols), relation.as_set()) if len(relation.free_symbols) == 1 else None
-
-
-def sets(gold: str, answer: str, same: Same) -> bool:
-    r"""1<x<3 and "x>1 and x<3" for (1,3), x\ne2 for \mathbb{R}\setminus\{2\}; another unknown is wrong."""
-    if not all(re.search(r"[<>=()\[\]]|\\(?:[lgn]e|in|mathbb|emptyset|\{)", text) for text in (gold, answer)):
-        return False
-    a = solution_set(gold)
-    b = a and solution_set(answer)
-    return bool(a and b and (not a[0] or not b[0] or a[0] == b[0]) and same_values(a[1], b[1]))
+    rest = sorted({str(n % int(modulus)) for n in numbers if n is not None})
+    return "=".join([*name, rf"\{{{', '.join(rest)}\}} mod {modulus}"])
 
 
 _BOUND = re.compile(
@@ -264,43 +130,132 @@ _BOUND = re.compile(
 )
 
 
-def renamed(gold: str, answer: str, same: Same) -> bool:
-    r"""f(t)=3t for f(x)=3x, a_k=2^k for a_n=2^n; n\pi, n\in\mathbb{Z} for k\pi, k\in\mathbb{Z}."""
-    g, a = ({name for found in _BOUND.findall(plain(text)) for name in found if name} for text in (gold, answer))
-    if len(g) != 1 or len(a) != 1 or g & letters(answer) or a & letters(gold):
+def renamed(text: str) -> str:
+    r"""f(\xi)=3\xi for f(x)=3x and f(t)=3t, \xi\pi, \xi\in\mathbb{Z} for k\pi, k\in\mathbb{Z}."""
+    names = {name for found in _BOUND.findall(plain(text)) for name in found if name}
+    if len(names) != 1:
+        return text
+    text = re.sub(rf"\\[a-zA-Z]+|{names.pop()}", lambda m: m[0] if m[0][0] == "\\" else r"\xi ", text)
+    return re.sub(r"(?<!\\)\|| : |(?<=[\w}]):", r"\\mid ", text)
+
+
+def assigned(text: str) -> str:
+    r"""(x, y)=(3, 5) for "y=5 and x=3", n=\{2, 3\} for "n=2, 3" and "n=2 or n=3"."""
+    pairs: list[tuple[str, str]] = []
+    for part in items(text)[1] if not enclosed(text)[0] else ():
+        *names, last = split(part, "=")
+        if RELATION.search(part) or not (names or pairs) or not all(map(NAME.fullmatch, names)):
+            return text
+        for name in names or [pairs[-1][0]]:
+            several = enclosed(name)[0] == "()" and len(items(name)[1]) == len(items(last)[1])
+            pairs += zip(items(name)[1], items(last)[1]) if several else [(squeeze(name), last)]
+    names, parts = sorted({name for name, _ in pairs}), ", ".join(part for _, part in sorted(pairs))
+    if 1 < len(pairs) == len(names):
+        return f"({', '.join(names)})=({parts})"
+    return rf"{names[0]}=\{{{parts}\}}" if 1 == len(names) < len(pairs) else text
+
+
+def lists(gold: str, answer: str, same: Same) -> bool:
+    r"""(1,2) for 1,2 in this order, \{2,1\} and "2 or 1" in any; 2,2,3 is not 2,3,3, but \{1,1,2\} is \{1,2\}."""
+    (kind, golds), (other, answers) = items(gold), items(answer)
+    kinds = {kind, other}
+    if max(len(golds), len(answers)) < 2:
         return False
-    (old,), (new,) = a, g
-    answer = re.sub(rf"\\[a-zA-Z]+|{old}", lambda m: new if m[0] == old else m[0], answer)
-    return same(*(re.sub(r"(?<!\\)\|| : |(?<=[\w}]):", r"\\mid ", text) for text in (gold, answer)))
+    if ordered := kinds & {"()", "[]"}:
+        loose = ordered == {"()"} or len(kinds) == 1 or len(golds) > 2  # "1,2" is no interval
+        fits = len(ordered) == 1 and kinds <= {*ordered, ""} and loose
+        return fits and len(golds) == len(answers) and all(map(same, golds, answers))
+    named, other_named = (all("=" in item and "," not in item for item in each) for each in (golds, answers))
+    apart = kinds == {"", "or"} and any(RELATION.search(i) or re.fullmatch(r"\(?[A-J]\)?", i) for i in golds + answers)
+    if named != other_named or apart:
+        return False  # names decide the order; "x>1 or x<3" is not "x>1, x<3"
+    if r"\{\}" in kinds or all(enclosed(item)[0] for item in golds + answers):  # a set knows each item once
+        golds, answers = (list({squeeze(item): item for item in each}.values()) for each in (golds, answers))
+    rest = list(answers)
+    for item in golds:
+        if (found := next((other for other in rest if same(item, other)), None)) is None:
+            return False
+        rest.remove(found)
+    return not rest
 
 
-# ================================================================================================== words, options
+_STATED = re.compile(rf"{RELATION.pattern}|=|\\equiv")
 
-_SAID = [  # what is said in words, in the commonest languages of answers
-    (word, re.compile(pattern, re.IGNORECASE))
-    for word, pattern in {
-        "yes": "yes|oui|s[ií]|ja|да|是的?",
-        "no": "no|non|nein|nee|нет|否|不是",
-        "true": "true|vrai|wahr|verdadero|vero|верно|истина|正确|对|真",
-        "false": "false|faux|falsch|falso|неверно|ложь|错误?|假",
-        "none": r"none|nothing|(?:there (?:is|are) )?no (?:real |such )?(?:solution|value|number|integer)s?"
-        r"(?: exists?)?|aucune?(?: solution)?|keine?(?: lösung(?:en)?)?|ning[uú]n[oa]?|nessun[oa]?|нет решений|无解"
-        r"|没有|\\emptyset|(?:the )?empty set|dne|does not exist|undefined|impossible",
-    }.items()
-]
+
+def named(gold: str, answer: str, same: Same) -> bool:
+    r"""x=5, m+n=108 and 2+3=5 for 5, 108 and 5; not y=5 for x=5, 4=5 for 5, x^2-1=0 for 0."""
+    (*names, asked), (*left, last) = sides(gold), sides(answer)
+    if names:
+        alike = squeeze(names[0]) == squeeze(left[0]) if left else not _STATED.search(answer)
+        return alike and all(map(NAME.fullmatch, names)) and same(asked, last)
+    if not left or NAME.fullmatch(left[0]):
+        return bool(left) and same(gold, last)
+    equation = len(left) == 1 and number(last) == 0 and letters(left[0])
+    sentence = re.search(r"[a-zA-Z]{2} ", re.sub(r"\\[a-zA-Z]+", "", plain("=".join(left))))
+    apart = [side for side in left if letters(side) and not letters(side) & letters(last)]
+    return not equation and not sentence and same(gold, last) and all(same(gold, x) for x in left if x not in apart)
+
+
+def _solved(text: str) -> tuple[str, Any] | None:
+    """("x", (1,3)) of 1<x<3 and x\\in(1,3); ("", (1,3)) of (1,3)."""
+    read: Any = values.value(text.replace(";", ","))
+    if isinstance(read, sympy.Eq) and isinstance(read.rhs, sympy.Set):
+        return str(read.lhs), read.rhs.doit()
+    if isinstance(read, sympy.Set):
+        return "", read.doit()
+    if read is None or isinstance(read, sympy.Expr) or not hasattr(read, "as_set"):
+        return None
+    relation = read.xreplace({f: sympy.Symbol(str(f), real=True) for f in read.atoms(AppliedUndef)})  # 0<f(x)<1
+    return (str(*relation.free_symbols), relation.as_set()) if len(relation.free_symbols) == 1 else None
+
+
+@lru_cache(maxsize=10_000)
+def solution_set(text: str) -> tuple[str, Any] | None:
+    r"""("x", (1,3)) of "x>1 and x<3" and "x>1, x<3"; ("", (1,3)) of \{x \mid 1<x<3\}."""
+    if builder := re.fullmatch(r"\\\{ ?(\w) ?(?:\\in[^|:]{1,40})?(?:\\mid|\||:)(.*)\\\}", text):
+        inner = solution_set(builder[2].strip())
+        return ("", inner[1]) if inner and inner[0] == builder[1] else None
+    text = re.sub(r"^(\w ?\\ne) ?(-?\w+), ?(-?\w+)$", r"\1 \2, \1 \3", text)
+    ways = [[_solved(part) for part in split(way, rf"{AND}|[,;]")] for way in split(text, OR)]
+    solved = [part for way in ways for part in way if part]
+    names = {name for name, _ in solved if name}
+    if len(solved) < sum(map(len, ways)) or len(names) > 1 or not (names or len(solved) == len(ways)):
+        return None
+    union = sympy.Union(*(sympy.Intersection(*(part for _, part in way)) for way in ways))
+    if union is sympy.S.EmptySet and not re.search(AND, text):  # "x<1, x>2" can only be either
+        union = sympy.Union(*(part for _, part in solved))
+    return "".join(names), union
+
+
+def sets(gold: str, answer: str, same: Same) -> bool:
+    r"""1<x<3 and "x>1 and x<3" for (1,3), x\ne2 for \mathbb{R}\setminus\{2\}; another unknown is wrong."""
+    a, b = solution_set(gold), solution_set(answer)
+    return bool(a and b and (not a[0] or not b[0] or a[0] == b[0]) and values.same(a[1], b[1]))
+
+
+_SAID = {  # what is said in words, in the commonest languages of answers
+    "yes": "yes|oui|s[ií]|ja|да|是的?",
+    "no": "no|non|nein|nee|нет|否|不是",
+    "true": "true|vrai|wahr|verdadero|vero|верно|истина|正确|对|真",
+    "false": "false|faux|falsch|falso|неверно|ложь|错误?|假",
+    "none": r"none|nothing|(?:there (?:is|are) )?no (?:real |such )?(?:solution|value|number|integer)s?(?: exists?)?"
+    r"|aucune?(?: solution)?|keine?(?: lösung(?:en)?)?|ning[uú]n[oa]?|nessun[oa]?|нет решений|无解|没有|\\emptyset"
+    r"|(?:the )?empty set|dne|does not exist|undefined|impossible",
+}
+
+
+def in_words(text: str) -> str:
+    """A sentence without case, article and stops; yes, no, true, false or none for what says so."""
+    text = re.sub(r"[a-zA-Z]{2,}|^A\b", lambda word: word[0].lower(), plain(text))
+    text = re.sub(r"(?<=[a-z]{2})[-,](?=[ a-z]{2})|[.!?'\"](?!\w)", " ", text)
+    text = re.sub(r" ?([^\w ]) ?", r"\1", " ".join(re.sub(r"^(?:an?|the) ", "", text).split()))
+    return next((word for word, names in _SAID.items() if re.fullmatch(names, text, re.IGNORECASE)), text)
 
 
 def words(gold: str, answer: str, same: Same) -> bool:
     """YES. for Yes, "an ellipse" for ellipse, oui for yes, \\emptyset for "no solution"; nothing else is ignored."""
-
-    def said(text: str) -> str:
-        text = re.sub(r"[a-zA-Z]{2,}|^A\b", lambda word: word[0].lower(), plain(text))
-        text = re.sub(r"(?<=[a-z]{2})[-,](?=[ a-z]{2})|[.!?'\"](?!\w)", " ", text)
-        text = re.sub(r" ?([^\w ]) ?", r"\1", " ".join(re.sub(r"^(?:an?|the) ", "", text).split()))
-        return next((word for word, pattern in _SAID if pattern.fullmatch(text)), text)
-
     wordy = re.search(r"[^\W\d_]{4}|[^\x00-\x7f]|(?i:\b(?:no|yes|all|dne)\b)", re.sub(r"\\[a-zA-Z]+", "", gold))
-    return bool(wordy or r"\text" in gold or gold == r"\emptyset") and said(gold) == said(answer)
+    return bool(wordy or r"\text" in gold or gold == r"\emptyset") and in_words(gold) == in_words(answer)
 
 
 OPTION = re.compile(
@@ -330,31 +285,18 @@ def conclusion(gold: str, answer: str, same: Same) -> bool:
     cuts = [*re.finditer("=", said), *re.finditer(r"\b(?:is|est|it's|equals)\b|[:是为]", said)]
     if not cuts or "=" in gold or re.search("[a-z]{3} ", gold) or not re.match(r"[^\W\d_]{2}|[A-Z] ?[:=]", said):
         return False
-    sentence, last = (
-        re.sub(r"\\[a-zA-Z]+(?:_\{\w+\})?", "", said[: cuts[-1].start()]),
-        said[cuts[-1].end() :].strip(" ."),
-    )
+    sentence = re.sub(r"\\[a-zA-Z]+(?:_\{\w+\})?", "", said[: cuts[-1].start()])
+    last = said[cuts[-1].end() :].strip(" .")
     prose = re.search(r"\b[a-z]{3}|\b[Aa]ns|[^\x00-\xff]", sentence) and r"\{" not in said
     several = re.search(AND, said) and len(re.findall(r"\bis\b", said)) > 1
     return bool(prose and not several) and same(gold, last.strip("()") if "=" in last else last)
 
 
-# ================================================================================================== quantities
-
-_UNITS = {
-    name: names.split()[0]
-    for names in (
-        "mm millimeter millimetre|cm centimeter centimetre|m meter metre|km kilometer kilometre|in inch inche"
-        "|ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb pound|oz ounce|ml mL milliliter"
-        "|l L liter litre|s sec second|min minute|h hr hour|day|week|month|yr year|mph|kph kmh|dollar USD|cent|euro EUR"
-        "|rad radian|deg degree|N newton|J joule|W watt|V volt|A ampere|K kelvin|Pa pascal|Hz"
-    ).split("|")
-    for name in names.split()
-}
-_SECONDS = {"s": 1, "min": 60, "h": 3600, "day": 86400, "week": 604800}
+_ALIAS = dict(min="minute", hr="hour", sec="second", lb="pound", metre="meter", litre="liter", inche="inch")
+_UNITS = set("mph kph week month oz ounce dollar usd cent euro eur yr rs gbp inr jpy cny".split())  # sympy has no such
 _WITH_UNITS = set(
     "square sq cubic cu per of the in a an total each red blue people men women children person unit with certainty"
-    " mol Omega kJ eV kPa kW dm dl cl cc rs gbp inr jpy cny erg rpm".split()
+    " centimetre kilometre hz kj ev kw erg rpm dm cl cc omega".split()
 )
 _UNIT_START = re.compile(r"(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2}|m\^|[^\x00-\x7f]|\\mu|\\Omega)| (?=[a-zA-Z])")
 _UNIT = re.compile(rf"(?:\\(?:Omega|cdot|times|mu|circ){T}|[a-zA-Z./ ·]|\^ ?\{{? ?-?[0-9] ?\}}?|[^\x00-\x7f])+")
@@ -365,8 +307,18 @@ _PLURAL = re.compile(  # apples, but 7 sixteenths are not 7
 _CURRENCY = re.compile(r"([-+]?) ?(?:US|R|Rs\.?|USD|EUR|GBP|INR|JPY|CNY|RMB|CAD|AUD|CHF|HK) ?(?=[-0-9.])(.*)")
 
 
-def quantity(text: str) -> tuple[str, list[str]] | None:
-    """("5", ["km", "h"]) of "5 km/h": a value and its known units; None if what follows it is not only a unit."""
+def unit(word: str) -> Any:
+    """A unit; "" for a word that stands with units or counts things; None if it is neither."""
+    for name in (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s")):
+        known = getattr(si, _ALIAS.get(name, name), name if name in _UNITS else None)
+        if name in _UNITS or (isinstance(known, si.Quantity) and name not in ("permille", "pm")):
+            return known
+    counts = _PLURAL.fullmatch(word) and word[:-1] not in NUMBERS
+    return "" if counts or name in _WITH_UNITS or not word.isascii() else None
+
+
+def quantity(text: str) -> tuple[str, list[Any]] | None:
+    """("5", [km, hour]) of "5 km/h": a value and its known units; None if what follows it is not only a unit."""
     text = plain(text)
     if money := _CURRENCY.fullmatch(text):
         return money[1] + money[2], []
@@ -374,38 +326,22 @@ def quantity(text: str) -> tuple[str, list[str]] | None:
     if not start or not _UNIT.fullmatch(tail := text[start.start() :]) or re.search("[万亿千百]", tail):
         return None
     head, said = text[: start.start()].strip(), re.findall(r"[^\W\d_]+", re.sub(r"\\(?:cdot|times|mu|circ)", " ", tail))
-    names = [{unit, unit.removesuffix("s"), unit.lower()} for unit in said]
-    known = [name & (_UNITS.keys() | _WITH_UNITS) or not min(name).isascii() for name in names]
-    plural = [_PLURAL.fullmatch(unit) and unit[:-1] not in NUMBERS for unit in said]
-    if not said or not all(ok or many for ok, many in zip(known, plural)):
+    found = [unit(word) for word in said]
+    if not said or None in found:
         return None
     if max(map(len, said)) == 1 and said[0].isascii() and number(head.replace(",", ".")) is None:
         return None  # 5 m, but not x m
-    return head, [_UNITS[unit] for name in names for unit in sorted(name & _UNITS.keys())[:1]]
+    return head, [known for known in found if known]
 
 
 def units(gold: str, answer: str, same: Same) -> bool:
     r"""5 km/h, \$5 and "5 apples" for 5, 90 minutes for 1.5 hours; not 5 minutes for 5 hours, nor 5 million for 5."""
     g, a = quantity(gold), quantity(answer)
     if g and a and g[1] and a[1] and g[1] != a[1]:
-        seconds = [_SECONDS.get(" ".join(units)) for _, units in (g, a)]
-        return None not in seconds and same(*(rf"({head})\cdot {s}" for (head, _), s in zip((g, a), seconds)))
+        one, two = ([getattr(of, "dimension", None) for of in known] for _, known in (g, a))
+        comparable = len(one) == 1 and one == two != [None]
+        return comparable and same(*(rf"({head})\cdot({of.scale_factor})" for head, (of,) in (g, a)))
     return bool(g or a) and same(g[0] if g else gold, a[0] if a else answer)
-
-
-def based(gold: str, answer: str, same: Same) -> bool:
-    """1010 for 1010_2; the decimal value is another answer."""
-    return re.sub(r"_\w+$", "", plainer(gold)) == answer.lstrip("0") != plainer(gold)
-
-
-def percents(gold: str, answer: str, same: Same) -> bool:
-    r"""0.5 and 50\% for each other; 20 for 20\% ("what percent?")."""
-    one, two = (text.rstrip("% ") for text in (gold, answer))
-    if (gold == one) == (answer == two):
-        return gold != one and same(one, two)
-    share, other = (two, gold) if gold == one else (one, answer)
-    asked = number(share) == number(other) is not None and (number(share) or 0) > 1
-    return asked or same(other, f"({share})/100")
 
 
 def ratios(gold: str, answer: str, same: Same) -> bool:
@@ -416,69 +352,67 @@ def ratios(gold: str, answer: str, same: Same) -> bool:
     return all(same(rf"({x})\cdot({w})", rf"({z})\cdot({y})") for (x, y), (z, w) in zip(pairwise(g), pairwise(a)))
 
 
-def decimal_comma(gold: str, answer: str, same: Same) -> bool:
-    """3,75 for 3.75, but 2.5 is not the list 2,5."""
-    return bool(re.fullmatch(r"[0-9]+,[0-9]+", answer)) and answer.replace(",", ".") == gold
+def conventions(gold: str, answer: str, same: Same) -> bool:
+    r"""1010 for 1010_2, whose decimal value is another answer; 3,75 for 3.75; 20 for 20\% and back."""
+    read, share = plainer(gold), number(gold.rstrip("% "))
+    percent = "%" in gold + answer and share is not None and share == number(answer.rstrip("% ")) and share > 1
+    commas = re.fullmatch(r"[0-9]+,[0-9]+", answer) and answer.replace(",", ".") == gold
+    return bool(percent or commas) or re.sub(r"_\w+$", "", read) == answer.lstrip("0") != read
 
-
-# ================================================================================================== the whole question
 
 _NO_LETTERS = re.compile(r"\\[a-zA-Z]+|\{[pv]?matrix\}")
 _NO_PRODUCT = re.compile(rf":|\\(?:angle|triangle|bar|subset|Rightarrow){T}")
-_BINDS = re.compile(rf"\\(?:sum|prod|int|lim|text){T}|\\Xi|\{{ ?d ?\}}")
+_BINDS = re.compile(rf"\\(?:sum|prod|int|lim|text){T}|\{{ ?d ?\}}")
 
 
-def misread(gold: str, answer: str) -> bool:
-    """Must the verdict on values not be asked? Vetoes, each with an example."""
+def by_value(gold: str, answer: str, same: Same) -> bool:
+    """Are the values equal, where no veto forbids to ask?"""
     both = f"{gold} {answer}"
     named = [set(re.findall("[a-zA-Z]", _NO_LETTERS.sub("", text))) - {"e", "i", "E"} for text in (gold, answer)]
-    return (
+    vetoed = (
         any(len(items(text)[1]) > 1 for text in (gold, answer))  # 2,3,3 for 2,2,3: its sets know no order, no number
         or len(split(gold, "=")) != len(split(answer, "="))  # x+y=5 for 5: an equation is not its last side
-        or bool(_NO_PRODUCT.search(both))  # 1:2 for 1/2, \angle ACB for \angle ABC
+        or _NO_PRODUCT.search(both)  # 1:2 for 1/2, \angle ACB for \angle ABC
         or (named[0] != named[1] and not _BINDS.search(both))  # 2x for 2
     )
+    return not vetoed and values.same(values.value(gold), values.value(answer))
 
 
-READINGS = (plainer, without_remark, in_digits, residues)
+def in_other_words(gold: str, answer: str, same: Same) -> bool:
+    """Are they the same after one of the readings?"""
+    read = [(reading(gold), reading(answer)) for reading in READINGS]
+    return any(pair != (gold, answer) and same(*pair) for pair in read)
+
+
+READINGS = (plainer, without_remark, in_digits, residues, renamed, assigned)
 RULES = (
-    named, lists, assigned, sets, words, options, renamed, units, based, percents, ratios, decimal_comma, conclusion,
+    by_value, in_other_words, named, lists, sets, words, options, units, ratios, conventions, conclusion,
 )  # fmt: skip
 
 
 def equal(gold: str, answer: str, known: dict[tuple[str, str], bool], depth: int = 0) -> bool:
     """Is a cleaned answer a cleaned gold? `known` are the pairs that this question has met."""
-    pair = gold, answer = bare(gold), bare(answer)
-    if pair not in known:
-        known[pair] = False  # while it is open
-        known[pair] = bool(gold and answer and depth < 9 and _equal(gold, answer, known, depth))
-    return known[pair]
-
-
-def _equal(gold: str, answer: str, known: dict[tuple[str, str], bool], depth: int) -> bool:
-    if squeeze(gold) == squeeze(answer):
-        return True
-    a, b = number(gold), number(answer)
-    if a is not None and b is not None:
-        return a == b
 
     def same(x: str, y: str) -> bool:
         return equal(x, y, known, depth + 1)
 
-    if not misread(gold, answer) and (read := value(gold)) is not None and same_values(read, value(answer)):
-        return True
-    readings = ((reading(gold), reading(answer)) for reading in READINGS)
-    if any(pair != (gold, answer) and same(*pair) for pair in readings):
-        return True
-    return any(rule(gold, answer, same) for rule in RULES)
+    pair = gold, answer = bare(gold), bare(answer)
+    if pair not in known:
+        known[pair] = False  # while it is open
+        a, b = number(gold), number(answer)
+        if squeeze(gold) == squeeze(answer):
+            known[pair] = bool(gold)
+        elif None not in (a, b):
+            known[pair] = a == b
+        elif gold and answer and depth < 9:
+            known[pair] = any(rule(gold, answer, same) for rule in RULES)
+    return known[pair]
 
 
 @lru_cache(maxsize=100_000)
 def cleaned(text: str) -> str | None:
     """The text after the table of cleaning; None if it is hopeless."""
-    if text.strip() in ("NaN", "nan", "None", "null") or hopeless(text := bare(clean(text))):
-        return None
-    return text
+    return None if forms.hopeless(text := bare(clean(text))) else text
 
 
 def read_gold(gold: str) -> str | None:
@@ -510,8 +444,7 @@ def as_asked(gold: str, answer: str) -> str | None:
     if brackets in ("", "or") and len(entries) > 1 and "=" not in text and solution_set(text) is None:
         opening, closing = "()" if enclosed(read)[0] == "()" and not brackets else (r"\{", r"\}")
         text = opening + ", ".join(entries) + closing
-    share = number(text.rstrip("% "))
-    return str(share / 100) if text.endswith("%") and not read.endswith("%") and share is not None else text
+    return text
 
 
 def same_vote(gold: str, a: str, b: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 from latex2sympy2_extended import NormalizationConfig
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
-from sympy import Expr, I, MatrixBase, Rational, factorial, factorial2, nan, oo, simplify, zoo
+from sympy import Expr, I, MatrixBase, Rational, factorial, factorial2, nan, oo, real_root, simplify, zoo
 from sympy.core.relational import Equality, Relational, Unequality
 
 from grading.forms import number
@@ -30,9 +30,12 @@ MISREAD = [  # what the parser takes for something else
         (r"\\bmod(?![a-z])", r"\\mod"),
         (r"([0-9a-zA-Z]{1,20}!)(?=\^)", r"(\1)"),
         (r"\\[a-zA-Z]+|(?<!_)(?<!_\{)d",  # ad-bc has no differential
-         lambda m: m[0] if m[0] != "d" or re.search(r"int|Xi|\{ ?d ?\}", m.string) else r"\mu_{d}"),
+         lambda m: m[0] if m[0] != "d" or re.search(r"int|\{ ?d ?\}", m.string) else r"\mu_{d}"),
     ]
 ]  # fmt: skip
+_NOT_MATH = re.compile(r"[0-9] ?[_']|[^\W\d_]{4}|[a-z]{2} [a-z]{2}|\\text")
+DISCRETE = sympy.Sum, sympy.Product, factorial, factorial2, sympy.binomial
+STEPWISE = sympy.floor, sympy.ceiling, sympy.Mod
 
 
 @lru_cache(maxsize=20_000)
@@ -41,8 +44,7 @@ def value(latex: str) -> Any:
     if (exact_number := number(latex)) is not None:
         return Rational(exact_number.numerator, exact_number.denominator)
     latex = re.sub(r"\\text ?\{ ?([a-zA-Z]) ?\}", r"\1", latex)
-    without = re.sub(r"\\(?!text)[a-zA-Z]+|_\{\w+\}|\{[pv]matrix\}", "·", latex)
-    if re.search(r"[0-9] ?[_']|[^\W\d_]{4}|[a-z]{2} [a-z]{2}|\\text", without):
+    if _NOT_MATH.search(re.sub(r"\\(?!text)[a-zA-Z]+|_\{\w+\}|\{[pv]matrix\}", "·", latex)):
         return None  # a number's base or prime would be dropped, words would be products of letters
     for pattern, new in MISREAD:
         latex = pattern.sub(new, latex)
@@ -51,13 +53,12 @@ def value(latex: str) -> Any:
         read: Any = latex2sympy(text, is_real=True, normalization_config=None, conversion_config=CONVERSION)
         exact: Any = {decimal: Rational(str(decimal)) for decimal in read.atoms(sympy.Float)}
         read = read.xreplace(exact | {symbol: I for symbol in read.free_symbols if symbol.name == "i"})
-        twice = read.atoms(factorial) if "!!" in latex else ()
-        return read.xreplace({e: factorial2(e.args[0].args[0]) for e in twice if e.args[0].func is factorial})
+        if any(derivative.doit() == 0 for derivative in read.atoms(sympy.Derivative)):
+            return None  # of a function without a formula
+        twice = [e for e in read.atoms(factorial) if "!!" in latex and e.args[0].func is factorial]
+        return read.xreplace({e: factorial2(e.args[0].args[0]) for e in twice})
     except Exception:  # whatever the parser raises
         return None
-
-
-# ================================================================================================== expressions
 
 
 def same_number(x: Any, y: Any) -> bool | None:
@@ -78,32 +79,20 @@ def same_number(x: Any, y: Any) -> bool | None:
     return all(part._prec == 1 for part in difference.atoms(sympy.Float)) and not difference.has(nan, oo, zoo)
 
 
-def _real_roots(number: Any) -> Any:
-    """The number with odd roots of negative numbers taken as negative numbers."""
-    return number.replace(
-        lambda e: e.is_Pow and e.base.is_negative and e.exp.is_Rational and e.exp.q > 1 and e.exp.q % 2,
-        lambda e: (-1) ** e.exp.p * (-e.base) ** e.exp,
-    )
-
-
 def _points(a: Any, b: Any):
-    """Random values for the free symbols: natural numbers in factorials and sums, whole ones in floors and in signs
-    (-1)^n, else fractions; of all signs, now and then large. Equal questions get equal points."""
-    discrete = sympy.Sum, sympy.Product, factorial, factorial2, sympy.binomial
-    natural = {symbol for v in (a, b) for term in v.atoms(*discrete) for symbol in term.free_symbols}
-    stepwise = [term for v in (a, b) for term in v.atoms(sympy.floor, sympy.ceiling, sympy.Mod)]
-    signs = [term.exp for v in (a, b) for term in v.atoms(sympy.Pow) if term.base.is_negative]
-    whole = {symbol for term in (*stepwise, *signs) for symbol in term.free_symbols if str(symbol)[0] in "ijklmnpqrN"}
+    """Random values for the free symbols: natural numbers in factorials and sums, and where n is in a floor or (-1)^n,
+    else fractions; of both signs, now and then large. Equal questions get equal points."""
+    terms = [term for v in (a, b) for term in v.atoms(*DISCRETE, *STEPWISE)]
+    terms += [power.exp for v in (a, b) for power in v.atoms(sympy.Pow) if power.base.is_negative]
+    found = [(symbol, isinstance(term, DISCRETE)) for term in terms for symbol in term.free_symbols]
+    natural = {symbol for symbol, always in found if always or str(symbol)[0] in "ijklmnpqrN"}
     rng, symbols = random.Random(f"{a}|{b}"), sorted(a.free_symbols | b.free_symbols, key=str)
     for n in range(POINTS):
         most, point = 10**6 if n % 8 == 7 else 99, {}
         for place, symbol in enumerate(symbols):
             sign = -1 if (n >> place & 1 if n < 8 else rng.random() < 0.3) else 1
-            point[symbol] = sign * Rational(rng.randint(1, most), rng.randint(1, 30))
-            if symbol in natural:
-                point[symbol] = sympy.Integer(rng.randint(0, 14))
-            elif symbol in whole:
-                point[symbol] = sign * sympy.Integer(rng.randint(0, 12) ** 2 if n % 4 == 1 else rng.randint(0, most))
+            fraction = Rational(sign * rng.randint(1, most), rng.randint(1, 30))
+            point[symbol] = sympy.Integer(rng.randint(0, 14)) if symbol in natural else fraction
         yield point
 
 
@@ -111,12 +100,11 @@ def same_value(a: Any, b: Any) -> bool:
     """Are two expressions equal: as numbers, at random points where both are real and not both zero, or simplified?"""
     a, b = (v.doit() if v.has(sympy.Integral, sympy.Limit, sympy.Derivative) else v for v in (a, b))
     if not (a.free_symbols or b.free_symbols):
-        return bool(same_number(*(_real_roots(v.doit()) for v in (a, b))))
-    if a.free_symbols != b.free_symbols or a.atoms(sympy.core.function.AppliedUndef):
-        return simplify(a - b) == 0
+        return bool(same_number(*(real_root(v.doit()) for v in (a, b))))
     real = equal = 0
-    for point in _points(a, b):
-        x, y = (_real_roots(v.xreplace(point).doit()) for v in (a, b))
+    comparable = a.free_symbols == b.free_symbols and not a.atoms(sympy.core.function.AppliedUndef)
+    for point in _points(a, b) if comparable else ():
+        x, y = (real_root(v.xreplace(point).doit()) for v in (a, b))
         if x == y == 0 or any(v.has(nan, zoo, oo, -oo) for v in (x, y)) or (same := same_number(x, y)) is None:
             continue
         defined = a.has(I) or b.has(I) or x.is_real or y.is_real
@@ -126,9 +114,6 @@ def same_value(a: Any, b: Any) -> bool:
         if real == CONCLUSIVE:
             return True
     return equal >= CONCLUSIVE or simplify(a - b) == 0
-
-
-# ================================================================================================== relations, sets
 
 
 def same_relation(a: Any, b: Any) -> bool:
@@ -142,37 +127,16 @@ def same_relation(a: Any, b: Any) -> bool:
     return type(a) is type(b) if both_ways else (a if ratio.is_positive else a.reversed).rel_op == b.rel_op
 
 
-def same_set(a: Any, b: Any) -> bool:
-    """Are two sets equal, item by item or part by part?"""
-    if isinstance(a, sympy.FiniteSet) and isinstance(b, sympy.FiniteSet):
-        return all(any(same(x, y) for y in other) for one, other in ((a, b), (b, a)) for x in one)
-    return sympy.SymmetricDifference(a, b) is sympy.S.EmptySet or same_parts(a, b)
-
-
-def same_matrix(a: Any, b: Any) -> bool:
-    """Are two matrices equal, entry by entry?"""
-    a, b = (sympy.Matrix(v.doit()) for v in (a, b))
-    return a.shape == b.shape and all(map(same, a.flat(), b.flat()))
-
-
-def same_parts(a: Any, b: Any) -> bool:
-    """Are two things of one kind and equal part by part?"""
-    return type(a) is type(b) and len(a.args) == len(b.args) > 0 and all(map(same, a.args, b.args))
-
-
-RULES = (
-    (MatrixBase | sympy.MatrixExpr, same_matrix),
-    (Relational, same_relation),
-    (sympy.Set, same_set),
-    (Expr, same_value),
-)
-
-
 def same(a: Any, b: Any) -> bool:
     """Are two values equal? Things of two kinds are not; what cannot be read equals nothing."""
     if a is None or b is None or any(isinstance(v, Expr) and v.has(nan, zoo) for v in (a, b)):
         return False
-    for kind, rule in RULES if a != b else ():
-        if isinstance(a, kind) or isinstance(b, kind):
-            return isinstance(a, kind) and isinstance(b, kind) and bool(rule(a, b))
-    return a == b or same_parts(a, b)
+    if any(isinstance(v, MatrixBase | sympy.MatrixExpr) for v in (a, b)):
+        a, b = (sympy.Matrix(v.doit()) if isinstance(v, MatrixBase | sympy.MatrixExpr) else None for v in (a, b))
+        return bool(a and b) and a.shape == b.shape and all(map(same, a.flat(), b.flat()))
+    for kind, rule in ((Relational, same_relation), (Expr, same_value)) if a != b else ():
+        if isinstance(a, kind) and isinstance(b, kind):
+            return bool(rule(a, b))
+    if isinstance(a, sympy.Set) and isinstance(b, sympy.Set) and sympy.SymmetricDifference(a, b) is sympy.S.EmptySet:
+        return True
+    return a == b or (type(a) is type(b) and len(a.args) == len(b.args) > 0 and all(map(same, a.args, b.args)))

@@ -9,25 +9,23 @@ import atexit
 import itertools
 import json
 import logging
-import multiprocessing.connection
 import os
 import resource
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-CPU_SECONDS, WALL_SECONDS, START_SECONDS = 0.75, 60, 120  # of a question; of one that sleeps; of the import of sympy
+CPU_SECONDS, WALL_SECONDS = 0.75, 60  # of a question, and of one that sleeps
 MEMORY_BYTES, BATCH = 4 << 30, 32
-timeouts = 0  # questions of this process that were killed
 Gold = str | Sequence[str]
 
 
-def work(questions: dict[str, Callable], cpu_seconds: float) -> None:
+def work(questions: dict[str, Callable]) -> None:
     """In the child: replies to batches on stdin until it is closed."""
     logging.disable(logging.CRITICAL)
     replies, sys.stdout = sys.stdout, sys.stderr
@@ -44,106 +42,78 @@ def work(questions: dict[str, Callable], cpu_seconds: float) -> None:
         print('"timeout"', file=replies, flush=True)
     for line in sys.stdin:
         for kind, *texts in json.loads(line):
-            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # SIGPROF ends this process, even inside C code
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF ends this process, even inside C code
+            signal.alarm(WALL_SECONDS)
             try:
                 reply = questions[kind](*texts)
             except Exception:  # whatever sympy raises
                 reply = False
             signal.setitimer(signal.ITIMER_PROF, 0)
             print(json.dumps(reply), file=replies, flush=True)
+            signal.alarm(0)
     os._exit(0)
 
 
-class _Worker:
-    def __init__(self):
-        root = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        code = f"from grading import policy, verdict; verdict.work(policy.QUESTIONS, {CPU_SECONDS})"
-        pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        env = {**os.environ, "PYTHONPATH": path}
-        command = [sys.executable, "-c", code]
-        self.process: Any = subprocess.Popen(command, env=env, bufsize=0, start_new_session=True, **pipes)
-        if self.receive(START_SECONDS) != "ready":
-            raise RuntimeError(f"the grading worker did not start: {(self.stop().strip().splitlines() or [''])[-1]}")
-
-    def receive(self, seconds: float) -> str:
-        """One line, or "" if the process ended or wrote nothing within `seconds`."""
-        ready = multiprocessing.connection.wait([self.process.stdout.fileno()], seconds)
-        return self.process.stdout.readline().decode().strip() if ready else ""
-
-    def ask(self, batch: list) -> list:
-        """The replies up to the first that is "timeout"; the process is stopped where no line came for that one."""
-        replies: list = []
-        try:
-            self.process.stdin.write(json.dumps(batch).encode() + b"\n")
-            while len(replies) < len(batch) and "timeout" not in replies:
-                replies.append(json.loads(self.receive(WALL_SECONDS)))
-        except BrokenPipeError:
-            self.stop()
-        except json.JSONDecodeError:  # no line came
-            self.stop()
-            replies.append("timeout")
-        except BaseException:  # Ctrl-C: a late reply must not be taken for the next question's
-            self.stop()
-            raise
-        return replies
-
-    def stop(self) -> str:
-        """Ends the process and its fork, and returns what it wrote on stderr."""
-        self.process.stdin.close()  # an idle worker exits by itself, a hung fork when its CPU time is used up
-        try:
-            self.process.wait(4 * CPU_SECONDS)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        with self.process:
-            return self.process.stderr.read().decode()
-
-
-_idle: list[_Worker] = []  # at most one worker for each thread that grades
+_idle: list[subprocess.Popen] = []  # at most one worker for each thread that grades
 _known: dict[tuple, Any] = {}  # replies of this process, by question
-_owner = os.getpid()  # a forked process must not share its parent's pipes
-_lock = threading.Lock()
+os.register_at_fork(after_in_child=_idle.clear)  # a forked process must not share its parent's pipes
+
+
+def _start() -> Any:
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-c", "from grading import policy, verdict; verdict.work(policy.QUESTIONS)"]
+    pipes: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    env = {**os.environ, "PYTHONPATH": path}
+    worker: Any = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+    if worker.stdout.readline() != b"ready\n":
+        _stop(worker)
+        raise RuntimeError("the grading worker did not start; the reason stands above")
+    return worker
+
+
+def _stop(worker: Any) -> None:
+    with worker:
+        worker.stdin.close()  # an idle worker exits by itself, a hung fork when its CPU time is used up
+        try:
+            worker.wait(4 * CPU_SECONDS)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            os.killpg(worker.pid, signal.SIGKILL)
 
 
 @atexit.register
 def _stop_workers() -> None:
-    while _owner == os.getpid() and _idle:
-        _idle.pop().stop()
+    while _idle:
+        _stop(_idle.pop())
 
 
 def _ask_batch(batch: list[tuple]) -> None:
-    global timeouts, _owner
     while batch:
-        with _lock:
-            if _owner != os.getpid():
-                _idle.clear()
-                _owner = os.getpid()
-            worker = _idle.pop() if _idle else None
-        if worker is None or worker.process.poll() is not None:
-            worker = _Worker()
-        replies = worker.ask(batch)
-        with _lock:
-            if worker.process.returncode is None:
-                _idle.append(worker)
-            timeouts += replies.count("timeout")
-            _known.update(zip(batch, replies))
+        worker: Any = None
+        with suppress(IndexError):
+            worker = _idle.pop()
+        if worker is None or worker.poll() is not None:
+            worker = _start()
+        replies: list = []
+        try:
+            worker.stdin.write(json.dumps(batch).encode() + b"\n")
+            while len(replies) < len(batch) and "timeout" not in replies:
+                replies.append(json.loads(worker.stdout.readline()))
+            _idle.append(worker)  # never one that still owes a reply: it must not be taken for the next question's
+        except (json.JSONDecodeError, BrokenPipeError):  # no line came: it died
+            _stop(worker)
+            replies.append("timeout")
+        _known.update(zip(batch, replies))
         batch = batch[len(replies) :]
 
 
-def _ask(questions: Sequence[tuple]) -> list:
+def _ask(questions: Iterable[tuple]) -> dict[tuple, Any]:
     """Replies to questions ("right", gold, answer), ("readable", gold), ("vote", gold, a, b); each is asked once."""
     new = [question for question in dict.fromkeys(questions) if question not in _known]
-    threads = min(os.cpu_count() or 1, len(new) // 50)  # a worker takes 2 s to start: one does for few answers
-    batches = [new[start : start + BATCH] for start in range(0, len(new), BATCH)]
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(_ask_batch, batches))
-    else:
-        _ask_batch(new)
-    return [_known[question] for question in questions]
-
-
-# ================================================================================================== verdicts
+    threads = min(os.cpu_count() or 1, max(1, len(new) // 50))  # a worker takes 2 s to start: one does for few answers
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(_ask_batch, (new[start : start + BATCH] for start in range(0, len(new), BATCH))))
+    return _known
 
 
 def _several(gold: Gold) -> list[str]:
@@ -152,9 +122,8 @@ def _several(gold: Gold) -> list[str]:
 
 def check_golds(golds: Sequence[Gold]) -> list[str | None]:
     """For each gold an error that names it, if nothing can be compared with it, or None."""
-    texts = {text: None for gold in golds for text in _several(gold)}
-    readable = dict(zip(texts, _ask([("readable", text) for text in texts])))
-    bad = [[text for text in _several(gold) or [""] if readable.get(text) is not True] for gold in golds]
+    known = _ask(("readable", text) for gold in golds for text in _several(gold))
+    bad = [[text for text in _several(gold) or [""] if known.get(("readable", text)) is not True] for gold in golds]
     return [f"gold answer cannot be parsed: {text[0][:200]!r}" if text else None for text in bad]
 
 
@@ -166,9 +135,9 @@ def grade_all(pairs: Sequence[tuple[str | None, Gold]]) -> list[str]:
     if error := next(filter(None, check_golds([gold for _, gold in pairs])), None):
         raise ValueError(error)
     asked = [[("right", g, answer) for g in _several(gold) if answer and answer.strip()] for answer, gold in pairs]
-    known = dict(zip(flat := [question for each in asked for question in each], _ask(flat)))
-    names = {True: "right", "timeout": "timeout", False: "wrong"}
+    known = _ask(itertools.chain(*asked))
     replies = [{known[question] for question in each} for each in asked]
+    names = {True: "right", "timeout": "timeout", False: "wrong"}
     return [next((name for reply, name in names.items() if reply in each), "none") for each in replies]
 
 
@@ -182,10 +151,9 @@ def group_answers(answers: Sequence[str | None], gold: Gold) -> list[int | None]
     verdicts = dict(zip(distinct, grade_all([(answer, gold) for answer in distinct])))
     class_of: dict[Any, Any] = {answer: 0 if verdict == "right" else answer for answer, verdict in verdicts.items()}
     wrong = [answer for answer, verdict in verdicts.items() if verdict == "wrong"]
-    pairs = list(itertools.combinations(wrong, 2))
-    for (a, b), same in zip(pairs, _ask([("vote", _several(gold)[0], a, b) for a, b in pairs])):
-        if same is True:
-            class_of = {key: class_of[a] if c == class_of[b] else c for key, c in class_of.items()}
+    votes = [("vote", _several(gold)[0], a, b) for a, b in itertools.combinations(wrong, 2)]
+    known = _ask(votes)
+    for _, _, a, b in (vote for vote in votes if known[vote] is True):
+        class_of = {key: class_of[a] if c == class_of[b] else c for key, c in class_of.items()}
     numbers: dict[Any, int] = {0: 0}
-    classes = [class_of.get(answer) for answer in answers]
-    return [None if c is None else numbers.setdefault(c, len(numbers)) for c in classes]
+    return [numbers.setdefault(class_of[a], len(numbers)) if a in class_of else None for a in answers]

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 
 import numpy as np
@@ -40,31 +40,23 @@ def plain_vote(right: int, missing: int, rivals: tuple[int, ...], k: int) -> flo
     return twice / (2 * math.comb(right + missing + sum(rivals), k))
 
 
-def weighted_vote(votes: np.ndarray, k: int) -> float:
+def weighted_vote(votes: np.ndarray, k: int, block: int = 2_000) -> float:
     """The same for votes of unequal weight, [n answers, classes], the first class first; a row of zeros is no vote.
 
     Goes through all C(n, k) subsets up to `EXACT_SUBSETS`; beyond, `SUBSET_DRAWS` are drawn: standard error at most
     .0016. Totals within 1e-9 of each other tie, since a float sum depends on the order of its terms.
     """
+    n, rng = len(votes), np.random.default_rng(0)
+    exact = itertools.combinations(range(n), k) if math.comb(n, k) <= EXACT_SUBSETS else None
     score, subsets = 0.0, 0
-    for chosen in k_subsets(len(votes), k):
-        mask = np.zeros((len(chosen), len(votes)))
-        np.put_along_axis(mask, chosen, 1.0, axis=1)
-        totals = mask @ votes
+    while subsets < (math.comb(n, k) if exact else SUBSET_DRAWS):
+        if exact:
+            chosen = np.array(list(itertools.islice(exact, block)))
+        else:
+            chosen = rng.random((min(block, SUBSET_DRAWS - subsets), n)).argpartition(k - 1, axis=1)[:, :k]
+        totals = votes[chosen].sum(axis=1)
         own, best_rival = totals[:, 0], totals[:, 1:].max(axis=1)
         tied = np.abs(own - best_rival) <= 1e-9 * own
         score += np.sum(np.where(tied, 0.5, own > best_rival) * (own > 0))
         subsets += len(chosen)
     return float(score / subsets)
-
-
-def k_subsets(n: int, k: int, block: int = 10_000) -> Iterator[np.ndarray]:
-    """k-subsets of range(n) as [<= block, k] index arrays: each once if there are few, else random ones."""
-    if math.comb(n, k) <= EXACT_SUBSETS:
-        combinations = itertools.combinations(range(n), k)
-        while subsets := list(itertools.islice(combinations, block)):
-            yield np.array(subsets)
-    else:
-        rng = np.random.default_rng(0)
-        for start in range(0, SUBSET_DRAWS, block):
-            yield rng.random((min(block, SUBSET_DRAWS - start), n)).argpartition(k - 1, axis=1)[:, :k]

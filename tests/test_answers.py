@@ -263,7 +263,7 @@ MODULES = (box, forms, policy, values)
 def patterns():
     """(pattern, how it is used) of all regular expressions of the grader, inline ones too."""
     found = {(row[0], "search") for row in (*box._TABLE, *policy.NOTATIONS, *values.MISREAD)}
-    found |= {(row[1], "fullmatch") for row in policy._SAID}
+    found |= {(re.compile(names), "fullmatch") for names in policy._SAID.values()}
     for module in MODULES:
         for call in ast.walk(ast.parse(inspect.getsource(module))):
             if not isinstance(call, ast.Call):
@@ -312,25 +312,24 @@ def test_prose_is_graded_soon(text, gold):
     assert time.process_time() - start < 0.05
 
 
-def test_hang_is_a_timeout_and_counted():
-    before = grading.timeouts
+def test_hang_is_a_timeout_and_remembered():
     pairs = [(r"\binom{1000000007}{500000000}", "1"), ("2", "2"), (None, "2"), ("3", "2")]
     assert grade_all(pairs) == ["timeout", "right", "none", "wrong"]
-    assert grading.timeouts == before + 1
-    assert grade_all(pairs[:1] * 3) == ["timeout"] * 3  # remembered, not tried again
-    assert grading.timeouts == before + 1
+    start = time.process_time()
+    assert grade_all(pairs[:1] * 3) == ["timeout"] * 3
+    assert time.process_time() - start < 0.1  # not tried again
 
 
 def test_dead_worker_is_replaced():
     assert answers_equal(r"\sqrt{12}", r"2\sqrt{3}")
-    grading._idle[-1].process.kill()
-    grading._idle[-1].process.wait()
+    grading._idle[-1].kill()
+    grading._idle[-1].wait()
     assert answers_equal(r"\sqrt{20}", r"2\sqrt{5}")
 
 
 def test_a_worker_that_dies_at_work_is_a_timeout_and_replaced():
     assert answers_equal(r"\sqrt{12}", r"2\sqrt{3}")
-    pid = grading._idle[-1].process.pid
+    pid = grading._idle[-1].pid
     threading.Timer(0.3, lambda: os.killpg(pid, signal.SIGKILL)).start()
     assert grade_all([(r"\binom{1000000009}{500000000}", "1")]) == ["timeout"]
     assert answers_equal(r"\sqrt{28}", r"2\sqrt{7}")
@@ -375,7 +374,7 @@ def test_works_from_a_script_and_leaves_no_process(tmp_path):
     script.write_text(
         "print('once')\nfrom grading import verdict as grading\n"
         "assert grading.grade_all([(r'\\sqrt{8}', r'2\\sqrt{2}')]) == ['right']\n"
-        "print(grading._idle[-1].process.pid)\n"
+        "print(grading._idle[-1].pid)\n"
     )
     done = subprocess.run(
         [sys.executable, str(script)],
