@@ -79,6 +79,9 @@ _FUNCTIONS = (
 )
 
 
+_NTH = "(?:st|nd|rd|th)"
+
+
 def _environment(match: re.Match) -> str:
     r"""x&=3\\y&=4 as "x=3, y=4"; S&=1+2\\&=3 as "S=1+2 =3"; a,&x>0\\b&x<0 as "a if x>0, b if x<0"."""
     name, rows = match.groups()
@@ -107,7 +110,7 @@ _TABLE = [
         (r"<(su[pb])>([^<>]{1,80})</\1>", lambda m: f"{'^' if m[1] == 'sup' else '_'}{{{m[2]}}}"),
         (r"\\(?:[hv]space\*?|(?:text)?color|[hv]?phantom|tag\*?|label) ?\{[^{}]{0,80}\}", " "),
         (r"(?<!\\)\\[,;:> ]|\\q?quad|\\enspace|\\thinspace|\\hfill|~", " "),
-        (r",? ?\\! ?", ","),
+        (r"(?<=[0-9]),? ?\\! ?(?=[0-9])", ","), (r"\\! ?", ""), (r"(?<=[0-9])\{ ?: ?\}", ":"),
         (r"(?<!\\)\\[()\[\]]|\\?\$|\*\*(?=[^\d(a-zA-Z\\]|$)|(?<![\w)}])\*\*", ""),
         (rf"\\(?:mbox|text[a-z]+|mathrm|operatorname\*?){T}|\\text (?=\{{)", r"\\text"),
         (rf"{W}sqrt ?([0-9]+(?:\.[0-9]+)?|[a-zA-Z]{T}|\\[a-zA-Z]+)", r"\\sqrt{\1}"),
@@ -119,7 +122,10 @@ _TABLE = [
         (r"\\text ?\{ ?,? ?(and|or|by|if|或者?|和|или|и|oder|und|ou|et) ?,? ?\}", r" \1 "), (r"^([A-J])\)", r"(\1)"),
         (r"\^ ?\{? ?\\prime ?\}?", "'"),
         (r"<=", r"\\le "), (r">=", r"\\ge "), (r"\\not ?=|!=", r"\\ne "), (r"\.\.\.+", r"\\ldots "),
-        (r"\\\{ ?\\\}", r"\\emptyset "), (r"\^ ?\*|\*\*", "^"), (rf"{W}(?:infinity|infty|inf|oo){T}", r"\\infty "),
+        (r"\\\{ ?\\\}", r"\\emptyset "), (r"\^ ?\*|\*\*", "^"),
+        (rf"\\text ?\{{ ?(?:infinity|infty) ?\}}|{W}(?:infinity|infty|inf|oo){T}", r"\\infty "),
+        (rf"(?<=[0-9]) ?(?:\^ ?\{{ ?\\text ?\{{ ?{_NTH} ?\}} ?\}}|\^? ?\\text ?\{{ ?{_NTH} ?\}}"
+         rf"|\^ ?\{{ ?{_NTH} ?\}}|{_NTH}{T})", ""),  # 3^{{\text{{rd}}}}
         (r"\\text ?\{ ?(?:\\?%|per ?cent(?:age)?|pct) ?\}|\\%|\b(?:per ?cent(?:age)?|pct)\b", "%"),
         (rf"\^ ?\{{ ?\\circ ?\}}|\^ ?\\circ{T}", r"^\\circ "),
         # rows and matrices, French intervals, fractions, roots and exponents without braces

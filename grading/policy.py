@@ -74,8 +74,6 @@ NOTATIONS = [
          lambda m: "(" + ", ".join(split(m[1], r"\\\\")) + ")"),
         (r"^([0-9]+) ?h(?:(?:ou)?rs?)?,? ?(?:and )?([0-9]+) ?m(?:in(?:ute)?s?)?$",
          lambda m: f"{60 * int(m[1]) + int(m[2])} min"),
-        (r"^(?:at )?([0-9]{1,2})(?::([0-9]{2}))? ?([apAP])\.? ?[mM]\.?$",
-         lambda m: rf"\text{{at {int(m[1])}:{m[2] or '00'} {m[3].lower()}m}}"),
         (r"^(-? ?)\(? ?([0-9A-Fa-f]+) ?\)? ?(?:_ ?\{? ?(\w+) ?\}?|\(?(?:in )?base ?-?(\w+)\)?)$",
          lambda m: f"{m[1]}{m[2].upper()}_{NUMBERS.get(m[3] or m[4], m[3] or m[4])}"),
     ]
@@ -171,6 +169,9 @@ def lists(gold: str, answer: str, same: Same) -> bool:
         return False  # names decide the order; "x>1 or x<3" is not "x>1, x<3"
     if r"\{\}" in kinds or all(enclosed(item)[0] for item in golds + answers):  # a set knows each item once
         golds, answers = (list({squeeze(item): item for item in each}.values()) for each in (golds, answers))
+    kept, given = ({re.sub(r"^[-\d./ ]+", "", plain(item)): item for item in each} for each in (golds, answers))
+    if len(kept) == len(golds) and kept.keys() == given.keys() and all(re.match("[a-z]{2}", word) for word in kept):
+        return all(same(kept[word], given[word]) for word in kept)  # 2 red, 3 blue
     rest = list(answers)
     for item in golds:
         if (found := next((other for other in rest if same(item, other)), None)) is None:
@@ -241,6 +242,7 @@ _SAID = {  # what is said in words, in the commonest languages of answers
     "none": r"none|nothing|(?:there (?:is|are) )?no (?:real |such )?(?:solution|value|number|integer)s?(?: exists?)?"
     r"|aucune?(?: solution)?|keine?(?: lösung(?:en)?)?|ning[uú]n[oa]?|nessun[oa]?|нет решений|无解|没有|\\emptyset"
     r"|(?:the )?empty set|dne|does not exist|undefined|impossible",
+    "infinite": r"\\infty|infinite(?:ly many)?(?: solutions?)?",
 }
 
 
@@ -255,7 +257,7 @@ def in_words(text: str) -> str:
 def words(gold: str, answer: str, same: Same) -> bool:
     """YES. for Yes, "an ellipse" for ellipse, oui for yes, \\emptyset for "no solution"; nothing else is ignored."""
     wordy = re.search(r"[^\W\d_]{4}|[^\x00-\x7f]|(?i:\b(?:no|yes|all|dne)\b)", re.sub(r"\\[a-zA-Z]+", "", gold))
-    return bool(wordy or r"\text" in gold or gold == r"\emptyset") and in_words(gold) == in_words(answer)
+    return bool(wordy or r"\text" in gold or gold in (r"\emptyset", r"\infty")) and in_words(gold) == in_words(answer)
 
 
 OPTION = re.compile(
@@ -317,31 +319,56 @@ def unit(word: str) -> Any:
     return "" if counts or name in _WITH_UNITS or not word.isascii() else None
 
 
-def quantity(text: str) -> tuple[str, list[Any]] | None:
-    """("5", [km, hour]) of "5 km/h": a value and its known units; None if what follows it is not only a unit."""
+_POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
+
+
+def quantity(text: str) -> tuple[str, list[tuple[Any, str]]] | None:
+    """("5", [(km, ""), (hour, "2")]) of "5 km/h^2": a value and its known units; None if other words follow it."""
     text = plain(text)
     if money := _CURRENCY.fullmatch(text):
         return money[1] + money[2], []
     start = _UNIT_START.search(text)
     if not start or not _UNIT.fullmatch(tail := text[start.start() :]) or re.search("[万亿千百]", tail):
         return None
-    head, said = text[: start.start()].strip(), re.findall(r"[^\W\d_]+", re.sub(r"\\(?:cdot|times|mu|circ)", " ", tail))
-    found = [unit(word) for word in said]
-    if not said or None in found:
-        return None
-    if max(map(len, said)) == 1 and said[0].isascii() and number(head.replace(",", ".")) is None:
+    words = re.findall(r"([^\W\d_]+)(?: ?\^ ?\{? ?(-?[0-9]))?", re.sub(r"\\(?:cdot|times|mu|circ)", " ", tail))
+    head, known, power = text[: start.start()].strip(), [], ""
+    for word, exponent in words:
+        if (found := unit(word)) is None:
+            return None
+        power = _POWERS.get(word, exponent or power)
+        if found:
+            known.append((found, power))
+            power = ""
+    if not words or (
+        max(len(w) for w, _ in words) == 1 and words[0][0].isascii() and number(head.replace(",", ".")) is None
+    ):
         return None  # 5 m, but not x m
-    return head, [known for known in found if known]
+    return head, known
 
 
 def units(gold: str, answer: str, same: Same) -> bool:
     r"""5 km/h, \$5 and "5 apples" for 5, 90 minutes for 1.5 hours; not 5 minutes for 5 hours, nor 5 million for 5."""
     g, a = quantity(gold), quantity(answer)
     if g and a and g[1] and a[1] and g[1] != a[1]:
-        one, two = ([getattr(of, "dimension", None) for of in known] for _, known in (g, a))
-        comparable = len(one) == 1 and one == two != [None]
-        return comparable and same(*(rf"({head})\cdot({of.scale_factor})" for head, (of,) in (g, a)))
+        one, two = ([(getattr(of, "dimension", None), power) for of, power in known] for _, known in (g, a))
+        comparable = len(one) == 1 and one == two and one[0][0] is not None
+        return comparable and same(*(rf"({head})\cdot({of.scale_factor})^{{{n or 1}}}" for head, ((of, n),) in (g, a)))
     return bool(g or a) and same(g[0] if g else gold, a[0] if a else answer)
+
+
+_TIME = re.compile(r"(?:at )?([0-9]{1,2})(?: ?: ?([0-5][0-9]))? ?(?:([ap])\.? ?m\.?|(noon)|midnight)?", re.IGNORECASE)
+
+
+def clock(gold: str, answer: str, same: Same) -> bool:
+    """15:30 for "3:30 PM", "at 9 a.m." for 9:00 am, "3:30 pm" for 3:30; neither 3:30 nor 3:30 a.m. for 3:30 p.m."""
+    g, a = (_TIME.fullmatch(plain(text)) for text in (gold, answer))
+    if not g or not a or not all(re.search("[:a-z]", text) for text in (gold, answer)):
+        return False
+    times = []
+    for time in (g, a):
+        hour, said = int(time[1]), (time[3] or "a" * ("midnight" in time[0].lower())).lower()
+        times.append((hour % 12, int(time[2] or 0), "p" if time[4] or hour > 12 else said))
+    return times[0] == times[1] or (not times[0][2] and times[0][:2] == times[1][:2] and int(g[1]) == int(a[1]))
 
 
 def ratios(gold: str, answer: str, same: Same) -> bool:
@@ -353,11 +380,13 @@ def ratios(gold: str, answer: str, same: Same) -> bool:
 
 
 def conventions(gold: str, answer: str, same: Same) -> bool:
-    r"""1010 for 1010_2, whose decimal value is another answer; 3,75 for 3.75; 20 for 20\% and back."""
+    r"""1010 for 1010_2, whose decimal value is another answer; 3,75 for 3.75; 20 for 20\% and back; "20\% less"."""
     read, share = plainer(gold), number(gold.rstrip("% "))
     percent = "%" in gold + answer and share is not None and share == number(answer.rstrip("% ")) and share > 1
     commas = re.fullmatch(r"[0-9]+,[0-9]+", answer) and answer.replace(",", ".") == gold
-    return bool(percent or commas) or re.sub(r"_\w+$", "", read) == answer.lstrip("0") != read
+    worded = re.fullmatch(r"([0-9.]+ ?%) [a-z ]{3,30}", plain(answer))
+    of_all = worded and share is not None and not _RESTRICTS.search(answer) and same(gold, worded[1])
+    return bool(percent or commas or of_all) or re.sub(r"_\w+$", "", read) == answer.lstrip("0") != read
 
 
 _NO_LETTERS = re.compile(r"\\[a-zA-Z]+|\{[pv]?matrix\}")
@@ -378,15 +407,21 @@ def by_value(gold: str, answer: str, same: Same) -> bool:
     return not vetoed and values.same(values.value(gold), values.value(answer))
 
 
+_DOMAIN = re.compile(r"\\mathbb ?\{? ?(?:Z ?\}? ?[\^_] ?\{? ?(?:\+|> ?0)|([NZQRC]))")
+
+
 def in_other_words(gold: str, answer: str, same: Same) -> bool:
     """Are they the same after one of the readings?"""
+    one, two = ({found or "N" for found in _DOMAIN.findall(text)} for text in (gold, answer))
+    if one and two and one != two:
+        return False  # k\in\mathbb{N} is no remark beside k\in\mathbb{Z}
     read = [(reading(gold), reading(answer)) for reading in READINGS]
     return any(pair != (gold, answer) and same(*pair) for pair in read)
 
 
 READINGS = (plainer, without_remark, in_digits, residues, renamed, assigned)
 RULES = (
-    by_value, in_other_words, named, lists, sets, words, options, units, ratios, conventions, conclusion,
+    by_value, in_other_words, named, lists, sets, words, options, units, clock, ratios, conventions, conclusion,
 )  # fmt: skip
 
 
