@@ -291,7 +291,7 @@ def metrics_reporter(args: argparse.Namespace, run: Path) -> Callable[[dict], ob
             log(metrics)
             write_json(reported, metrics["step"])
 
-    log = warned(open_service, args, run, parsed(reported) or 0)
+    log: Any = warned(open_service, args, run, parsed(reported) or 0)
     return lambda metrics: log and warned(send, metrics)
 
 

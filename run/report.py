@@ -290,7 +290,7 @@ def pyplot():
 class Curve:
     """A line through means of `interval`, with the band of their intervals."""
 
-    x: Sequence[float]
+    x: Sequence[float] | np.ndarray
     means: list[dict]
     label: str | None = None
     style: str = "o-"
