@@ -6,6 +6,7 @@ Without a GPU they run at toy size: those with vLLM under `make test-vllm`, the 
 import copy
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -141,8 +142,17 @@ def random_trace(model, place: int, length: int, dtype: torch.dtype) -> Trace:
 def test_the_memory_in_the_readme_is_the_estimate(world, sentence):
     _, parts = training.update_memory(TABLE_3, 32_768, torch.bfloat16, reference=True, world=world)
     told = sentence.format(sum(parts.values()) / GIB)
-    for page in ("README.md", "configs/rl_r1_distill_1.5b.yaml"):
-        assert told in " ".join((ROOT / page).read_text(encoding="utf-8").replace("#", "").split())
+    pages = "README.md", "configs/rl_r1_distill_1.5b.yaml"
+    readme, config = (" ".join((ROOT / page).read_text(encoding="utf-8").replace("#", "").split()) for page in pages)
+    assert told in readme and told in config
+    if world == 1:
+        resting = sum(parts[name] for name in ("weights, gradients, moments", "reference of the KL penalty")) / GIB
+        assert f"sampling takes {resting:.0f} GiB" in readme and f"the rest is {resting:.0f}" in config
+        plan = {
+            name: int(re.search(rf"{name}: (\d+)", config)[1]) for name in ("limit", "problems-per-step", "group-size")
+        }
+        rollouts = plan["problems-per-step"] * plan["group-size"]
+        assert f"{-(-plan['limit'] // plan['problems-per-step'])} steps of {rollouts} rollouts" in readme
 
 
 # ------------------------------------------------------------------------------------------------ vLLM and the trainer

@@ -32,6 +32,7 @@ WANTED = [
     ("episodes try", 0.2, 0.6),
     ("episodes re-check", 0.15, 0.6),
     ("episodes talk", 0.15, 0.6),
+    ("episodes do either", 0.5, 0.8),  # as the README says
 ]
 
 
@@ -62,6 +63,7 @@ def figures(model, tokenizer) -> dict[str, float]:
             note("episodes try", "try x" in episode)
             note("episodes re-check", "check x" in episode and "try x" not in episode)
             note("episodes talk", "x = " not in episode)
+            note("episodes do either", found["episodes re-check"][-1] + found["episodes talk"][-1])
         if trace.finished and shown in thought:
             note("the answer is right after a find", trace.reward)
         for end, J, answers in zip(ends, trace.J, trace.forced):
