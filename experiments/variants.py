@@ -103,7 +103,7 @@ def own_right_unranked(traces: list[Trace], min_success: float) -> dict[int, int
     return dict(sorted(own_right(traces, min_success).items()))
 
 
-EVEN = {"first_of_problem": as_many}
+EVEN: dict[str, object] = {"first_of_problem": as_many}
 VARIANTS: dict[str, tuple[ModuleType, dict[str, object]]] = {
     "shuffled": (rl_mrt, {"episode_credit": shuffled_credit}),
     "budgets": (rl_mrt, {"ROLLOUTS": {**rl_mrt.ROLLOUTS, "grpo": rollouts_of_budgets}}),

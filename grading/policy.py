@@ -206,7 +206,7 @@ def _solved(text: str) -> tuple[str, Any] | None:
         return "", read.doit()
     if read is None or isinstance(read, sympy.Expr) or not hasattr(read, "as_set"):
         return None
-    relation = read.xreplace({f: sympy.Symbol(str(f), real=True) for f in read.atoms(AppliedUndef)})  # 0<f(x)<1
+    relation: Any = read.xreplace({f: sympy.Symbol(str(f), real=True) for f in read.atoms(AppliedUndef)})  # 0<f(x)<1
     return (str(*relation.free_symbols), relation.as_set()) if len(relation.free_symbols) == 1 else None
 
 
@@ -222,7 +222,7 @@ def solution_set(text: str) -> tuple[str, Any] | None:
     names = {name for name, _ in solved if name}
     if len(solved) < sum(map(len, ways)) or len(names) > 1 or not (names or len(solved) == len(ways)):
         return None
-    union = sympy.Union(*(sympy.Intersection(*(part for _, part in way)) for way in ways))
+    union = sympy.Union(*(sympy.Intersection(*(part for _, part in filter(None, way))) for way in ways))
     if union is sympy.S.EmptySet and not re.search(AND, text):  # "x<1, x>2" can only be either
         union = sympy.Union(*(part for _, part in solved))
     return "".join(names), union
