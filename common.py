@@ -65,7 +65,7 @@ def episode_spans(thought: str, rule: Segmentation | Callable = Segmentation()) 
     `max_steps` openings the rest is the last episode; then every `group_size` neighbours become one. Spans start at 0,
     end at len(thought) and leave no gap: a separator belongs to the episode before it. An empty thought is one empty
     episode. Pass the thought only: markers in an answer would count. ValueError for max_steps < 0 or group_size < 1.
-    Another parameterization (run/backtracking.py) has a function from text to spans in the place of `rule`.
+    For backtracking (run/backtracking.py) `rule` is a function from text to spans.
     """
     if callable(rule):
         return rule(thought)
@@ -109,12 +109,12 @@ class Trace:
     the spans are contiguous and cover the thought, nothing is tokenized twice. `boundaries[0]` is 0, the empty prefix.
     """
 
-    problem: dict  # {problem, answer, id}: `answer` is the gold answer
+    problem: dict  # {problem, answer, id}: `answer` is gold; in rl_mrt.py also its place in the step and its prefix c
     prompt: list[int]
     completion: Completion
     boundaries: list[int]
     finished: bool  # the model itself ended the thought
-    answer: str | None  # what is graded: the text after the thought
+    answer: str | None  # what is graded: the text after the thought; all of it where the model has no marks of one
     sample: int = 0  # number among the traces of its problem
     verdict: str = "none"  # right, wrong, none (no answer) or timeout
     reward: float = 0.0  # outcome: 1 if the answer is right
@@ -238,8 +238,9 @@ def stop_phrase(tokenizer) -> str:
 
 @dataclass(frozen=True)
 class Forcing:
-    """How answers are forced from μ: n of them at a prefix, of at most `max_tokens`. Another parameterization asks in
-    another way than `prompt_or_answer`, and has answers that end before the turn does."""
+    """How answers are forced from μ: n of them at a prefix, of at most `max_tokens`. `ask(tokenizer, trace, j)` gives
+    μ's prompt at boundary j, or the text that the trace has already answered with; `cut` trims each sampled answer
+    (backtracking keeps only its first attempt)."""
 
     n: int
     max_tokens: int
@@ -249,10 +250,32 @@ class Forcing:
     cut: Callable[[Completion], Completion] | None = None
 
 
+def reset_J(tokenizer, traces: list[Trace], ask: Callable = prompt_or_answer) -> dict[tuple, list[tuple[Trace, int]]]:
+    """Clears J and what was forced, sets J where a trace has itself answered, and returns what is still to be asked:
+    {(problem id, prompt): the (trace, number of the boundary) that share it}. Equal prefixes, such as the empty one of
+    a problem's traces, are answered once."""
+    owners_of: dict[tuple, list[tuple[Trace, int]]] = {}
+    answered: list[tuple[Trace, int, str]] = []
+    for trace in traces:
+        count = len(trace.boundaries)
+        trace.J, trace.answer_tokens, trace.forced = [0.0] * count, [0.0] * count, [[] for _ in range(count)]
+        trace.asked = [len(trace.prompt) + boundary for boundary in trace.boundaries]
+        for j in range(count):
+            if isinstance(asked := ask(tokenizer, trace, j), str):
+                answered.append((trace, j, asked))
+            else:
+                trace.asked[j] = len(asked)
+                owners_of.setdefault((trace.problem["id"], tuple(asked)), []).append((trace, j))
+    grade_all([(extract_answer(text), trace.problem["answer"]) for trace, _, text in answered])
+    for trace, j, text in answered:  # `grade_all` remembers its verdicts, so `reward` costs nothing here
+        trace.J[j] = reward(trace.problem, text)
+    return owners_of
+
+
 def set_sampled_J(sampler: Sampler, traces: list[Trace], forcing: Forcing, seed: tuple[int, ...]) -> None:
-    """Sets each trace's J(μ|z_0:j) at every boundary: the share of right answers among n sampled forced ones; also
-    sets `answer_tokens` and `forced`."""
-    owners_of = begin_J(sampler.tokenizer, traces, forcing.ask)
+    """Sets each trace's J(μ|z_0:j) at every boundary: the share of right answers among n sampled forced ones, with
+    `answer_tokens`, `asked` and `forced`."""
+    owners_of = reset_J(sampler.tokenizer, traces, forcing.ask)
     prompts = [list(prompt) for _, prompt in owners_of]
     seeds = [(*seed, zlib.crc32(np.array(prompt, dtype="<i8").tobytes())) for prompt in prompts]
     problems = [owners[0][0].problem for owners in owners_of.values()]
@@ -279,7 +302,7 @@ def set_likelihood_J(sampler: Sampler, traces: list[Trace]) -> None:
     μ answers in this form at once, as the embedded model does; for a model that explains first it is a proxy. The
     probabilities of several gold answers are added.
     """
-    tokenizer, owners_of = sampler.tokenizer, begin_J(sampler.tokenizer, traces)
+    tokenizer, owners_of = sampler.tokenizer, reset_J(sampler.tokenizer, traces)
     heads, tails, asked = [], [], []
     for number, ((_, prompt), owners) in enumerate(owners_of.items()):
         trace, j = owners[0]
@@ -296,28 +319,6 @@ def set_likelihood_J(sampler: Sampler, traces: list[Trace]) -> None:
         for trace, j in owners:
             trace.J[j] = float(J[number])  # MRT 3: J(μ|z_0:j) from the gold answer's likelihood
             trace.answer_tokens[j] = float(lengths[number] - len(prompt))
-
-
-def begin_J(tokenizer, traces: list[Trace], ask: Callable = prompt_or_answer) -> dict[tuple, list[tuple[Trace, int]]]:
-    """Sets J where a trace has answered, clears what was forced elsewhere, and returns what is to be asked: {(problem
-    id, prompt): the (trace, number of the boundary) that share it}. Equal prefixes, such as the empty one of a
-    problem's traces, are answered once."""
-    owners_of: dict[tuple, list[tuple[Trace, int]]] = {}
-    answered: list[tuple[Trace, int, str]] = []
-    for trace in traces:
-        count = len(trace.boundaries)
-        trace.J, trace.answer_tokens, trace.forced = [0.0] * count, [0.0] * count, [[] for _ in range(count)]
-        trace.asked = [len(trace.prompt) + boundary for boundary in trace.boundaries]
-        for j in range(count):
-            if isinstance(asked := ask(tokenizer, trace, j), str):
-                answered.append((trace, j, asked))
-            else:
-                trace.asked[j] = len(asked)
-                owners_of.setdefault((trace.problem["id"], tuple(asked)), []).append((trace, j))
-    grade_all([(extract_answer(text), trace.problem["answer"]) for trace, _, text in answered])
-    for trace, j, text in answered:  # all at once; `reward` finds them decided
-        trace.J[j] = reward(trace.problem, text)
-    return owners_of
 
 
 def cut_at_budget(trace: Trace, budget: int) -> int:
@@ -413,7 +414,7 @@ def reward(problem: dict, text: str) -> float:
 def grade_traces(traces: list[Trace]) -> None:
     """Sets `verdict` and `reward` of every trace."""
     verdicts = grade_all([(extract_answer(trace.answer or ""), trace.problem["answer"]) for trace in traces])
-    for trace, verdict in zip(traces, verdicts):  # all at once; `reward` finds them decided
+    for trace, verdict in zip(traces, verdicts):  # `grade_all` remembers them, so `reward` costs nothing here
         trace.verdict, trace.reward = verdict, reward(trace.problem, trace.answer or "")
 
 

@@ -11,7 +11,7 @@ rollouts start. l_FT is the outcome reward's objective, c_{j-1} the prefix befor
                                    rollouts stop and answer (they estimate J(μ|c)) and G go on thinking
     --bonus α --variant online     their later one (release v0.1): forced answers at every boundary of on-policy
                                    traces, each episode's tokens are credited with that episode's progress
-    --parameterization backtracking    Table 5: the context is a problem and a first attempt, and c its success rate
+    --parameterization backtracking    Table 5: c is a first attempt, and J(μ|c) whether it is right
     --stop-credit β                ours, on top: credit for the decision to stop or go on at each boundary
     --length-penalty w             the paper's third baseline (Arora & Zanette, arXiv 2502.04463)
 
@@ -70,6 +70,7 @@ from run import data, folder, report, training
 from run.backtracking import RETRY, episodes_of, first_attempt, marker_counts, whole_text
 from run.flags import add_group, default_out, new_parser, non_negative, parse_flags, positive_int, share, whole_number
 from run.traces import (
+    CUT,
     FORCED,
     GOING_ON,
     PARTIAL,
@@ -207,7 +208,7 @@ def main() -> None:
 
 
 def tell_plan(args, problems: int, validated: int) -> None:
-    """--dry-run: what --steps, or one pass over the problems, sample at most; --max-sampled-tokens is not looked at."""
+    """--dry-run: what --steps, or one pass over the problems, sample at most; --max-sampled-tokens is ignored."""
     steps = args.steps or math.ceil(problems / args.problems_per_step)
     started = steps * args.problems_per_step
     fresh = 0 if args.prefixes else started  # what prefixes are cut from
@@ -254,18 +255,20 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
     goal = f"{args.max_sampled_tokens:,} sampled tokens" if args.max_sampled_tokens else plural(int(length), "step")
     rollouts_a_step = f"{args.problems_per_step} × {args.group_size} rollouts a step"
     print(f"{method(args)}: {plural(len(problems), 'problem')}, {rollouts_a_step}, {goal}")
-    if steps.state["step"]:
+    if steps.state["step"]:  # resumed: the sampler gets the checkpoint's weights
         sampler.sync()
     if validation and steps.due(args.eval_every) and not validated(run, steps.state["step"]):
         validate(args, steps, sampler, validation)
-    rollouts, told = ROLLOUTS[args.variant if args.bonus else "grpo"], False
+    rollouts, looked_at = ROLLOUTS[args.variant if args.bonus else "grpo"], False
     stop = stop_ids_of_thought(sampler.tokenizer)[0] if args.stop_credit else None
 
     for step in steps:
         drawn = training.draw_problems(problems, args.problems_per_step, step, args.seed)[rank::world]
         with steps.can_be_left(), sampler.counting() as spent:
             groups = rollouts(args, sampler, drawn, (args.seed, step))
-        told = told or not args.bonus or tell_single_episodes(args, flat(groups))
+        if args.bonus and not looked_at:
+            tell_single_episodes(args, flat(groups))
+            looked_at = True
         advantages = advantages_of(args, groups)
         sampler.pause()
         try:
@@ -273,7 +276,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
         except FloatingPointError as error:
             give_up(run, step, groups, error)
         sampler.sync()  # what is sampled next is sampled from the new weights
-        record(args, steps, groups, metrics, spent)
+        record(args, steps, groups, metrics, spent)  # from here on this step counts as done
         if validation and steps.due(args.eval_every):
             validate(args, steps, sampler, validation)
         if rank == 0 and steps.due(args.checkpoint_every):
@@ -325,8 +328,8 @@ def rollouts_prefix(args, sampler: Sampler, problems, seed: tuple) -> Groups:
     """MRT as in Figure 6: G rollouts go on from a prefix c whose J(μ|c) is known. Each group shares its prefix; a trace
     is what follows it. c is a partial rollout cut after some of its episodes.
 
-    Of backtracking (Table 5, the authors' first code) c is a whole first attempt and the phrase that opens the second,
-    and J(μ|c) whether that attempt is right. What follows is graded alone, and may have --max-tokens of its own."""
+    For backtracking (Table 5, the authors' first code) c is a whole first attempt and the phrase that opens the second,
+    and J(μ|c) whether that attempt is right. Only what follows is graded, and it has its own --max-tokens."""
     open_ended = args.parameterization == "open-ended"
     if not args.prefixes:
         problems = (cut_rollouts if open_ended else first_attempts)(args, sampler, problems, seed)
@@ -377,7 +380,7 @@ def cut_rollouts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
     prompts, rule = prompts_to(args, sampler.tokenizer, problems), segmentation(args)
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
     partial_rollouts = [read_trace(sampler.tokenizer, p, q, c, rule) for p, q, (c,) in zip(problems, prompts, rows)]
-    ends = [t.boundaries[draw_cut(args, sampler.tokenizer, t, s)] for t, s in zip(partial_rollouts, seeds)]
+    ends = [t.boundaries[draw_cut(args, sampler.tokenizer, t, (*s, CUT))] for t, s in zip(partial_rollouts, seeds)]
     stops = [forced_prompt(sampler.tokenizer, trace, end) for trace, end in zip(partial_rollouts, ends)]
     answers = force_answers(sampler, problems, stops, forcing_of(args), [(*s, STOPPED) for s in seeds])
     J = map(success_rate, problems, answers)
@@ -386,8 +389,8 @@ def cut_rollouts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
 
 
 def draw_cut(args, tokenizer, trace: Trace, seed: tuple) -> int:
-    """The number of the boundary where a trace is cut: all that leave room to answer equally likely, 0 included; not
-    its end where the thought was cut off or holds the answer."""
+    """The number of the boundary where a trace is cut, drawn uniformly from those (0 included) that leave room for an
+    answer; the last is none of them if the thought was cut off or already holds the answer."""
     whole = trace.finished and thinks(tokenizer)
     inside = trace.boundaries if whole else trace.boundaries[:-1]
     count = sum(end + args.answer_tokens <= args.max_tokens for end in inside)
@@ -410,16 +413,17 @@ def recorded_prefixes(args, tokenizer) -> list[dict]:
         trace = trace_of(record, tokenizer, problem, prompt)
         if len(prompt) != record["prompt_tokens"] or trace.completion.text != record["text"]:
             fail(f"--prefixes {args.prefixes}: problem {name} was recorded with another tokenizer or chat template")
-        j = draw_cut(args, tokenizer, trace, (args.seed, PARTIAL, problem_key(problem), trace.sample))
-        prefix = {"token_ids": record["token_ids"][: trace.boundaries[j]], "J": trace.J[j]}
         if args.parameterization == "backtracking":
             prefix = first_part(tokenizer, trace)
             too_long += len(prompt) + len(prefix["token_ids"]) > args.prompt_tokens
+        else:
+            j = draw_cut(args, tokenizer, trace, (args.seed, PARTIAL, problem_key(problem), trace.sample, CUT))
+            prefix = {"token_ids": record["token_ids"][: trace.boundaries[j]], "J": trace.J[j]}
         problems.append({**problem, "prefix": prefix})
     if too_long:
         fail(f"--prefixes {args.prefixes}: {too_long} problems with their first attempts exceed --prompt-tokens")
-    J, empty = ([p["prefix"][name] for p in problems] for name in ("J", "token_ids"))
-    shares = f"mean J {np.mean(J):.3f}, {sum(not ids for ids in empty)} of them empty"
+    J, prefixes = ([p["prefix"][name] for p in problems] for name in ("J", "token_ids"))
+    shares = f"mean J {np.mean(J):.3f}, {prefixes.count([])} of them empty"
     print(f"{len(problems)} prefixes of {run.settings.get('model')}, recorded before this training: {shares}")
     return problems
 
@@ -505,7 +509,7 @@ def prefix_credit(group: list[Trace]) -> list[np.ndarray]:
     weight on the outcome, from prefixes that end at random episodes, free of the group's std.
     """
     return [
-        np.full(len(trace.completion.token_ids), trace.reward - (trace.prefix_J or 0.0))  # MRT 6: r_prg(z; c)
+        np.full(len(trace.completion.token_ids), trace.reward - float(trace.prefix_J))  # MRT 6: r_prg(z; c)
         for trace in group
     ]
 
@@ -580,7 +584,7 @@ def batch_loss(args, score, reference, ids, where, columns, denominator: float, 
     scores, entropies = score(ids, where, args.temperature, also=stop)
     logprobs = scores if stop is None else scores[:, 0]
     before = old[0] if old else logprobs.detach()
-    # Truncated importance weights: 1 where sampler and trainer agree, which round differently.
+    # Truncated importance weights: close to 1, as sampler and trainer differ only by rounding.
     importance = (before - sampled).exp().clamp(max=MAX_IMPORTANCE)
     ref = reference_logprobs(args, reference, ids, where)
     loss, found = grpo_loss(
@@ -613,8 +617,8 @@ def update_metrics(sums: dict, gaps: torch.Tensor, norms: list[float]) -> dict[s
 
 
 def parts_of(args, traces: list[Trace]) -> list[list[int]]:
-    """The traces of each of --updates-per-batch optimiser steps: step s trains the rollouts whose number in the whole
-    batch, over all processes, is s modulo the steps."""
+    """The traces of each of --updates-per-batch optimiser steps: rollout i of the whole batch, over all processes,
+    belongs to step i % steps."""
     steps = min(args.updates_per_batch, args.problems_per_step * args.group_size)
     numbers = [trace.problem["place"] * args.group_size + trace.sample for trace in traces]
     return [[i for i, number in enumerate(numbers) if number % steps == step] for step in range(steps)]
@@ -728,7 +732,7 @@ def validate(args, steps: training.Steps, sampler: Sampler, problems: list[dict]
     forcing = Forcing(1, args.answer_tokens, args.temperature)
     with steps.can_be_left():
         rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
-        traces = [trace for (trace,) in read_traces(sampler.tokenizer, share, prompts, rows)]
+        traces = [trace for (trace,) in read_traces(sampler.tokenizer, share, prompts, rows, segmentation(args))]
         spent = [len(trace.completion.token_ids) if trace.stopped else math.inf for trace in traces]
         cut = [(i, budget) for i, tokens in enumerate(spent) for budget in budgets if tokens > budget]
         if args.parameterization == "backtracking":  # the last attempt by then has answered

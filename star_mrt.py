@@ -17,8 +17,8 @@ Filters. Each keeps at most --per-problem traces of a problem.
              it is no luck:      J there ≥ --min-success, so the answer trained on is not one lucky guess of many;
              it is right:        the answer that follows the cut, and is trained on, is correct.
            Among the traces of a problem those with the highest J come first, then the shortest.
-           Of backtracking (Table 4) it keeps, in each trace, the backtrack from a failed attempt to a right one that
-           makes most progress, and trains it and the right attempt; what is before it is not trained.
+           For backtracking (Table 4) it keeps, in each trace, the backtrack from a failed attempt to a right one that
+           makes most progress; the loss covers that backtrack and the right attempt, nothing before.
 A cut thought ends as the model's own thoughts do, with the end-of-thinking marker, and an answer sampled after it, so
 that stopping there is what is learnt.
 """
@@ -125,7 +125,7 @@ def main() -> None:
     run = folder.open_run_once(args, inputs_of(args, problems, prompts, held_out))
     sampler = sampler_of(args, tokenizer, longest, trained=model)
     score = training.prepare(args, model, sampler.ways)
-    test(args, run / "base.jsonl", sampler, held_out)
+    test_held_out(args, run / "base.jsonl", sampler, held_out)
     ran_out = [not self_train(args, run, name, model, score, sampler, problems, held_out) for name in filters(args)]
     if ranks()[0] == 0:
         write_report(args, run)
@@ -179,7 +179,7 @@ def self_train(args, run: Path, name: str, model, score, sampler: Sampler, probl
                 return False
             training.save_model(final, model, tokenizer)
         sampler.sync()  # the next traces are those of the new model
-        test(args, place / f"evaluation_{iteration}.jsonl", sampler, held_out)
+        test_held_out(args, place / f"evaluation_{iteration}.jsonl", sampler, held_out)
     return True
 
 
@@ -208,7 +208,7 @@ def sample(args, run: Path, name: str, iteration: int, sampler: Sampler, problem
     return traces_with_J(changed(args, seed=(args.seed + 1) * 1000 + iteration), file, sampler, problems)
 
 
-def test(args, file: Path, sampler: Sampler, problems: list[dict]) -> None:
+def test_held_out(args, file: Path, sampler: Sampler, problems: list[dict]) -> None:
     """Traces on held-out problems, once a model; seeds, and four forced answers, are the same for every run."""
     traces_with_J(changed(args, seed=77, forced_answers=4), file, sampler, problems)
 
@@ -234,7 +234,7 @@ def traces_with_J(args, file: Path, sampler: Sampler, problems: list[dict]) -> l
 class Example:
     """A trace that the filter keeps: its thought up to a cut, what ends the thought, an answer that is right."""
 
-    number: int  # of the trace in the iteration's
+    number: int  # index of the trace among those of the iteration
     trace: Trace
     cut: int  # tokens of the thought that stay
     ending: list[int]
@@ -308,7 +308,7 @@ def why_dropped(args, name: str, traces: list[Trace]) -> str:
 
 
 def ends_right(trace: Trace) -> bool:
-    """Its own answer is right and complete: one that the limit cut after its box would teach not to end."""
+    """Its own answer is right and complete: a trace cut off after its box would teach the model not to end its turn."""
     return trace.reward == 1 and trace.stopped
 
 
@@ -323,8 +323,8 @@ def keep_progress(traces: list[Trace], min_success: float) -> dict[int, int]:
 
 
 def keep_backtracks(tokenizer, traces: list[Trace], min_success: float) -> list[Example]:
-    """MRT of the backtracking parameterization: of each trace the backtrack z_j with most progress of those that a
-    right attempt follows; most progress first. Trained are z_j, that attempt and the end of the turn."""
+    """MRT for backtracking: of each trace the backtrack z_j with most progress of those that a right attempt follows;
+    most progress first. The loss covers z_j, that attempt and the end of the turn."""
     kept, end = [], end_of_turn(tokenizer)
     for number, trace in enumerate(traces):
         J, ends = trace.J, trace.boundaries
@@ -426,7 +426,7 @@ def write_report(args, run: Path) -> None:
             text += f"\nAfter {plural(args.iterations, 'iteration')}:\n\n"
             text += report.metric_table({"MRT-STaR - STaR": difference}, "+")
         draw(args, summary, run)
-        records = folder.load_records(list(evaluations.values())[len(values) - 1])
+        records = folder.load_records([file for file in evaluations.values() if file.exists()][-1])
         report.write_page(records, run / "trace.html")
         text += report.why_zero(records)
     models_made = sorted(run.glob("*/model_*"))

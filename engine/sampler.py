@@ -96,7 +96,9 @@ class Sampler:
         self.engine.pause()
 
     def sync(self) -> None:
-        """After an update: what is sampled next is sampled from the trained model's weights."""
+        """After an update: what is sampled next is sampled from the trained model's weights. With transformers that
+        model samples itself (sharded: a copy is refilled); vLLM reloads the weights in place and empties its prefix
+        cache. Should that go wrong, `training.check_gap` ends the next update."""
         self.engine, self.successor = self.successor or self.engine, None
         self.engine.sync()
 

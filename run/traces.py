@@ -37,8 +37,9 @@ from run.folder import unrecorded, weights_digest
 
 # A draw depends on its seed alone, a tuple of whole numbers: --seed, in a training the step, what is drawn (one of
 # these), the problem (`problem_key`), and what else tells draws apart; the sampler adds the number of the sample. No
-# generator has a state that --resume would have to restore: a step that is repeated draws what it drew before.
-ROLLOUT, FORCED, PARTIAL, STOPPED, GOING_ON = range(5)  # rl_mrt.py; FORCED everywhere
+# generator has a state that --resume would have to restore: a step that is repeated draws what it drew before. No seed
+# may be another's beginning: numpy pads them with zeros, so (1, 2) draws what (1, 2, 0) draws.
+ROLLOUT, FORCED, PARTIAL, STOPPED, GOING_ON, CUT = range(6)  # rl_mrt.py; FORCED everywhere
 DIRECT, FORCED_BUDGET, CHOSEN = 2, 3, 4  # analyze_r1.py, budget_force.py, star_mrt.py
 VALIDATION = 99
 

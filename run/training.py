@@ -51,7 +51,9 @@ class Steps:
     """The steps of a training, to be gone through with `for`: each sets the learning rate and gives its number, from 0.
 
     It begins at the checkpoint in `run`, if there is one, and ends after `steps` steps or `sampled_tokens` tokens.
-    `state` is what a checkpoint keeps beside weights and moments; a step is done when `record` has counted it.
+    `state` is what a checkpoint keeps beside weights and moments; a step is done when `record` has counted it. After
+    kill -9 `--resume` loads the last checkpoint, `rewind` drops the lines of later steps (`files.repair` one that was
+    cut), and those steps draw the same again.
 
     A signal that asks the process to end is looked at after the step (`checkpoint`), or sooner where no weight changes:
     what stands in `with steps.can_be_left()` is left at once, and a step that was left is made again by --resume.
@@ -70,6 +72,7 @@ class Steps:
             print(f"resumed from {checkpoint} at step {self.state['step']}")
         if ranks()[0] == 0:
             rewind(run, self.state["step"])
+        wait_for_ranks()
 
     def done(self) -> float:
         """The share of the training that is done."""

@@ -288,6 +288,16 @@ def test_recorded_prefixes_are_those_of_the_records_and_only_what_follows_is_sam
             assert trace.prompt[len(trace.prompt) - len(ids) :] == ids
 
 
+def test_no_two_draws_share_a_stream(sampler, tokenizer, problems, recorded, monkeypatch):
+    """numpy pads a seed with zeros: were (1, 2) and (1, 2, 0) both seeds, a cut would follow from a first token."""
+    seeds, stock = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or stock(seed))
+    rl_mrt.rollouts_prefix(options("--variant", "prefix"), sampler, placed(problems[:3]), (0, 1))
+    rl_mrt.recorded_prefixes(options("--variant", "prefix", "--prefixes", str(recorded)), tokenizer)
+    streams = {tuple(np.trim_zeros(seed, "b")) for seed in seeds}
+    assert len(streams) == len(seeds) > 30
+
+
 @pytest.mark.parametrize(
     "f, expected",
     [((1, 0, 0, 1), (1.7498, -1.2498, -1.2498, 1.7498)), ((1, 1, 1, 1), (0.75,) * 4), ((0, 0, 0, 0), (-0.25,) * 4)],
