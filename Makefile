@@ -25,6 +25,7 @@ results: .venv/ready
 	$(PY) -m experiments.compare
 
 tiny: .venv/ready
+	$(PY) -m tiny.problems
 	$(PY) -m tiny.build --rebuild
 	$(PY) -m tiny.backtrack --rebuild
 

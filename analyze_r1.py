@@ -107,12 +107,17 @@ def flags(argv=None) -> argparse.Namespace:
     flag("from", dest="from_run", type=Path, metavar="RUN", help=redrawn)
     args = parse_flags(parser, argv)
     if args.from_run:  # the settings that its records were made with
+        if other := {"max_steps", "episodes_per_point"} & args.unusual.keys():
+            fail(f"--from {args.from_run}: --{min(other).replace('_', '-')} is the run's own")
         run = folder.recorded_run(args.from_run, "--from", "J")
-        of_run = "model parameterization max-steps episodes-per-point".split()
-        names = [n for n in of_run if n.replace("-", "_") in run.settings]
-        made_with = [f"--{n}={run.settings[n.replace('-', '_')]}" for n in names]
+        made_with = {"max_steps": 49, "episodes_per_point": 1, **run.settings}  # those of the other scripts
+        of_run = [f"--{n.replace('_', '-')}={made_with[n]}" for n in ("model", "max_steps", "episodes_per_point")]
+        of_run += [f"--parameterization={made_with.get('parameterization', 'open-ended')}"]
         shown = [f"--budgets={','.join(map(str, run.settings['budgets']))}"] if run.settings.get("budgets") else []
-        args = parse_flags(parser, shown + (sys.argv[1:] if argv is None else argv) + made_with)
+        args = parse_flags(parser, shown + (sys.argv[1:] if argv is None else argv) + of_run)
+        args.markers = made_with.get("markers", args.markers)
+        if args.from_run.name == "records.jsonl":
+            args.from_run = args.from_run.parent
         args.out = args.out or (args.from_run if run.script == "analyze_r1.py" else None)
     name = short_name(str(args.from_run or args.traces or args.dataset))
     args.out = args.out or default_out(args, f"analyze-{short_name(args.model)}-{name}", "traces", *MAY_CHANGE)
@@ -346,7 +351,7 @@ def spent(record: dict, j: int, p: int) -> float:
 def direct_summary(records: list[dict]) -> dict:
     """pass@k, as the paper plots it: an oracle picks the right one of k; and maj@k, the like-for-like vote."""
     groups = list(group_by_problem(records).values())
-    ks = [2**i for i in range(len(groups[0]).bit_length())]
+    ks = [2**i for i in range(min(map(len, groups)).bit_length())]
     tokens = float(problem_means(records, lambda r: r["tokens"]).mean())
     passes = [[pass_rate(group, k) for group in groups] for k in ks]
     votes = [[vote_of(group, k) for group in groups] for k in ks]

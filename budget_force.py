@@ -107,7 +107,7 @@ def flags(argv=None) -> argparse.Namespace:
         args = parse_flags(parser, (sys.argv[1:] if argv is None else argv) + given)
     args.style = args.style or ("window" if args.parameterization == "backtracking" else "paper")
     if (args.style == "window") != (args.parameterization == "backtracking"):
-        fail(f"--style {args.style}: not for --parameterization {args.parameterization}, which window belongs to")
+        fail("--style window and --parameterization backtracking go together")
     runs = "compare-" + "-".join(map(short_name, map(str, args.compare or [])))
     args.out = args.out or default_out(args, f"budget-{runs if args.compare else short_name(args.model)}", "compare")
     args.strings = ["Wait"] if args.style == "s1" else args.strings.split(",")
@@ -162,8 +162,6 @@ def read_thoughts(args) -> list[list[dict]]:
     run = folder.recorded_run(args.thoughts, "--thoughts", "token_ids")
     if run.settings["model"] != args.model:
         fail(f"--thoughts {args.thoughts}: holds thoughts of --model {run.settings['model']}, not of {args.model}")
-    if any("step" in record for record in run.records):
-        fail(f"--thoughts {args.thoughts}: this run of {run.script} holds thoughts of a model that changes in training")
     print(f"training budget: {args.max_tokens} tokens, as long as the thoughts of {args.thoughts} may be")
     rows = list(report.group_by(run.records, lambda r: r["id"]).values())
     if args.limit and args.limit < len(rows):

@@ -63,7 +63,7 @@ def flags(argv=None) -> argparse.Namespace:
     flag("max-episodes", 32, 16, "ours; the authors' regret study joins episodes by tens")
     flag("budgets")
     flag = add_group(parser, "evaluation")
-    dear = "what is told (default: pass@k); regret and all force answers at every episode, at many times the cost"
+    dear = "metrics to report (default: pass@k); regret and all force answers at every episode, at many times the cost"
     flag("metric", choices=("pass@1", "pass@k", "maj@k", "regret", "all"), help=dear)
     flag("regret-axis", "answer", "answer", "the authors: prompt", choices=tuple(AXES))
     flag("k", help="k of pass@k and maj@k, as 1,2,4 (default: powers of 2 up to the samples)")
@@ -160,6 +160,8 @@ def problem_values(args, records: list[dict]) -> Values:
     """Each metric's value for each problem, in the order of the records."""
     groups = group_by_problem(records).values()
     n = min(map(len, groups))
+    if max(args.k, default=1) > n:
+        fail(f"--k {max(args.k)}: more than the {n} samples of a problem")
     ks = [k for k in args.k or [2**i for i in range(n.bit_length())] if 1 < k <= n]
     values = {"pass@1": problem_means(records, lambda r: r["reward"])}
     if args.metric in ("pass@k", "all"):

@@ -117,7 +117,7 @@ def flags(argv=None) -> argparse.Namespace:
     flag("forced-answers", 4, 4, "v0.1; the prefix variant's m of Figure 6")
     flag("answer-tokens", 8, 1024, "ours")
     flag("max-episodes", 32, 6, "the authors' online variant")
-    room = "problem, first attempt and the phrase that opens the second: the context of the backtracking variant prefix"
+    room = "token limit of problem, first attempt and the phrase after it (backtracking, --variant prefix)"
     flag("prompt-tokens", 32, 1500, "Table 5", type=positive_int, help=room)
     flag = add_group(parser, "GRPO")
     flag("max-tokens", 384, 16384, "the authors' runs of 1.5B models; Table 3 allows 24576")
@@ -142,7 +142,7 @@ def flags(argv=None) -> argparse.Namespace:
     flag("max-grad-norm", 1.0, 1.0, "usual")
     flag("max-tokens-per-batch", 4096, 32768, "ours")
     flag("checkpoint-every", 10, 10, "ours")
-    flag("report-to", choices=("wandb", "trackio", "tensorboard"), help="metrics also go there")
+    flag("report-to", choices=("wandb", "trackio", "tensorboard"), help="also send metrics to this service")
     flag = add_group(parser, "held-out problems")
     flag("eval-dataset")
     flag("eval-split", "validation", "validation", "ours")
@@ -167,7 +167,7 @@ def check_flags(args) -> None:
     if args.parameterization == "backtracking" and args.progress != "sampled":
         fail(f"--progress {args.progress}: backtracking has no forced answer to take a likelihood of, only sampled")
     if args.stop_credit and args.bonus == 0:
-        fail(f"--stop-credit {args.stop_credit:g} needs a --bonus above 0: GRPO does not know J")
+        fail(f"--stop-credit {args.stop_credit:g} needs a --bonus above 0: GRPO does not estimate J")
     if args.prefixes and not (args.bonus and args.variant == "prefix"):
         fail(f"--prefixes {args.prefixes}: needs --variant prefix and a bonus above 0")
     if args.length_penalty >= 1:
@@ -246,7 +246,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
     rank, world = ranks()
     score = training.prepare(args, model, sampler.ways)
     initial = models.load_model(args.model, model.device) if args.kl > 0 else None
-    reference = partial(token_logprobs, initial, way=sampler.ways.update) if initial else None
+    reference = torch.no_grad()(partial(token_logprobs, initial, way=sampler.ways.update)) if initial else None
     optimizer = training.adamw(args, model)
     counts = {"sampled_tokens": 0, "computed_tokens": 0, "seconds": 0.0}
     length = args.steps or (math.inf if args.max_sampled_tokens else math.ceil(len(problems) / args.problems_per_step))
@@ -586,7 +586,7 @@ def batch_loss(args, score, reference, ids, where, columns, denominator: float, 
     before = old[0] if old else logprobs.detach()
     # Truncated importance weights: close to 1, as sampler and trainer differ only by rounding.
     importance = (before - sampled).exp().clamp(max=MAX_IMPORTANCE)
-    ref = reference_logprobs(args, reference, ids, where)
+    ref = reference(ids, where, args.temperature)[0] if reference else None
     loss, found = grpo_loss(
         logprobs, before, advantage * importance, denominator, args.clip, ref, args.kl, weights=weights
     )
@@ -622,14 +622,6 @@ def parts_of(args, traces: list[Trace]) -> list[list[int]]:
     steps = min(args.updates_per_batch, args.problems_per_step * args.group_size)
     numbers = [trace.problem["place"] * args.group_size + trace.sample for trace in traces]
     return [[i for i, number in enumerate(numbers) if number % steps == step] for step in range(steps)]
-
-
-def reference_logprobs(args, reference, ids, where) -> torch.Tensor | None:
-    """Log-probs [N] under the initial model; None without the KL penalty."""
-    if reference is None:
-        return None
-    with torch.no_grad():
-        return reference(ids, where, args.temperature)[0]
 
 
 # ---------------------------------------------------------------------------------------------- what is recorded

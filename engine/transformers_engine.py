@@ -253,7 +253,7 @@ def ways_of(model, dtype: torch.dtype = torch.float32, trained=None, samples: bo
     versions = [weights._version for weights in model.parameters()]
     update, off = fastest(updated, dtype, ("chunks", "rows"), partial(update_gaps, updated))
     if update is None:
-        raise Refused(f"{name}: its log-probs depend on how often they are asked for ({off['rows']})")
+        raise Refused(f"{name}: two equal forward passes give different log-probs ({off['rows']})")
     if update == "rows":
         notes.append(f"an update takes one row at a time (batches: {off['chunks']})")
     score, off = fastest(model, dtype, ("shared", "rows"), partial(score_gaps, model, dtype))

@@ -5,7 +5,7 @@
 
 Everything is a command of the scripts with the settings of experiments/compare.yaml, one process a core, and is printed
 as it starts; what was stopped is resumed. All methods have the same problems and number of sampled tokens (forced
-answers included), and the setting that is best for GRPO.
+answers included), each method with the best setting that was found for it (findings.md).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from engine.models import ROOT
 from experiments import report
 from experiments.report import folder
-from run.files import fail
+from run.files import end_in_one_line, fail
 from run.flags import positive_int, read_config
 from run.folder import config_of, duration
 
@@ -45,7 +45,7 @@ def main() -> None:
     failed = 0 if args.report else run_all(args, jobs_of(args, config))
     report.write_report(args, config)
     if failed:
-        fail(f"of the commands {failed} failed, see above; what they would have made is left out")
+        fail(f"{failed} commands failed (see above); their results are left out")
 
 
 # ---------------------------------------------------------------------------------------------- what is run
@@ -122,4 +122,4 @@ def run_all(args, jobs: list[Job]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    end_in_one_line(main)

@@ -29,7 +29,8 @@ def work(questions: dict[str, Callable]) -> None:
     """In the child: replies to batches on stdin until it is closed."""
     logging.disable(logging.CRITICAL)
     replies, sys.stdout = sys.stdout, sys.stderr
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    with suppress(ValueError, OSError):  # not every system has this limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     if not questions["right"](r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"):  # does its parser fit the antlr runtime?
         raise SystemExit("math-verify does not work here: pip install 'math-verify[antlr4_13_2]'")
     for gold, answer in (("(1,2)", "(xy)"), ("(0,1]", "x>1"), ("x+1", "1+2x=y")):

@@ -143,6 +143,8 @@ def tell_markers(traces: list[Trace]) -> None:
     """The same in a line, where it is not as it should be."""
     counts = marker_counts(map(whole_text, traces))
     if traces and counts["without_marker"] == 1:
-        print(f"none of the first {len(traces)} traces has a line like 'Backtrack to Line 2': nothing is gone back to")
+        print(f"none of the first {len(traces)} traces has a line like 'Backtrack to Line 2': none of them backtracks")
     if counts["markers_to_no_line"]:
-        print(f"of the first markers {counts['markers_to_no_line']:.1%} name a line that the attempt before has not")
+        print(
+            f"of the first markers {counts['markers_to_no_line']:.1%} name a line that the attempt before does not have"
+        )

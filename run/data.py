@@ -57,6 +57,8 @@ def load_problems(dataset: str, split: str, limit: int | None = None, columns: C
     rows = read_rows(Path(dataset)) if from_file else load_from_hub(dataset, name, part)
     if not from_file:
         columns = columns._replace(skip_unusable=True)
+    elif limit and limit < len(rows):
+        print(f"{dataset}: the first {limit} of {len(rows)} rows (--limit)")
     problems = [problem for problem, _ in usable_rows(dataset, rows, limit, columns)]
     if (different := len(set(map(text_and_answer, problems)))) < len(problems):
         rows_are = f"{len(problems)} rows are {plural(different, 'problem')}"

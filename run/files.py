@@ -49,6 +49,10 @@ def end_in_one_line(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # nobody reads any more, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try again at its end
         raise SystemExit(say_stopped(signal.SIGPIPE)) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not loaded here
+            raise
+        fail(f"{first_line(error)} A training needs less with a lower --max-tokens-per-batch; --dry-run estimates it")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -27,6 +27,9 @@ from run.folder import MAY_CHANGE, config_of
 class Parser(argparse.ArgumentParser):
     """What it refuses is one line, too."""
 
+    def __init__(self, **more):
+        super().__init__(allow_abbrev=False, **more)
+
     def error(self, message: str) -> NoReturn:
         fail(message.removeprefix("argument "))
 
@@ -64,7 +67,7 @@ def new_parser(doc: str | None, dataset: tuple, split: tuple, limit: tuple) -> a
     flag("config", type=Path, help="YAML file of defaults; flags override it")
     flag("resume", action="store_true", help="go on where the run in --out stopped")
     flag("overwrite", action="store_true", help="discard the run in --out and start again")
-    plan = "only tell requests and sampled tokens, at most, and the time at RATE tokens a second, if that is given"
+    plan = "print upper bounds on requests and sampled tokens, and end; with RATE, tokens a second, the time, too"
     flag("dry-run", nargs="?", const=True, default=False, type=positive_int, metavar="RATE", help=plan)
     return parser
 
@@ -195,6 +198,8 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
     args.context = None
     if is_served(args.engine) and not any(getattr(args, flag, None) for flag in ("compare", "from_run", "dry_run")):
         ask_server(args)
+    elif is_served(args.engine) and not args.model:
+        fail(f"--engine {args.engine}: name the --model that is served there")
     args.model = args.model or "tiny"
     fill_in(args, actions)
     refuse_shared(args)
@@ -203,8 +208,12 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None):
 
 def fill_in(args: argparse.Namespace, actions: dict[str, Any]) -> None:
     """The defaults of flags that were not given; in `unusual` those that were and are not the defaults."""
-    about = described(args.tokenizer or args.model.split(",")[0])
-    tiny = "embedded_reasoner" in about
+    kinds = [described(args.tokenizer or model) for model in args.model.split(",")]
+    about, tiny = kinds[0], "embedded_reasoner" in kinds[0]
+    if any(("embedded_reasoner" in other) != tiny for other in kinds):
+        fail(
+            f"--model {args.model}: the embedded model has other defaults than the others; run them apart and --compare"
+        )
     defaults = {name: action.by_model[not tiny] for name, action in actions.items() if hasattr(action, "by_model")}
     defaults |= {name: value for name, value in about.get("flags", {}).items() if name in defaults}
     for name in ("answer_tokens", "extension_tokens"):  # as much less as --max-tokens is than its default
@@ -227,6 +236,8 @@ def fill_in(args: argparse.Namespace, actions: dict[str, Any]) -> None:
 
 def refuse_shared(args: argparse.Namespace) -> None:
     """Ends the program for values of shared flags that make no sense."""
+    if args.tokenizer and not is_served(args.engine):
+        fail(f"--tokenizer {args.tokenizer}: is for a served model; the others have their own")
     if args.resume and args.overwrite:
         fail("--resume and --overwrite: not both")
     if args.think_marks and ("" in map(str.strip, args.think_marks) or len(set(args.think_marks)) < 2):

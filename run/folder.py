@@ -84,10 +84,12 @@ def recorded_run(run: Path, flag: str, *fields: str) -> RecordedRun:
     for name in fields:
         if lacking := sum(record.get(name) in (None, [], {}) for record in records):
             fail(f"{flag} {run}: {lacking} of {len(records)} records of this run of {script} have no {name}")
+    if flag != "--from" and any("step" in record for record in records):
+        fail(f"{flag} {run}: the records of this run of {script} are of a model that changes in training")
     if script == "star_mrt.py":  # held-out problems, and models that have no name
-        model = settings["model"] if file.name == "base.jsonl" else str(run)
+        model = settings["model"] if file.name in ("base.jsonl", "samples_1.jsonl") else str(run)
         held_out = {"dataset": settings["eval_dataset"] or settings["dataset"], "split": settings["eval_split"]}
-        settings = {**settings, **held_out, "model": model}
+        settings = {**settings, **(held_out if "samples" not in file.name else {}), "model": model}
     return RecordedRun(run.name.removesuffix(".jsonl"), settings, records, script, parsed(folder / "inputs.json") or {})
 
 

@@ -197,7 +197,7 @@ def tell_single_episodes(args, traces: list[Trace]) -> bool:
     elif traces and all(len(trace.boundaries) <= 2 for trace in traces):
         print(
             f"all of the first {len(traces)} thoughts are one episode, with no progress within them to credit; "
-            "--markers FILE names the phrases that open its episodes, three paragraphs or more apart",
+            "--markers FILE names the phrases that open an episode of this model, three paragraphs or more apart",
             flush=True,
         )
     return True

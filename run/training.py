@@ -422,7 +422,8 @@ def update_memory(config, tokens: int, dtype: torch.dtype, reference: bool, worl
     outer = vocabulary * (1 if getattr(config, "tie_word_embeddings", True) else 2)
     size, many, low = dtype.itemsize, world > 1, dtype != torch.float32
     inputs = (size if many else 4) * tokens * config.num_hidden_layers * config.hidden_size
-    inside = size * tokens * (7 * config.intermediate_size + 18 * config.hidden_size)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inside = size * tokens * (7 * (max(inner) if isinstance(inner, list) else inner) + 18 * config.hidden_size)
     cast = size * count if low and not many else 0
     head = (2 * size + 4) * vocabulary + 5 * 4 * min(tokens * config.vocab_size, CHUNK_LOGITS)
     return count, {
