@@ -362,7 +362,6 @@ def test_an_output_that_nobody_takes_is_one_line(capsys, monkeypatch, error, cod
     [
         ("rl_mrt.py --dataset rows.jsonl --out run --overwrite", "row 2"),
         ("evaluate.py --model nobody/nothing --dataset tiny --out out", "--model nobody/nothing"),
-        ("evaluate.py --no-such-flag", "--no-such-flag"),
     ],
 )
 def test_a_real_process_says_one_line_and_exits_with_2(tmp_path, monkeypatch, command, says):

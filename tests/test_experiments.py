@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from conftest import succeeded
 from test_mrt import a_trace
 
 import rl_mrt
@@ -32,15 +31,9 @@ example: MRT online
 """)
 
 
-def execute(folder: Path, *command):
-    command = [sys.executable, "-m", "experiments.compare", *map(str, command)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900, env=environment)
-
-
-def test_the_comparison_from_nothing_and_again_from_its_runs(tmp_path):
+def test_the_comparison_from_nothing_and_again_from_its_runs(tmp_path, execute):
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(TOY))
-    command = ("--config", "toy.yaml", "--out", "run", "--jobs", 1)
+    command = ("experiments.compare", "--config", "toy.yaml", "--out", "run", "--jobs", 1)
     done = execute(tmp_path, *command)
     assert done.returncode == 0 and done.stdout.count("python rl_mrt.py") == 2, done.stderr
     pages = tmp_path / "run" / "pages"
@@ -88,10 +81,10 @@ def test_runs_of_other_settings_are_refused_before_anything_runs(tmp_path, capsy
     assert ended.value.code == 2 and f"{run}: was made with other settings" in message and message.count("\n") == 1
 
 
-def test_a_command_that_fails_is_named_with_its_log(tmp_path):
+def test_a_command_that_fails_is_named_with_its_log(tmp_path, execute):
     toy = {**TOY, "train": {**TOY["train"], "max-tokens": 1}, "confirm": {**TOY["confirm"], "seeds": {"GRPO": 1}}}
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(toy))
-    done = execute(tmp_path, "--config", "toy.yaml", "--out", "run", "--jobs", 1)
+    done = execute(tmp_path, "experiments.compare", "--config", "toy.yaml", "--out", "run", "--jobs", 1)
     assert done.returncode == 2 and "ended with 2: see run/confirm/grpo-seed0.log" in done.stderr
     log = tmp_path / "run" / "confirm" / "grpo-seed0.log"
     assert "--max-tokens 1" in log.read_text()
@@ -190,16 +183,13 @@ def test_the_advantages_of_budgets_by_hand():
 
 
 @pytest.mark.parametrize("variant", [name for name, (of, _) in variants.VARIANTS.items() if of is rl_mrt])
-def test_a_variant_trains_with_its_own_rollouts(tmp_path, variant):
+def test_a_variant_trains_with_its_own_rollouts(tmp_path, execute, variant):
     bonus = 0 if variant == "budgets" else 1
     toy = f"--bonus {bonus} --max-tokens 64 --steps 2 --problems-per-step 3 --group-size 4 --eval-every 0"
     losses = {}
-    for script in (f"experiments/variants.py {variant}", "rl_mrt.py"):
-        command = [sys.executable, *f"{script} {toy} --out".split(), str(tmp_path / script)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        losses[script] = [line["loss"] for line in read_jsonl(tmp_path / script / "metrics.jsonl")]
+    for script, *words in (("experiments/variants.py", variant), ("rl_mrt.py",)):
+        succeeded(execute(tmp_path, script, *words, *toy.split(), "--out", f"run-{len(words)}"))
+        losses[script] = [line["loss"] for line in read_jsonl(tmp_path / f"run-{len(words)}" / "metrics.jsonl")]
     ours, theirs = losses.values()
     assert len(ours) == 2 and ours[0] != pytest.approx(theirs[0])
 
