@@ -38,8 +38,10 @@ REFUSED = {  # the line begins with the flag
     "| --length-penalty 1 | --stop-credit 20 --bonus 0 | --progress likelihood --variant prefix | --warmup 1 | --lr 0 "
     "| --max-tokens 1 --bonus 1 | --chat-template-kwargs [] | --think-marks A A "
     '| --chat-template-kwargs {"x":"\\ud83d"}',
-    evaluate: "--top-p 0 | --top-p 1.5 | --top-p nan | --k 1,two | --budgets 0 | --seed -1 | --num-samples 0 | --k 99",
-    analyze_r1: "--seed -1 | --episodes-per-point 0 | --from nowhere | --markers nowhere",
+    evaluate: "--top-p 0 | --top-p 1.5 | --top-p nan | --k 1,two | --budgets 0 | --seed -1 | --num-samples 0 | --k 99 "
+    "| --model tiny,some/model | --tokenizer some/model",
+    analyze_r1: "--engine http://localhost:1/v1 --dry-run | --seed -1 | --episodes-per-point 0 | --from nowhere "
+    "| --markers nowhere",
     budget_force: "--seed -1 | --extensions -1 | --strings a,,b | --thoughts nowhere",
     star_mrt: "--seed -1 | --min-success 1.5 | --temperature 0 | --epochs 0 | --filter all",
 }
@@ -50,7 +52,8 @@ def test_what_flags_may_not_be(capsys, script):
     for command in REFUSED[script].split(" | "):
         line = refusal(capsys, script.flags, command.split())
         assert line.startswith(f"error: {command.split()[0]}") and len(line) < 300, line
-    assert "--no-such-flag" in refusal(capsys, script.flags, ["--no-such-flag"])
+    for flag in ("--no-such-flag", "--lim=3"):
+        assert flag in refusal(capsys, script.flags, [flag])
     assert "half a character" in refusal(capsys, script.flags, ["--dataset", os.fsdecode(b"d\xff.jsonl")])
 
 
