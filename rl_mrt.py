@@ -508,10 +508,9 @@ def prefix_credit(group: list[Trace]) -> list[np.ndarray]:
     What it does in expectation: J(μ|c) is only a baseline (it does not depend on what follows c), so the bonus adds
     weight on the outcome, from prefixes that end at random episodes, free of the group's std.
     """
-    return [
-        np.full(len(trace.completion.token_ids), trace.reward - float(trace.prefix_J))  # MRT 6: r_prg(z; c)
-        for trace in group
-    ]
+    J = group[0].prefix_J
+    assert J is not None
+    return [np.full(len(trace.completion.token_ids), trace.reward - J) for trace in group]  # MRT 6: r_prg(z; c)
 
 
 def stop_gains(trace: Trace) -> np.ndarray:

@@ -175,7 +175,7 @@ def test_every_number_with_an_interval_is_one_of_the_comparison():
 
 
 # A paragraph between marks, and where its numbers stand in a file, one a line, in their order. A place is a path like
-# `tables › Self-training › STaR › tokens` (of an interval: its mean), `… minus …` or `… over …` of two; `cells › GRPO: right,
+# `tables › Levels › STaR › tokens` (of an interval: its mean), `… minus …` or `… over …` of two; `cells › GRPO: right,
 # tokens` are two places; `= 384` is a setting.
 MARKED = re.compile(r"<!-- (experiments/\S+\.json)\n(.*?)\n-->\n(.*?)<!-- end -->", re.S)
 SHOWN = re.compile(r"(?<![\w.@-])[+-]?\d+(?:\.\d+)?k?(?![\w-])")
