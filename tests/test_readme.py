@@ -175,8 +175,8 @@ def test_every_number_with_an_interval_is_one_of_the_comparison():
 
 
 # A paragraph between marks, and where its numbers stand in a file, one a line, in their order. A place is a path like
-# `tables › Levels › STaR › tokens` (of an interval: its mean), `… minus …` or `… over …` of two; `cells › GRPO: right,
-# tokens` are two places; `= 384` is a setting.
+# `tables › Levels › STaR › tokens` (of an interval: its mean), `… minus …` or `… over …` of two; `cells › GRPO ›
+# {right, tokens}` are two places; `= 384` is a setting.
 MARKED = re.compile(r"<!-- (experiments/\S+\.json)\n(.*?)\n-->\n(.*?)<!-- end -->", re.S)
 SHOWN = re.compile(r"(?<![\w.@-])[+-]?\d+(?:\.\d+)?k?(?![\w-])")
 
@@ -192,10 +192,10 @@ def value_at(data, place: str):
 
 def wrong_numbers(data, places: str, paragraph: str) -> list[tuple[str, str]]:
     """(number, place) of those that are not what stands there, rounded; ValueError unless each has a place."""
-    parts = (line.rpartition(": ") for line in places.splitlines())
-    each = [
-        f"{head} › {name}" if head else name for head, _, names in parts for name in names.split(", " if head else "\n")
-    ]
+    each = []
+    for line in places.splitlines():
+        head, _, names = line.partition("{")
+        each += [head + name for name in names.rstrip("}").split(", ")] if names else [line]
     wrong = []
     for number, place in zip(SHOWN.findall(paragraph), each, strict=True):
         value = place[2:] if place.startswith("= ") else value_at(data, place)
