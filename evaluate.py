@@ -273,8 +273,10 @@ def table_of_datasets(recorded: list[RecordedRun], datasets: list[str]) -> str:
     comes from independent bootstraps of the data sets."""
     right: dict[str, dict[str, np.ndarray]] = {}
     for run in recorded:
-        means = problem_means(run.records, lambda r: r["reward"])
-        right.setdefault(run.settings["model"], {})[run.settings["dataset"]] = means
+        of_model, dataset = right.setdefault(run.settings["model"], {}), run.settings["dataset"]
+        if dataset in of_model:
+            fail(f"--compare: two runs of {run.settings['model']} on {dataset}; a table of several data sets has one")
+        of_model[dataset] = problem_means(run.records, lambda r: r["reward"])
     names = {model: short_name(model) for model in right}
     rows = []
     for model, values in right.items():

@@ -313,6 +313,8 @@ def ask_server(args) -> None:
     """Sets --model, --tokenizer and the context of a served model to what the server at --engine says."""
     models = [find_served(args.engine, model) for model in (args.model.split(",") if args.model else [None])]
     args.model, weights = ",".join(model.name for model in models), models[0].weights
+    if len({model.weights for model in models}) > 1 and not args.tokenizer:
+        fail(f"--model {args.model}: other weights have other tokenizers; evaluate one at a time, then --compare")
     if not args.tokenizer and weights.startswith("/") and not Path(weights).is_dir():
         fail(f"--engine {args.engine}: has loaded {weights}, which is not here; name its --tokenizer")
     args.tokenizer = args.tokenizer or weights

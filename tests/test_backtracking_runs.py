@@ -97,7 +97,7 @@ def test_what_does_not_go_together_is_refused(monkeypatch, capsys, tmp_path):
     assert "--parameterization backtracking: not for tiny" in told(analyze_r1, "--parameterization", "backtracking")
     assert "--progress likelihood" in told(rl_mrt, "--model", MODEL, "--progress", "likelihood", "--variant", "online")
     assert "--style window and --parameterization backtracking go together" in told(budget_force, "--style", "window")
-    assert "--style paper: not for --parameterization backtracking" in told(
+    assert "--style window and --parameterization backtracking" in told(
         budget_force, "--model", MODEL, "--style", "paper"
     )
 
