@@ -1,6 +1,6 @@
 """experiments/locks/locks.py: two locks, a throw-away harder task for a kill test (issue 35, item 3). Not merged.
 
-    Find x between 1 and 30 such that x² + 17 ≡ 5 (mod 61). Find y between 1 and 30 such that y² +3 vs7 (mod 61).
+    Find x between 1 and 30 such that x² + 17 ≡ 5 (mod 61). Find y between 1 and 30 such that y² +3 ≡7 vs7 (mod 61).
 
     python -m experiments.locks.locks demos                  # what the demonstrations are like
     python -m experiments.locks.locks train --out runs/locks/base --steps 1200
@@ -12,7 +12,9 @@ y's numbers are tokens of their own, too (` 8² ≡3, +3 ≡6 vs7` where x has `
 model added x's summand to y's squares for 425 steps (half of its lines wrong, nothing right). The base was made in five
 parts, each from the last one's checkpoint: 400 steps with shared tokens; 200 with y's own squares and summands; 100 with
 targets, too; 100 + 240 with sums, too (batches of 16 from here on); there it took x's target into its first y line and
-copied it from line to line. So the problem states y's target with the very token of the lines (`vs7`), and 200 steps.
+copied it from line to line. So the problem states y's target with the very token of the lines (`vs7`): 100 steps; 100 with
+--number-weight 20, since a y's first line is one token in several hundred; and the last ones, weighted so, with a problem
+that states y's target as a line does (`≡7 vs7`), which a head that copies from earlier lines finds.
 """
 
 import argparse
@@ -32,13 +34,16 @@ from tiny.build import DOUBTS, GIVE_UP, OPENINGS, THINK_END
 from tiny.problems import PRIME, equations
 
 N = 30
-ASKED = {"x": " ≡ ", "y": " vs"}
 PLUS, SAME, VERSUS = {"x": " + ", "y": " +"}, {"x": " ≡ ", "y": " ≡"}, {"x": " vs ", "y": " vs"}
+
+
+def asked(v: str, target: int) -> str:
+    return f" ≡ {target}" if v == "x" else f" ≡{target} vs{target}"
 
 
 def pose(first: tuple[int, int], second: tuple[int, int], split: str, place: int) -> dict:
     text = " ".join(
-        f"Find {v} between 1 and {N} such that {v}²{PLUS[v]}{b}{ASKED[v]}{(s * s + b) % PRIME} (mod {PRIME})."
+        f"Find {v} between 1 and {N} such that {v}²{PLUS[v]}{b}{asked(v, (s * s + b) % PRIME)} (mod {PRIME})."
         for v, (b, s) in zip("xy", (first, second))
     )
     name = f"locks-{split}-{first[0]}-{first[1]}-{second[0]}-{second[1]}"
@@ -207,9 +212,11 @@ def train(args) -> None:
         where[rows, places[0]] = where[rows, places[1]] = 0
         logits = model.lm_head(states[where.bool()])
         count = int(mask[:, 1:].sum())
-        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:][where.bool()], reduction="sum") / count
+        losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:][where.bool()], reduction="none")
+        numbers = torch.isin(ids[:, 1:][where.bool()], torch.cat(list(kinds.values())))
+        loss = losses.sum() / count
         guesses = [torch.nn.functional.cross_entropy(model.lm_head(states[rows, places[i]]), even[i]) for i in (0, 1)]
-        total = loss + args.answer_weight * sum(guesses)
+        total = (losses * (1 + (args.number_weight - 1) * numbers)).sum() / count + args.answer_weight * sum(guesses)
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -270,6 +277,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--answer-weight", type=float, default=1.0)
+    parser.add_argument("--number-weight", type=float, default=1.0, help="of what a line's numbers lose")
     parser.add_argument("--give-up", type=float, default=0.03)
     parser.add_argument("--work", type=float, default=0.4)
     parser.add_argument("--seed", type=int, default=0)
