@@ -230,11 +230,11 @@ def gradients(args) -> None:
         done.write_text(json.dumps({"facts": facts(many), "openings": rows}, ensure_ascii=False))
 
 
-def measures(K: np.ndarray, keep: np.ndarray) -> dict[str, dict[str, float]]:
+def measures(K: np.ndarray, keep: np.ndarray, alpha: float = 1.0) -> dict[str, dict[str, float]]:
     """From K [parts, parts, batches, batches], over the batches kept."""
     K = K[:, :, keep][:, :, :, keep]
     n = len(keep)
-    combos = np.array([[float(p in names) for p in PARTS] for names in ESTIMATORS.values()])
+    combos = np.array([[float(p in names) * (1 if p in PARTS[:2] else alpha) for p in PARTS] for names in ESTIMATORS.values()])
     E = np.einsum("ep,pqbc,fq->efbc", combos, K, combos)
     off = lambda M: (M.sum() - np.trace(M)) / (n * (n - 1))  # noqa: E731
     o = list(ESTIMATORS).index("outcome")
@@ -275,6 +275,7 @@ def report(args) -> None:
         values = np.array([f(d) for d in deleted])
         return float(np.sqrt((n - 1) / n * ((values - values.mean()) ** 2).sum()))
 
+    np.save(args.out / "K.npy", K)
     table, ratios = {}, {}
     for name in ESTIMATORS:
         table[name] = {c: [float(whole[name][c]), jackknife(lambda d: d[name][c])] for c in columns}
@@ -283,7 +284,8 @@ def report(args) -> None:
             f = lambda d: float(d[name][c] / d["GRPO"][c])  # noqa: E731
             log = jackknife(lambda d: np.log(max(f(d), 1e-9)))
             r = f(whole)
-            ratios[name][c] = {"ratio": r, "se": jackknife(f), "95 %": [r * np.exp(-1.96 * log), r * np.exp(1.96 * log)], "halves": [f(h) for h in halves]}
+            logs = np.array([np.log(max(f(d), 1e-9)) for d in deleted])
+            ratios[name][c] = {"ratio": r, "less the jackknife's bias": float(np.exp(n * np.log(r) - (n - 1) * logs.mean())), "se": jackknife(f), "95 %": [r * np.exp(-1.96 * log), r * np.exp(1.96 * log)], "halves": [f(h) for h in halves]}
     chunks = [json.loads(f.read_text()) for f in sorted(args.out.glob("facts-*.json"))]
     means = {k: float(np.mean([c["facts"][k] for c in chunks])) for k, v in chunks[0]["facts"].items() if isinstance(v, float)}
     opens = {}
@@ -291,19 +293,28 @@ def report(args) -> None:
         total = np.sum([row[kind] for c in chunks for row in c["openings"] if kind in row], 0)
         per = dict(zip(PARTS, total[:-1] / total[-1]))
         opens[kind] = {name: float(sum(per[p] for p in names)) for name, names in ESTIMATORS.items()}
+    sweep = {}
+    for alpha in (0.1, 0.25, 0.5, 1, 2, 4):
+        at = measures(K, everything, alpha)
+        sweep[str(alpha)] = {e: {c: float(at[e][c] / at["GRPO"][c]) for c in columns[:4]} for e in list(ESTIMATORS)[2:]}
+    gains = {k: [r for c in chunks if (r := c["facts"]["nats of an episode"].get(k)) and r[2]] for k in ("none", "x", "x found", "y found", "both")}
+    gains = {k: {"mean": float(np.average([r[0] for r in v], weights=[r[2] for r in v])), "episodes": sum(r[2] for r in v)} for k, v in gains.items()}
+    J = {k: float(np.mean([c["facts"]["mean J"][k] for c in chunks])) for k in ("empty", "none", "x", "both")}
     base_file = args.out / "base.json"
     summary = {
         "rollouts": n * 32, "max_tokens": args.max_tokens, "train rollouts": means,
         "held out": json.loads(base_file.read_text()) if base_file.exists() else None,
         "value and jackknife error": table, "to GRPO": ratios, "opens": opens,
-        "mean J": [c["facts"]["mean J"] for c in chunks][:1], "nats of an episode": [c["facts"]["nats of an episode"] for c in chunks][:1],
+        "mean J": J, "nats of an episode": gains, "to GRPO, other weights of progress": sweep,
     }
+    if (informed := args.out / "informed.json").exists():
+        summary["how informed μ is, held out"] = json.loads(informed.read_text())
     args.summary.write_text(json.dumps(summary, indent=1, ensure_ascii=False))
     for name in ESTIMATORS:
         print(f"{name:26s}", "  ".join(f"{c} {v:.4f} ± {s:.4f}" for c, (v, s) in table[name].items()))
     for name in ESTIMATORS:
         print(f"{name:26s}", "  ".join(f"{c} {v['ratio']:.2f} [{v['95 %'][0]:.2f}, {v['95 %'][1]:.2f}] halves {v['halves'][0]:.2f} {v['halves'][1]:.2f};" for c, v in ratios[name].items()))
-    print(json.dumps({k: summary[k] for k in ("train rollouts", "opens", "mean J", "nats of an episode")}, indent=1, ensure_ascii=False))
+    print(json.dumps({k: summary[k] for k in ("mean J", "nats of an episode", "to GRPO, other weights of progress")}, indent=1, ensure_ascii=False))
 
 
 def main() -> None:

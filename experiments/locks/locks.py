@@ -14,7 +14,8 @@ parts, each from the last one's checkpoint: 400 steps with shared tokens; 200 wi
 targets, too; 100 + 240 with sums, too (batches of 16 from here on); there it took x's target into its first y line and
 copied it from line to line. So the problem states y's target with the very token of the lines (`vs7`): 100 steps; 100 with
 --number-weight 20, since a y's first line is one token in several hundred; and the last ones, weighted so, with a problem
-that states y's target as a line does (`≡7 vs7`), which a head that copies from earlier lines finds.
+that states y's target as a line does (`≡7 vs7`), which a head that copies from earlier lines finds: 200, then
+200 more with --number-weight 3 --answer-weight 2 --give-up 0.02 --work 0.45 (right rose from .14 ± .03 to .22).
 """
 
 import argparse
