@@ -53,12 +53,12 @@ from run.report import Curve, Panel, cell, group_by, group_by_problem, interval,
 from run.traces import (
     DIRECT,
     accuracy_at,
+    checked_prompts,
     context_of,
     inputs_of,
     new_traces,
     pass_rate,
     prompts_of,
-    prompts_to,
     regret_at,
     room_for_answer,
     sampler_of,
@@ -158,17 +158,17 @@ def analyse(args) -> None:
     tokenizer = tokenizer_of(args)
     if args.traces:
         problems, responses = data.load_responses(args.traces, args.limit, data.columns_of(args))
-        prompts = prompts_to(args, tokenizer, problems)
+        prompts = prompts_of(args, tokenizer, problems)
         given, longest = read_given(args, tokenizer, problems, prompts, responses)
     else:
         problems, responses, given = data.problems_of(args), [], None
-        prompts, longest = prompts_of(args, tokenizer, problems)
+        prompts, longest = checked_prompts(args, tokenizer, problems)
     inputs, direct = inputs_of(args, problems, prompts), None
     for problem, row in zip(problems, responses):
         inputs.setdefault("responses", {}).update({f"{problem['id']} {n}": digest(text) for n, text in enumerate(row)})
     if args.direct_model:  # a wrong name is told now
         direct = with_model(changed(args, num_samples=args.direct_samples), args.direct_model)
-        questions, longest_of_direct = prompts_of(direct, tokenizer_of(direct), problems, forced=False)
+        questions, longest_of_direct = checked_prompts(direct, tokenizer_of(direct), problems, forced=False)
         of_direct = inputs_of(direct, problems, questions)
         inputs |= {f"{kind} of {direct.model}": read for kind, read in of_direct.items()}
     sampler = sampler_of(args, tokenizer, longest)

@@ -48,13 +48,13 @@ from run.report import Curve, Panel, Values, group_by_problem, interval, problem
 from run.traces import (
     AXES,
     FORCED_BUDGET,
+    checked_prompts,
     context_of,
     forcing_of,
     inputs_of,
     new_traces,
     problem_key,
     problem_of,
-    prompts_of,
     sampler_of,
     segmentation,
     tokenizer_of,
@@ -188,7 +188,7 @@ def force(args, problems: list[dict], thoughts: list[list[dict]] | None) -> None
     strings = max(len(encode(tokenizer, "\n" + string)) for string in args.strings)
     more = args.extensions * (args.extension_tokens + strings) if args.style == "paper" else 0
     more = args.extension_tokens if args.style == "window" else more
-    prompts, longest = prompts_of(args, tokenizer, problems, more)
+    prompts, longest = checked_prompts(args, tokenizer, problems, more)
     given = thoughts and [
         [trace_of(record, tokenizer, problem, prompt) for record in row]
         for problem, prompt, row in zip(problems, prompts, thoughts)

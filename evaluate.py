@@ -26,10 +26,10 @@ from run.report import Curve, Panel, Values, group_by_problem, interval, mean_in
 from run.traces import (
     AXES,
     accuracy_at,
+    checked_prompts,
     inputs_of,
     new_traces,
     pass_rate,
-    prompts_of,
     regret_at,
     sampler_of,
     segmentation,
@@ -121,7 +121,9 @@ def evaluate_model(evaluations: list[argparse.Namespace], problems: dict[str, li
     first = evaluations[0]
     tokenizer = tokenizer_of(first)
     forced = forces(first)
-    prompts = {one.dataset: prompts_of(one, tokenizer, problems[one.dataset], forced=forced) for one in evaluations}
+    prompts = {
+        one.dataset: checked_prompts(one, tokenizer, problems[one.dataset], forced=forced) for one in evaluations
+    }
     sampler = sampler_of(first, tokenizer, max(longest for _, longest in prompts.values()))
     for one in evaluations:
         inputs = inputs_of(one, problems[one.dataset], prompts[one.dataset][0])

@@ -77,13 +77,13 @@ from run.traces import (
     ROLLOUT,
     STOPPED,
     VALIDATION,
+    checked_prompts,
     forcing_of,
     inputs_of,
     problem_key,
     problem_of,
     prompt_of,
     prompts_of,
-    prompts_to,
     sampler_of,
     segmentation,
     tell_single_episodes,
@@ -183,7 +183,11 @@ def check_flags(args) -> None:
 def main() -> None:
     _, world = start_processes()
     args = flags()
-    check_engine(args, world)
+    if args.problems_per_step < world:
+        fail(f"--problems-per-step {args.problems_per_step}: fewer than the {world} processes")
+    if is_served(args.engine):
+        fail("--engine: a server keeps the weights it has loaded, so it cannot sample from a model in training")
+    args.engine = pick_engine(args.engine)
     if not args.dry_run:
         folder.check_out(args)
     tokenizer = tokenizer_of(args)  # small: a wrong --model is reported before a data set is fetched
@@ -192,7 +196,7 @@ def main() -> None:
     problems = recorded_prefixes(args, tokenizer) if args.prefixes else data.problems_of(args)
     validation = data.held_out_of(args) if args.eval_every else []
     first = args.prompt_tokens * begins_with_attempt(args)
-    prompts, longest = prompts_of(args, tokenizer, problems + validation, first, bool(args.bonus or validation))
+    prompts, longest = checked_prompts(args, tokenizer, problems + validation, first, bool(args.bonus or validation))
     if args.dry_run:
         print(training.memory_plan(args, len(problems), longest))
         tell_plan(args, len(problems), len(validation))
@@ -227,15 +231,6 @@ def tell_plan(args, problems: int, validated: int) -> None:
         ("first attempt", first, args.prompt_tokens),
     )
     report.tell_plan(args.dry_run, problems, *work)
-
-
-def check_engine(args, world: int) -> None:
-    """Picks the engine; ends the run if it, or the number of processes, does not suit."""
-    if args.problems_per_step < world:
-        fail(f"--problems-per-step {args.problems_per_step}: fewer than the {world} processes")
-    if is_served(args.engine):
-        fail("--engine: a server keeps the weights it has loaded, so it cannot sample from a model in training")
-    args.engine = pick_engine(args.engine)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -276,7 +271,7 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
         except FloatingPointError as error:
             give_up(run, step, groups, error)
         sampler.sync()  # what is sampled next is sampled from the new weights
-        record(args, steps, groups, metrics, spent)  # from here on this step counts as done
+        write_step(args, steps, groups, metrics, spent)  # from here on this step counts as done
         if validation and steps.due(args.eval_every):
             validate(args, steps, sampler, validation)
         if rank == 0 and steps.due(args.checkpoint_every):
@@ -309,7 +304,7 @@ Advantages = list[list[np.ndarray]]  # [problems][G], each [tokens of the comple
 def rollouts_grpo(args, sampler: Sampler, problems, seed: tuple) -> Groups:
     """GRPO: G traces a problem."""
     return sample_groups(
-        args, sampler, problems, prompts_to(args, sampler.tokenizer, problems), args.max_tokens, (*seed, ROLLOUT)
+        args, sampler, problems, prompts_of(args, sampler.tokenizer, problems), args.max_tokens, (*seed, ROLLOUT)
     )
 
 
@@ -334,7 +329,7 @@ def rollouts_prefix(args, sampler: Sampler, problems, seed: tuple) -> Groups:
     if not args.prefixes:
         problems = (cut_rollouts if open_ended else first_attempts)(args, sampler, problems, seed)
     prefixes = [problem["prefix"]["token_ids"] for problem in problems]
-    prompts = [prompt + prefix for prompt, prefix in zip(prompts_to(args, sampler.tokenizer, problems), prefixes)]
+    prompts = [prompt + prefix for prompt, prefix in zip(prompts_of(args, sampler.tokenizer, problems), prefixes)]
     limits, texts = args.max_tokens, None
     if open_ended:
         limits = [args.max_tokens - len(prefix) for prefix in prefixes]
@@ -356,7 +351,7 @@ def begins_with_attempt(args) -> bool:
 def first_attempts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
     """The problems, each with a sampled first attempt and the phrase that opens the second: {token_ids, J}."""
     seeds = [(*seed, PARTIAL, problem["place"], problem_key(problem)) for problem in problems]
-    prompts, tokenizer = prompts_to(args, sampler.tokenizer, problems), sampler.tokenizer
+    prompts, tokenizer = prompts_of(args, sampler.tokenizer, problems), sampler.tokenizer
     limits = [max(1, args.prompt_tokens - len(prompt) - len(encode(tokenizer, RETRY))) for prompt in prompts]
     rows = sampler.generate(prompts, limits, seeds, temperature=args.temperature)
     rows = [[first_attempt(completion)] for (completion,) in rows]
@@ -377,7 +372,7 @@ def cut_rollouts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
     """The problems, each with the prefix of a partial rollout: {token_ids, J}, J(μ|c) from m rollouts that stop there.
     It is sampled by the model as it is before the update (the old policy), and never trained on."""
     seeds = [(*seed, PARTIAL, problem["place"], problem_key(problem)) for problem in problems]
-    prompts, rule = prompts_to(args, sampler.tokenizer, problems), segmentation(args)
+    prompts, rule = prompts_of(args, sampler.tokenizer, problems), segmentation(args)
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
     partial_rollouts = [read_trace(sampler.tokenizer, p, q, c, rule) for p, q, (c,) in zip(problems, prompts, rows)]
     ends = [t.boundaries[draw_cut(args, sampler.tokenizer, t, (*s, CUT))] for t, s in zip(partial_rollouts, seeds)]
@@ -626,12 +621,12 @@ def parts_of(args, traces: list[Trace]) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------- what is recorded
 
 
-def record(args, steps: training.Steps, groups: Groups, metrics: dict, spent: Spent) -> None:
+def write_step(args, steps: training.Steps, groups: Groups, metrics: dict, spent: Spent) -> None:
     """The step's traces in records.jsonl, its metrics in metrics.jsonl, a line on the screen."""
     update_seconds = time.time() - steps.step_began - spent.seconds
     groups = sorted(gather_over_ranks(groups), key=lambda group: group[0].problem["place"])
     step = steps.state["step"]
-    rows = records(step, groups)
+    rows = rows_of(step, groups)
     if ranks()[0] == 0:
         append_jsonl(steps.run / "records.jsonl", rows)
     sampled, computed = map(int, sum_over_ranks([spent.sampled_tokens, spent.computed_tokens]))
@@ -644,7 +639,7 @@ def record(args, steps: training.Steps, groups: Groups, metrics: dict, spent: Sp
         f" loss {stats['loss']:+.4f}  sampled {so_far:,} tokens  {spent.seconds:.1f} + {update_seconds:.1f} s"
     )
     counts = {"sampled_tokens": sampled, "computed_tokens": computed, "seconds": time.time() - steps.step_began}
-    steps.record({**stats, **seconds}, text, **counts)
+    steps.count({**stats, **seconds}, text, **counts)
     if ranks()[0] == 0 and stats["flat_groups"] == 1:
         print(
             "  every group is flat: no signal from the outcome. " + " ".join(report.why_zero(rows).split()), flush=True
@@ -662,14 +657,14 @@ def progress_told(stats: dict[str, float]) -> str:
     return ""
 
 
-def records(step: int, groups: Groups) -> list[dict]:
+def rows_of(step: int, groups: Groups) -> list[dict]:
     return [{"step": step + 1, **trace.record()} for trace in flat(groups)]
 
 
 def give_up(run: Path, step: int, groups: Groups, error: FloatingPointError) -> NoReturn:
     """Keeps the samples of an update that failed, and ends the run."""
     name = run / ("failed.jsonl" if ranks()[0] == 0 else f"failed_{ranks()[0]}.jsonl")
-    append_jsonl(name, [{"step": step + 1, "error": str(error)}, *records(step, groups)])
+    append_jsonl(name, [{"step": step + 1, "error": str(error)}, *rows_of(step, groups)])
     fail(f"step {step + 1}: {error}; stopped in the update, its samples are in {name}")
 
 
@@ -718,7 +713,7 @@ def validate(args, steps: training.Steps, sampler: Sampler, problems: list[dict]
     (rank, world), state = ranks(), steps.state
     share = problems[rank::world]  # none where there are fewer problems than processes
     seeds = [(args.seed, VALIDATION, problem_key(p)) for p in share]
-    prompts = prompts_to(args, sampler.tokenizer, share)
+    prompts = prompts_of(args, sampler.tokenizer, share)
     budgets = [args.max_tokens // 4, args.max_tokens // 2, args.max_tokens]
     forcing = Forcing(1, args.answer_tokens, args.temperature)
     with steps.can_be_left():

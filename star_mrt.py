@@ -45,10 +45,10 @@ from run.flags import add_group, changed, default_out, new_parser, parse_flags, 
 from run.report import Curve, Panel, Values, interval, problem_means
 from run.traces import (
     CHOSEN,
+    checked_prompts,
     inputs_of,
     new_traces,
     problem_key,
-    prompts_of,
     regret_at,
     sampler_of,
     segmentation,
@@ -120,7 +120,7 @@ def main() -> None:
         why = f"no thought to cut: {what_was_seen(tokenizer)}; --filter outcome (plain STaR) cuts none"
         fail(f"--model {args.model}: {why}")
     problems, held_out = data.problems_of(args), data.held_out_of(args)
-    prompts, longest = prompts_of(args, tokenizer, problems + held_out)
+    prompts, longest = checked_prompts(args, tokenizer, problems + held_out)
     model = models.load_model(weights_of(args), models.pick_device())
     run = folder.open_run_once(args, inputs_of(args, problems, prompts, held_out))
     sampler = sampler_of(args, tokenizer, longest, trained=model)
@@ -174,7 +174,7 @@ def self_train(args, run: Path, name: str, model, score, sampler: Sampler, probl
                 sampler.pause()
                 rows = [example.fine_tuned() for example in examples]
                 tuning = training.fine_tune(args, place / f"tuning_{iteration}", model, score, tokenizer, rows)
-            record(args, place, iteration, tokenizer, traces, examples, tuning)
+            write_iteration(args, place, iteration, tokenizer, traces, examples, tuning)
             if not examples:
                 return False
             training.save_model(final, model, tokenizer)
@@ -183,7 +183,7 @@ def self_train(args, run: Path, name: str, model, score, sampler: Sampler, probl
     return True
 
 
-def record(
+def write_iteration(
     args, place: Path, iteration: int, tokenizer, traces: list[Trace], examples: list["Example"], tuning
 ) -> None:
     """What an iteration kept and how it was trained: selected_N.jsonl, iteration_N.json, a line on the screen."""
@@ -216,7 +216,7 @@ def test_held_out(args, file: Path, sampler: Sampler, problems: list[dict]) -> N
 def traces_with_J(args, file: Path, sampler: Sampler, problems: list[dict]) -> list[Trace]:
     """--num-samples traces a problem with J at every boundary: sampled, each process its share, and read back."""
     tokenizer, rule = sampler.tokenizer, segmentation(args)
-    prompts, _ = prompts_of(args, tokenizer, problems)
+    prompts, _ = checked_prompts(args, tokenizer, problems)
     order = {problem["id"]: i for i, problem in enumerate(problems)}
     for traces in new_traces(args, file, sampler, problems, prompts, rule):
         records = gather_over_ranks([trace.record() for trace in traces])

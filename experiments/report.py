@@ -32,7 +32,7 @@ from run.report import (
     subplots,
     tokens_to_reach,
 )
-from run.traces import accuracy_at, prompts_of, regret_at, sample_traces, trace_curve
+from run.traces import accuracy_at, checked_prompts, regret_at, sample_traces, trace_curve
 
 DRAWS = 2000
 Values = dict[str, np.ndarray]  # {metric: [seeds, problems, …]} of one method
@@ -379,7 +379,7 @@ def traces_of(model: str) -> list[list[Trace]]:
     settings = evaluate.flags("--dataset tiny:10 --limit 24 --num-samples 8".split())
     tokenizer, problems = models.load_tokenizer(model), data.problems_of(settings)
     sampler = Sampler(TransformersEngine(models.load_model(model, "cpu")), tokenizer)
-    groups = sample_traces(settings, sampler, problems, prompts_of(settings, tokenizer, problems)[0])
+    groups = sample_traces(settings, sampler, problems, checked_prompts(settings, tokenizer, problems)[0])
     set_likelihood_J(sampler, flat(groups))
     return groups
 

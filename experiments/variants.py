@@ -26,7 +26,7 @@ from common import (
 )
 from run.files import end_in_one_line, fail
 from run.flags import quarters
-from run.traces import FORCED, ROLLOUT, prompts_to
+from run.traces import FORCED, ROLLOUT, prompts_of
 
 ONLINE_CREDIT = rl_mrt.episode_credit
 KEEP_PROGRESS, KEEP_RIGHT, FIRST_OF_PROBLEM = star_mrt.keep_progress, star_mrt.keep_right, star_mrt.first_of_problem
@@ -52,7 +52,7 @@ def rollouts_of_budgets(args, sampler, problems, seed) -> rl_mrt.Groups:
     drawn = [np.random.default_rng((*seed, p["place"])).integers(BUDGETS) for p in problems]
     limits = [quarters(args.max_tokens)[number] for number in drawn]
     groups = rl_mrt.sample_groups(
-        args, sampler, problems, prompts_to(args, tokenizer, problems), limits, (*seed, ROLLOUT)
+        args, sampler, problems, prompts_of(args, tokenizer, problems), limits, (*seed, ROLLOUT)
     )
     cut = [(trace, b) for group, b in zip(groups, limits) for trace in group if not trace.stopped]
     prompts = [forced_prompt(tokenizer, trace, cut_at_budget(trace, budget)) for trace, budget in cut]

@@ -57,10 +57,10 @@ def segmentation(args, max_steps: int = 49, group_size: int = 1) -> Any:
     return Segmentation(max_steps, group_size, most, (*EPISODE_MARKERS, *args.markers))
 
 
-def prompts_of(args, tokenizer, problems: list[dict], more: int = 0, forced=True) -> tuple[list[list[int]], int]:
+def checked_prompts(args, tokenizer, problems: list[dict], more: int = 0, forced=True) -> tuple[list[list[int]], int]:
     """The prompts of the problems, and the tokens of the longest with a completion and `more`, and an answer `forced`
     after it, if any is; ends the run if they exceed the model's context."""
-    prompts = prompts_to(args, tokenizer, problems)
+    prompts = prompts_of(args, tokenizer, problems)
     if not is_served(args.engine):
         asked = [*prompts, encode(tokenizer, stop_phrase(tokenizer))]
         check_ids(f"--model {args.model}", load_config(args.model), asked)
@@ -68,7 +68,7 @@ def prompts_of(args, tokenizer, problems: list[dict], more: int = 0, forced=True
     return prompts, check_lengths(args, problems, prompts, after)
 
 
-def prompts_to(args, tokenizer, problems: list[dict]) -> list[list[int]]:
+def prompts_of(args, tokenizer, problems: list[dict]) -> list[list[int]]:
     return [prompt_of(args, tokenizer, problem) for problem in problems]
 
 

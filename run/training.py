@@ -51,7 +51,7 @@ class Steps:
     """The steps of a training, to be gone through with `for`: each sets the learning rate and gives its number, from 0.
 
     It begins at the checkpoint in `run`, if there is one, and ends after `steps` steps or `sampled_tokens` tokens.
-    `state` is what a checkpoint keeps beside weights and moments; a step is done when `record` has counted it. After
+    `state` is what a checkpoint keeps beside weights and moments; a step is done once `count` has counted it. After
     kill -9 `--resume` loads the last checkpoint, `rewind` drops the lines of later steps (`files.repair` one that was
     cut), and those steps draw the same again.
 
@@ -117,7 +117,7 @@ class Steps:
                 raise
         self.end_if_asked()
 
-    def record(self, metrics: dict, text: str, **counts: float) -> None:
+    def count(self, metrics: dict, text: str, **counts: float) -> None:
         """Counts a step: adds `counts` to the state, writes the metrics, tells the text (if any) and the time left."""
         self.state |= {name: self.state[name] + more for name, more in counts.items()}
         self.state["step"] += 1
@@ -298,7 +298,7 @@ def fine_tune(args, folder: Path, model, score, tokenizer, examples: list[Exampl
         except FloatingPointError as error:
             fail(f"step {step + 1} of the fine-tuning in {folder}: {error}")
         shown = is_quiet() or (step + 1) % max(1, count // 5) == 0
-        steps.record({"examples": len(batch)}, f"step {step + 1} of {count}  loss {loss:.4f}" if shown else "")
+        steps.count({"examples": len(batch)}, f"step {step + 1} of {count}  loss {loss:.4f}" if shown else "")
         steps.checkpoint()
     model.eval()
     return {"steps": count, "loss": steps.state["loss"]}

@@ -20,7 +20,7 @@ from engine.transformers_engine import TransformersEngine
 from run import backtracking as bt
 from run.data import Columns, load_problems
 from run.files import json_line
-from run.traces import prompts_of, sample_traces, segmentation
+from run.traces import checked_prompts, sample_traces, segmentation
 from tiny.backtrack import PLACES, attempt, problems
 
 MODEL = "tiny/backtrack"
@@ -178,7 +178,7 @@ def searched(watched, *flags, count=5):
     args = budget_force.flags(["--model", MODEL, "--extensions", "4", "--extension-tokens", "12", *map(str, flags)])
     args.num_samples = 2
     chosen = problems("test")[:count]
-    prompts, _ = prompts_of(args, watched.tokenizer, chosen)
+    prompts, _ = checked_prompts(args, watched.tokenizer, chosen)
     groups = sample_traces(args, watched, chosen, prompts, segmentation(args))
     traces = [trace for group in groups for trace in group]
     watched.calls.clear()

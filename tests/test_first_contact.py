@@ -15,7 +15,7 @@ import star_mrt
 from run import data, report
 from run.folder import recorded_run
 from run.report import group_by_problem, interval, why_zero
-from run.traces import prompts_of
+from run.traces import checked_prompts
 
 # ------------------------------------------------------------------------------------------------ defaults
 
@@ -34,12 +34,12 @@ def test_limits_that_nobody_named_follow_max_tokens(max_tokens, budgets):
 def test_no_room_is_kept_for_answers_that_are_not_forced(tokenizer, problems, capsys):
     args = evaluate.flags(["--max-tokens", "4040", "--answer-tokens", "64"])
     assert args.metric == "pass@k" and not evaluate.forces(args)
-    _, longest = prompts_of(args, tokenizer, problems, forced=False)
+    _, longest = checked_prompts(args, tokenizer, problems, forced=False)
     assert 4040 < longest < 4096
-    message = refusal(capsys, prompts_of, args, tokenizer, problems)
+    message = refusal(capsys, checked_prompts, args, tokenizer, problems)
     fits = int(message.split("--max-tokens ")[-1].split()[0])
     args.max_tokens = fits
-    assert prompts_of(args, tokenizer, problems)[1] == 4096
+    assert checked_prompts(args, tokenizer, problems)[1] == 4096
 
 
 @pytest.mark.parametrize("script", [analyze_r1, budget_force, evaluate, rl_mrt, star_mrt])
