@@ -69,7 +69,7 @@ def write_report(args, config) -> None:
         if others and {"base", reference} <= set(values):
             measured = {name: values[name] for name in ("base", reference, *others)}
             tables |= comparison(config, measured, reference)
-    if "GRPO" in values:
+    if "GRPO" in values and config["train"].get("eval-every"):
         curves = {method: learning_curves(args, config, method) for method in ("GRPO", *pair["GRPO"])}
         tables["Training"] = training_table(curves)
         draw_results(args, config, values, curves)
