@@ -180,6 +180,7 @@ def token_boundaries(completion: Completion, end: int, rule: Segmentation) -> li
 
 
 def flat(groups: list[list[Trace]]) -> list[Trace]:
+    """The traces of all groups, in one list."""
     return [trace for group in groups for trace in group]
 
 

@@ -63,11 +63,8 @@ def command(script: str, out: Path, *settings: dict) -> tuple[Path, list[str]]:
 def jobs_of(args, config) -> list[Job]:
     """A training of each method and seed, then its model on test problems. Of self-training that is the last one."""
     jobs: list[Job] = []
-    script, test, tuning = (
-        config["confirm"].get("script", "evaluate.py"),
-        config["confirm"]["evaluate"],
-        config.get("star"),
-    )
+    script, test = config["confirm"].get("script", "evaluate.py"), config["confirm"]["evaluate"]
+    tuning = config.get("star")
     for seed in range(max(config["confirm"]["seeds"].values())):
         for method in (m for m, count in config["confirm"]["seeds"].items() if seed < count):
             run, job = folder(args, method, seed), []

@@ -297,9 +297,10 @@ def conclusion(gold: str, answer: str, same: Same) -> bool:
 _ALIAS = dict(min="minute", hr="hour", sec="second", lb="pound", metre="meter", litre="liter", inche="inch")
 _UNITS = set("mph kph week month oz ounce dollar usd cent euro eur yr rs gbp inr jpy cny".split())  # sympy has no such
 _WITH_UNITS = set(
-    "square sq cubic cu per of the in a an total each red blue people men women children person unit with certainty"
+    "per of the in a an total each red blue people men women children person unit with certainty"
     " centimetre kilometre hz kj ev kw erg rpm dm cl cc omega".split()
 )
+_POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 _UNIT_START = re.compile(r"(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2}|m\^|[^\x00-\x7f]|\\mu|\\Omega)| (?=[a-zA-Z])")
 _UNIT = re.compile(rf"(?:\\(?:Omega|cdot|times|mu|circ){T}|[a-zA-Z./ ·]|\^ ?\{{? ?-?[0-9] ?\}}?|[^\x00-\x7f])+")
 _PLURAL = re.compile(  # apples, but 7 sixteenths are not 7
@@ -316,10 +317,7 @@ def unit(word: str) -> Any:
         if name in _UNITS or (isinstance(known, si.Quantity) and name not in ("permille", "pm")):
             return known
     counts = _PLURAL.fullmatch(word) and word[:-1] not in NUMBERS
-    return "" if counts or name in _WITH_UNITS or not word.isascii() else None
-
-
-_POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
+    return "" if counts or name in _WITH_UNITS | _POWERS.keys() or not word.isascii() else None
 
 
 def quantity(text: str) -> tuple[str, list[tuple[Any, str]]] | None:

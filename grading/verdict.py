@@ -101,7 +101,9 @@ def _ask_batch(batch: list[tuple]) -> None:
             while len(replies) < len(batch) and "timeout" not in replies:
                 replies.append(json.loads(worker.stdout.readline()))
             _idle.append(worker)  # never one that still owes a reply: it must not be taken for the next question's
-        except (json.JSONDecodeError, BrokenPipeError):  # no line came: it died
+        except BrokenPipeError:  # it had died before: the next one is asked
+            _stop(worker)
+        except json.JSONDecodeError:  # no line came: it died at this question
             _stop(worker)
             replies.append("timeout")
         _known.update(zip(batch, replies))
@@ -111,6 +113,8 @@ def _ask_batch(batch: list[tuple]) -> None:
 def _ask(questions: Iterable[tuple]) -> dict[tuple, Any]:
     """Replies to questions ("right", gold, answer), ("readable", gold), ("vote", gold, a, b); each is asked once."""
     new = [question for question in dict.fromkeys(questions) if question not in _known]
+    if not new:
+        return _known
     threads = min(os.cpu_count() or 1, max(1, len(new) // 50))  # a worker takes 2 s to start: one does for few answers
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(_ask_batch, (new[start : start + BATCH] for start in range(0, len(new), BATCH))))

@@ -174,8 +174,8 @@ def new_traces(
     --num-samples a problem or those `given`, with J(μ) at every boundary if `forced`. `drawn`: what their seeds have
     between --seed and the problem."""
     counts = [args.num_samples] * len(problems) if given is None else [len(traces) for traces in given]
-    (rank, world), looked_at = ranks(), False
-    for batch, first in unrecorded(file, problems, counts, args.batch_problems, sampler):
+    rank, world = ranks()
+    for number, (batch, first) in enumerate(unrecorded(file, problems, counts, args.batch_problems, sampler)):
         share = batch[rank::world]
         if given is None:
             inputs = [problems[i] for i in share], [prompts[i] for i in share]
@@ -184,14 +184,15 @@ def new_traces(
             groups = [given[i][first:] for i in share]
         traces = flat(groups)
         if forced:
-            looked_at = looked_at or tell_single_episodes(args, traces)
+            if number == 0:
+                tell_single_episodes(args, traces)
             set_sampled_J(sampler, traces, forcing_of(args), (args.seed, FORCED))
         yield traces
 
 
-def tell_single_episodes(args, traces: list[Trace]) -> bool:
+def tell_single_episodes(args, traces: list[Trace]) -> None:
     """Says, before it is looked for, that no thought has progress within it, where none has two episodes; of the
-    backtracking parameterization, what its markers lack. True."""
+    backtracking parameterization, what its markers lack."""
     if args.parameterization == "backtracking":
         tell_markers(traces)
     elif traces and all(len(trace.boundaries) <= 2 for trace in traces):
@@ -200,7 +201,6 @@ def tell_single_episodes(args, traces: list[Trace]) -> bool:
             "--markers FILE names the phrases that open an episode of this model, three paragraphs or more apart",
             flush=True,
         )
-    return True
 
 
 def problem_of(record: dict) -> dict:
