@@ -15,13 +15,11 @@
     Node 2: v = 3, 21² ≡ 7, + v ≡ 10 vs 10: yes.
     Node 3: \\boxed{213}
 
-A wrong v is mended by going back to Line 2, a wrong u only from the beginning, Line 3 mends nothing; how far off it
-is tells which. The stored model has the skill (its lines are right) but hardly the strategy: it goes back
-anywhere, tries again what has failed, gives up early and goes on after it has found the answer.
+Line 2 mends a wrong v, the beginning a wrong u, Line 3 nothing; how far off it is tells which. The stored model has the
+skill (its lines are right) but hardly the strategy: it goes back anywhere, tries again what has failed, gives up early
+and goes on after it has found the answer. tests/test_backtrack.py has the figures that its samples must meet.
 
-    python -m tiny.backtrack --rebuild       # problems, and the warm start from scratch (about 15 minutes on one core)
-
-tests/test_backtrack.py has the figures that its samples must meet.
+    python -m tiny.backtrack --rebuild       # problems, and the warm start from scratch (half an hour on one core)
 """
 
 import random
@@ -37,17 +35,10 @@ from run.backtracking import ASKED, BEGUN, RETRY
 from tiny.build import Draw, build_model, command, store, tokenizer_of, warm_start
 from tiny.problems import write
 
-HERE = Path(__file__).resolve().parent / "backtrack"
 PRIME, US, VS = 31, range(16, 31), range(1, 6)  # the squares of the u's are different modulo 31
 LEVELS = (2, 3, 4)  # difficulty: the candidates for u, and as many for v
 SIZES = {"train": 600, "validation": 150, "test": 250}  # problems of each level
-FLAGS = {  # defaults of the scripts with this model, in its config.json
-    "parameterization": "backtracking",
-    "dataset": "tiny/backtrack",
-    "max_tokens": 160,
-    "answer_tokens": 24,
-    "variant": "prefix",
-}
+FLAGS = dict(dataset="tiny/backtrack", variant="prefix", max_tokens=160, answer_tokens=24)  # defaults with this model
 LIKELY = 0.6  # of the candidate named first; the others share the rest
 PLACES = {1: "Backtrack to beginning\n", 2: "Backtrack to Line 2\n", 3: "Backtrack to Line 3\n"}  # by line redone
 
@@ -65,8 +56,7 @@ def pose(rng: random.Random, n: int) -> dict:
 
 
 def guess(candidates: list[int], rng: random.Random) -> int:
-    rest = len(candidates) - 1
-    return rng.choices(candidates, [LIKELY] + [(1 - LIKELY) / rest] * rest)[0]
+    return rng.choices(candidates, [LIKELY, *[(1 - LIKELY) / (len(candidates) - 1)] * (len(candidates) - 1)])[0]
 
 
 def parts(problem: dict) -> tuple[list[int], list[int], int, int, int]:
@@ -95,9 +85,6 @@ def pool() -> dict[tuple, dict]:
 def problems(split: str, levels: tuple[int, ...] = LEVELS) -> list[dict]:
     """`{problem, answer, id, level}`; levels take turns."""
     return [p for p in pool().values() if p["id"].startswith(f"backtrack-{split}-") and p["level"] in levels]
-
-
-# ------------------------------------------------------------------------------------------------ warm start
 
 
 def attempt(u: int, v: int, target: int, line: int = 1) -> str:
@@ -134,8 +121,7 @@ def warm_start_trace(problem: dict, rng: random.Random, corrected: float = 0.15)
 
 def examples(tokenizer) -> Draw:
     """Traces of problems of no split. The loss is on what follows the first attempt, as published; in every other trace
-    also on that attempt, which else another model would have to write: whether it is right or not, since a model that
-    imitates only right guesses learns to solve the problem without an attempt."""
+    also on that attempt, right or wrong: to imitate only right guesses is to learn to solve it without an attempt."""
 
     def draw(rng: random.Random) -> tuple[list[int], list[int], list[int]]:
         while numbers(problem := pose(rng, rng.choice(LEVELS))) in pool():
@@ -164,15 +150,11 @@ def build_tokenizer() -> Any:
 def rebuild(steps: int, batch: int, lr: float, seed: int, out: Path) -> None:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, flags=FLAGS)
+    model = build_model(tokenizer, flags={"parameterization": "backtracking", **FLAGS})
     warm_start(model, tokenizer, examples(tokenizer), steps, batch, lr, random.Random(seed), answer_weight=0)
     store(model, tokenizer, out)
     write(out / "problems.jsonl.gz", problems, LEVELS)
 
 
-def main() -> None:
-    command(__doc__, rebuild, steps=1200, batch=48, out=HERE)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, rebuild, steps=2000, batch=48, out=Path(__file__).resolve().parent / "backtrack")
