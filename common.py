@@ -374,22 +374,20 @@ def normalized_regret(tokens: Sequence[float], accuracies: Sequence[float], budg
     return float(1 - np.trapezoid(np.append(y[:inside], last), np.append(x[:inside], budget)) / budget)
 
 
-def additional_regret(maj: Sequence[tuple[float, float, float, float]], episodes: int | None = None) -> float:
+def additional_regret(maj: Sequence[tuple[float, float, float, float]]) -> float:
     """Regret against voting early, for one trace (Appendix E), in [0, 1].
 
     maj: [prefixes, 4] with maj@1, 2, 4, 8. From prefix i one can vote: maj@1, maj@2, maj@4, mean(maj@4, maj@8) at costs
     1, 2, 4, 6; or think: a line from maj@1 at cost 1 to the next prefix's maj@1 at cost 6. The optimum is the larger
-    at each cost. Returns Σ_i (area optimum - area thinking) / Σ_i area optimum over the first `episodes` prefixes that
-    have a next one (None: all). NaN where nothing is left to divide by (one prefix, or never right); the published
-    average over traces skips those. ValueError for another shape, values outside [0, 1], or episodes < 1.
+    at each cost. Returns Σ_i (area optimum - area thinking) / Σ_i area optimum over the prefixes that have a next one.
+    NaN where nothing is left to divide by (one prefix, or never right); the published average over traces skips those.
+    ValueError for another shape or values outside [0, 1].
     """
     m = np.asarray(maj, dtype=float)
     if m.ndim != 2 or m.shape[1] != 4 or not np.all((m >= 0) & (m <= 1)):
         raise ValueError(f"need [prefixes, 4] values in [0, 1], got shape {m.shape}")
-    if episodes is not None and episodes < 1:
-        raise ValueError(f"need episodes >= 1 or None, got {episodes}")
     cost = np.array([1.0, 2.0, 4.0, 6.0])
-    now, later = m[:-1][:episodes], m[1:, :1][:episodes]
+    now, later = m[:-1], m[1:, :1]
     vote = np.column_stack([now[:, :3], now[:, 2:].mean(axis=1)])
     think = now[:, :1] + (cost - 1) / 5 * (later - now[:, :1])
     best = np.trapezoid(np.maximum(vote, think), cost, axis=1).sum()

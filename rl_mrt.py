@@ -61,7 +61,7 @@ from common import (
 from engine import models, plural, tell
 from engine.logprobs import token_logprobs
 from engine.processes import gather_over_ranks, ranks, start_processes, sum_over_ranks
-from engine.sampler import Sampler, Spent, pick_engine
+from engine.sampler import Sampler, pick_engine
 from engine.served_engine import is_served
 from engine.thoughts import thinks
 from engine.tokens import encode, stop_ids_of_thought, text_and_offsets
@@ -254,16 +254,17 @@ def train(args, run: Path, model, sampler: Sampler, problems: list[dict], valida
         sampler.sync()
     if validation and steps.due(args.eval_every) and not validated(run, steps.state["step"]):
         validate(args, steps, sampler, validation)
-    rollouts, looked_at = ROLLOUTS[args.variant if args.bonus else "grpo"], False
+    rollouts = ROLLOUTS[args.variant if args.bonus else "grpo"]
     stop = stop_ids_of_thought(sampler.tokenizer)[0] if args.stop_credit else None
 
-    for step in steps:
+    for number, step in enumerate(steps):
         drawn = training.draw_problems(problems, args.problems_per_step, step, args.seed)[rank::world]
-        with steps.can_be_left(), sampler.counting() as spent:
+        before = sampler.counts()
+        with steps.can_be_left():
             groups = rollouts(args, sampler, drawn, (args.seed, step))
-        if args.bonus and not looked_at:
+        spent = sampler.counts() - before
+        if args.bonus and number == 0:
             tell_single_episodes(args, flat(groups))
-            looked_at = True
         advantages = advantages_of(args, groups)
         sampler.pause()
         try:
@@ -350,7 +351,7 @@ def begins_with_attempt(args) -> bool:
 
 def first_attempts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
     """The problems, each with a sampled first attempt and the phrase that opens the second: {token_ids, J}."""
-    seeds = [(*seed, PARTIAL, problem["place"], problem_key(problem)) for problem in problems]
+    seeds = seeds_of(problems, *seed, PARTIAL)
     prompts, tokenizer = prompts_of(args, sampler.tokenizer, problems), sampler.tokenizer
     limits = [max(1, args.prompt_tokens - len(prompt) - len(encode(tokenizer, RETRY))) for prompt in prompts]
     rows = sampler.generate(prompts, limits, seeds, temperature=args.temperature)
@@ -371,7 +372,7 @@ def first_part(tokenizer, trace: Trace) -> dict:
 def cut_rollouts(args, sampler: Sampler, problems, seed: tuple) -> list[dict]:
     """The problems, each with the prefix of a partial rollout: {token_ids, J}, J(μ|c) from m rollouts that stop there.
     It is sampled by the model as it is before the update (the old policy), and never trained on."""
-    seeds = [(*seed, PARTIAL, problem["place"], problem_key(problem)) for problem in problems]
+    seeds = seeds_of(problems, *seed, PARTIAL)
     prompts, rule = prompts_of(args, sampler.tokenizer, problems), segmentation(args)
     rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
     partial_rollouts = [read_trace(sampler.tokenizer, p, q, c, rule) for p, q, (c,) in zip(problems, prompts, rows)]
@@ -426,9 +427,13 @@ def recorded_prefixes(args, tokenizer) -> list[dict]:
 def sample_groups(args, sampler: Sampler, problems, prompts, limits, seed: tuple, prefixes=None) -> Groups:
     """G graded traces for each (problem, prompt). A prompt may end with a prefix of the thought; a model without an
     end-of-thinking marker answers in its thought, so there the prefix's text is graded with what follows."""
-    seeds = [(*seed, problem["place"], problem_key(problem)) for problem in problems]
-    rows = sampler.generate(prompts, limits, seeds, n=args.group_size, temperature=args.temperature)
+    rows = sampler.generate(prompts, limits, seeds_of(problems, *seed), args.group_size, args.temperature)
     return read_traces(sampler.tokenizer, problems, prompts, rows, segmentation(args), prefixes=prefixes)
+
+
+def seeds_of(problems: list[dict], *seed: int) -> list[tuple[int, ...]]:
+    """A seed for each problem of a step; one that is drawn twice has two places."""
+    return [(*seed, problem["place"], problem_key(problem)) for problem in problems]
 
 
 # ---------------------------------------------------------------------------------------------- advantages
@@ -621,22 +626,23 @@ def parts_of(args, traces: list[Trace]) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------- what is recorded
 
 
-def write_step(args, steps: training.Steps, groups: Groups, metrics: dict, spent: Spent) -> None:
+def write_step(args, steps: training.Steps, groups: Groups, metrics: dict, spent: np.ndarray) -> None:
     """The step's traces in records.jsonl, its metrics in metrics.jsonl, a line on the screen."""
-    update_seconds = time.time() - steps.step_began - spent.seconds
+    *tokens, sampling_seconds = spent.tolist()
+    update_seconds = time.time() - steps.step_began - sampling_seconds
     groups = sorted(gather_over_ranks(groups), key=lambda group: group[0].problem["place"])
     step = steps.state["step"]
     rows = rows_of(step, groups)
     if ranks()[0] == 0:
         append_jsonl(steps.run / "records.jsonl", rows)
-    sampled, computed = map(int, sum_over_ranks([spent.sampled_tokens, spent.computed_tokens]))
+    sampled, computed = map(int, sum_over_ranks(tokens))
     stats = {**rollout_stats(args, groups), **metrics}
-    seconds = {"sampling_seconds": spent.seconds, "update_seconds": update_seconds}
+    seconds = {"sampling_seconds": sampling_seconds, "update_seconds": update_seconds}
     so_far = steps.state["sampled_tokens"] + sampled
     text = (
         f"step {step + 1:4d}  right {stats['reward']:.3f}  {progress_told(stats)}tokens {stats['tokens']:6.1f}  "
         f"truncated {stats['truncated']:.2f}  episodes {stats['episodes']:.1f}  flat groups {stats['flat_groups']:.2f} "
-        f" loss {stats['loss']:+.4f}  sampled {so_far:,} tokens  {spent.seconds:.1f} + {update_seconds:.1f} s"
+        f" loss {stats['loss']:+.4f}  sampled {so_far:,} tokens  {sampling_seconds:.1f} + {update_seconds:.1f} s"
     )
     counts = {"sampled_tokens": sampled, "computed_tokens": computed, "seconds": time.time() - steps.step_began}
     steps.count({**stats, **seconds}, text, **counts)

@@ -7,9 +7,6 @@ from (temperature and top-p included).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,15 +19,6 @@ from engine.served_engine import ServedEngine, is_served
 from engine.tokens import Completion, stop_token_ids, text_and_offsets
 from engine.transformers_engine import TransformersEngine, ways_of
 from engine.vllm_engine import VllmEngine, vllm_or_why_not
-
-
-@dataclass
-class Spent:
-    """What was drawn, what was run through the model (prompts, shared parts once, and drawn tokens), and the time."""
-
-    sampled_tokens: int = 0
-    computed_tokens: int = 0
-    seconds: float = 0.0
 
 
 class Sampler:
@@ -77,14 +65,9 @@ class Sampler:
         self.computed_tokens += computed
         return scores
 
-    @contextmanager
-    def counting(self) -> Iterator[Spent]:
-        """`with sampler.counting() as spent:` afterwards `spent` holds what was done inside."""
-        spent, began = Spent(-self.sampled_tokens, -self.computed_tokens), time.time()
-        yield spent
-        spent.sampled_tokens += self.sampled_tokens
-        spent.computed_tokens += self.computed_tokens
-        spent.seconds = time.time() - began
+    def counts(self) -> np.ndarray:
+        """[sampled tokens, computed tokens, seconds] so far: a difference is what was spent in between."""
+        return np.array([self.sampled_tokens, self.computed_tokens, time.time()])
 
     @property
     def ways(self) -> Ways:

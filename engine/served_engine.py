@@ -88,7 +88,7 @@ def find_served(url: str, model: str | None) -> Served:
 
 
 class ServedEngine:
-    """A served model as a sampler, and for likelihoods where the server gives log-probs of a prompt's tokens."""
+    """A served model as a sampler; no script asks it for likelihoods."""
 
     def __init__(self, url: str, served: Served, tokenizer):
         self.url, self.served, self.tokenizer = url, served, tokenizer
@@ -151,16 +151,6 @@ class ServedEngine:
             ids, logprobs = [*ids, *([i for i in stop_ids if i not in turn] or turn)[:1]], [*logprobs, mean]
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         return Completion(ids, logprobs, choice["finish_reason"]), usage.get("prompt_tokens", len(prompt)) - cached
-
-    def score(self, heads: list[list[int]], tails: list[list[int]]) -> tuple[np.ndarray, int]:
-        return np.array(self.at_once(self.score_one, list(zip(heads, tails)))), sum(map(len, [*heads, *tails]))
-
-    def score_one(self, head: list[int], tail: list[int]) -> float:
-        """log P(tail | head); the server computes the head anew. Raises HTTPError if it returns no such log-probs."""
-        logprobs = self.complete([*head, *tail], 1, echo=True)[1] if self.ids else []
-        if len(logprobs) != len(head) + len(tail) + 1:
-            raise HTTPError(f"{self.url}: gives no log-probs of a prompt's tokens, which a likelihood is read off", 0)
-        return sum(logprobs[len(head) : -1])
 
     def at_once(self, function, requests: list[tuple]) -> list:
         """The results in order; the first request that fails for good ends the run."""

@@ -40,7 +40,7 @@ def plain_vote(right: int, missing: int, rivals: tuple[int, ...], k: int) -> flo
     return twice / (2 * math.comb(right + missing + sum(rivals), k))
 
 
-def weighted_vote(votes: np.ndarray, k: int, block: int = 2_000) -> float:
+def weighted_vote(votes: np.ndarray, k: int) -> float:
     """The same for votes of unequal weight, [n answers, classes], the first class first; a row of zeros is no vote.
 
     Goes through all C(n, k) subsets up to `EXACT_SUBSETS`; beyond, `SUBSET_DRAWS` are drawn: standard error at most
@@ -51,9 +51,9 @@ def weighted_vote(votes: np.ndarray, k: int, block: int = 2_000) -> float:
     score, subsets = 0.0, 0
     while subsets < (math.comb(n, k) if exact else SUBSET_DRAWS):
         if exact:
-            chosen = np.array(list(itertools.islice(exact, block)))
+            chosen = np.array(list(itertools.islice(exact, 2_000)))
         else:
-            chosen = rng.random((min(block, SUBSET_DRAWS - subsets), n)).argpartition(k - 1, axis=1)[:, :k]
+            chosen = rng.random((min(2_000, SUBSET_DRAWS - subsets), n)).argpartition(k - 1, axis=1)[:, :k]
         totals = votes[chosen].sum(axis=1)
         own, best_rival = totals[:, 0], totals[:, 1:].max(axis=1)
         tied = np.abs(own - best_rival) <= 1e-9 * own

@@ -327,26 +327,14 @@ def fine_tuning_step(args, model, score, optimizer, batch: list[Example]) -> flo
 
 
 def save_checkpoint(run: Path, model, tokenizer, optimizer, state: dict) -> None:
-    """`checkpoints/step_N`: the model in Hugging Face format and what training needs to go on, the same however
-    many processes wrote it. It is written under another name and renamed when complete; then the one before goes."""
+    """`checkpoints/step_N`: the model and what training needs to go on, the same however many processes wrote it. When
+    it is complete the one before goes."""
     final = run / "checkpoints" / f"step_{state['step']:06d}"
-    weights = dict(full_weights(model))
     options = StateDictOptions(full_state_dict=True, cpu_offload=ranks()[1] > 1)
     moments = get_optimizer_state_dict(model, optimizer, options=options)
-    if ranks()[0] == 0 and not final.exists():
-        temporary = final.with_suffix(".tmp")
-        with writing(final, f"the last good checkpoint is {latest_checkpoint(run) or 'none'}"):
-            try:
-                remove(temporary)
-                temporary.mkdir(parents=True)
-                model.save_pretrained(temporary, state_dict=weights)
-                tokenizer.save_pretrained(temporary)
-                files = {file.name: digest(file) for file in temporary.glob("*.safetensors")}
-                torch.save({"optimizer": moments, "state": state, "weights": files}, temporary / "training.pt")
-                temporary.rename(final)
-            except Exception:
-                shutil.rmtree(temporary, ignore_errors=True)  # room for what else is to be written
-                raise
+    kept = f"the last good checkpoint is {latest_checkpoint(run) or 'none'}"
+    save_model(final, model, tokenizer, kept, {"optimizer": moments, "state": state})
+    if ranks()[0] == 0:
         for old in sorted((run / "checkpoints").glob("step_??????"))[:-1]:
             remove(old)
     wait_for_ranks()
@@ -389,17 +377,25 @@ def rewind(run: Path, step: int) -> None:
                 remove(run / name)
 
 
-def save_model(folder: Path, model, tokenizer) -> None:
-    """The model in Hugging Face format; complete or not there."""
+def save_model(folder: Path, model, tokenizer, kept="the last checkpoint has its weights", training=None) -> None:
+    """The model in Hugging Face format, with what `training` needs to go on; complete or not there. `kept`: what there
+    is if it cannot be written."""
     weights = dict(full_weights(model))
-    if ranks()[0] == 0:
+    if ranks()[0] == 0 and not folder.exists():
         temporary = folder.with_name(folder.name + ".tmp")
-        with writing(folder, "the last checkpoint has its weights, --resume goes on"):
-            remove(temporary)
-            model.save_pretrained(temporary, state_dict=weights)
-            tokenizer.save_pretrained(temporary)
-            remove(folder)
-            temporary.rename(folder)
+        with writing(folder, kept):
+            try:
+                remove(temporary)
+                temporary.mkdir(parents=True)
+                model.save_pretrained(temporary, state_dict=weights)
+                tokenizer.save_pretrained(temporary)
+                if training:
+                    files = {file.name: digest(file) for file in temporary.glob("*.safetensors")}
+                    torch.save({**training, "weights": files}, temporary / "training.pt")
+                temporary.rename(folder)
+            except Exception:
+                shutil.rmtree(temporary, ignore_errors=True)  # room for what else is to be written
+                raise
     wait_for_ranks()
 
 

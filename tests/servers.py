@@ -13,12 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 import urllib3
 from conftest import ROOT
 
 from engine import served_engine
-from engine.logprobs import token_logprobs
 from engine.sampler import Sampler
 from engine.transformers_engine import TransformersEngine
 
@@ -115,11 +113,6 @@ class Handler(BaseHTTPRequestHandler):
         choice["text"] = sampler.tokenizer.decode(c.token_ids, skip_special_tokens=True)
         if not self.server.text_only:
             choice |= {"token_ids": c.token_ids, "prompt_token_ids": ids}
-        if body.get("echo"):
-            where = torch.arange(len(ids))[None] > 0
-            with torch.no_grad():
-                before = token_logprobs(sampler.engine.model, torch.tensor([ids]), where)[0].tolist()
-            choice["logprobs"] = {"token_logprobs": [None, *before, *c.logprobs]}
         return {"choices": [choice], "usage": {"prompt_tokens": len(ids)}}
 
 

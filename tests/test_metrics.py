@@ -313,8 +313,6 @@ def test_additional_regret_closed_forms():
     # Two steps: areas are added before dividing; the second step alone has regret 0.
     trace.append((1, 1, 1, 1))
     assert additional_regret(trace) == pytest.approx((best - line) / (best + 5), abs=1e-12)
-    assert additional_regret(trace, episodes=1) == pytest.approx(1 - line / best, abs=1e-12)
-    assert additional_regret(trace, episodes=9) == additional_regret(trace)
 
 
 def test_additional_regret_undefined():

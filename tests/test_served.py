@@ -126,14 +126,6 @@ def test_a_server_of_text_alone_works_with_one_warning(serve, sampler, tokenizer
         assert (a.text, a.finish_reason) == (b.text, b.finish_reason) and len(a.logprobs) == len(a.token_ids)
         assert np.mean(a.logprobs) == pytest.approx(np.mean(b.logprobs), abs=1e-2)
         assert a.finish_reason == "length" or a.token_ids[-1] == tokenizer.eos_token_id
-    line = refusal(capsys, served.score, prompts, [[60]] * len(prompts))
-    assert "gives no log-probs of a prompt's tokens" in line
-
-
-def test_likelihoods_count_what_the_server_computes(serve, tokenizer, prompts):
-    tails, served = [encode(tokenizer, f"{i}}}") for i in range(len(prompts))], serve().over(tokenizer)
-    served.score(prompts, tails)
-    assert served.computed_tokens == sum(map(len, [*prompts, *tails]))
 
 
 def test_an_address_with_a_key_in_it_is_refused_and_not_repeated(capsys):
