@@ -164,9 +164,7 @@ def read_thoughts(args) -> list[list[dict]]:
         fail(f"--thoughts {args.thoughts}: holds thoughts of --model {run.settings['model']}, not of {args.model}")
     print(f"training budget: {args.max_tokens} tokens, as long as the thoughts of {args.thoughts} may be")
     rows = list(report.group_by(run.records, lambda r: r["id"]).values())
-    if args.limit and args.limit < len(rows):
-        print(f"the first {args.limit} of the {len(rows)} problems of {args.thoughts} (--limit)")
-    return rows[: args.limit]
+    return data.first_of(args.thoughts, rows, args.limit, "problems")
 
 
 def check_thoughts(args, inputs: dict[str, dict]) -> None:

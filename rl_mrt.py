@@ -401,7 +401,8 @@ def recorded_prefixes(args, tokenizer) -> list[dict]:
     if (was := run.settings.get("parameterization", "open-ended")) != args.parameterization:
         fail(f"--prefixes {args.prefixes}: its traces are {was}, this training is {args.parameterization}")
     problems, too_long = [], 0
-    for name, records in list(report.group_by_problem(run.records).items())[: args.limit]:
+    groups = list(report.group_by_problem(run.records).items())
+    for name, records in data.first_of(args.prefixes, groups, args.limit, "problems"):
         problem = problem_of(records[0])
         rng = np.random.default_rng((args.seed, PARTIAL, problem_key(problem)))
         record = records[int(rng.integers(len(records)))]

@@ -57,13 +57,20 @@ def load_problems(dataset: str, split: str, limit: int | None = None, columns: C
     rows = read_rows(Path(dataset)) if from_file else load_from_hub(dataset, name, part)
     if not from_file:
         columns = columns._replace(skip_unusable=True)
-    elif limit and limit < len(rows):
-        print(f"{dataset}: the first {limit} of {len(rows)} rows (--limit)")
+    else:
+        first_of(dataset, rows, limit, "rows")
     problems = [problem for problem, _ in usable_rows(dataset, rows, limit, columns)]
     if (different := len(set(map(text_and_answer, problems)))) < len(problems):
         rows_are = f"{len(problems)} rows are {plural(different, 'problem')}"
         print(f"{dataset}: {rows_are}; rows of one problem count as its samples")
     return with_distinct_ids(dataset, problems)
+
+
+def first_of(name: object, rows: list, limit: int | None, what: str) -> list:
+    """The first rows, up to --limit, which is told where it leaves some out."""
+    if limit and limit < len(rows):
+        print(f"{name}: the first {limit} of {len(rows)} {what} (--limit)")
+    return rows[:limit]
 
 
 def text_and_answer(problem: dict) -> str:
@@ -120,7 +127,8 @@ def load_responses(file: Path, limit: int | None = None, columns=Columns()) -> t
     for problem, texts in usable_rows(str(file), read_rows(file), None, columns, responses_of):
         problems.setdefault(text_and_answer(problem), problem)
         responses.setdefault(text_and_answer(problem), []).extend(texts)
-    return with_distinct_ids(str(file), list(problems.values())[:limit]), list(responses.values())[:limit]
+    of_problem = first_of(str(file), list(responses.values()), limit, "problems")
+    return with_distinct_ids(str(file), list(problems.values())[:limit]), of_problem
 
 
 # ================================================================================================== rows of a file

@@ -236,7 +236,10 @@ def weights_digest(model: str) -> str:
 
 def load_records(file: Path) -> list[dict]:
     """The traces of a records.jsonl, each (step, problem, sample) once; a line that a crash cut is dropped."""
-    return list({(r.get("step"), r["id"], r["sample"]): r for r in parse_lines(file, whole_lines(file))}.values())
+    rows = parse_lines(file, whole_lines(file))
+    if not all({"id", "sample"} <= row.keys() for row in rows):
+        fail(f"{file}: a line is not the record of a trace; those of early versions cannot be read any more")
+    return list({(r.get("step"), r["id"], r["sample"]): r for r in rows}.values())
 
 
 def unrecorded(file: Path, problems: list[dict], counts: list[int], size: int, sampler) -> Iterator[tuple]:
@@ -256,7 +259,8 @@ def unrecorded(file: Path, problems: list[dict], counts: list[int], size: int, s
         seconds = time.time() - began
         rate = (sampler.sampled_tokens - before) / max(seconds, 1e-9)
         left = duration(seconds * (len(todo) - done) / done)
-        tell(f"{done} of {plural(len(todo), 'problem')}  {rate:,.0f} tokens/s  {left} left")
+        told = f"{len(problems) - len(todo) + done} of {plural(len(problems), 'problem')}"
+        tell(f"{told}  {rate:,.0f} tokens/s  {left} left")
 
 
 def duration(seconds: float) -> str:
