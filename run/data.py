@@ -245,6 +245,8 @@ def chat_of(row: dict, columns: Iterable[str]) -> list[dict]:
             raise ValueError(f"column turns holds {len(value)} turns, expected one")
         value = value[0]
     messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+    if system := value_at(row, "system") or value_at(row, "system_prompt"):  # in a column of its own
+        messages = [{"role": "system", "content": system}, *messages]
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if "user" not in roles:
         raise ValueError(f"column {column or '|'.join(columns)} holds no text")
