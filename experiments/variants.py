@@ -20,8 +20,10 @@ from common import (
     Trace,
     cut_at_budget,
     episode_progress,
+    flat,
     force_answers,
     forced_prompt,
+    read_traces,
     success_rate,
 )
 from run.files import end_in_one_line, fail
@@ -31,6 +33,7 @@ from run.traces import FORCED, ROLLOUT, prompts_of
 ONLINE_CREDIT = rl_mrt.episode_credit
 KEEP_PROGRESS, KEEP_RIGHT, FIRST_OF_PROBLEM = star_mrt.keep_progress, star_mrt.keep_right, star_mrt.first_of_problem
 EXAMPLES = 240  # of an iteration of self-training, where filters are compared at equal numbers
+CONTINUATIONS = 2  # of VinePPO at each boundary; theirs are 9
 BUDGETS = 4  # where a thought may be stopped: the quarters of --max-tokens
 
 
@@ -80,6 +83,37 @@ def budget_advantages(args, groups: rl_mrt.Groups) -> rl_mrt.Advantages:
     return advantages
 
 
+def rollouts_of_vine(args, sampler, problems, seed) -> rl_mrt.Groups:
+    """VinePPO (arXiv 2410.01679) at the boundaries of episodes: J is how often the model itself, going on from there
+    with no stop phrase, is right. The empty prefix has the group's outcomes."""
+    groups = rl_mrt.rollouts_grpo(args, sampler, problems, seed)
+    for trace in flat(groups):
+        trace.J = [0.0] * len(trace.boundaries)  # where no token is left
+    asked = [(t, j, b) for t in flat(groups) for j, b in enumerate(t.boundaries) if 0 < b < args.max_tokens]
+    prompts = [trace.prompt + trace.completion.token_ids[:b] for trace, _, b in asked]
+    seeds = [(*seed, FORCED, trace.problem["place"], trace.sample, b) for trace, _, b in asked]
+    limits = [args.max_tokens - b for *_, b in asked]
+    rows = sampler.generate(prompts, limits, seeds, n=CONTINUATIONS, temperature=args.temperature)
+    going_on = read_traces(sampler.tokenizer, [trace.problem for trace, *_ in asked], prompts, rows)
+    for (trace, j, _), continued in zip(asked, going_on):
+        trace.J[j] = float(np.mean([other.reward for other in continued]))
+    for group in groups:
+        for trace in group:
+            trace.J[0] = float(np.mean([other.reward for other in group]))
+    return groups
+
+
+def vine_advantages(args, groups: rl_mrt.Groups) -> rl_mrt.Advantages:
+    """VinePPO's: what each episode changes of J, the answer f - J, whitened over the tokens of the step as theirs."""
+    raw = []
+    for trace in flat(groups):
+        lengths = np.diff([*trace.boundaries, len(trace.completion.token_ids)])
+        raw.append(np.repeat(episode_progress([*trace.J, trace.reward]), lengths))
+    tokens = np.concatenate(raw)
+    white = iter([(row - tokens.mean()) / (tokens.std() + 1e-8) for row in raw])
+    return [[next(white) for _ in group] for group in groups]
+
+
 def as_many(examples: list[star_mrt.Example], count: int) -> list[star_mrt.Example]:
     """EXAMPLES of those that the filter keeps, drawn: no filter trains on more than another."""
     kept = FIRST_OF_PROBLEM(examples, count)
@@ -107,6 +141,7 @@ EVEN: dict[str, object] = {"first_of_problem": as_many}
 VARIANTS: dict[str, tuple[ModuleType, dict[str, object]]] = {
     "shuffled": (rl_mrt, {"episode_credit": shuffled_credit}),
     "budgets": (rl_mrt, {"ROLLOUTS": {**rl_mrt.ROLLOUTS, "grpo": rollouts_of_budgets}}),
+    "vine": (rl_mrt, {"ROLLOUTS": {**rl_mrt.ROLLOUTS, "grpo": rollouts_of_vine}, "advantages_of": vine_advantages}),
     "brpo": (rl_mrt, {"advantages_of": budget_advantages}),
     "even": (star_mrt, EVEN),
     "shortest": (star_mrt, {**EVEN, "keep_right": shortest_right}),
