@@ -311,6 +311,18 @@ def options(gold: str, answer: str, same: Same) -> bool:
     return bool((g and g[3] and same(g[3], answer)) or (a and a[3] and same(gold, a[3])))
 
 
+def conclusion(gold: str, answer: str, same: Same) -> bool:
+    """6 for "so the answer is 6" and "it costs 72/12 = 6", not for "Max is 2 when x=6": what a sentence ends with."""
+    said, *more = re.split(r"=|\b(?:is|est)\b|[是为]", re.split(r"\. (?=.)", plain(answer))[-1])
+    last = more.pop() if more else ""
+    prose = re.search(r"[^\W\d_]{3} |[^\x00-\xff]{2}", re.sub(r"\\[a-zA-Z]+", "", said))
+    apart = r"[,;]|\b(?:and|or|when|where|which|with|at|if|for)\b"  # 5 and the other is 7
+    open_ended = re.match(r"(?i:[-0-9]|(?:when|if|suppose|assume|let|where|for)\b)", said) or re.search(
+        apart, " ".join(more)
+    )
+    return bool(prose and "=" not in gold and not (open_ended or _HEDGE.search(said))) and same(gold, last.strip(" ."))
+
+
 _ALIAS = dict(min="minute", hr="hour", sec="second", lb="pound", metre="meter", litre="liter", inche="inch")
 _OTHER: dict[str, tuple[dict, Any]] = {name: ({name: 1}, 1) for name in "mph week month".split()}
 _OTHER |= {name: ({"money": 1}, 1) for name in "dollar usd euro rs".split()}  # sympy has no such
@@ -422,6 +434,7 @@ def in_other_words(gold: str, answer: str, same: Same) -> bool:
 READINGS = (plainer, components, in_digits, residues, renamed, assigned)
 RULES = (
     by_value, in_other_words, remarks, named, lists, pieces, sets, words, options, units, ratios, conventions,
+    conclusion,
 )  # fmt: skip
 
 
