@@ -1,12 +1,12 @@
 r"""First stage: the boxed answer of a response, and one spelling for what means the same in LaTeX.
 
-extract_answer may run anywhere: one pass over the text. clean runs in the worker; none of its patterns is super-linear.
+extract_answer may run anywhere: one pass over the text. clean runs in the worker; none of s patterns is super-linear.
 """
 
 import html
 import re
 from fractions import Fraction
-from unicodedata import category, decimal, decomposition, name, normalize
+from unicodedata import category, decimal, name, normalize
 
 _THOUGHT_END = re.compile(r"</think(?:ing)?>|\[/THINK\]|<\|channel\|>\s*final\s*(?:<\|message\|>)?")
 _THOUGHT_START = re.compile(r"<think(?:ing)?>|\[THINK\]|<\|channel\|>\s*analysis")
@@ -58,37 +58,35 @@ _AS_LATEX = str.maketrans(dict(re.findall(r"(\S) (\S+)", _GLYPHS)))  # "~" is a 
 _MACROS = {  # one macro or sign for each meaning
     name: new
     for new, names in {
-        "": "left right middle displaystyle textstyle limits nolimits strut mathstrut pounds yen euro"
-        " tiny scriptsize small normalsize large Large LARGE huge Huge rm bf it bfseries"
-        " therefore boldsymbol bm pmb underline mathbf mathit mathsf mathtt mathnormal mathcal emph ensuremath",
+        "": "left right middle displaystyle textstyle limits strut small large Large LARGE huge Huge pounds therefore"
+        " checkmark blacksquare vec overrightarrow boldsymbol bm underline mathbf mathit mathsf mathtt mathcal emph",
         r"\le ": "leq leqslant", r"\ge ": "geq geqslant", r"\ne ": "neq", "<": "lt", ">": "gt",
         r"\{": "lbrace", r"\}": "rbrace", "|": "vert lvert rvert", " or ": "lor vee", " and ": "land wedge",
         ":": "colon", "(": "langle", ")": "rangle", r"\setminus ": "smallsetminus backslash",
-        r"\mathbb{R}": "R reals Reals", r"\emptyset ": "varnothing", r"\ldots ": "dots cdots dotsb dotsc dotsm",
+        r"\mathbb{R}": "R", r"\emptyset ": "varnothing", r"\infty ": "infinity inf oo", r"\ldots ": "dots cdots",
         r"\frac": "dfrac tfrac cfrac", r"\bar": "overline", r"\log_{10} ": "lg", r"\tan ": "tg", r"\cot ": "ctg cotg",
         r"\csc ": "cosec", r"\arctan ": "arctg", r"\arccot ": "arcctg", "^\\circ ": "degree degrees degreeCelsius",
+        r"\epsilon ": "varepsilon", r"\phi ": "varphi",
     }.items()
     for name in names.split()
 }  # fmt: skip
 TEXT = r"\\text ?\{((?:[^{}]|\{[^{}]{0,80}\})*)\}"
+_NTH = "(?:st|nd|rd|th)"
 T = r"(?![a-zA-Z])"  # after a macro or a word
 W = r"(?<![\\a-zA-Z])"  # before a word that is not a macro
 _FUNCTIONS = (
     "arc(?:sin|cos|tan|cot)h?|sinh?|cosh?|tanh?|coth?|sec|csc|ln|log|exp|gcd|lcm|c?tg|cotg|arcc?tg|lg|cosec|sqrt"
-    "|(?:max|min|det)(?=\\}? ?[({_\\\\])"
+    "|infinity|infty|inf|oo|(?:max|min|det)(?=\\}? ?[({_\\\\])"
 )
-
-
-_NTH = "(?:st|nd|rd|th)"
 
 
 def _environment(match: re.Match) -> str:
     r"""x&=3\\y&=4 as "x=3, y=4"; S&=1+2\\&=3 as "S=1+2 =3"; a,&x>0\\b&x<0 as "a if x>0, b if x<0"."""
-    name, rows = match.groups()
-    if "matrix" in name or (name == "array" and "=" not in rows):
-        return rf"\begin{{pmatrix}}{rows}\end{{pmatrix}}"
+    brace, name, rows = match.groups()
+    if "matrix" in name or (name == "array" and "=" not in rows and not brace):
+        return rf"{brace or ''}\begin{{pmatrix}}{rows}\end{{pmatrix}}"
     rows = re.sub(r"\\\\ ?(?:\[\w{1,9}\])? ?(?=& ?=)|& ?(?=[=<>]|\\[lg]e(?![a-z])|\\approx)|(?<=[=<>]) ?&", "", rows)
-    parts = [[part.strip(" ,;") for part in row.split("&", 1)] for row in rows.split(r"\\")]
+    parts = [[part.strip(" ,;.") for part in row.split("&", 1)] for row in rows.split(r"\\")]
     return ", ".join(" if ".join(part) for part in parts if part[0])
 
 
@@ -96,8 +94,8 @@ def _repeating(match: re.Match) -> str:
     r"""0.1666... as \frac{15}{90}."""
     whole, start, *period = map(lambda digits: digits or "", match.groups())
     period = "".join(period)
-    nines = (10 ** len(period) - 1) * 10 ** len(start)
-    value = Fraction(int(whole + start + period) - int((whole + start) or 0), nines)
+    all_but_period = int((whole + start) or 0)
+    value = Fraction(int(whole + start + period) - all_but_period, (10 ** len(period) - 1) * 10 ** len(start))
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
@@ -106,30 +104,26 @@ _TABLE = [
     for pattern, new in [  # one spelling for each thing; order matters
         # typesetting without meaning, what people type, one macro for each meaning
         (rf"\\(?:left|right) ?\.|\\[bB]igg?[lrm]?{T}", ""),
-        (r"</?(?:b|i|em|strong|span|p|code|br|math) ?/?>|`+", " "),
         (r"<(su[pb])>([^<>]{1,80})</\1>", lambda m: f"{'^' if m[1] == 'sup' else '_'}{{{m[2]}}}"),
-        (r"\\(?:[hv]space\*?|(?:text)?color|[hv]?phantom|tag\*?|label) ?\{[^{}]{0,80}\}", " "),
-        (r"(?<!\\)\\[,;:> ]|\\q?quad|\\enspace|\\thinspace|\\hfill|~", " "),
-        (r"(?<=[0-9]),? ?\\! ?(?=[0-9])", ","), (r"\\! ?", ""), (r"(?<=[0-9])\{ ?: ?\}", ":"),
-        (r"(?<!\\)\\[()\[\]]|\\?\$|\*\*(?=[^\d(a-zA-Z\\]|$)|(?<![\w)}])\*\*", ""),
+        (r"\\(?:[hv]space\*?|(?:text)?color|tag\*?) ?\{[^{}]{0,80}\}|(?<!\\)\\[,;:> ]|\\q?quad|~|`+|</?[bip]>", " "),
+        (r"(?<=[0-9])\{ ?([:.]) ?\}", r"\1"), (r"^([-+]?) ?\\?\$ ?(?=[0-9.][^$]*$)", r"\1USD "),
+        (r"\\! ?|(?<!\\)\\[()\[\]]|\\?\$|\*\*(?=[^\d(a-zA-Z\\]|$)|(?<![\w)}])\*\*", ""),
         (rf"\\(?:mbox|text[a-z]+|mathrm|operatorname\*?){T}|\\text (?=\{{)", r"\\text"),
         (rf"{W}sqrt ?([0-9]+(?:\.[0-9]+)?|[a-zA-Z]{T}|\\[a-zA-Z]+)", r"\\sqrt{\1}"),
         (rf"\\text ?\{{ ?({_FUNCTIONS}|floor|ceil) ?\}}|{W}(pi|{_FUNCTIONS}){T}", r"\\\1\2 "),
         (r"\\([a-zA-Z]+)", lambda m: _MACROS.get(m[1], m[0])),
-        (r"\\(?:num|qty) ?\{", "{"),
-        (r"\\SI ?\{([^{}]{0,80})\} ?\{([^{}]{0,80})\}", r"\1\\text{\2}"),
+        (r"\\frac ?\{ ?(\\text ?\{[^{}]{1,40}\}) ?\} ?\{ ?(\\text ?\{[^{}]{1,40}\}(?:\^ ?\{?[0-9]\}?)?) ?\}", r"\1/\2"),
+        (r"\\(?:num|qty|SI) ?\{([^{}]{0,80})\}(?: ?\{([^{}]{0,80})\})?", r"\1\\text{\2}"),
         (r"\\text ?\{([^{}a-zA-Z]*)\}|^\\text ?\{([^{}]*(?:[0-9,;]|\b(?:and|or)\b)[^{}]*)\}$", r"\1\2"),
         (r"\\text ?\{ ?,? ?(and|or|by|if|或者?|和|или|и|oder|und|ou|et) ?,? ?\}", r" \1 "), (r"^([A-J])\)", r"(\1)"),
-        (r"\^ ?\{? ?\\prime ?\}?", "'"),
         (r"<=", r"\\le "), (r">=", r"\\ge "), (r"\\not ?=|!=", r"\\ne "), (r"\.\.\.+", r"\\ldots "),
-        (r"\\\{ ?\\\}", r"\\emptyset "), (r"\^ ?\*|\*\*", "^"),
-        (rf"\\text ?\{{ ?(?:infinity|infty) ?\}}|{W}(?:infinity|infty|inf|oo){T}", r"\\infty "),
-        (rf"(?<=[0-9]) ?(?:\^ ?\{{ ?\\text ?\{{ ?{_NTH} ?\}} ?\}}|\^? ?\\text ?\{{ ?{_NTH} ?\}}"
-         rf"|\^ ?\{{ ?{_NTH} ?\}}|{_NTH}{T})", ""),  # 3^{{\text{{rd}}}}
+        (r"\\\{ ?\\\}", r"\\emptyset "), (r"\^ ?\{? ?\\prime ?\}?", "'"), (r"\^ ?\*|\*\*", "^"),
+        (rf"(?<=[0-9]) ?(?:{_NTH}{T}|\^? ?\\text ?\{{{_NTH} ?\}}|\^ ?\{{ ?(?:\\text ?\{{{_NTH} ?\}}|{_NTH}) ?\}})", ""),
         (r"\\text ?\{ ?(?:\\?%|per ?cent(?:age)?|pct) ?\}|\\%|\b(?:per ?cent(?:age)?|pct)\b", "%"),
         (rf"\^ ?\{{ ?\\circ ?\}}|\^ ?\\circ{T}", r"^\\circ "),
         # rows and matrices, French intervals, fractions, roots and exponents without braces
-        (r"\\begin ?\{((?!vmatrix)\w+\*?)\} ?(?:\{[lcr| ]{0,20}\})?([^\0]{0,2000}?)\\end ?\{\1\}", _environment),
+        (r"(\\\{ ?)?\\begin ?\{((?!vmatrix)\w+\*?)\} ?(?:\{[lcr| ]{0,20}\})?([^\0]{0,2000}?)\\end ?\{\2\}",
+         _environment),
         (r"([\[\]])([^][(),;]{1,80}[,;][^][(),;]{1,80})([\[\]])",  # ]1,2[ is (1,2)
          lambda m: ("(" if m[1] == "]" else "[") + m[2] + (")" if m[3] == "[" else "]")),
         (rf"(?:\{{|^)([^{{}}]{{0,80}})\\(choose|over){T}([^{{}}]{{0,80}})(?:\}}|$)",
@@ -150,10 +144,7 @@ _ANGLE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?|\\?[a-zA-Z]{1,20}|\([^()]{1
 
 
 def _of_glyph(glyph: str) -> str:
-    """A fraction, a digit of another script or a Greek letter as LaTeX; nothing for what has no width."""
-    if decomposition(glyph).startswith("<fraction>"):
-        top, _, bottom = normalize("NFKC", glyph).partition("⁄")
-        return rf"\frac{{{top}}}{{{bottom}}}"
+    """A digit of another script or a Greek letter as LaTeX; nothing for what has no width."""
     if category(glyph) == "Nd":
         return str(decimal(glyph))
     if letter := re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", name(glyph, "")):
@@ -166,12 +157,14 @@ def clean(text: str) -> str:
     text = re.sub(r"&(?:lt|gt|amp|nbsp|le|ge|times|#[0-9]{1,5});", lambda m: html.unescape(m[0]), text)
     text = re.sub("[²³¹⁰ⁱ⁴-ⁿ]+", lambda m: f"^{{{normalize('NFKC', m[0])}}}", text)
     text = re.sub("[₀-₎ₐ-ₜ]+", lambda m: f"_{{{normalize('NFKC', m[0])}}}", text)
-    text = normalize("NFKC", "".join(map(_of_glyph, text.translate(_AS_LATEX))))
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: r"\frac{" + normalize("NFKC", m[0]).replace("⁄", "}{") + "}", text)
+    text = normalize("NFKC", text.translate(_AS_LATEX))
     text = " ".join("".join(map(_of_glyph, text)).translate(_AS_LATEX).split())  # what NFKC made of full-width signs
     if r"\begin" not in text:
-        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
+        text = re.sub(r"\\\\(?=[a-zA-Z()])", r"\\", text)
     for pattern, new in _TABLE:
         text = " ".join(pattern.sub(new, text).split())
     if re.search(rf"\\(?:sin|cos|tan|cot|sec|csc)h?{T}", text):
         text = _ANGLE.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
+    text = re.sub(r"^((?:[-0-9./{}]|\\frac)+) ?\^\\circ ?(?:\\text ?\{ ?[CF] ?\}|[CF])?$", r"\1 degree", text)
     return re.sub(rf"\^\\circ ?(?:\\text ?\{{ ?[CF] ?\}}|[CF]{T})?", "", text).strip()

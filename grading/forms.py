@@ -9,7 +9,7 @@ from grading.box import TEXT, T, W
 
 OR, AND = rf"{W}(?:or|oder|ou|или|或者?){T}", rf"{W}(?:and|et|und|и|和){T}"
 RELATION = re.compile(rf"\\(?:[lgn]e|in){T}|[<>]")
-SYMBOL = r"(?:\\(?:mathbb|vec|hat|bar) ?\{?[a-zA-Z]\}?|\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\w|\{\w+\}))?'{0,3}"
+SYMBOL = r"(?:\\(?:mathbb|hat|bar) ?\{?[a-zA-Z]\}?|\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\w|\{\w+\}))?'{0,3}"
 # what may stand before "=": x, f(x), E[X], (x,y), AB, |AB|, \angle ABC, \text{Area}, Area, [ABC], \frac{AB}{CD}, x:y
 NAME = re.compile(
     rf"{SYMBOL} ?(?:\([\\\w, ]*\)|\[[A-Z]\])?|\([^()=]*,[^()=]*\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
@@ -17,10 +17,9 @@ NAME = re.compile(
     rf"|\\frac\{{ ?[a-zA-Z]{{1,2}} ?\}}\{{ ?[a-zA-Z]{{1,2}} ?\}}|{SYMBOL} ?: ?{SYMBOL}"
 )
 _BRACKET = r"\\?[{(\[]|\\?[})\]]"
+GREEK = set(r"\alpha \beta \gamma \delta \theta \lambda \mu \rho \sigma \phi \omega".split())
 _SIGNS = re.compile(rf"\\[pm][pm]{T}")
-_THOUSANDS = re.compile(
-    r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])|^[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}$"
-)
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)|^[1-9]\d?(?:,\d\d)+,\d{3}$")
 _DIGITS = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(
     rf"([-+]?) ?(?:([0-9]+) )?([-+]? ?{_DIGITS})"
@@ -60,7 +59,7 @@ def enclosed(text: str) -> tuple[str, str]:
 
 def bare(text: str) -> str:
     """Without outer braces, a plus, a final stop, and commas between thousands outside brackets: 1000 of "{1,000}."."""
-    text = re.sub(r"^\+ ?(?=[\w\\])", "", text.strip(" ").rstrip(".,;: ")).removesuffix("\\").strip()
+    text = re.sub(r"^[+=] ?(?=[\w\\])", "", text.strip(" ").rstrip(".,;: ")).removesuffix("\\").strip()
     while (whole := enclosed(text))[0] == "{}":
         text = whole[1].rstrip(".,; ")
     if "," in text and not re.search(r"[(\[]|\\\{", text):
@@ -80,9 +79,9 @@ def squeeze(text: str) -> str:
 
 
 def letters(text: str) -> set[str]:
-    """The letters and macros that may be unknowns."""
-    text = re.sub(rf"{TEXT}|\\(?:frac|sqrt|pi|cdot|times|mathbb|mid|in)", "", text)
-    return set(re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", text))
+    """The letters that may be unknowns."""
+    names = re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", re.sub(r"\{[pv]?matrix\}", "", text))
+    return {name for name in names if len(name) == 1 or name in GREEK} - {"e", "i", "E"}
 
 
 @lru_cache(maxsize=20_000)

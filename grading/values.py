@@ -27,6 +27,8 @@ MISREAD = [  # what the parser takes for something else
     for pattern, new in [
         (r"([a-zA-Z])('{1,3})", lambda m: rf"{m[1]}_{{prime{len(m[2])}}}"),
         (r"([0-9]) ?(?=\\(?:binom|log|ln|sum|gcd|lcm|max|min|prod|int|begin|l?floor|lceil)|\()", r"\1\\cdot "),
+        (r"(\\(?:sin|cos|tan|cot|sec|csc|ln|log)(?: ?[\^_] ?(?:\{[^{}]{1,9}\}|\w)){0,2}) ?"  # \sin x\cdot 2
+         r"(\w{1,9}|\w?\\[a-z]{1,9}|(?:\\frac ?\{[^{}]{1,40}\} ?)?\{[^{}]{1,80}\}) ?(?=\\(?:cdot|times))", r"\1(\2)"),
         (r"\\bmod(?![a-z])", r"\\mod"),
         (r"([0-9a-zA-Z]{1,20}!)(?=\^)", r"(\1)"),
         (r"\\[a-zA-Z]+|(?<!_)(?<!_\{)d",  # ad-bc has no differential
@@ -63,7 +65,7 @@ def value(latex: str) -> Any:
 
 def same_number(x: Any, y: Any) -> bool | None:
     """Are two numbers equal? None where that cannot be had: one is undefined, infinite or needs too many digits."""
-    if x.is_Rational and y.is_Rational:
+    if x == y or (x.is_Rational and y.is_Rational):
         return x == y
     floats = [part for number in (x, y) for part in number.evalf(15).as_real_imag()]
     if not all(part.is_Float or part.is_Rational for part in floats) or any(part in (nan, oo, -oo) for part in floats):
@@ -72,7 +74,7 @@ def same_number(x: Any, y: Any) -> bool | None:
         return False
     powers = [abs(power).evalf(3) for power in (x - y).atoms(sympy.Pow, sympy.exp) if power.is_number]
     sizes = [abs(power._mpf_[2] + power._mpf_[3]) for power in powers if power.is_Float]
-    digits = 100 + 2 * len(f"{x}{y}") + sum(sizes)
+    digits = 100 + sum(n.p.bit_length() + n.q.bit_length() for n in (x - y).atoms(Rational)) + sum(sizes)
     if digits > MAX_DIGITS:
         return None
     difference = (x - y).evalf(2, maxn=digits)  # sympy goes on until two digits are certain, or gives up: precision 1
