@@ -5,18 +5,19 @@ import os
 import string
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refusal
+from conftest import ROOT, refusal, write
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rl_mrt
 from engine.models import load_model, load_tokenizer
 from engine.sampler import Sampler
-from engine.thoughts import thinks, thought_is_open
+from engine.thoughts import thinks
 from engine.tokens import encode, prompt_ids, text_and_offsets
 from engine.transformers_engine import TransformersEngine, ways_of
 from run import flags, training
@@ -42,18 +43,21 @@ def byte_fallback(metaspace: bool):
     return PreTrainedTokenizerFast(tokenizer_object=t, **names)
 
 
-@pytest.mark.parametrize("metaspace", [False, True])
-def test_any_ids_have_a_text_and_offsets(metaspace):
-    t = byte_fallback(metaspace)
-    rng = np.random.default_rng(0)
-    names = [["<0x47>", "<0x80>", "Y"], ["<0xC3>", "<0xA9>", "<0xC3>", "x"], ["▁", "<0xF0>", "</s>", "<0x9F>", "b"]]
-    rows = [t.convert_tokens_to_ids(row) for row in names] + rng.integers(0, len(t), (300, 12)).tolist()
+@pytest.mark.parametrize("kind", [False, True, None])
+def test_any_ids_have_a_text_and_offsets(kind, tokenizer):
+    t = tokenizer if kind is None else byte_fallback(kind)
+    names = ("<0x47> <0x80> Y", "<0xC3> <0xA9> <0xC3> x", "▁ <0xF0> </s> <0x9F> b")
+    rows = np.random.default_rng(0).integers(0, len(t), (300, 12)).tolist()
+    rows += [t.convert_tokens_to_ids(row.split()) for row in names]
     for ids in rows:
         text, offsets = text_and_offsets(t, ids)
         whole = t.decode(ids, skip_special_tokens=True)
         assert text.replace("\ufffd", "") == whole.replace("\ufffd", "")
         assert len(offsets) == len(ids) + 1 and offsets == sorted(offsets)
         assert offsets[0] == 0 and offsets[-1] == len(text)
+    ids = encode(t, "8² ≡ 3,é🙂\n\n")
+    assert text_and_offsets(t, ids)[0] == "8² ≡ 3,é🙂\n\n" or kind is not None
+    assert "\ufffd" not in text_and_offsets(t, encode(t, "🙂")[:2])[0]
 
 
 @pytest.mark.parametrize("metaspace", [False, True])
@@ -65,38 +69,22 @@ def test_tokens_that_go_on_a_text_get_no_space(metaspace):
     assert thinks(t)
 
 
-@pytest.mark.parametrize("end, is_open", [("<think>\n", True), ("<think>\n\n</think>\n\n", False), ("", None)])
-def test_whether_a_thought_is_open_is_read_off_the_prompt(end, is_open):
-    t = AutoTokenizer.from_pretrained(ROOT / "tiny")
-    t.chat_template = t.chat_template.replace("<think>\\n", end.replace("\n", "\\n")).replace("<think>\n", end)
-    assert thought_is_open(t, prompt_ids(t, "1+1?")) is is_open
-
-
-def test_template_arguments_and_a_template_that_raises(capsys):
-    t = AutoTokenizer.from_pretrained(ROOT / "tiny")
-    t.chat_template = "{{ messages[0]['content'] }}{% if mood is defined %}{{ mood }}{% endif %}"
-    assert t.decode(prompt_ids(t, "1+1?", {"mood": "!"})) == "1+1?!"
-    t.chat_template = "{{ raise_exception('a system message is needed') }}"
-    assert "its chat template fails: a system message is needed" in refusal(capsys, prompt_ids, t, "1+1?")
-
-
 def test_a_base_models_prompt_has_its_beginning_and_no_end(tokenizer):
     t = AutoTokenizer.from_pretrained(ROOT / "tiny")
     t.chat_template = None
     bare = prompt_ids(t, "1+1?")
     ends = [("<|end|>", 257), ("<|user|>", t.convert_tokens_to_ids("<|user|>"))]
-    processor = processors.TemplateProcessing(single="<|user|> $A <|end|>", special_tokens=ends)
-    t.backend_tokenizer.post_processor = processor
+    t.backend_tokenizer.post_processor = processors.TemplateProcessing("<|user|> $A <|end|>", special_tokens=ends)
     assert prompt_ids(t, "1+1?") == [ends[1][1], *bare]
 
 
 def test_python_only_tokenizers_and_adapters_are_refused(tmp_path, capsys):
-    ByT5Tokenizer().save_pretrained(tmp_path / "byt5")
-    (tmp_path / "byt5" / "config.json").write_text('{"model_type": "llama"}')
-    assert "Python only" in refusal(capsys, load_tokenizer, str(tmp_path / "byt5"))
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    assert "is an adapter" in refusal(capsys, load_tokenizer, str(tmp_path / "adapter"))
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    write(tmp_path / "config.json", '{"model_type": "llama"}')
+    assert "Python only" in refusal(capsys, load_tokenizer, str(tmp_path))
+    write(tmp_path / "adapter_config.json", "{}")
+    (tmp_path / "config.json").unlink()
+    assert "is an adapter" in refusal(capsys, load_tokenizer, str(tmp_path))
 
 
 def test_weights_that_are_nan_end_a_run_before_and_while_it_samples(tokenizer, prompts, capsys):
@@ -112,40 +100,38 @@ def test_weights_that_are_nan_end_a_run_before_and_while_it_samples(tokenizer, p
 
 def test_a_setting_given_twice_is_refused(tmp_path, capsys):
     for lines in ("steps: 1\nlr: 1e-4\nsteps: 7\n", "group-size: 2\ngroup_size: 8\n"):
-        (tmp_path / "c.yaml").write_text(lines)
-        assert "is set twice" in refusal(capsys, flags.read_config, tmp_path / "c.yaml")
+        file = Path(write(tmp_path / "c.yaml", lines))
+        assert "is set twice" in refusal(capsys, flags.read_config, file)
 
 
 def test_a_folder_has_one_owner_and_a_killed_one_leaves_it(tmp_path, start, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rl_mrt.py"])
-    flags = "--bonus 0 --eval-every 0 --steps 200 --problems-per-step 2 --group-size 2 --max-tokens 60 --out run"
-    other = start(tmp_path, "rl_mrt.py", *flags.split())
+    flags = "--bonus 0 --eval-every 0 --steps 200 --problems-per-step 2 --group-size 2 --max-tokens 60 --out".split()
+    other = start(tmp_path, "rl_mrt.py", *flags, "run")
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.01)
-    for resume, overwrite in ((True, False), (False, True)):
-        settings = rl_mrt.flags([*flags.split()[:-1], str(tmp_path / "run")])
-        settings.resume, settings.overwrite = resume, overwrite
+    for more in ("--resume", "--overwrite"):
+        settings = rl_mrt.flags([*flags, str(tmp_path / "run"), more])
         assert "another process is writing there" in refusal(capsys, check_out, settings)
     other.kill()
     other.join()
     check_out(settings)
 
 
-@pytest.mark.parametrize("damage", ["training.pt", "model.safetensors", "missing"])
-def test_only_the_newest_checkpoint_stays_and_a_cut_one_is_named(tmp_path, tokenizer, damage, capsys):
+def test_only_the_newest_checkpoint_stays_and_a_cut_one_is_named(tmp_path, tokenizer, capsys):
     model = load_model("tiny", "cpu")
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (1, 2):
         training.save_checkpoint(tmp_path, model, tokenizer, optimizer, {"step": step})
-    newest = tmp_path / "checkpoints" / "step_000002"
-    assert [newest] == list(newest.parent.iterdir())
-    assert training.load_checkpoint(newest, model, optimizer) == {"step": 2}
-    if damage == "missing":
-        (newest / "training.pt").unlink()
-    else:
-        os.truncate(newest / damage, 5000)
-    line = refusal(capsys, training.load_checkpoint, newest, model, optimizer)
-    assert f"{newest} cannot be read (" in line and "--overwrite" in line
+    (newest,) = (tmp_path / "checkpoints").iterdir()
+    assert newest.name == "step_000002" and training.load_checkpoint(newest, model, optimizer) == {"step": 2}
+    for name in ("training.pt", "model.safetensors"):
+        for damage in (lambda file: os.truncate(file, 5000), Path.unlink):
+            whole = (newest / name).read_bytes()
+            damage(newest / name)
+            line = refusal(capsys, training.load_checkpoint, newest, model, optimizer)
+            assert f"{newest} cannot be read (" in line and "--overwrite" in line
+            (newest / name).write_bytes(whole)
 
 
 def test_positions_that_move_are_told(capsys):
