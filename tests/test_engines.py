@@ -43,7 +43,7 @@ def engine(request, model, tokenizer, tmp_path_factory):
 def uneven(tokenizer, prompts):
     """Prompts of different lengths."""
     more = encode(tokenizer, "Okay, try x = 8: 8² ≡ 3, + 17 ≡ 20 vs 5: no.\n\n")
-    return [p + more[: i % 7] for i, p in enumerate(prompts)]
+    return [p + more[:i] for i, p in enumerate(prompts[:7])]
 
 
 def test_greedy_tokens_equal_transformers_generate(engine, model, tokenizer, uneven):
@@ -82,7 +82,7 @@ def test_a_sample_depends_on_its_seed_and_number_and_not_on_the_batch(engine, un
 
 
 def test_each_prompt_keeps_its_own_limit_and_a_chosen_end_of_turn_is_a_token(engine, tokenizer, uneven):
-    limits, reasons = [1 + 13 * i for i in range(len(uneven))], set()
+    limits, reasons = [1 + 25 * i for i in range(len(uneven))], set()
     before = engine.sampled_tokens
     rows = engine.generate(uneven, limits, keys(uneven), n=2)
     for limit, row in zip(limits, rows):
@@ -98,7 +98,8 @@ def test_each_prompt_keeps_its_own_limit_and_a_chosen_end_of_turn_is_a_token(eng
 
 def test_a_stop_token_ends_a_completion_and_belongs_to_it(engine, tokenizer, prompts):
     (marker,) = encode(tokenizer, "</think>")
-    ended = [c for (c,) in engine.generate(prompts, 250, keys(prompts), stop=[marker]) if c.finish_reason == "stop"]
+    rows = engine.generate(prompts[:6], 200, keys(prompts[:6]), stop=[marker])
+    ended = [c for (c,) in rows if c.finish_reason == "stop"]
     assert ended and all(c.token_ids[-1] == marker and c.token_ids.count(marker) == 1 for c in ended)
 
 

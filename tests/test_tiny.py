@@ -49,7 +49,7 @@ def figures(model, tokenizer) -> dict[str, float]:
     def note(name: str, value: float) -> None:
         found[name].append(float(value))
 
-    set_sampled_J(sampler, traces, Forcing(4, 8), (1,))
+    set_sampled_J(sampler, traces[::2], Forcing(4, 8), (1,))
     for trace in traces:
         n, b, x = (int(part) for part in trace.problem["id"].split("-")[2:])
         ends, thought, shown = trace.boundaries, trace.prefix(trace.boundaries[-1]), f"x = {x} works"
