@@ -75,23 +75,18 @@ def random_thoughts(count=300):
 
 @pytest.mark.parametrize("max_steps, group_size", [(49, 1), (49, 5), (3, 1), (3, 2), (1, 2), (0, 1)])
 def test_spans_tile_the_thought_and_agree_with_texts(max_steps, group_size):
-    counts = set()
+    most, counts = -(-(max_steps + 1) // group_size), set()
     for thought in [*random_thoughts(), "", "\n\n", "\n\n\n\n\n\n\n\nWait", ALL_SIX]:
         spans = episode_spans(thought, Segmentation(max_steps, group_size))
-        assert spans[0][0] == 0 and spans[-1][1] == len(thought)
-        assert all(end == start for (_, end), (start, _) in itertools.pairwise(spans))
-        assert "".join(thought[a:b] for a, b in spans) == thought
-        for start, end in spans[1:]:
-            assert thought[:start].endswith("\n\n") and thought[start:end].startswith(EPISODE_MARKERS)
-        assert len(spans) <= -(-(max_steps + 1) // group_size)
-        texts = split_episodes(thought, max_steps, group_size)
-        assert len(texts) == len(spans)
-        if group_size == 1:
-            assert texts == [thought[a:b].rstrip("\n") for a, b in spans]
-        else:  # inside a group the newlines before a separator are stripped too
-            assert [t.split() for t in texts] == [thought[a:b].split() for a, b in spans]
+        cuts = [start for start, _ in spans[1:]]
+        assert spans == list(itertools.pairwise([0, *cuts, len(thought)]))
+        assert all(thought[:cut].endswith("\n\n") and thought[cut:].startswith(EPISODE_MARKERS) for cut in cuts)
+        texts, pieces = split_episodes(thought, max_steps, group_size), [thought[start:end] for start, end in spans]
+        assert [text.split() for text in texts] == [piece.split() for piece in pieces]
+        if group_size == 1:  # inside a group the newlines before a separator are stripped, too
+            assert texts == [piece.rstrip("\n") for piece in pieces]
+        assert len(spans) <= most
         counts.add(len(spans))
-    most = -(-(max_steps + 1) // group_size)
     assert max(counts) == most if most < 3 else max(counts) > 1  # the thoughts do have episodes
 
 

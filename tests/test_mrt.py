@@ -46,11 +46,7 @@ def placed(split: str, count: int = 4) -> list[dict]:
     [
         # Both right, so GRPO sees a flat group and learns nothing; MRT tells their episodes apart. Mean progress over
         # the 4 episodes: 0.4. Two tokens an episode; the answer's token makes no progress.
-        (
-            ([0.1, 0.1, 0.9], [0.1, 0.9, 0.9]),
-            np.asarray,
-            ([-0.4, -0.4, 0.4, 0.4, -0.4], [0.4, 0.4, -0.4, -0.4, -0.4]),
-        ),
+        (([0.1, 0.1, 0.9], [0.1, 0.9, 0.9]), np.asarray, ([-0.4, -0.4, 0.4, 0.4, -0.4], [0.4, 0.4, -0.4, -0.4, -0.4])),
         # Ending the thought and episodes that gain nothing are treated alike: no hidden length penalty. Mean: 0.2.
         (([0.1, 0.9], [0.1, 0.1, 0.1, 0.1]), np.asarray, ([0.6, 0.6, -0.2], [-0.2] * 7)),
         # In nats, where 0 counts as 1 in 1000: ln 100 and ln 10, on average 1.5 · ln 10.

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import urllib3
-from conftest import ROOT, jsonl, keys, main_with, refusal
+from conftest import PATIENCE, ROOT, jsonl, keys, main_with, refusal
 from servers import KEY, Handler, Served, VllmServe
 from test_gpu import needs_vllm
 
@@ -202,15 +202,15 @@ runpy.run_path({str(ROOT / "evaluate.py")!r}, run_name="__main__")"""
         )
 
     done = start("whole")
-    assert done.communicate(timeout=200)[1] == "" and done.returncode == 0
+    assert done.communicate(timeout=PATIENCE)[1] == "" and done.returncode == 0
     cut, file = start("cut"), tmp_path / "cut/records.jsonl"
     while cut.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= 4):
         time.sleep(0.01)
     vllm_serve.end()
-    said = cut.communicate(timeout=100)[1].splitlines()
+    said = cut.communicate(timeout=PATIENCE)[1].splitlines()
     assert cut.returncode == 2 and len(said) == 1 and "--resume" in said[0], said
     assert 4 <= len(jsonl(file)) < 32
     vllm_serve.start()
     done = start("cut --resume")
-    assert done.communicate(timeout=200)[1] == "" and done.returncode == 0
+    assert done.communicate(timeout=PATIENCE)[1] == "" and done.returncode == 0
     assert jsonl(file) == jsonl(tmp_path / "whole/records.jsonl") and len(jsonl(file)) == 32
