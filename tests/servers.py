@@ -17,6 +17,7 @@ import urllib3
 from conftest import ROOT
 
 from engine import served_engine
+from engine.checks import Ways
 from engine.sampler import Sampler
 from engine.transformers_engine import TransformersEngine
 
@@ -30,8 +31,9 @@ class Served(ThreadingHTTPServer):
 
     def __init__(self, model, tokenizer, **how):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.sampler, self.lock = Sampler(TransformersEngine(model), tokenizer), threading.Lock()
-        self.models, self.key, self.faults, self.bodies = ["tiny"], KEY, [], []
+        known = TransformersEngine(model, ways=Ways("shared", "chunks", "shared"))
+        self.sampler, self.lock = Sampler(known, tokenizer), threading.Lock()
+        self.models, self.faults, self.bodies = ["tiny"], [], []
         self.text_only = self.lists_nothing = False
         self.dies_after = 1 << 30
         vars(self).update(how)
@@ -58,19 +60,20 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format, *args):
         pass
 
-    def reply(self, status: int, value: dict, **headers):
+    def reply(self, status: int, value: dict):
         data = json.dumps(value).encode()
         self.send_response(status)
-        for name, text in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name.replace("_", "-"), text)
+        if status == 429:
+            self.send_header("Retry-After", "0")
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
     def refused(self) -> bool:
-        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
-            self.reply(401, {"error": {"message": f"Incorrect API key provided: {self.headers['Authorization']}"}})
-            return True
-        return False
+        given = self.headers["Authorization"]
+        if given != f"Bearer {KEY}":
+            self.reply(401, {"error": {"message": f"Incorrect API key provided: {given}"}})
+        return given != f"Bearer {KEY}"
 
     def do_GET(self):
         if self.refused():
@@ -90,8 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         if len(self.server.bodies) > self.server.dies_after:
             fault = "drop"
         if isinstance(fault, int):
-            again = {"Retry_After": "0"} if fault == 429 else {}
-            return self.reply(fault, {"error": {"message": "on purpose"}}, **again)
+            return self.reply(fault, {"error": {"message": "on purpose"}})
         if fault in ("drop", "hang"):
             time.sleep(5 if fault == "hang" else 0)
             self.close_connection = True
@@ -101,14 +103,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.text_only and (set(served_engine.EXTRAS) & set(body) or not isinstance(body["prompt"], str)):
             return self.reply(400, {"error": {"message": "Unrecognized request argument supplied"}})
         with self.server.lock:
-            self.reply(200, self.complete(body, "abort" if fault == "abort" else None))
+            self.reply(200, self.complete(body, fault))
 
     def complete(self, body: dict, reason: str | None) -> dict:
         sampler, prompt = self.server.sampler, body["prompt"]
         ids = sampler.tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else prompt
-        how = {"temperature": body.get("temperature", 1.0), "top_p": body.get("top_p", 1.0)}
-        how["stop"] = body.get("stop_token_ids", ())
-        ((c,),) = sampler.generate([ids], body["max_tokens"], [(body.get("seed", 0),)], **how)
+        temperature, top_p, stop = body.get("temperature", 1.0), body.get("top_p", 1.0), body.get("stop_token_ids", ())
+        seeds = [(body.get("seed", 0),)]
+        ((c,),) = sampler.generate([ids], body["max_tokens"], seeds, 1, temperature, top_p, stop=stop)
         choice = {"finish_reason": reason or c.finish_reason, "logprobs": {"token_logprobs": c.logprobs}}
         choice["text"] = sampler.tokenizer.decode(c.token_ids, skip_special_tokens=True)
         if not self.server.text_only:

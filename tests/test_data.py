@@ -49,11 +49,13 @@ def chat(*texts):
         ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "p"}]}], "answer": "7"}, "7"),
         ({"prompt": chat("", "p"), "reward_model": {"style": "rule", "ground_truth": "7"}}, "7"),
         ({"problem": "p", "answer": "sqrt(7)"}, "sqrt(7)"),
+        ({"problem": "p\u2028q\x85r", "answer": "7"}, "7"),  # only "\n" ends a line
     ],
 )
 def test_columns_and_answers_seen_in_the_wild(tmp_path, row, gold):
     (problem,) = load_problems(write(tmp_path / "d.jsonl", [row]), "train")
-    assert {**problem, "messages": None} == {"problem": "p", "answer": gold, "id": "0", "messages": None}
+    text = row.get("problem") or "p"
+    assert {**problem, "messages": None} == {"problem": text, "answer": gold, "id": "0", "messages": None}
 
 
 def test_messages_before_the_problem_are_kept_and_those_after_it_are_not(tmp_path):
@@ -98,16 +100,10 @@ def test_formats(tmp_path, name, content):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"prompt": chat("", r["problem"]), "reward_model": {"ground_truth": r["answer"]}} for r in ROWS]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     assert [p["answer"] for p in load_problems(str(tmp_path / "d.parquet"), "train")] == ["2", r"\frac{1}{2}"]
-
-
-def test_a_line_separator_within_a_text_does_not_end_a_line(tmp_path):
-    rows = [{"problem": "a\u2028b\x85c", "answer": "2"}]
-    assert load_problems(write(tmp_path / "d.jsonl", rows), "train")[0]["problem"] == "a\u2028b\x85c"
 
 
 @pytest.mark.parametrize(
@@ -138,34 +134,23 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, capsys, name, content, 
 
 
 def test_all_unusable_rows_are_named_at_once(tmp_path, capsys):
-    bad = [{"problem": "?", "answer": a} for a in (r"\frac{1}{", "1/0", None, "", "proof")] + [
-        {"problem": "", "answer": 1}
-    ]
+    bad = [{"problem": "?", "answer": answer} for answer in (r"\frac{1}{", "1/0", None, "", "proof")]
+    bad.append({"problem": "", "answer": 1})
     file = write(tmp_path / "d.jsonl", [row for one in bad for row in (ROWS[0], one)] + [{"answer": "1/0"}] * 9)
-    message = refusal(capsys, load_problems, file, "train")
+    message, skip = refusal(capsys, load_problems, file, "train"), Columns(skip_unusable=True)
     assert "15 rows" in message and message.count("row ") == 10 and "row 2: " in message and "row 12: " in message
-    kept = load_problems(file, "train", columns=Columns(skip_unusable=True))
+    kept = load_problems(file, "train", columns=skip)
     assert [p["answer"] for p in kept] == ["2"] * 6 and "15 rows" in capsys.readouterr().out
     assert len(load_problems(file, "train", limit=1)) == 1  # what is not used is not looked at
-    assert "no usable" in refusal(
-        capsys, load_problems, write(tmp_path / "e.jsonl", bad), "train", columns=Columns(skip_unusable=True)
-    )
+    assert "no usable" in refusal(capsys, load_problems, write(tmp_path / "e.jsonl", bad), "train", columns=skip)
 
 
-def test_several_golds_are_said_once(tmp_path, capsys):
-    load_problems(write(tmp_path / "d.jsonl", [{"problem": "p", "answer": ["1", "2"]}] * 3), "train")
-    assert capsys.readouterr().out.count("any of them is right") == 1
-
-
-def test_ids_are_kept_or_made_and_are_unique(tmp_path, capsys):
-    rows = [{"problem": "p", "answer": "1", "id": 5}, {"problem": "q", "answer": "2", "id": 5}]
+def test_ids_are_kept_or_made_and_are_unique_and_several_golds_are_said_once(tmp_path, capsys):
+    rows = [{"problem": problem, "answer": ["1", "2"], "id": 5} for problem in "pqr"]
     ids = [p["id"] for p in load_problems(write(tmp_path / "d.jsonl", rows), "train")]
-    assert len(set(ids)) == 2 and all(i.startswith("5") for i in ids)
-    assert capsys.readouterr().out.count("\n") == 1
-    assert len(load_problems(write(tmp_path / "e.jsonl", rows), "train", limit=1)) == 1
-
-
-# ---------------------------------------------------------------------------------------------- responses
+    assert len(set(ids)) == 3 and all(i.startswith("5") for i in ids)
+    told = capsys.readouterr().out
+    assert told.count("\n") == 2 and told.count("any of them is right") == 1
 
 
 def test_responses_of_one_problem_are_gathered(tmp_path, capsys):
@@ -185,40 +170,32 @@ def test_responses_of_one_problem_are_gathered(tmp_path, capsys):
 
 
 THOUGHT, ANSWER = "I add.\n\nWait, again.\n", "\nIt is \\boxed{7}."
+FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
 
 
 @pytest.mark.parametrize(
-    "text",
+    "text, opened, thought, answer",
     [
-        f"<think>\n{THOUGHT}</think>{ANSWER}",
-        f"<｜begin▁of▁sentence｜>\n<think>\n{THOUGHT}</think>{ANSWER}<｜end▁of▁sentence｜>",
-        f"\n<think>\n{THOUGHT}</think>{ANSWER}",
-        f"<s> <think>\n{THOUGHT}</think>{ANSWER}\n</think>",
-        f"<|im_start|>assistant\n<think>\n{THOUGHT}</think>{ANSWER}<|im_end|>",
-        f"<thinking>\n{THOUGHT}</thinking>{ANSWER}",
-        f"[THINK]\n{THOUGHT}[/THINK]{ANSWER}",
-        f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>final<|message|>{ANSWER}<|return|>",
+        (f"<think>\n{THOUGHT}</think>{ANSWER}", True, THOUGHT, ANSWER),
+        (f"<｜begin▁of▁sentence｜>\n<think>\n{THOUGHT}</think>{ANSWER}<｜end▁of▁sentence｜>", True, THOUGHT, ANSWER),
+        (f"\n<think>\n{THOUGHT}</think>{ANSWER}", True, THOUGHT, ANSWER),
+        (f"<s> <think>\n{THOUGHT}</think>{ANSWER}\n</think>", True, THOUGHT, ANSWER),
+        (f"<|im_start|>assistant\n<think>\n{THOUGHT}</think>{ANSWER}<|im_end|>", True, THOUGHT, ANSWER),
+        (f"<thinking>\n{THOUGHT}</thinking>{ANSWER}", True, THOUGHT, ANSWER),
+        (f"[THINK]\n{THOUGHT}[/THINK]{ANSWER}", True, THOUGHT, ANSWER),
+        (f"<|channel|>analysis<|message|>{THOUGHT}{FINAL}{ANSWER}<|return|>", True, THOUGHT, ANSWER),
+        (f"{THOUGHT}</think>{ANSWER}", False, THOUGHT, ANSWER),  # the template has opened the thought
+        (f"<think>\n{THOUGHT}", True, THOUGHT, None),
+        (THOUGHT + ANSWER, False, THOUGHT + ANSWER, None),
+        ("\n2 + 2", False, "\n2 + 2", None),
+        ("<think></think>7", True, "", "7"),
+        ("<think>a</think>\\boxed{7}\n</think>", True, "a", "\\boxed{7}"),
+        ("", False, "", None),
     ],
 )
-def test_thought_and_answer_in_all_marks(text):
-    assert split_response(text) == (True, THOUGHT, ANSWER)
-    assert extract_answer(text) == "7"
-
-
-@pytest.mark.parametrize(
-    "text, parts",
-    [
-        (f"{THOUGHT}</think>{ANSWER}", (False, THOUGHT, ANSWER)),  # the template has opened the thought
-        (f"<think>\n{THOUGHT}", (True, THOUGHT, None)),
-        (THOUGHT + ANSWER, (False, THOUGHT + ANSWER, None)),
-        ("\n2 + 2", (False, "\n2 + 2", None)),
-        ("<think></think>7", (True, "", "7")),
-        ("<think>a</think>\\boxed{7}\n</think>", (True, "a", "\\boxed{7}")),
-        ("", (False, "", None)),
-    ],
-)
-def test_thought_and_answer(text, parts):
-    assert split_response(text) == parts
+def test_thought_and_answer_in_all_marks(text, opened, thought, answer):
+    assert split_response(text) == (opened, thought, answer)
+    assert extract_answer(text) == ("7" if "boxed" in text else None)
 
 
 def test_markers(tmp_path, capsys):
@@ -231,17 +208,7 @@ def test_markers(tmp_path, capsys):
     assert "nowhere.txt" in refusal(capsys, load_markers, tmp_path / "nowhere.txt")
 
 
-# ---------------------------------------------------------------------------------------------- real data
-
-SIZES = {
-    "aime2024": 30,
-    "aime2025": 30,
-    "amc2023": 40,
-    "math500": 500,
-    "gsm8k": 1319,
-    "minerva_math": 272,
-    "olympiadbench": 675,
-}
+SIZES = dict(aime2024=30, aime2025=30, amc2023=40, math500=500, gsm8k=1319, minerva_math=272, olympiadbench=675)
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not here")
 
 
@@ -264,22 +231,14 @@ def test_files_that_were_chosen_to_be_hard(capsys):
         except SystemExit:
             refused.add(file.stem)
     assert capsys.readouterr().err.count("\n") == len(refused)
-    assert refused == {
-        "bad_gold_rows_2_and_4",
-        "bad_json_line_2",
-        "empty",
-        "missing_answer_row_2",
-        "null_answer_row_2",
-        "utf16",
-    }
+    rows = "bad_gold_rows_2_and_4 bad_json_line_2 missing_answer_row_2 null_answer_row_2"
+    assert refused == {*rows.split(), "empty", "utf16"}
 
 
 def test_a_hub_set_leaves_out_what_cannot_be_used(monkeypatch, capsys):
     datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_list(
-        [{"problem": "p", "solution": s} for s in ("\\boxed{2}", "a proof", "\\boxed{3}")]
-    )
-    monkeypatch.setattr(data, "load_from_hub", lambda *_: rows)
+    rows = [{"problem": "p", "solution": solution} for solution in ("\\boxed{2}", "a proof", "\\boxed{3}")]
+    monkeypatch.setattr(data, "load_from_hub", lambda *_: datasets.Dataset.from_list(rows))
     assert [p["answer"] for p in load_problems("owner/name", "train")] == ["2", "3"]
     assert "left out" in capsys.readouterr().out
 
@@ -289,17 +248,13 @@ def test_a_part_of_a_split_is_read_as_the_library_datasets_does(tmp_path, monkey
     assert load_problems("tiny:30", "test[150:300]") == whole[150:300]
     assert load_problems("tiny:30", "test[450:]", 3) == whole[450:453]
     rows = [{"problem": f"What is {i}?", "answer": str(i)} for i in range(6)]
-    write(tmp_path / "train.jsonl", rows)
+    file = write(tmp_path / "train.jsonl", rows)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     for text in ("train", "train[2:4]", "train[:1]", "train[4:]"):
         name, part = data.part_of_split(text)
         assert list(data.load_from_hub(str(tmp_path), name, part)) == rows[part]
-    file = str(tmp_path / "train.jsonl")
-    assert len(load_problems(file, "train")) == 6
     capsys.readouterr()  # the library's own words
+    assert len(load_problems(file, "train")) == 6
     assert "--split train[2:4]" in refusal(capsys, load_problems, file, "train[2:4]")
-
-
-@pytest.mark.parametrize("split", ["test[", "test[3]", "test[a:b]", "test[1:2", "test[-5:]", "test[9000:]", "tset[:3]"])
-def test_no_part_of_a_split(capsys, split):
-    assert "--split" in refusal(capsys, load_problems, "tiny:30", split)
+    for split in ("test[", "test[3]", "test[a:b]", "test[1:2", "test[-5:]", "test[9000:]", "tset[:3]"):
+        assert "--split" in refusal(capsys, load_problems, "tiny:30", split), split

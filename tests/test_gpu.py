@@ -52,9 +52,6 @@ def used_memory() -> float:
     return (total - free) / GIB
 
 
-# ------------------------------------------------------------------------------------------------ real runs
-
-
 def train(say, folder, *flags: str, processes: int = 1) -> list[dict]:
     """Two steps of MRT online on the embedded model; their metrics."""
     several = f"-m torch.distributed.run --standalone --nproc-per-node={processes}".split() if processes > 1 else []
@@ -64,10 +61,9 @@ def train(say, folder, *flags: str, processes: int = 1) -> list[dict]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     metrics = jsonl(folder / "metrics.jsonl")
+    told = "{}, step {step}: right {reward:.2f}, loss {loss:+.5f}, gradient norm {grad_norm:.4f}, sampler and trainer "
+    told += "differ by at most {sampler_gap_max:.1e}, {sampling_seconds:.1f} + {update_seconds:.1f} s"
     for step in metrics:
-        told = "{}, step {step}: right {reward:.2f}, loss {loss:+.5f}, gradient norm {grad_norm:.4f}, "
-        told += "sampler and trainer differ by at most {sampler_gap_max:.1e}, "
-        told += "{sampling_seconds:.1f} + {update_seconds:.1f} s"
         say(told.format(folder.name, **step))
     return metrics
 
@@ -95,9 +91,6 @@ def test_two_processes_train_as_one(tmp_path, say):
         np.testing.assert_allclose([a[name] for a in alone], [b[name] for b in two], rtol=1e-4, atol=1e-4, err_msg=name)
     if works:
         train(say, tmp_path / "processes-2-vllm", "--engine", "vllm", processes=2)
-
-
-# ------------------------------------------------------------------------------------------------ the update
 
 
 def test_an_update_of_table_3(say):
@@ -138,24 +131,18 @@ def random_trace(model, place: int, length: int, dtype: torch.dtype) -> Trace:
     return Trace({"id": str(place), "place": place}, ids[:64], completion, [0], False, None)
 
 
-@pytest.mark.parametrize("world, sentence", [(1, "an update takes {:.0f} GiB"), (8, "{:.0f} GiB a GPU")])
-def test_the_memory_in_the_readme_is_the_estimate(world, sentence):
-    _, parts = training.update_memory(TABLE_3, 32_768, torch.bfloat16, reference=True, world=world)
-    told = sentence.format(sum(parts.values()) / GIB)
+def test_the_memory_in_the_readme_is_the_estimate():
     pages = "README.md", "configs/rl_r1_distill_1.5b.yaml"
     readme, config = (" ".join((ROOT / page).read_text(encoding="utf-8").replace("#", "").split()) for page in pages)
-    assert told in readme and told in config
-    if world == 1:
-        resting = sum(parts[name] for name in ("weights, gradients, moments", "reference of the KL penalty")) / GIB
-        assert f"sampling takes {resting:.0f} GiB" in readme and f"the rest is {resting:.0f}" in config
-        plan = {
-            name: int(re.search(rf"{name}: (\d+)", config)[1]) for name in ("limit", "problems-per-step", "group-size")
-        }
-        rollouts = plan["problems-per-step"] * plan["group-size"]
-        assert f"{-(-plan['limit'] // plan['problems-per-step'])} steps of {rollouts} rollouts" in readme
-
-
-# ------------------------------------------------------------------------------------------------ vLLM and the trainer
+    for world, sentence in ((8, "{:.0f} GiB a GPU"), (1, "an update takes {:.0f} GiB")):
+        _, parts = training.update_memory(TABLE_3, 32_768, torch.bfloat16, reference=True, world=world)
+        told = sentence.format(sum(parts.values()) / GIB)
+        assert told in readme and told in config
+    resting = sum(parts[name] for name in ("weights, gradients, moments", "reference of the KL penalty")) / GIB
+    assert f"sampling takes {resting:.0f} GiB" in readme and f"the rest is {resting:.0f}" in config
+    names = ("limit", "problems-per-step", "group-size")
+    limit, problems, group = (int(re.search(rf"{name}: (\d+)", config)[1]) for name in names)
+    assert f"{-(-limit // problems)} steps of {problems * group} rollouts" in readme
 
 
 @needs_vllm

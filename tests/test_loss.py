@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import itertools
 import math
 
 import numpy as np
@@ -18,41 +17,39 @@ from engine.logprobs import token_logprobs
 from run import training
 
 
+def double(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def random_tokens(count=40, seed=0):
     g = torch.Generator().manual_seed(seed)
     logp = -torch.rand(count, generator=g, dtype=torch.float64) * 3
     return logp, torch.randn(count, generator=g, dtype=torch.float64)
 
 
-def gradient(logp, old, advantage, denominator, **more):
-    logp = logp.clone().requires_grad_()
-    loss, _ = grpo_loss(logp, old, advantage, denominator, **more)
+def loss_of(logp, old, advantage, denominator, **more):
+    """(the loss, its gradient)"""
+    logp = logp.detach().clone().requires_grad_()
+    loss, _ = grpo_loss(logp, old.detach(), advantage, denominator, **more)
     loss.backward()
-    return logp.grad
-
-
-def test_rule_1_on_policy_gradient_is_minus_advantage_over_tokens():
-    logp, advantage = random_tokens()
-    torch.testing.assert_close(gradient(logp, logp.clone(), advantage, 40), -advantage / 40)
+    return loss.item(), logp.grad
 
 
 @pytest.mark.parametrize("split", [[1] * 40, [2, 38], [39, 1], [40]])
-def test_rule_2_any_split_into_micro_batches_gives_the_same_gradient(split):
+def test_rules_1_and_2_the_gradient_is_minus_advantage_over_tokens_whatever_the_micro_batches(split):
     logp, advantage = random_tokens()
-    whole = gradient(logp, logp - 0.1, advantage, 40)
-    rows = zip(logp.split(split), (logp - 0.1).split(split), advantage.split(split))
-    torch.testing.assert_close(torch.cat([gradient(*row, 40) for row in rows]), whole)
+    for shift in (0.0, 0.1):
+        parts = zip(logp.split(split), (logp - shift).split(split), advantage.split(split))
+        got = torch.cat([loss_of(*part, 40)[1] for part in parts])
+        torch.testing.assert_close(got, -advantage * math.exp(shift) / 40)
 
 
 @pytest.mark.parametrize("filler", [0, 77, 400])
 def test_rule_3_padding_changes_neither_loss_nor_gradient_whatever_it_holds(model, filler):
     """Rows of different lengths in one padded batch, against each row alone."""
-    net = copy.deepcopy(model)
-    g = torch.Generator().manual_seed(0)
-    examples = []
-    for length in (5, 9, 14, 23):
-        advantage = torch.randn(1, length - 3, generator=g).numpy()
-        examples.append((torch.randint(0, 600, (length,), generator=g).tolist(), 3, advantage))
+    net, rng = copy.deepcopy(model), np.random.default_rng(0)
+    lengths = (5, 9, 14, 23)
+    examples = [(rng.integers(0, 600, n).tolist(), 3, rng.normal(size=(1, n - 3)).astype("f")) for n in lengths]
     tokens = sum(row.size for *_, row in examples)
 
     def loss_and_gradient(limit):
@@ -69,74 +66,64 @@ def test_rule_3_padding_changes_neither_loss_nor_gradient_whatever_it_holds(mode
 
     alone, padded = loss_and_gradient(1), loss_and_gradient(10_000)
     assert padded[0] == pytest.approx(alone[0], abs=1e-6)
-    for a, b in zip(padded[1], alone[1]):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(padded[1], alone[1], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("advantage, shift", [*itertools.product((1.0, -1.0), (0.3, 0.1, -0.1, -0.3))])
-def test_rule_4_clipping_stops_only_the_gradient_that_leads_further_away(advantage, shift):
-    old, a = (torch.tensor([value], dtype=torch.float64) for value in (-1.0, advantage))
-    stopped = abs(shift) > 0.2 and advantage * shift > 0
-    expected = 0.0 if stopped else -advantage * math.exp(shift)
-    assert gradient(old + shift, old, a, 1).item() == pytest.approx(expected)
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_rule_4_clipping_stops_only_the_gradient_that_leads_further_away(advantage):
+    for shift in (0.3, 0.1, -0.1, -0.3):
+        stopped = abs(shift) > 0.2 and advantage * shift > 0
+        _, got = loss_of(double(-1 + shift), double(-1), double(advantage), 1)
+        assert got.item() == pytest.approx(0.0 if stopped else -advantage * math.exp(shift))
 
 
 def test_rule_5_k3_is_zero_at_equality_and_bounded_far_away():
-    logp = torch.tensor([-1.0, -2.0], dtype=torch.float64)
-    zero = torch.zeros_like(logp)
-    loss, sums = grpo_loss(logp, logp, zero, 2, ref_logprobs=logp.clone(), kl=1.0)
-    assert float(loss) == 0 and sums["kl"] == 0
-    assert (gradient(logp, logp, zero, 2, ref_logprobs=logp.clone(), kl=1.0) == 0).all()
-    far, _ = grpo_loss(logp - 800, logp - 800, zero, 2, ref_logprobs=logp, kl=1.0)
-    assert math.isfinite(float(far)) and float(far) == pytest.approx(math.exp(10) - 11)
+    logp, zero = double(-1, -2), double(0, 0)
+    loss, got = loss_of(logp, logp, zero, 2, ref_logprobs=logp, kl=1.0)
+    assert loss == 0 and (got == 0).all() and grpo_loss(logp, logp, zero, 2, ref_logprobs=logp, kl=1.0)[1]["kl"] == 0
+    far, _ = loss_of(logp - 800, logp - 800, zero, 2, ref_logprobs=logp, kl=1.0)
+    assert far == pytest.approx(math.exp(10) - 11)
 
 
 def test_rule_6_k3_estimates_kl_policy_to_reference_and_its_gradient_is_the_other_kl():
-    logits = torch.tensor([0.3, -0.5, 1.0, 0.1], dtype=torch.float64, requires_grad=True)
-    ref = torch.tensor([0.9, 0.2, -0.4, 0.0], dtype=torch.float64).log_softmax(-1)
+    logits, ref = double(0.3, -0.5, 1.0, 0.1).requires_grad_(), double(0.9, 0.2, -0.4, 0.0).log_softmax(-1)
     logp = logits.log_softmax(-1)
-    weights = logp.exp().detach()  # the expectation over samples of the policy, exactly
-    zero = torch.zeros(1, dtype=torch.float64)
-    of = [grpo_loss(a, a.detach(), zero, 1, ref_logprobs=b, kl=1.0)[0] for a, b in zip(logp.split(1), ref.split(1))]
-    values = torch.stack(of)
-    expected = (weights * values).sum()
-    assert expected.item() == pytest.approx(float((weights * (logp - ref).detach()).sum()))  # KL(π‖ref)
+    rows = zip(logp.split(1), ref.split(1))
+    values = torch.stack([grpo_loss(a, a.detach(), double(0), 1, ref_logprobs=b, kl=1.0)[0] for a, b in rows])
+    expected = (logp.exp().detach() * values).sum()  # over samples of the policy, exactly
+    assert expected.item() == pytest.approx((logp.exp() * (logp - ref)).sum().item())  # KL(π‖ref)
     (grad,) = torch.autograd.grad(expected, logits, retain_graph=True)
     (reverse,) = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), logits)  # KL(ref‖π)
     torch.testing.assert_close(grad, reverse)
 
 
 def test_rule_7_flat_groups_and_groups_of_one_have_exactly_no_advantage():
-    rewards = torch.tensor([[0.01] * 4, [0.3, 0.3, 0.1 + 0.2, 0.3], [1.0] * 4], dtype=torch.float64)
-    assert (group_advantages(rewards) == 0).all()
-    assert (group_advantages(rewards.float()) == 0).all()
-    assert (group_advantages(torch.tensor([[1.0], [0.0]])) == 0).all()
+    flat = torch.tensor([[0.01] * 4, [0.3, 0.3, 0.1 + 0.2, 0.3], [1.0] * 4], dtype=torch.float64)
+    for rewards in (flat, flat.float(), torch.tensor([[1.0], [0.0]])):
+        assert (group_advantages(rewards) == 0).all()
 
 
 def test_rule_8_difficulty_weighting_of_the_std_is_what_the_docstring_says():
-    rewards = torch.zeros(1, 16, dtype=torch.float64)
-    rewards[0, 3] = 1
-    assert group_advantages(rewards)[0, 3].item() == pytest.approx(0.9375 / (math.sqrt(15) / 16 + 1e-4))
-    assert group_advantages(rewards).sum().item() == pytest.approx(0, abs=1e-9)
+    found = group_advantages(double(*[0] * 15, 1)[None])
+    assert found[0, 15].item() == pytest.approx(0.9375 / (math.sqrt(15) / 16 + 1e-4))
+    assert found.sum().item() == pytest.approx(0, abs=1e-9)
 
 
 def test_rule_9_inputs_are_left_as_they_are(model):
     logp, advantage = random_tokens()
-    inputs = [logp, logp - 0.1, advantage, logp - 0.2]
+    inputs = [
+        logp,
+        logp - 0.1,
+        advantage,
+        logp - 0.2,
+        torch.randint(0, 600, (2, 7)),
+        torch.arange(14).view(2, 7) % 7 > 2,
+    ]
     before = copy.deepcopy(inputs)
     grpo_loss(*inputs[:3], 10, ref_logprobs=inputs[3], kl=0.1)
-    ids = torch.randint(0, 600, (2, 7))
-    where = torch.tensor([[False] * 3 + [True] * 4] * 2)
-    kept = ids.clone(), where.clone()
     with torch.no_grad():
-        token_logprobs(model, ids, where, 0.7)
+        token_logprobs(model, *inputs[4:], 0.7)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before))
-    assert torch.equal(ids, kept[0]) and torch.equal(where, kept[1])
-
-
-def plain_logprobs(model, ids, temperature):
-    logits = model(torch.tensor([ids])).logits[0].float() / temperature
-    return logits.log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -150,9 +137,11 @@ def test_rule_10_log_probs_equal_a_plain_forward(model, tokenizer, padded, tempe
         where = torch.tensor([[first <= i < len(row) for i in range(width)] for row in keep])
         with torch.no_grad():
             got, entropy = token_logprobs(model, ids, where, temperature)
-            expected = torch.cat([plain_logprobs(model, row, temperature)[first - 1 :] for row in keep])
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-        assert (entropy > 0).all()
+            plain = [(model(torch.tensor([row])).logits[0].float() / temperature).log_softmax(-1) for row in keep]
+        expected = [float(of[i - 1, row[i]]) for of, row in zip(plain, keep) for i in range(first, len(row))]
+        torch.testing.assert_close(got, torch.tensor(expected), atol=1e-5, rtol=0)
+        entropies = [-(of.exp() * of).sum(-1)[first - 1 : -1] for of in plain]
+        torch.testing.assert_close(entropy, torch.cat(entropies), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -161,11 +150,9 @@ def test_rule_10_log_probs_equal_a_plain_forward(model, tokenizer, padded, tempe
 def test_rule_10_chunks_change_neither_values_nor_gradients(tied, chunk, also, monkeypatch):
     monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", 50 * (chunk or 1))
     torch.manual_seed(1)
-    shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config = Qwen2Config(vocab_size=50, num_key_value_heads=1, tie_word_embeddings=tied, **shape)
-    net = Qwen2ForCausalLM(config)
-    ids = torch.randint(0, 50, (3, 8))
-    where = torch.rand(3, 8) > 0.4
+    shape = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    net = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=1, tie_word_embeddings=tied, **shape))
+    ids, where = torch.randint(0, 50, (3, 8)), torch.rand(3, 8) > 0.4
     where[:, 0] = False
     logp, _ = token_logprobs(net, ids, where, 0.8, "chunks" if chunk else "rows", also)
     weights = torch.randn(logp.shape)
@@ -177,39 +164,29 @@ def test_rule_10_chunks_change_neither_values_nor_gradients(tied, chunk, also, m
     expected = torch.stack([column[where[:, 1:]] for column in columns], -1).view_as(logp)
     (expected * weights).sum().backward()
     torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
-    for a, p in zip(got, net.parameters()):
-        torch.testing.assert_close(a, p.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, [p.grad for p in net.parameters()], atol=1e-5, rtol=1e-5)
 
 
 def test_rules_11_and_12_the_sampled_ids_are_the_trained_ids_and_a_chosen_end_of_turn_is_among_them(
     sampler, tokenizer, problems, prompts, monkeypatch
 ):
-    rows = sampler.generate(prompts[:6], 60, [(1, i) for i in range(6)], n=4)
-    done = [c for row in rows for c in row]
-    assert {c.finish_reason for c in done} == {"stop", "length"}, "the test needs both kinds"
-
     def forbidden(*args, **kwargs):
         raise AssertionError("text was tokenized between sampling and loss")
 
-    how, asked = Segmentation(max_episodes=8), zip(problems, prompts, rows)
+    rows, how = sampler.generate(prompts[:6], 60, [(1, i) for i in range(6)], n=4), Segmentation(max_episodes=8)
+    asked = zip(problems, prompts, rows)
     traces = [common.read_trace(tokenizer, p, q, c, how) for p, q, row in asked for c in row]
+    assert {t.completion.finish_reason for t in traces} == {"stop", "length"}, "the test needs both kinds"
     monkeypatch.setattr(engine.tokens, "_encode", forbidden)  # under every name it is imported by
-    columns = [np.zeros((1, len(t.completion.token_ids))) for t in traces]
-    examples = [(t.prompt + t.completion.token_ids, len(t.prompt), c) for t, c in zip(traces, columns)]
-    seen = 0
+    sampled = [(t.prompt, t.completion.token_ids) for t in traces]
+    examples = [(prompt + ids, len(prompt), np.zeros((1, len(ids)))) for prompt, ids in sampled]
+    seen = []
     for order, ids, where, (advantages,) in training.micro_batches(examples, range(len(examples)), 600, "cpu"):
-        for row, i in enumerate(order):
-            assert ids[row][where[row]].tolist() == traces[i].completion.token_ids
-            seen += 1
+        assert ids.numel() <= 600 or len(order) == 1
+        assert [row[there].tolist() for row, there in zip(ids, where)] == [sampled[i][1] for i in order]
         assert len(advantages) == where.sum()
-    assert seen == len(traces)
-
-
-def test_micro_batches_keep_every_example_once_under_the_limit():
-    examples = [([1] * n, 1, np.zeros((1, n - 1))) for n in (3, 50, 7, 7, 20, 90, 4)]
-    batches = list(training.micro_batches(examples, range(1, 7), 60, "cpu"))
-    assert all(ids.numel() <= 60 or len(order) == 1 for order, ids, _, _ in batches)
-    assert sorted(i for order, *_ in batches for i in order) == list(range(1, 7))
+        seen += order
+    assert sorted(seen) == list(range(len(traces)))
 
 
 def test_the_worked_example_of_a_micro_batch():
@@ -218,9 +195,8 @@ def test_the_worked_example_of_a_micro_batch():
     assert numbers == [0, 1] and ids.tolist() == [[7, 8, 9, 4, 2], [7, 8, 3, 0, 0]]
     assert where.int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]]
     torch.testing.assert_close(columns, torch.tensor([[0.5, 0.5, 0.5, -0.1]]))
-
-
-# ------------------------------------------------------------------------------------------------ the mean of the loss
+    ((numbers, *_),) = training.micro_batches(examples, range(1, 2), 2, "cpu")  # the chosen one, though too long
+    assert numbers == [1]
 
 
 @pytest.mark.parametrize(
@@ -233,31 +209,29 @@ def test_the_worked_example_of_a_micro_batch():
     ],
 )
 def test_the_mean_over_tokens_and_over_sequences(lengths, advantages, mean, loss, gradients):
-    weights = torch.cat([torch.full((n,), 1 / n if mean == "sequence" else 1.0) for n in lengths])
-    advantage = torch.cat([torch.full((n,), float(a)) for n, a in zip(lengths, advantages)])
-    logp = torch.zeros(sum(lengths), requires_grad=True)
-    got, _ = grpo_loss(logp, logp.detach(), advantage, float(weights.sum()), weights=weights)
-    got.backward()
-    assert got.item() == pytest.approx(loss, abs=1e-6)
-    expected = torch.cat([torch.full((n,), g) for n, g in zip(lengths, gradients)])
-    torch.testing.assert_close(logp.grad, expected, atol=1e-6, rtol=0)
+    def for_tokens(values):
+        return torch.tensor(np.repeat(values, lengths), dtype=torch.float32)
+
+    weights = for_tokens([1 / n if mean == "sequence" else 1.0 for n in lengths])
+    logp = torch.zeros(sum(lengths))
+    found, got = loss_of(logp, logp, for_tokens(advantages), float(weights.sum()), weights=weights)
+    assert found == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(got, for_tokens(gradients), atol=1e-6, rtol=0)
 
 
 def test_the_mean_over_sequences_weighs_the_kl_penalty_too():
-    logp, weights = torch.zeros(4, requires_grad=True), torch.tensor([1, 1 / 3, 1 / 3, 1 / 3])
+    logp, weights = torch.zeros(4), torch.tensor([1, 1 / 3, 1 / 3, 1 / 3])
     ref, advantage = torch.tensor([math.log(2), 0.0, 0.0, 0.0]), torch.tensor([2.0, -1, -1, -1])
-    got, _ = grpo_loss(logp, logp.detach(), advantage, 2.0, ref_logprobs=ref, kl=0.1, weights=weights)
-    got.backward()
-    assert got.item() == pytest.approx(-0.484657, abs=1e-6)
-    torch.testing.assert_close(logp.grad, torch.tensor([-1.05, 1 / 6, 1 / 6, 1 / 6]), atol=1e-6, rtol=0)
+    found, got = loss_of(logp, logp, advantage, 2.0, ref_logprobs=ref, kl=0.1, weights=weights)
+    assert found == pytest.approx(-0.484657, abs=1e-6)
+    torch.testing.assert_close(got, torch.tensor([-1.05, 1 / 6, 1 / 6, 1 / 6]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("beta2, second", [(0.95, 0.067865), (0.999, 0.067006)])
 def test_beta2_of_adamw_is_the_flag(beta2, second):
-    weight = torch.nn.Parameter(torch.zeros(1))
+    weight, steps = torch.nn.Parameter(torch.zeros(1)), []
     flags = argparse.Namespace(lr=0.1, weight_decay=0.0, adam_beta2=beta2)
     optimizer = training.adamw(flags, torch.nn.ParameterList([weight]))
-    steps = []
     for gradient in (1.0, 0.0):
         before = weight.item()
         weight.grad = torch.tensor([gradient])

@@ -1,5 +1,6 @@
 """The page of traces in a real browser (Debian's chromium; skipped where there is none)."""
 
+import html
 import json
 import re
 import shutil
@@ -42,10 +43,9 @@ def forced(right: int) -> list[dict]:
 def test_the_page_in_a_browser(tmp_path, size):
     thought = "Okay.\n\n" + HOSTILE + "\n\nWait, more.\n\n"
     record = {
-        **{"id": HOSTILE, "problem": HOSTILE, "gold": "7", "sample": 0, "text": thought + "</think>\n" + HOSTILE},
-        **{"reward": 1.0, "boxed": HOSTILE, "verdict": "right", "tokens": 30, "boundaries": [0, 10, 20, 25]},
-        **{"characters": [0, 7, len(thought) - 13, len(thought)], "J": [0.0, 0.125, 1.0, 0.25]},
-        "forced": [forced(0), forced(1), forced(8), forced(2)],
+        **dict(id=HOSTILE, problem=HOSTILE, gold="7", sample=0, text=thought + "</think>\n" + HOSTILE, reward=1.0),
+        **dict(boxed=HOSTILE, verdict="right", tokens=30, boundaries=[0, 10, 20, 25], J=[0.0, 0.125, 1.0, 0.25]),
+        **dict(characters=[0, 7, len(thought) - 13, len(thought)], forced=list(map(forced, (0, 1, 8, 2)))),
     }
     page = write_page([record], tmp_path / "trace.html")
     page.write_text(page.read_text(encoding="utf-8") + PROBE, encoding="utf-8")
@@ -54,8 +54,8 @@ def test_the_page_in_a_browser(tmp_path, size):
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}"]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr, done.stderr
-    (seen,) = re.findall(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
-    seen = json.loads(seen.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    (found,) = re.findall(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
+    seen = json.loads(html.unescape(found))
     assert seen["title"] == "Traces by episode" and seen["images"] == 0  # hostile text stays text
     assert HOSTILE in seen["text"]
     assert seen["afterClick"] == 2 and seen["afterKey"] == 1 and seen["answers"] == 1

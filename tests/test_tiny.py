@@ -4,13 +4,14 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter, defaultdict
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from common import Forcing, Segmentation, read_traces, set_likelihood_J, set_sampled_J
+from common import Forcing, Segmentation, flat, read_traces, set_likelihood_J, set_sampled_J
 from engine.sampler import Sampler
 from engine.tokens import prompt_ids
 from engine.transformers_engine import TransformersEngine
@@ -42,14 +43,13 @@ def figures(model, tokenizer) -> dict[str, float]:
     sampler, rows = Sampler(TransformersEngine(model), tokenizer), problems("validation")[:32]
     prompts = [prompt_ids(tokenizer, row["problem"]) for row in rows]
     sampled = sampler.generate(prompts, 2 * BUDGET, [(0, i) for i in range(len(rows))], n=2)
-    groups = read_traces(tokenizer, rows, prompts, sampled, Segmentation(max_episodes=64))
-    traces = [trace for group in groups for trace in group]
-    found: dict[str, list[float]] = {name: [] for name, _, _ in WANTED}
+    traces = flat(read_traces(tokenizer, rows, prompts, sampled, Segmentation(max_episodes=64)))
+    found: dict[str, list[float]] = defaultdict(list)
 
     def note(name: str, value: float) -> None:
         found[name].append(float(value))
 
-    set_sampled_J(sampler, traces, Forcing(4, 8), (1,))
+    set_sampled_J(sampler, traces[::2], Forcing(4, 8), (1,))
     for trace in traces:
         n, b, x = (int(part) for part in trace.problem["id"].split("-")[2:])
         ends, thought, shown = trace.boundaries, trace.prefix(trace.boundaries[-1]), f"x = {x} works"
@@ -82,7 +82,7 @@ def figures(model, tokenizer) -> dict[str, float]:
             tried = set(re.findall(r"try x = (\d+)", trace.prefix(end)))
             if trace.problem["answer"] not in tried and 2 * len(tried) >= n:
                 late.append((J, 1 / (n - len(tried))))
-    means = {name: float(np.mean(values)) for name, values in found.items() if values}
+    means = {name: float(np.mean(values)) for name, values in found.items()}
     return means | {WANTED[3][0]: float(np.divide(*np.sum(late, 0)))}
 
 
@@ -96,26 +96,21 @@ def test_the_stored_model_is_small(model):
     assert sum(f.stat().st_size for f in (ROOT / "tiny").glob("*")) <= 2_000_000
 
 
-def test_splits_share_no_equation():
-    equations = {split: {tuple(p["id"].split("-")[3:]) for p in problems(split)} for split in SPLITS}
+def test_every_problem_has_exactly_one_solution_in_range_and_splits_share_no_equation():
+    equations = {}
+    for split in SPLITS:
+        rows = problems(split)
+        equations[split] = {tuple(p["id"].split("-")[3:]) for p in rows}
+        assert len({p["id"] for p in rows}) == len({p["problem"] for p in rows}) == len(rows)
+        for problem in rows:
+            n, b, r = map(
+                int, re.findall(r"between 1 and (\d+) .*x² \+ (\d+) ≡ (\d+) \(mod 61\)", problem["problem"])[0]
+            )
+            assert n == problem["level"]
+            assert [x for x in range(1, n + 1) if (x * x + b) % 61 == r] == [int(problem["answer"])]
     assert sum(map(len, equations.values())) == len(set.union(*equations.values()))
-    assert all(len(e) > 100 for e in equations.values())
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_every_problem_has_exactly_one_solution_in_range(split):
-    rows = problems(split)
-    assert len({p["id"] for p in rows}) == len({p["problem"] for p in rows}) == len(rows)
-    for problem in rows:
-        words = problem["problem"].replace("(mod 61).", "").split()  # Find x between 1 and n such that x² + b ≡ r
-        n, b, r = int(words[5]), int(words[10]), int(words[12])
-        assert n == problem["level"]
-        assert [x for x in range(1, n + 1) if (x * x + b) % 61 == r] == [int(problem["answer"])]
-
-
-def test_levels_come_in_equal_shares():
-    first = [p["level"] for p in problems("train")[:60]]
-    assert {level: first.count(level) for level in LEVELS} == {10: 20, 20: 20, 30: 20}
+    assert all(len(of) > 100 for of in equations.values())
+    assert Counter(p["level"] for p in problems("train")[:60]) == dict.fromkeys(LEVELS, 20) == {10: 20, 20: 20, 30: 20}
 
 
 def test_a_rebuild_draws_the_traces_that_the_stored_model_was_trained_on():

@@ -30,20 +30,14 @@ SMOLLM2 = Path(os.environ.get("MRT_SMOLLM2", Path.home() / ".cache/mrt/smollm2")
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
-def untied_copy(model):
-    """A copy whose head is not tied to its embeddings."""
-    untied = copy.deepcopy(model)
-    untied.config.tie_word_embeddings = False
-    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach() * 1.1)
-    return untied
-
-
 @pytest.fixture(scope="module", params=[("tied", FP32), ("untied", FP32), ("tied", BF16)], ids=str)
 def drawn(request, model, tokenizer, tmp_path_factory):
-    """A vLLM sampler of a model that a test may train, `drawn.engine.scorer.model`."""
-    head, dtype = request.param
-    trained = copy.deepcopy(model) if head == "tied" else untied_copy(model)
-    folder = tmp_path_factory.mktemp("model")
+    """A vLLM sampler of a model that a test may train, `drawn.engine.scorer.model`; its head is tied to its embeddings,
+    or not."""
+    (head, dtype), trained, folder = request.param, copy.deepcopy(model), tmp_path_factory.mktemp("model")
+    if head == "untied":
+        trained.config.tie_word_embeddings = False
+        trained.lm_head.weight = torch.nn.Parameter(trained.lm_head.weight.detach() * 1.1)
     trained.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     sampler = Sampler(VllmEngine(str(folder), dtype, 400, TransformersEngine(trained, dtype)), tokenizer)
@@ -60,16 +54,11 @@ def long_prompts(tokenizer, prompts):
 
 
 @needs_vllm
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_are_those_of_the_distribution_sampled_from(drawn, prompts, temperature):
-    assert gap(drawn, drawn.engine.scorer.model, prompts, temperature) < LIMIT[drawn.engine.dtype]
-
-
-@needs_vllm
 def test_after_training_steps_it_samples_from_the_trained_weights(drawn, long_prompts):
     """Each update is handed over; without handing over, or with the old prefix cache, the log-probs are wrong."""
     model, limit = drawn.engine.scorer.model, LIMIT[drawn.engine.dtype]
-    assert gap(drawn, model, long_prompts) < limit
+    for temperature in (1.0, 0.6):
+        assert gap(drawn, model, long_prompts, temperature) < limit
     for _ in range(3):
         drawn.pause()
         train_a_little(model, long_prompts, steps=1)
@@ -135,29 +124,25 @@ class Recorder:
         self.calls.append("reset")
         return self.emptied
 
-
-def engine_of(llm: Recorder) -> VllmEngine:
-    engine = VllmEngine.__new__(VllmEngine)
-    engine.llm, engine.sleeps, engine.asleep = llm, True, False
-    engine.scorer = types.SimpleNamespace(model=torch.nn.Linear(1, 1), sync=lambda: llm.calls.append("copy"))
-    return engine
+    def engine(self) -> VllmEngine:
+        engine = VllmEngine.__new__(VllmEngine)
+        engine.llm, engine.sleeps, engine.asleep = self, True, False
+        engine.scorer = types.SimpleNamespace(model=torch.nn.Linear(1, 1), sync=lambda: self.calls.append("copy"))
+        return engine
 
 
 def test_on_cuda_it_sleeps_through_the_update_and_wakes_in_order():
-    engine, handed_over = engine_of(Recorder()), ["reload_weights ['bias', 'weight']", "reset"]
+    llm, handed_over = Recorder(), ["reload_weights ['bias', 'weight']", "reset"]
+    engine = llm.engine()
     engine.pause()
-    engine.llm.calls.append("update")
+    llm.calls.append("update")
     engine.sync()
-    woken = ["copy", "wake ['weights']", *handed_over, "wake ['kv_cache']"]
-    assert engine.llm.calls == ["sleep 2", "update", *woken]
-    engine.llm.calls.clear()
+    assert llm.calls == ["sleep 2", "update", "copy", "wake ['weights']", *handed_over, "wake ['kv_cache']"]
+    llm.calls.clear()
     engine.sync()  # awake already, as after a resume
-    assert engine.llm.calls == ["copy", *handed_over]
-
-
-def test_a_prefix_cache_that_is_not_emptied_stops_the_run():
-    with pytest.raises(RuntimeError, match="prefix cache"):
-        engine_of(Recorder(emptied=False)).sync()
+    assert llm.calls == ["copy", *handed_over]
+    with pytest.raises(RuntimeError, match="prefix cache"):  # one that is not emptied stops the run
+        Recorder(emptied=False).engine().sync()
 
 
 def run(folder: Path, command: str) -> str:
@@ -192,8 +177,8 @@ def test_two_processes_have_an_engine_each_that_follows_the_sharded_model(tmp_pa
     """So does the whole copy that likelihoods are read off: in the second step it is the model after the first."""
     flags = f"{TRAINING} --bonus 1 --progress likelihood --problems-per-step 3 --max-tokens 96 --eval-every 0"
     for steps in (1, 2):
-        command = f"-m torch.distributed.run --standalone --nproc-per-node=2 {flags} --steps {steps} --out {steps}"
-        run(tmp_path, command)
+        launcher = "-m torch.distributed.run --standalone --nproc-per-node=2"
+        run(tmp_path, f"{launcher} {flags} --steps {steps} --out {steps}")
     assert max(line["sampler_gap_max"] for line in jsonl(tmp_path / "2/metrics.jsonl")) < 1e-4
     rows = [record for record in jsonl(tmp_path / "2/records.jsonl") if record["step"] == 2]
     assert len(rows) == 3 * 4
@@ -214,14 +199,11 @@ def test_evaluation_of_two_models_opens_and_closes_two_engines(tmp_path):
     assert '"engine": "vllm"' in (tmp_path / "e/tiny-tiny/config.json").read_text()
 
 
-def test_auto_says_which_engine_and_why(capsys):
+def test_auto_says_which_engine_and_why_and_a_missing_one_is_one_line(capsys):
     picked = pick_engine("auto")
     said = capsys.readouterr().out
     assert said.startswith("engine: vLLM" if picked == "vllm" else "engine: transformers, as vLLM ")
     assert pick_engine("transformers") == "transformers"
-
-
-@pytest.mark.skipif(works is not None, reason="vLLM is here")
-def test_vllm_where_it_is_missing_is_one_line(capsys):
-    said = refusal(capsys, pick_engine, "vllm")
-    assert said == "error: --engine vllm: vLLM is not installed; --engine transformers needs nothing else"
+    if works is None:
+        told = "error: --engine vllm: vLLM is not installed; --engine transformers needs nothing else"
+        assert refusal(capsys, pick_engine, "vllm") == told
