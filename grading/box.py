@@ -1,6 +1,6 @@
 r"""First stage: the boxed answer of a response, and one spelling for what means the same in LaTeX.
 
-extract_answer may run anywhere: one pass over the text. clean runs in the worker; none of s patterns is super-linear.
+extract_answer may run anywhere: one pass over the text. clean runs in the worker; none of its patterns is super-linear.
 """
 
 import html
@@ -58,8 +58,9 @@ _AS_LATEX = str.maketrans(dict(re.findall(r"(\S) (\S+)", _GLYPHS)))  # "~" is a 
 _MACROS = {  # one macro or sign for each meaning
     name: new
     for new, names in {
-        "": "left right middle displaystyle textstyle limits strut small large Large LARGE huge Huge pounds therefore"
-        " checkmark blacksquare vec overrightarrow boldsymbol bm underline mathbf mathit mathsf mathtt mathcal emph",
+        "": "left right middle displaystyle textstyle limits nolimits strut mathstrut enspace thinspace pounds yen"
+        " euro tiny scriptsize small normalsize large Large LARGE huge Huge rm bf it bfseries therefore checkmark vec"
+        " overrightarrow boldsymbol bm pmb underline mathbf mathit mathsf mathtt mathnormal mathcal emph ensuremath blacksquare",
         r"\le ": "leq leqslant", r"\ge ": "geq geqslant", r"\ne ": "neq", "<": "lt", ">": "gt",
         r"\{": "lbrace", r"\}": "rbrace", "|": "vert lvert rvert", " or ": "lor vee", " and ": "land wedge",
         ":": "colon", "(": "langle", ")": "rangle", r"\setminus ": "smallsetminus backslash",
@@ -105,7 +106,8 @@ _TABLE = [
         # typesetting without meaning, what people type, one macro for each meaning
         (rf"\\(?:left|right) ?\.|\\[bB]igg?[lrm]?{T}", ""),
         (r"<(su[pb])>([^<>]{1,80})</\1>", lambda m: f"{'^' if m[1] == 'sup' else '_'}{{{m[2]}}}"),
-        (r"\\(?:[hv]space\*?|(?:text)?color|tag\*?) ?\{[^{}]{0,80}\}|(?<!\\)\\[,;:> ]|\\q?quad|~|`+|</?[bip]>", " "),
+        (r"\\(?:[hv]space\*?|(?:text)?color|[hv]?phantom|tag\*?) ?\{[^{}]{0,80}\}|(?<!\\)\\[,;:> ]|\\q?quad|~|`+"
+         r"|</?(?:b|i|p|em|strong|code|br) ?/?>", " "),
         (r"(?<=[0-9])\{ ?([:.]) ?\}", r"\1"), (r"^([-+]?) ?\\?\$ ?(?=[0-9.][^$]*$)", r"\1USD "),
         (r"\\! ?|(?<!\\)\\[()\[\]]|\\?\$|\*\*(?=[^\d(a-zA-Z\\]|$)|(?<![\w)}])\*\*", ""),
         (rf"\\(?:mbox|text[a-z]+|mathrm|operatorname\*?){T}|\\text (?=\{{)", r"\\text"),

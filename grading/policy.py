@@ -97,7 +97,8 @@ def plainer(text: str) -> str:
 
 _ON_NAME = re.compile(rf"(?:\\xi|[a-zA-Z](?:_\w)?) ?(?:\\(?:in|[lgn]e){T}|[<>])[^,;=]{{0,80}}$")
 _REMARK = re.compile(
-    r"(?<=[ ,;(])(?:(?:since|because|as (?:required|desired)|attained|для|for (?:all|any|every|some)|where|with|which"
+    r"(?<=[ ,;(])(?:(?:since|because|as (?:required|desired|claimed)|attained|achieved|obtained|by (?:the|symmetry|AM)"
+    r"|respectively|for (?:all|any|every|each|some)|where|with|which|для|因为"
     rf"|in (?:total|all))(?!\w).*$|(?:for (?:[a-zA-Z] ?, ?){{0,3}})?{_ON_NAME.pattern})"
 )
 _HEDGE = re.compile(
@@ -262,12 +263,13 @@ def sets(gold: str, answer: str, same: Same) -> bool:
 
 
 _SAID = {  # what is said in words, in the commonest languages of answers
-    "yes": "yes|oui|s[ií]|ja|是的?",
-    "no": "no|non|nein|нет|否",
-    "true": "true|vrai|wahr|正确",
-    "false": "false|faux|falsch|错误?",
-    "none": r"none|(?:there (?:is|are) )?no (?:real |such )?(?:solution|value|number|integer)s?(?: exists?)?"
-    r"|aucune(?: solution)?|keine(?: lösung(?:en)?)?|无解|\\emptyset|(?:the )?empty set|dne|does not exist|undefined",
+    "yes": "yes|oui|s[ií]|ja|да|是的?",
+    "no": "no|non|nein|nee|нет|否|不是",
+    "true": "true|vrai|wahr|verdadero|vero|верно|истина|正确|对|真",
+    "false": "false|faux|falsch|falso|неверно|ложь|错误?|假",
+    "none": r"none|nothing|(?:there (?:is|are) )?no (?:real |such )?(?:solution|value|number|integer)s?(?: exists?)?"
+    r"|aucune?(?: solution)?|keine?(?: lösung(?:en)?)?|ning[uú]n[oa]?|nessun[oa]?|нет решений|无解|没有|\\emptyset"
+    r"|(?:the )?empty set|dne|does not exist|undefined|impossible",
     "infinite": r"\\infty|infinite(?:ly many)?(?: solutions?)?",
 }
 
@@ -316,18 +318,20 @@ def conclusion(gold: str, answer: str, same: Same) -> bool:
     said, *more = re.split(r"=|\b(?:is|est)\b|[是为]", re.split(r"\. (?=.)", plain(answer))[-1])
     last = more.pop() if more else ""
     prose = re.search(r"[^\W\d_]{3} |[^\x00-\xff]{2}", re.sub(r"\\[a-zA-Z]+", "", said))
-    apart = r"[,;]|\b(?:and|or|when|where|which|with|at|if|for)\b"  # 5 and the other is 7
-    open_ended = re.match(r"(?i:[-0-9]|(?:when|if|suppose|assume|let|where|for)\b)", said) or re.search(
-        apart, " ".join(more)
-    )
-    return bool(prose and "=" not in gold and not (open_ended or _HEDGE.search(said))) and same(gold, last.strip(" ."))
+    of_a_case = re.match(r"(?i:[-0-9]|(?:when|if|suppose|assume|let|where|for)\b)", said)
+    several = re.search(r"[,;]|\b(?:and|or|when|where|which|with|at|if|for)\b", " ".join(more))
+    stated = prose and "=" not in gold and not (of_a_case or several or _HEDGE.search(said))
+    return bool(stated) and same(gold, last.strip(" ."))
 
 
-_ALIAS = dict(min="minute", hr="hour", sec="second", lb="pound", metre="meter", litre="liter", inche="inch")
-_OTHER: dict[str, tuple[dict, Any]] = {name: ({name: 1}, 1) for name in "mph week month".split()}
-_OTHER |= {name: ({"money": 1}, 1) for name in "dollar usd euro rs".split()}  # sympy has no such
+_ALIAS = dict(min="minute", hr="hour", sec="second", lb="pound", metre="meter", litre="liter", inche="inch", eur="euro")
+_OTHER: dict[str, tuple[dict, Any]] = {name: ({name: 1}, 1) for name in "mph kph week month oz yr rs euro inr".split()}
+_OTHER |= {name: ({"money": 1}, 1) for name in ("dollar", "usd")}  # sympy has no such
 _OTHER |= {name: ({"money": 1}, sympy.Rational(1, 100)) for name in ("cent", "¢")}
-_WITH_UNITS = set("of the in a an each red blue people men women children person hz kj kw ev erg dm cl omega".split())
+_WITH_UNITS = set(
+    "of the in a an each total unit red blue people men women children person"
+    " kilometre hz kj kw ev erg dm cl rpm omega".split()
+)
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _UNIT_START = re.compile(r"(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2}|m\^|[^\x00-\x7f]|\\mu|\\Omega)| (?=[a-zA-Z])")
 _UNIT = re.compile(rf"(?:\\(?:Omega|cdot|times|mu|circ){T}|[a-zA-Z./ ·]|\^ ?\{{? ?-?[0-9] ?\}}?|[^\x00-\x7f])+")
