@@ -58,9 +58,9 @@ _AS_LATEX = str.maketrans(dict(re.findall(r"(\S) (\S+)", _GLYPHS)))  # "~" is a 
 _MACROS = {  # one macro or sign for each meaning
     name: new
     for new, names in {
-        "": "left right middle displaystyle textstyle limits nolimits strut mathstrut enspace thinspace pounds yen"
+        "": "left right middle displaystyle textstyle limits nolimits strut mathstrut blacksquare pounds yen"
         " euro tiny scriptsize small normalsize large Large LARGE huge Huge rm bf it bfseries therefore checkmark vec"
-        " overrightarrow boldsymbol bm pmb underline mathbf mathit mathsf mathtt mathnormal mathcal emph ensuremath blacksquare",
+        " overrightarrow boldsymbol bm pmb underline mathbf mathit mathsf mathtt mathnormal mathcal emph ensuremath",
         r"\le ": "leq leqslant", r"\ge ": "geq geqslant", r"\ne ": "neq", "<": "lt", ">": "gt",
         r"\{": "lbrace", r"\}": "rbrace", "|": "vert lvert rvert", " or ": "lor vee", " and ": "land wedge",
         ":": "colon", "(": "langle", ")": "rangle", r"\setminus ": "smallsetminus backslash",
