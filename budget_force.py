@@ -354,7 +354,7 @@ def own_attempts(trace: Trace) -> list[dict]:
     boxes = [(extract_answer(text), j) for j, text in enumerate(episodes_of(trace), 1)]
     ended = [(box, j) for box, j in boxes if box is not None]
     return [
-        {"boxed": box, "stands": trace.stopped and j == last, "spent": trace.boundaries[j], "shown": number}
+        {"boxed": box, "stands": trace.ended and j == last, "spent": trace.boundaries[j], "shown": number}
         for number, (box, j) in enumerate(ended)
     ]
 

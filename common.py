@@ -125,7 +125,7 @@ class Trace:
     prefix_J: float | None = None  # J(μ|c) of a prefix c of the thought at the end of `prompt`, if there is one
 
     @property
-    def stopped(self) -> bool:
+    def ended(self) -> bool:
         """The model ended its turn itself; else it was cut at the token limit."""
         return self.completion.finish_reason == "stop"
 

@@ -726,7 +726,7 @@ def validate(args, steps: training.Steps, sampler: Sampler, problems: list[dict]
     with steps.can_be_left():
         rows = sampler.generate(prompts, args.max_tokens, seeds, temperature=args.temperature)
         traces = [trace for (trace,) in read_traces(sampler.tokenizer, share, prompts, rows, segmentation(args))]
-        spent = [len(trace.completion.token_ids) if trace.stopped else math.inf for trace in traces]
+        spent = [len(trace.completion.token_ids) if trace.ended else math.inf for trace in traces]
         cut = [(i, budget) for i, tokens in enumerate(spent) for budget in budgets if tokens > budget]
         if args.parameterization == "backtracking":  # the last attempt by then has answered
             J = [reward(share[i], traces[i].prefix(budget)) for i, budget in cut]

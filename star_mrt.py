@@ -309,7 +309,7 @@ def why_dropped(args, name: str, traces: list[Trace]) -> str:
 
 def ends_right(trace: Trace) -> bool:
     """Its own answer is right and complete: a trace cut off after its box would teach the model not to end its turn."""
-    return trace.reward == 1 and trace.stopped
+    return trace.reward == 1 and trace.ended
 
 
 def keep_progress(traces: list[Trace], min_success: float) -> dict[int, int]:

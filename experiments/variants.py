@@ -57,7 +57,7 @@ def rollouts_of_budgets(args, sampler, problems, seed) -> rl_mrt.Groups:
     groups = rl_mrt.sample_groups(
         args, sampler, problems, prompts_of(args, tokenizer, problems), limits, (*seed, ROLLOUT)
     )
-    cut = [(trace, b) for group, b in zip(groups, limits) for trace in group if not trace.stopped]
+    cut = [(trace, b) for group, b in zip(groups, limits) for trace in group if not trace.ended]
     prompts = [forced_prompt(tokenizer, trace, cut_at_budget(trace, budget)) for trace, budget in cut]
     seeds = [(*seed, FORCED, trace.problem["place"], trace.sample) for trace, _ in cut]
     forcing = Forcing(1, args.answer_tokens, args.temperature)

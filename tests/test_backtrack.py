@@ -163,7 +163,7 @@ def notes(trace: Trace) -> Iterator[tuple[str, float]]:
     """What a trace says of `WANTED`. A line is valid if it is what `attempt` writes there and of candidates."""
     us, vs, target, right_u, right_v = parts(trace.problem)
     pieces, u, v, tried, right = trace.completion.text.split(bt.RETRY), 0, 0, set(), False
-    for number, piece in enumerate(pieces[: None if trace.stopped else -1]):  # the last may be cut
+    for number, piece in enumerate(pieces[: None if trace.ended else -1]):  # the last may be cut
         line = next((line for line, place in PLACES.items() if piece.startswith(place)), 1)
         if number and not right:
             yield "backtracks go to the line at fault", line == (2 if u == right_u else 1)
@@ -179,10 +179,10 @@ def notes(trace: Trace) -> Iterator[tuple[str, float]]:
         ends = number + 1 == len(pieces)
         yield ("it goes on after a right attempt", not ends) if right else ("it gives up after a failed attempt", ends)
         tried.add((u, v))
-    if trace.stopped and right:
+    if trace.ended and right:
         yield "the answer is right after a right attempt", trace.reward
     yield "traces are right", trace.reward
-    yield "traces are cut at the limit", not trace.stopped
+    yield "traces are cut at the limit", not trace.ended
 
 
 @pytest.fixture(scope="module")
