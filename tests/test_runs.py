@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, SCRIPTS, assert_same_bits, jsonl, refusal, run_settings, same_content, succeeded
+from conftest import (
+    PATIENCE,
+    ROOT,
+    SCRIPTS,
+    assert_same_bits,
+    ended,
+    jsonl,
+    refusal,
+    run_here,
+    run_settings,
+    succeeded,
+    wait_until,
+    write_rows,
+)
 from huggingface_hub import constants
 from urllib3.exceptions import HTTPError
 
@@ -20,29 +34,27 @@ from engine import models
 from engine.processes import LAUNCHED, ranks
 from engine.served_engine import Served, ServedEngine, ask, connect
 from run import data, training
-from run.files import append_jsonl, on_stop, read_jsonl, repair, whole_lines, write_text
+from run.files import append_jsonl, on_stop, read_jsonl, remove, repair, whole_lines, write_text
 from run.folder import held, metrics_reporter, open_run, weights_digest
 from run.traces import problem_digests
 
 # ------------------------------------------------------------------------------------------------ faults at any place
 
-FAST = "--max-tokens 64 --engine transformers".split()
-SAMPLED = [*FAST, *"--limit 4 --num-samples 2 --forced-answers 2 --batch-problems 2".split()]
+SAMPLED = "--max-tokens 64 --limit 4 --num-samples 2 --forced-answers 2 --batch-problems 2"
 RUNS = {
-    "rl_mrt": [*FAST, *"--bonus 0 --problems-per-step 2 --group-size 2 --steps 3 --checkpoint-every 2".split()]
-    + "--eval-every 2 --eval-problems 2".split(),
+    "rl_mrt": "--bonus 1 --progress sampled --forced-answers 2 --problems-per-step 2 --group-size 2 --max-tokens 48 "
+    "--steps 5 --checkpoint-every 2 --eval-every 3 --eval-problems 2",
     "evaluate": SAMPLED,
-    "analyze_r1": [*SAMPLED, *"--direct-model tiny --direct-samples 2".split()],
-    "budget_force": [*SAMPLED, *"--budgets 32,64 --extensions 2 --extension-tokens 8".split()],
-    "star_mrt": [
-        *SAMPLED,
-        *"--filter outcome --iterations 1 --epochs 1 --batch-size 2 --eval-problems 2".split(),
-    ],
+    "analyze_r1": f"{SAMPLED} --direct-model tiny --direct-samples 2",
+    "budget_force": f"{SAMPLED} --budgets 32,64 --extensions 2 --extension-tokens 8",
+    "star_mrt": f"{SAMPLED} --filter outcome --iterations 1 --epochs 1 --batch-size 2 --eval-problems 2",
 }
 FILES = {
-    "rl_mrt": ("records.jsonl", "metrics.jsonl", "validation.jsonl", "model/model.safetensors"),
-    "analyze_r1": ("records.jsonl", "direct.jsonl"),
-    "star_mrt": ("samples_1.jsonl", "base.jsonl", "outcome/model_1/model.safetensors"),
+    "rl_mrt": "records.jsonl metrics.jsonl validation.jsonl summary.json model/model.safetensors model/config.json",
+    "evaluate": "records.jsonl summary.json summary.md",
+    "analyze_r1": "records.jsonl direct.jsonl summary.json summary.md",
+    "budget_force": "records.jsonl summary.json summary.md",
+    "star_mrt": "samples_1.jsonl base.jsonl summary.json summary.md outcome/model_1/model.safetensors",
 }
 
 
@@ -54,55 +66,75 @@ def straight(tmp_path_factory, execute):
     def of(script: str):
         if script not in made:
             folder = tmp_path_factory.mktemp(script)
-            succeeded(execute(folder, f"{script}.py", *RUNS[script], "--out", "run", fault=("count", 0)))
+            succeeded(execute(folder, f"{script}.py {RUNS[script]} --out run", fault=("count", 0)))
             made[script] = folder / "run", int((folder / "faults.txt").read_text())
         return made[script]
 
     return of
 
 
-PLACES = [("kill", 0.02), ("kill", 0.5), ("fail", 0.15), ("fail", 0.8)]
+# Each in the run that --resume takes up after the one before, and at a share of what a whole run does to files. The
+# first is while the folder is made. All shares are less than 1, so that the last one comes before the end.
+FAULTS = [[("kill", 0.02), ("stop", 0.05), ("fail", 0.15), ("kill", 0.25), ("fail", 0.3)]]
+SIGNALS = dict(zip(SCRIPTS, ("SIGUSR1", "SIGINT", "SIGTERM", "SIGTERM", "SIGHUP")))
 if os.environ.get("MRT_EVERY_FAULT"):  # hours
-    PLACES = [(kind, place / 100) for kind in ("kill", "fail") for place in range(100)]
+    FAULTS = [[(kind, place / 100)] for kind in ("kill", "fail", "stop") for place in range(100)]
 
 
-@pytest.mark.parametrize("kind, place", PLACES, ids=str)
+def litter(run: Path) -> None:
+    """What a crash at the worst moment leaves behind: lines without an end, half-written files and folders."""
+    for name in ("metrics.jsonl", "records.jsonl", "validation.jsonl"):
+        with (run / name).open("ab") as file:
+            file.write('{"step": 1, "text": "7²'.encode()[:-1])  # within a character
+    for name in ("checkpoints/step_000002.tmp", "checkpoints/step_000005.tmp", "model.tmp"):
+        (run / name).mkdir(parents=True, exist_ok=True)
+        (run / name / "model.safetensors").write_bytes(b"half a model")
+    (run / "metrics.jsonl.tmp").write_text("half a file")
+
+
+@pytest.mark.parametrize("faults", FAULTS, ids=str)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_goes_on_from_any_fault_to_the_same_bits(tmp_path, execute, straight, script, kind, place):
+def test_a_run_goes_on_from_any_fault_to_the_same_bits(tmp_path, execute, straight, script, faults):
     undisturbed, count = straight(script)
-    flags = [*RUNS[script], "--out", "run"]
-    done = execute(tmp_path, f"{script}.py", *flags, fault=(kind, 1 + int(place * (count - 1))))
-    assert "Traceback" not in done.stderr, done.stderr
-    if kind == "kill":
-        assert done.returncode == -signal.SIGKILL
-    else:
-        told = done.stderr.splitlines()[-1] if done.stderr else ""
-        assert (done.returncode, told[:7]) == (2, "error: ") or done.returncode == 0, done.stderr
-    succeeded(execute(tmp_path, f"{script}.py", *flags, "--resume"))
-    assert_same_bits(tmp_path / "run", undisturbed, FILES.get(script, ("records.jsonl",)))
-    same_content(*(json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", undisturbed)), 0.0)
+    command, run = f"{script}.py {RUNS[script]} --out run", tmp_path / "run"
+    for kind, place in faults:
+        kind = SIGNALS[script] if kind == "stop" else kind
+        done = execute(tmp_path, command, *["--resume"] * run.exists(), fault=(kind, 1 + int(place * (count - 1))))
+        assert "Traceback" not in done.stderr, done.stderr
+        if kind == "kill":
+            assert done.returncode == -signal.SIGKILL
+        elif kind == "fail":
+            told = done.stderr.splitlines()[-1] if done.stderr else ""
+            assert (done.returncode, told[:7]) == (2, "error: ") or done.returncode == 0, done.stderr
+        else:
+            assert done.returncode == 128 + signal.Signals[kind]
+            assert done.stderr.startswith(f"stopped by {kind}") or "stopped after step" in done.stdout
+        if script == "rl_mrt" and (run / "config.json").exists():
+            litter(run)
+    succeeded(execute(tmp_path, command, "--resume"))
+    assert_same_bits(run, undisturbed, FILES[script].split())
+    assert [folder.name for folder in run.glob("checkpoints/*")] == ["step_000005"] * (script == "rl_mrt")
 
 
-@pytest.mark.parametrize(
-    "script, number, place",
-    [
-        ("evaluate", signal.SIGINT, "config.json"),
-        ("rl_mrt", signal.SIGUSR1, "config.json"),  # before the first step: while it validates
-        ("star_mrt", signal.SIGHUP, "base.jsonl"),
-    ],
-)
-def test_a_signal_is_one_line_and_an_exit_code(tmp_path, start, execute, straight, script, number, place):
-    flags = [*RUNS[script], "--out", "run"]
-    process, deadline = start(tmp_path, f"{script}.py", *flags), time.time() + PATIENCE
-    while not (tmp_path / "run" / place).exists():
-        assert process.is_alive() and time.time() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, number)
-    process.join(PATIENCE)
-    told = (tmp_path / "stderr.txt").read_text()
-    assert process.exitcode == 128 + number and told.startswith("stopped by SIG") and told.count("\n") == 1
-    succeeded(execute(tmp_path, f"{script}.py", *flags, "--resume"))
-    assert_same_bits(tmp_path / "run", straight(script)[0], FILES.get(script, ("records.jsonl",)))
+@pytest.mark.parametrize("missing", ["", "model", "summary.json"])
+def test_resuming_a_finished_training_changes_nothing(tmp_path, straight, missing):
+    """Also where it was killed after its last checkpoint and before the model, or the summary, was written."""
+    shutil.copytree(straight("rl_mrt")[0], tmp_path / "run")
+    if missing:
+        remove(tmp_path / "run" / "summary.json")
+        remove(tmp_path / "run" / missing)
+    run_here(tmp_path, f"rl_mrt.py {RUNS['rl_mrt']} --out run --resume")
+    assert_same_bits(tmp_path / "run", straight("rl_mrt")[0], FILES["rl_mrt"].split())
+
+
+def test_a_signal_before_the_first_step_is_one_line_and_an_exit_code(tmp_path, start):
+    """While the model that is there is validated; faults at any place, above, have the others."""
+    process = start(tmp_path, f"rl_mrt.py {RUNS['rl_mrt']} --eval-problems 96 --out run")
+    wait_until((tmp_path / "run" / "config.json").exists, process)
+    os.kill(process.pid, signal.SIGUSR1)
+    done = ended(process, tmp_path)
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert done.stderr.startswith("stopped by SIGUSR1") and done.stderr.count("\n") == 1
 
 
 def test_ctrl_c_while_the_libraries_are_loaded(tmp_path):
@@ -116,16 +148,13 @@ def test_ctrl_c_while_the_libraries_are_loaded(tmp_path):
     assert process.returncode == 130 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script, number", [("rl_mrt", signal.SIGINT), ("star_mrt", signal.SIGTERM)])
-def test_a_signal_while_the_other_processes_never_come(tmp_path, start, script, number):
-    lone = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
-    process, deadline = start(tmp_path, f"{script}.py", **lone), time.time() + PATIENCE
-    while not (told := tmp_path / "stdout.txt").exists() or "waiting for all 2 processes" not in told.read_text():
-        assert process.is_alive() and time.time() < deadline
-        time.sleep(0.1)
-    os.kill(process.pid, number)
-    process.join(PATIENCE)
-    assert process.exitcode == 128 + number and (tmp_path / "stderr.txt").read_text().count("\n") == 1
+def test_a_signal_while_the_other_processes_never_come(tmp_path, start):
+    lone = dict(zip(LAUNCHED, ("0", "2", "0", "localhost", "0")))
+    process, printed = start(tmp_path, "rl_mrt.py", **lone), tmp_path / "stdout.txt"
+    wait_until(lambda: printed.exists() and "waiting for all 2 processes" in printed.read_text(), process)
+    os.kill(process.pid, signal.SIGINT)
+    done = ended(process, tmp_path)
+    assert done.returncode == 128 + signal.SIGINT and done.stderr.count("\n") == 1
 
 
 def test_ctrl_c_waits_for_no_request():
@@ -231,7 +260,7 @@ def test_a_digest_is_of_problem_gold_prompt_and_weights(tmp_path):
 )
 def test_an_id_does_not_depend_on_later_rows(tmp_path, ids, expected):
     rows = [{"problem": f"{n}+1?", "answer": str(n), **({"id": name} if name else {})} for n, name in enumerate(ids)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "d.jsonl", *rows)
     for limit in range(1, len(rows) + 1):
         found = [p["id"] for p in data.load_problems(str(tmp_path / "d.jsonl"), "train", limit)]
         assert found == expected.split()[:limit]
@@ -373,7 +402,7 @@ def test_a_lost_server_is_told_at_once(capsys):
 def test_half_a_character_in_a_row_is_told(capsys, tmp_path, field):
     row = {"problem": "1+1?", "answer": "2", "id": "a"}
     rows = row, {**row, field: "2 \ud83d"}
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_rows(tmp_path / "d.jsonl", *rows)
     assert "row 2: holds half a character" in refusal(capsys, data.load_problems, str(tmp_path / "d.jsonl"), "train")
 
 
@@ -466,9 +495,9 @@ def test_a_service_is_told_each_step_once_and_costs_a_warning_at_most(capsys, mo
 
 def test_tensorboard_has_each_step_once(tmp_path, execute):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    flags = [*RUNS["rl_mrt"], "--report-to", "tensorboard", "--out", "run"]
-    execute(tmp_path, "rl_mrt.py", *flags, fault=("kill", 60))
-    succeeded(execute(tmp_path, "rl_mrt.py", *flags, "--resume"))
+    command = f"rl_mrt.py {RUNS['rl_mrt']} --steps 3 --eval-every 0 --report-to tensorboard --out run"
+    execute(tmp_path, command, fault=("kill", 60))
+    succeeded(execute(tmp_path, command, "--resume"))
     told = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     told.Reload()
     steps = [line["step"] for line in jsonl(tmp_path / "run" / "metrics.jsonl")]
