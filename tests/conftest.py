@@ -185,6 +185,19 @@ def sampler(model, tokenizer):
     return Sampler(TransformersEngine(model), tokenizer)
 
 
+class Watched(Sampler):
+    """The real sampler, which keeps what it was asked and what it gave: (prompts, rows, where to stop) of each call."""
+
+    def __init__(self, model, tokenizer):
+        super().__init__(TransformersEngine(model), tokenizer)
+        self.calls = []
+
+    def generate(self, prompts, *args, stop=(), **more):
+        rows = super().generate(prompts, *args, stop=stop, **more)
+        self.calls.append((prompts, rows, list(stop)))
+        return rows
+
+
 @pytest.fixture(scope="session")
 def problems():
     return data.load_problems("tiny", "validation", 12)
@@ -203,7 +216,7 @@ def keys(prompts) -> list[tuple[int, int]]:
 # ------------------------------------------------------------------------------------------------ real processes
 
 SCRIPTS = ("rl_mrt", "evaluate", "analyze_r1", "budget_force", "star_mrt")
-PATIENCE = 600  # seconds that a process of some seconds may take on a busy machine
+PATIENCE = 1800  # seconds that a process of some seconds may take on a busy machine
 
 
 @dataclass
