@@ -1,20 +1,16 @@
-"""What the scripts write, at toy size. One starts as a user starts it; the others run in this process. That a killed
-run goes on as if nothing had happened is in test_runs.py."""
+"""What the scripts write, at toy size, each in this process. That a killed run goes on as if nothing had happened is in
+test_runs.py; test_processes.py and test_experiments.py have scripts that start as a user starts them."""
 
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    PATIENCE,
     ROOT,
     assert_same_bits,
     assert_same_content,
@@ -23,7 +19,6 @@ from conftest import (
     refusal,
     run_here,
     same_content,
-    succeeded,
     write_rows,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,7 +37,7 @@ def is_picture(file: Path) -> bool:
 
 # ------------------------------------------------------------------------------------------------ training
 
-TOY = "--problems-per-step 2 --group-size 4 --max-tokens 80 --steps 2 --eval-problems 4 --out run"
+TOY = "--problems-per-step 2 --group-size 4 --max-tokens 80 --steps 2 --eval-problems 2 --out run"
 METHODS = {
     "grpo": "--bonus 0",
     "prefix": "--bonus 1 --variant prefix",
@@ -56,14 +51,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_leaves_a_complete_run(tmp_path, method):
-    command, run = f"rl_mrt.py {METHODS[method]} {TOY}", tmp_path / "run"
-    if method == "grpo":  # as a user starts it
-        words, environment = [sys.executable, *command.split()], {**os.environ, "OMP_NUM_THREADS": "1"}
-        words[1] = str(ROOT / words[1])
-        how = dict(capture_output=True, text=True, env=environment, timeout=PATIENCE)
-        printed = succeeded(subprocess.run(words, cwd=tmp_path, **how))
-    else:
-        printed = run_here(tmp_path, command)
+    printed, run = run_here(tmp_path, f"rl_mrt.py {METHODS[method]} {TOY}"), tmp_path / "run"
     assert "step    1" in printed and "step    2" in printed and "validation after 2 steps" in printed
     settings, bonus = json.loads((run / "config.json").read_text())["settings"], int(METHODS[method].split()[1])
     assert (settings["max_tokens"], settings["bonus"], settings["model"]) == (80, bonus, "tiny")

@@ -138,7 +138,7 @@ def test_one_step_has_the_gradient_of_a_plain_transformers_forward(model, sample
 
 # ------------------------------------------------------------------------------------------------ processes
 
-TOY = "--limit 8 --num-samples 2 --max-tokens 160 --forced-answers 4 --batch-problems 4 --batch-size 2 --epochs 2 "
+TOY = "--limit 7 --num-samples 2 --max-tokens 160 --forced-answers 2 --batch-problems 4 --batch-size 2 --epochs 2 "
 TOY += "--checkpoint-every 2 --eval-problems 2 --budgets 64,160"
 
 
@@ -157,7 +157,7 @@ def test_two_iterations_of_both_filters_from_the_same_samples(straight):
         kept = jsonl(straight / name / "selected_1.jsonl")
         line = summary["kept"][name][0]
         assert line["traces"] == len(kept) and line["tokens"] == sum(k["tokens"] for k in kept)
-        assert line["sampled_traces"] == 16 and not (straight / name / "samples_1.jsonl").exists()
+        assert line["sampled_traces"] == 14 and not (straight / name / "samples_1.jsonl").exists()
         folders = ("tiny", straight / name / "model_1", straight / name / "model_2")
         base, first, second = (models.load_model(str(f), "cpu").model.norm.weight for f in folders)
         assert not torch.equal(base, first) and not torch.equal(first, second)
@@ -181,4 +181,4 @@ def test_a_filter_that_keeps_nothing_says_so_and_exits_with_3(tmp_path, monkeypa
     with pytest.raises(SystemExit) as stop:
         main_with(monkeypatch, star_mrt, *flags)()
     assert stop.value.code == 3 and "the filter outcome kept no trace in iteration 1" in capsys.readouterr().out
-    assert len(jsonl(tmp_path / "run/samples_1.jsonl")) == 16 and not (tmp_path / "run/outcome/model_1").exists()
+    assert len(jsonl(tmp_path / "run/samples_1.jsonl")) == 14 and not (tmp_path / "run/outcome/model_1").exists()
