@@ -15,7 +15,6 @@ import torch
 from conftest import (
     PATIENCE,
     ROOT,
-    assert_same_bits,
     assert_same_content,
     assert_same_weights,
     ended,
@@ -53,6 +52,11 @@ def all_succeeded(processes: list, folder: Path) -> str:
     assert [done.returncode for done in others] == [0] * len(others), first.stderr
     assert all(not (folder / f"stdout{number}.txt").read_text() for number in range(1, len(processes)))
     return succeeded(first)
+
+
+def processor_seconds(process) -> float:
+    ticks = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def curve(run: Path) -> list[list[float]]:
@@ -121,10 +125,12 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(tmp_path, sta
 
 
 def test_a_signal_in_a_long_sampling_leaves_a_checkpoint_at_once(tmp_path, start):
-    """Not after the step: torchrun kills 30 seconds after SIGTERM. One of the processes has the signal."""
+    """Not after the step: torchrun kills 30 seconds after SIGTERM."""
     long = "--problems-per-step 64 --group-size 16 --max-tokens 384 --eval-every 0"
     processes, printed = launch(start, tmp_path, 2, f"{TRAINING} {long}"), tmp_path / "stdout.txt"
     wait_until(lambda: printed.exists() and "rollouts a step" in printed.read_text(), *processes)
+    begun = [processor_seconds(process) for process in processes]
+    wait_until(lambda: all(processor_seconds(p) > b + 0.5 for p, b in zip(processes, begun)), *processes)
     for process in processes:
         os.kill(process.pid, signal.SIGTERM)
     assert [ended(process, tmp_path).returncode for process in processes] == [128 + signal.SIGTERM] * 2
@@ -133,8 +139,8 @@ def test_a_signal_in_a_long_sampling_leaves_a_checkpoint_at_once(tmp_path, start
 
 
 def test_two_processes_fine_tune_as_one(tmp_path, start):
-    command = "star_mrt.py --limit 7 --num-samples 2 --max-tokens 160 --forced-answers 4 --batch-problems 4 "
-    command += "--batch-size 3 --filter mrt --iterations 2 --eval-problems 3 --budgets 160 --lr 1e-4 --out run"
+    command = "star_mrt.py --limit 7 --num-samples 2 --max-tokens 160 --forced-answers 2 --batch-problems 4 "
+    command += "--batch-size 3 --filter mrt --iterations 2 --eval-problems 2 --budgets 160 --lr 1e-4 --out run"
     folders = tmp_path / "one", tmp_path / "two"
     for count, folder in enumerate(folders, 1):
         folder.mkdir()
@@ -154,18 +160,6 @@ def test_fewer_problems_than_processes_are_refused(capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- interruptions
-
-
-def test_sigterm_writes_a_checkpoint_from_which_the_run_goes_on(tmp_path, start, execute, alone):
-    command = f"{TRAINING} --checkpoint-every 100"
-    process = start(tmp_path, command)
-    wait_until((tmp_path / "run/metrics.jsonl").exists, process)
-    os.kill(process.pid, signal.SIGTERM)
-    done = ended(process, tmp_path)
-    assert done.returncode == 143 and "stopped after step" in done.stdout and "Traceback" not in done.stderr
-    assert len(list((tmp_path / "run/checkpoints").glob("step_??????"))) == 1
-    succeeded(execute(tmp_path, command, "--resume"))
-    assert_same_bits(tmp_path / "run", alone, ("records.jsonl", "model/model.safetensors"))
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(tmp_path, model, tokenizer, capsys):
