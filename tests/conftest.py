@@ -281,7 +281,7 @@ def start():
         patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
 
-    def start_one(folder: Path, command: str, *flags, fault=None, **env) -> multiprocessing.Process:
+    def start_one(folder: Path, command: str, *flags, fault=None, **env):
         words = [*command.split(), *map(str, flags)]
         process = context.Process(target=child, args=(words, folder, fault, env))
         process.start()
