@@ -34,16 +34,7 @@ from math_verify import parse, verify
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import (
-    Forcing,
-    Segmentation,
-    forced_prompt,
-    grade,
-    read_trace,
-    read_traces,
-    set_likelihood_J,
-    set_sampled_J,
-)
+from common import Forcing, Segmentation, forced_prompt, grade, read_trace, read_traces, set_likelihood_J, set_sampled_J
 from engine import models
 from engine.logprobs import token_logprobs
 from engine.models import ROOT, resolve_model

@@ -7,7 +7,10 @@ number within `TOLERANCE`: `assert_same_content`.
 """
 
 import argparse
+import contextlib
 import errno
+import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -129,6 +132,20 @@ def main_with(monkeypatch, script, *argv):
     return script.main
 
 
+def run_here(folder: Path, command: str, *flags) -> str:
+    """What `python command flags` prints in a folder. It runs in this process: a new one imports for seconds."""
+    script, *words = command.split()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [str(ROOT / script), *words, *map(str, flags)])
+        try:
+            importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+        finally:
+            while held:
+                held.pop().release()
+    return printed.getvalue()
+
+
 def refusal(capsys, call, *args, **kwargs) -> str:
     """What a user reads of a call that must be refused, as a script would end: one line on stderr, exit code 2."""
     capsys.readouterr()
@@ -168,6 +185,19 @@ def sampler(model, tokenizer):
     return Sampler(TransformersEngine(model), tokenizer)
 
 
+class Watched(Sampler):
+    """The real sampler, which keeps what it was asked and what it gave: (prompts, rows, where to stop) of each call."""
+
+    def __init__(self, model, tokenizer):
+        super().__init__(TransformersEngine(model), tokenizer)
+        self.calls = []
+
+    def generate(self, prompts, *args, stop=(), **more):
+        rows = super().generate(prompts, *args, stop=stop, **more)
+        self.calls.append((prompts, rows, list(stop)))
+        return rows
+
+
 @pytest.fixture(scope="session")
 def problems():
     return data.load_problems("tiny", "validation", 12)
@@ -186,7 +216,7 @@ def keys(prompts) -> list[tuple[int, int]]:
 # ------------------------------------------------------------------------------------------------ real processes
 
 SCRIPTS = ("rl_mrt", "evaluate", "analyze_r1", "budget_force", "star_mrt")
-PATIENCE = 600  # seconds that a process of some seconds may take on a busy machine
+PATIENCE = 1800  # seconds that a process of some seconds may take on a busy machine
 
 
 @dataclass
@@ -198,8 +228,8 @@ class Done:
 
 def inject(kind: str, number: int, folder: Path) -> None:
     """Of what this process does to names and files in a folder (opening to write, syncing, renaming, removing, cutting,
-    making a folder) the `number`-th fails as on a full disk (kind "fail") or is where the process is killed ("kill").
-    How many there were so far is in faults.txt beside the folder."""
+    making a folder) the `number`-th is where it is killed (kind "kill"), fails as on a full disk ("fail") or is asked
+    to end (the name of a signal). How many there were so far is in faults.txt beside the folder."""
     count, fsync = 0, os.fsync
 
     def hook(event: str, args: tuple) -> None:
@@ -211,10 +241,10 @@ def inject(kind: str, number: int, folder: Path) -> None:
         if folder in Path(os.path.abspath(args[0])).parents:
             count += 1
             (folder.parent / "faults.txt").write_text(str(count))
-            if count == number and kind == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif count == number:
+            if count == number and kind == "fail":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.Signals[kind])
 
     def synced(file: int) -> None:
         hook("os.fsync", (os.readlink(f"/proc/self/fd/{file}"),))
@@ -224,53 +254,64 @@ def inject(kind: str, number: int, folder: Path) -> None:
     os.fsync = synced
 
 
-def child(script: str, argv: list[str], folder: Path, fault: tuple | None, env: dict[str, str]) -> None:
-    """In the forked process: what `python script argv` does, or `python -m script argv`, with its output in files."""
+def child(command: list[str], folder: Path, fault: tuple | None, env: dict[str, str]) -> None:
+    """In the forked process: what `python SCRIPT.py …` does, or `python -m MODULE …`, with its output in files."""
     os.chdir(folder)
     os.environ |= env
     if fault:
         inject(*fault, folder / "run")
-    for stream, name in ((1, "stdout.txt"), (2, "stderr.txt")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    sys.argv = [script, *argv]
-    if script.endswith(".py"):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+    rank = env.get("RANK", "0").strip("0")  # of several processes in a folder all but the first have a number
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{name}{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.argv = command
+    if command[0].endswith(".py"):
+        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
     else:
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
 @pytest.fixture(scope="session")
 def start():
-    """start(folder, script, *flags, fault=…, **environment) → a running process."""
+    """start(folder, command, *flags, fault=…, **environment) → a running process, forked from one that has imported the
+    libraries. `command`: a script or a module, and flags."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*SCRIPTS, "tiny.build", "datasets", "matplotlib.pyplot"])
+    context.set_forkserver_preload([*SCRIPTS, "tiny.build", "datasets", "matplotlib.pyplot", "conftest"])
     with pytest.MonkeyPatch.context() as patch:  # the server keeps the environment that it starts in
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
 
-    def start_one(folder: Path, script: str, *flags, fault=None, **env) -> multiprocessing.Process:
-        process = context.Process(target=child, args=(script, [str(f) for f in flags], folder, fault, env))
+    def start_one(folder: Path, command: str, *flags, fault=None, **env):
+        words = [*command.split(), *map(str, flags)]
+        process = context.Process(target=child, args=(words, folder, fault, env))
         process.start()
         return process
 
     return start_one
 
 
+def ended(process, folder: Path) -> Done:
+    """A started process, once it has ended."""
+    process.join(PATIENCE)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"a process in {folder} took longer than {PATIENCE} s")
+    printed = [(folder / name).read_text(encoding="utf-8") for name in ("stdout.txt", "stderr.txt")]
+    return Done(process.exitcode, *printed)
+
+
 @pytest.fixture(scope="session")
 def execute(start):
-    """execute(folder, script, *flags, fault=…) → Done, when the process has ended."""
+    """execute(folder, command, *flags, fault=…) → Done, when the process has ended."""
+    return lambda folder, command, *flags, fault=None: ended(start(folder, command, *flags, fault=fault), folder)
 
-    def run_one(folder: Path, script: str, *flags, fault=None) -> Done:
-        process = start(folder, script, *flags, fault=fault)
-        process.join(PATIENCE)
-        if process.is_alive():
-            process.kill()
-            pytest.fail(f"{script} {flags} took longer than {PATIENCE} s")
-        printed = [(folder / name).read_text(encoding="utf-8") for name in ("stdout.txt", "stderr.txt")]
-        return Done(process.exitcode, *printed)
 
-    return run_one
+def wait_until(there, *processes) -> None:
+    """Until there() is true, while the processes run."""
+    deadline = time.time() + PATIENCE
+    while not there():
+        assert all(process.is_alive() for process in processes) and time.time() < deadline, "it never came to that"
+        time.sleep(0.005)
 
 
 def succeeded(done) -> str:
@@ -280,10 +321,7 @@ def succeeded(done) -> str:
 
 def kill_at_line(process, file: Path, count: int) -> None:
     """SIGKILL as soon as the file has so many lines: those of a whole batch, since a write may be cut within one."""
-    deadline = time.time() + PATIENCE
-    while not (file.exists() and file.read_bytes().count(b"\n") >= count):
-        assert process.is_alive() and time.time() < deadline, f"{file.name} never had {count} lines"
-        time.sleep(0.002)
+    wait_until(lambda: file.exists() and file.read_bytes().count(b"\n") >= count, process)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL

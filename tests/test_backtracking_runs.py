@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_same_bits, jsonl, refusal
+from conftest import ROOT, Watched, assert_same_bits, jsonl, main_with, refusal, run_here, write_rows
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import analyze_r1
 import budget_force
@@ -14,39 +13,18 @@ import rl_mrt
 import star_mrt
 from common import Trace, reward
 from engine.models import described, load_model, load_tokenizer
-from engine.sampler import Sampler
 from engine.tokens import Completion, encode, prompt_ids, text_and_offsets
-from engine.transformers_engine import TransformersEngine
 from run import backtracking as bt
 from run.data import Columns, load_problems
-from run.files import json_line
 from run.traces import checked_prompts, sample_traces, segmentation
 from tiny.backtrack import PLACES, attempt, problems
 
 MODEL = "tiny/backtrack"
 
 
-class Watched(Sampler):
-    """The real sampler, which keeps what it was asked and what it gave."""
-
-    def __init__(self):
-        super().__init__(TransformersEngine(load_model(MODEL, "cpu")), load_tokenizer(MODEL))
-        self.calls = []
-
-    def generate(self, prompts, *args, **more):
-        rows = super().generate(prompts, *args, **more)
-        self.calls.append((prompts, rows))
-        return rows
-
-
 @pytest.fixture(scope="module")
 def watched():
-    return Watched()
-
-
-def run(monkeypatch, script, *flags) -> None:
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--engine", "transformers", *map(str, flags)])
-    script.main()
+    return Watched(load_model(MODEL, "cpu"), load_tokenizer(MODEL))
 
 
 def trace_of(tokenizer, text: str, J: list[float], ends=True) -> Trace:
@@ -66,40 +44,28 @@ BACK, ON = bt.RETRY + PLACES[1], bt.RETRY + PLACES[2]
 # ------------------------------------------------------------------------------------------------ defaults
 
 
-def test_the_parameterization_is_the_models_own_and_is_handed_on(tmp_path, monkeypatch):
+def test_the_parameterization_is_the_models_own_and_is_handed_on(tmp_path):
     assert rl_mrt.flags([]).parameterization == "open-ended"
     for script in (analyze_r1, star_mrt, rl_mrt, budget_force):
         args = script.flags(["--model", MODEL])
         assert (args.parameterization, args.dataset, args.answer_tokens) == ("backtracking", MODEL, 24), script
-    run(
-        monkeypatch,
-        rl_mrt,
-        "--model",
-        MODEL,
-        "--steps",
-        1,
-        "--problems-per-step",
-        2,
-        "--eval-every",
-        0,
-        "--out",
-        tmp_path / "r",
-    )
+    run_here(tmp_path, f"rl_mrt.py --model {MODEL} --steps 1 --problems-per-step 2 --eval-every 0 --out r")
     trained = str(tmp_path / "r" / "model")
     assert described(trained)["flags"] == described(MODEL)["flags"]
     assert budget_force.flags(["--model", trained]).style == "window"
 
 
-def test_what_does_not_go_together_is_refused(monkeypatch, capsys, tmp_path):
-    def told(script, *flags) -> str:
-        return refusal(capsys, run, monkeypatch, script, *flags, "--out", tmp_path / "none")
-
-    assert "--parameterization backtracking: not for tiny" in told(analyze_r1, "--parameterization", "backtracking")
-    assert "--progress likelihood" in told(rl_mrt, "--model", MODEL, "--progress", "likelihood", "--variant", "online")
-    assert "--style window and --parameterization backtracking go together" in told(budget_force, "--style", "window")
-    assert "--style window and --parameterization backtracking" in told(
-        budget_force, "--model", MODEL, "--style", "paper"
-    )
+@pytest.mark.parametrize(
+    "script, flags, says",
+    [
+        (analyze_r1, "--parameterization backtracking", "--parameterization backtracking: not for tiny"),
+        (rl_mrt, f"--model {MODEL} --progress likelihood --variant online", "--progress likelihood"),
+        (budget_force, "--style window", "--style window and --parameterization backtracking go together"),
+        (budget_force, f"--model {MODEL} --style paper", "--style window and --parameterization backtracking"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(monkeypatch, capsys, tmp_path, script, flags, says):
+    assert says in refusal(capsys, main_with(monkeypatch, script, *flags.split(), "--out", tmp_path / "none"))
 
 
 # ------------------------------------------------------------------------------------------------ self-training
@@ -148,9 +114,9 @@ def test_rollouts_go_on_from_a_first_attempt_and_c_is_its_success(watched):
     assert {trace.prefix_J for group in groups for trace in group} == {0.0, 1.0}
 
 
-def test_recorded_first_attempts_are_what_is_gone_on_from(watched, tmp_path, monkeypatch, capsys):
-    sizes = "--limit", 4, "--num-samples", 2, "--forced-answers", 1
-    run(monkeypatch, analyze_r1, "--model", MODEL, "--split", "train", *sizes, "--out", tmp_path / "a")
+def test_recorded_first_attempts_are_what_is_gone_on_from(watched, tmp_path, capsys):
+    sizes = "--limit 4 --num-samples 2 --forced-answers 1"
+    run_here(tmp_path, f"analyze_r1.py --model {MODEL} --split train {sizes} --out a")
     flags = ["--model", MODEL, "--prefixes", str(tmp_path / "a")]
     found = rl_mrt.recorded_prefixes(rl_mrt.flags(flags), watched.tokenizer)
     records = jsonl(tmp_path / "a" / "records.jsonl")
@@ -192,7 +158,7 @@ def test_a_search_goes_on_token_by_token_and_every_attempt_votes(watched):
         own = len(bt.attempts_in_full(trace.completion.text))
         history, spent = bt.window(watched.tokenizer, trace.completion.token_ids)[1], len(trace.completion.token_ids)
         assert len(chain) == own + args.extensions
-        for number, (prompts, rows) in enumerate(watched.calls):
+        for number, (prompts, rows, _) in enumerate(watched.calls):
             shown, ids = bt.window(watched.tokenizer, history, 2)
             assert prompts[t] == trace.prompt + ids + phrase and shown == min(2, own + number)
             new = bt.first_attempt(rows[t][0])
@@ -222,7 +188,7 @@ def test_without_room_for_an_attempt_none_is_shown_and_it_is_counted(watched, mo
     monkeypatch.setattr(budget_force, "context_of", lambda args: 30)
     args, traces, found = searched(watched)
     assert all(point["shown"] == 0 for chain in found for point in chain[-args.extensions :])
-    assert all(prompt == trace.prompt for prompts, _ in watched.calls for prompt, trace in zip(prompts, traces))
+    assert all(prompt == trace.prompt for prompts, *_ in watched.calls for prompt, trace in zip(prompts, traces))
     records = [{**trace.record(), "search": chain} for trace, chain in zip(traces, found)]
     counts = budget_force.counts_of(budget_force.folder.RecordedRun("run", {}, records), True)
     assert counts["without_room"] > 0.5
@@ -242,22 +208,21 @@ def test_a_vote_counts_what_ended_within_the_tokens():
     assert [budget_force.vote_within(record, b, standing=True) for b in (30, 40)] == [0.0, 1.0]
 
 
-def test_a_search_from_the_command_line_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):
-    flags = ["--model", MODEL, "--limit", 4, "--num-samples", 3, "--extensions", 2, "--batch-problems", 2]
-    run(monkeypatch, budget_force, *flags, "--out", tmp_path / "a")
+def test_a_search_from_the_command_line_goes_on_to_the_same_bits(tmp_path):
+    command = f"budget_force.py --model {MODEL} --limit 4 --num-samples 3 --extensions 2 --batch-problems 2"
+    run_here(tmp_path, f"{command} --out a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     lines = (tmp_path / "a" / "records.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "b" / "records.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:30])
-    run(monkeypatch, budget_force, *flags, "--out", tmp_path / "b", "--resume")
+    run_here(tmp_path, f"{command} --out b --resume")
     assert_same_bits(tmp_path / "a", tmp_path / "b")
     summary, again = (json.loads((tmp_path / n / "summary.json").read_text())["runs"][n] for n in "ab")
     assert summary == again
     assert {"maj@3", "search@3", "standing@3"} <= summary["metrics"].keys() and summary["markers_to_no_line"] == 0
-    run(monkeypatch, budget_force, "--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c")
+    run_here(tmp_path, "budget_force.py --compare a b --out c")
     both = json.loads((tmp_path / "c" / "summary.json").read_text())
     assert both["difference_to_first"]["b"]["search@2"]["mean"] == 0 and (tmp_path / "c" / "search.png").exists()
-    run(monkeypatch, budget_force, *flags, "--dry-run")
-    assert "24 extensions of at most 32 tokens" in capsys.readouterr().out
+    assert "24 extensions of at most 32 tokens" in run_here(tmp_path, f"{command} --dry-run")
 
 
 # ------------------------------------------------------------------------------------------------ what is lacking
@@ -283,15 +248,11 @@ def test_markers_that_are_missing_or_lead_nowhere_are_told_and_counted(watched, 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """The embedded model's weights as a Llama of files, whose chat template knows nothing of backtracking."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("llama")
     model, tokenizer = load_model(MODEL, "cpu"), load_tokenizer(MODEL)
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-    names += (
-        "max_position_embeddings tie_word_embeddings rms_norm_eps rope_parameters eos_token_id pad_token_id".split()
-    )
-    config = LlamaConfig(**{name: getattr(model.config, name) for name in names}, attention_bias=True)
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    names += "max_position_embeddings tie_word_embeddings rms_norm_eps rope_parameters eos_token_id pad_token_id"
+    config = LlamaConfig(**{name: getattr(model.config, name) for name in names.split()}, attention_bias=True)
     copy = LlamaForCausalLM(config)
     lacking, unknown = copy.load_state_dict(model.state_dict(), strict=False)
     assert not unknown and all("o_proj.bias" in name for name in lacking)
@@ -304,28 +265,25 @@ def llama(tmp_path_factory):
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     tokenizer.save_pretrained(folder)
-    rows = [
-        {"query": p["problem"], "response": f"It is so.\nThe answer is: {p['answer']}"} for p in problems("train")[:24]
-    ]
-    (folder / "problems.jsonl").write_text("".join(map(json_line, rows)))
+    given = [(p["problem"], f"It is so.\nThe answer is: {p['answer']}") for p in problems("train")[:24]]
+    write_rows(folder / "problems.jsonl", *[{"query": query, "response": response} for query, response in given])
     return folder
 
 
 SMALL = {
-    "rl": "--problems-per-step 4 --steps 1 --kl 0.04 --dtype float32 --limit 12 --lr 1e-4 --prompt-tokens 120",
-    "star": "--batch-size 8 --num-samples 4 --forced-answers 4 --answer-tokens 24 --dtype float32 --iterations 1 "
-    "--limit 24",
+    "rl": "--problems-per-step 4 --steps 1 --kl 0.04 --dtype float32 --lr 1e-4 --prompt-tokens 120",
+    "star": "--batch-size 8 --num-samples 4 --forced-answers 4 --answer-tokens 24 --dtype float32 --iterations 1",
 }
 
 
-@pytest.mark.parametrize("name, script", [("rl", rl_mrt), ("star", star_mrt)])
-def test_the_published_configurations_run_on_a_llama_of_files(llama, tmp_path, monkeypatch, capsys, name, script):
-    here = ["--config", ROOT / f"configs/{name}_backtracking.yaml", "--model", llama, "--max-tokens", 120]
-    here += ["--dataset", llama / "problems.jsonl", "--problem-column", "query", "--answer-column", "response"]
-    out = tmp_path / "run"
-    run(monkeypatch, script, *here, *SMALL[name].split(), "--dry-run")
-    assert ("4 first attempts" if name == "rl" else "24 problems") in capsys.readouterr().out
-    run(monkeypatch, script, *here, *SMALL[name].split(), "--out", out)
+@pytest.mark.parametrize("name", SMALL)
+def test_the_published_configurations_run_on_a_llama_of_files(llama, tmp_path, name):
+    command, out = f"{name}_mrt.py {SMALL[name]} --max-tokens 120 --out run", tmp_path / "run"
+    here = ["--config", ROOT / f"configs/{name}_backtracking.yaml", "--model", llama, "--limit", 24]
+    here += ["--dataset", llama / "problems.jsonl", *"--problem-column query --answer-column response".split()]
+    told = run_here(tmp_path, command, *here, "--dry-run")
+    assert ("4 first attempts" if name == "rl" else "24 problems") in told
+    run_here(tmp_path, command, *here)
     record = jsonl(out / ("records.jsonl" if name == "rl" else "samples_1.jsonl"))[0]
     tokenizer, problem = load_tokenizer(str(llama)), {"problem": record["problem"]}
     chat, begun = bt.asked_to_backtrack(tokenizer, problem["problem"])
@@ -353,12 +311,11 @@ def test_the_configurations_hold_what_is_published():
 
 
 def test_answers_of_metamath_are_read(tmp_path):
-    rows = [
-        {"query": "A?", "response": "2 + 5 = 7\n#### 7\nThe answer is: 7"},
-        {"query": "B?", "response": "Half of it is $\\boxed{\\frac{1}{2}}$. The answer is: \\frac{1}{2}"},
-        {"query": "C?", "response": "So it is 9.\nThe answer is: 9"},
-    ]
-    file: Path = tmp_path / "m.jsonl"
-    file.write_text("".join(map(json_line, rows)))
-    found = load_problems(str(file), "train", columns=Columns("query", "response"))
+    responses = (
+        "2 + 5 = 7\n#### 7\nThe answer is: 7",
+        "Half of it is $\\boxed{\\frac{1}{2}}$. The answer is: \\frac{1}{2}",
+        "So it is 9.\nThe answer is: 9",
+    )
+    file = write_rows(tmp_path / "m.jsonl", *[{"query": "?", "response": response} for response in responses])
+    found = load_problems(file, "train", columns=Columns("query", "response"))
     assert [p["answer"] for p in found] == ["7", "\\frac{1}{2}", "9"]

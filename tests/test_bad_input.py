@@ -42,7 +42,7 @@ REFUSED = {  # the line begins with the flag
     "| --model tiny,some/model | --tokenizer some/model",
     analyze_r1: "--engine http://localhost:1/v1 --dry-run | --seed -1 | --episodes-per-point 0 | --from nowhere "
     "| --markers nowhere",
-    budget_force: "--seed -1 | --extensions -1 | --strings a,,b | --thoughts nowhere",
+    budget_force: "--seed -1 | --extensions -1 | --strings a,,b | --thoughts nowhere | --budgets x | --top-p 0",
     star_mrt: "--seed -1 | --min-success 1.5 | --temperature 0 | --epochs 0 | --filter all",
 }
 
@@ -62,19 +62,19 @@ def test_settings_that_look_odd_but_are_sound():
     assert evaluate.flags("--temperature 0".split()).temperature == 0
 
 
-@pytest.mark.parametrize(
-    "flags, variant, progress",
-    [
-        ("", "online", "nats"),
-        ("--variant prefix", "prefix", "sampled"),
-        ("--progress likelihood", "online", "likelihood"),
-        ("--model some/model", "prefix", "sampled"),
-        ("--model some/model --variant online", "online", "sampled"),
-    ],
-)
-def test_the_default_is_what_was_confirmed_for_the_model(flags, variant, progress):
+DEFAULTS = {
+    "": "online nats",
+    "--variant prefix": "prefix sampled",
+    "--progress likelihood": "online likelihood",
+    "--model some/model": "prefix sampled",
+    "--model some/model --variant online": "online sampled",
+}
+
+
+@pytest.mark.parametrize("flags", DEFAULTS)
+def test_the_default_is_what_was_confirmed_for_the_model(flags):
     args = rl_mrt.flags(["--bonus", "1", *flags.split()])
-    assert (args.variant, args.progress) == (variant, progress)
+    assert f"{args.variant} {args.progress}" == DEFAULTS[flags]
 
 
 def test_other_settings_have_another_folder_and_what_resume_may_change_has_not():
@@ -109,41 +109,26 @@ def test_a_config_file_sets_defaults_and_flags_override_it(tmp_path):
     assert args.compare == [Path("a"), Path("b")] and args.k == [1, 2]
 
 
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("bonsu: 1", "--bonsu"),
-        ("1: 2", "1"),
-        ("bonus: [1", "c.yaml"),
-        ("a: b: c", "c.yaml"),
-        ("- bonus\n- lr", "name: value"),
-        ("just words", "name: value"),
-        ("", "name: value"),
-        ("lr: 1\nlr: 2", "set twice"),
-        # judged as the flag's own value would be: its type, its choices, and true or false for a switch
-        *(
-            (f"{name}: {value}", name)
-            for name, value in (
-                ("bonus", "high"),
-                ("bonus", "-1"),
-                ("bonus", ".nan"),
-                ("max-tokens", "0"),
-                ("max-tokens", "[1, 2]"),
-                ("steps", "true"),
-                ("lr", "{a: 1}"),
-                ("variant", "suffix"),
-                ("dtype", "float16"),
-                ("skip-unusable", "maybe"),
-                ("overwrite", "'false'"),
-                ("resume", "2"),
-            )
-        ),
-        ('dataset: "\\ud83d"', "half a character"),
-        ("overwrite: true\nresume: true", "not both"),
-    ],
-)
-def test_config_files_that_cannot_be_used(capsys, tmp_path, text, says):
-    assert says in refusal(capsys, rl_mrt.flags, config(tmp_path, text + "\n"))
+UNUSABLE = {  # {what the line says: texts}
+    "--bonsu": ["bonsu: 1"],
+    "1": ["1: 2"],
+    "c.yaml": ["bonus: [1", "a: b: c"],
+    "name: value": ["- bonus\n- lr", "just words", ""],
+    "set twice": ["lr: 1\nlr: 2"],
+    "half a character": ['dataset: "\\ud83d"'],
+    "not both": ["overwrite: true\nresume: true"],
+    # judged as the flag's own value would be: its type, its choices, and true or false for a switch
+    "bonus": ["bonus: high", "bonus: -1", "bonus: .nan"],
+    "max-tokens": ["max-tokens: 0", "max-tokens: [1, 2]"],
+    **{text.split(":")[0]: [text] for text in ("steps: true", "lr: {a: 1}", "variant: suffix", "dtype: float16")},
+    **{text.split(":")[0]: [text] for text in ("skip-unusable: maybe", "overwrite: 'false'", "resume: 2")},
+}
+
+
+@pytest.mark.parametrize("says", UNUSABLE)
+def test_config_files_that_cannot_be_used(capsys, tmp_path, says):
+    for text in UNUSABLE[says]:
+        assert says in refusal(capsys, rl_mrt.flags, config(tmp_path, text + "\n")), text
 
 
 def test_config_files_that_cannot_be_read(capsys, tmp_path):
@@ -216,11 +201,10 @@ def test_bad_data_does_not_cost_the_run_that_would_be_overwritten(capsys, monkey
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer_config.json", "model.safetensors"])
 def test_a_model_folder_without_a_file_it_needs(capsys, tmp_path, missing):
     folder = str(copy_of_tiny(tmp_path / "m", missing))
-    weights = missing == "model.safetensors"
-    message = (
-        refusal(capsys, models.load_model, folder, "cpu") if weights else refusal(capsys, models.load_tokenizer, folder)
-    )
-    assert folder in message and (weights or f"no {missing}" in message)
+    if missing == "model.safetensors":
+        assert folder in refusal(capsys, models.load_model, folder, "cpu")
+    else:
+        assert f"--model {folder}: the folder has no {missing}" in refusal(capsys, models.load_tokenizer, folder)
 
 
 def test_what_takes_the_place_of_a_chat_template_is_said_once(capsys, tmp_path):
@@ -323,11 +307,8 @@ def test_a_taken_output_folder_is_told_before_data_and_model_are_loaded(capsys, 
 
 def test_earlier_runs_that_are_none(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    rows = {
-        "training": [{"step": 0, "id": "a", "sample": 0, "reward": 1.0}],
-        "empty": [],
-        "bare": [{"id": "a", "sample": 0}],
-    }
+    row = {"id": "a", "sample": 0}
+    rows = {"training": [{**row, "step": 0, "reward": 1.0}], "empty": [], "bare": [row]}
     for name, records in rows.items():
         (tmp_path / name).mkdir()
         write_rows(tmp_path / name / "records.jsonl", *records)
@@ -364,18 +345,18 @@ def test_an_output_that_nobody_takes_is_one_line(capsys, monkeypatch, error, cod
     "command, says",
     [
         ("rl_mrt.py --dataset rows.jsonl --out run --overwrite", "row 2"),
-        ("evaluate.py --model nobody/nothing --dataset tiny --out out", "--model nobody/nothing"),
+        *((f"{script.__name__}.py --model nobody/nothing --dataset tiny --out out", "--model") for script in SCRIPTS),
     ],
 )
-def test_a_real_process_says_one_line_and_exits_with_2(tmp_path, monkeypatch, command, says):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_real_process_says_one_line_and_exits_with_2(tmp_path, execute, command, says):
     write_rows(tmp_path / "rows.jsonl", GOOD_ROW, {"problem": "?", "answer": ""})
     a_run(tmp_path / "run", script="rl_mrt.py")
     before = sorted(tmp_path.rglob("*"))
-    script, *argv = command.split()
-    done = subprocess.run([sys.executable, str(ROOT / script), *argv], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+    done = execute(tmp_path, command)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
+    for name in ("stdout.txt", "stderr.txt"):
+        (tmp_path / name).unlink()
     assert sorted(tmp_path.rglob("*")) == before
 
 

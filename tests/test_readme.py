@@ -9,12 +9,11 @@ import operator
 import re
 import shlex
 import shutil
-import sys
 import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, run_here, succeeded
 
 import common
 from engine.tokens import Completion, encode, text_and_offsets
@@ -62,12 +61,6 @@ def module_of(script: str):
     return importlib.import_module(script.removeprefix("-m ").removesuffix(".py"))
 
 
-def run(monkeypatch, folder, script: str, flags: list[str]) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [str(ROOT / script.removeprefix("-m ")), *flags])
-    module_of(script).main()
-
-
 def here(flag: str, value: str) -> str:
     """A value of the README, or what stands for it here."""
     if flag in ("--model", "--direct-model"):
@@ -111,13 +104,16 @@ def test_every_script_has_a_command():
 
 
 @pytest.mark.parametrize("script, flags", COMMANDS, ids=[f"{script} {flags}" for script, flags in COMMANDS])
-def test_a_command_runs(monkeypatch, workplace, tmp_path, script, flags):
+def test_a_command_runs(workplace, tmp_path, execute, script, flags):
     for flag, maker in (("--compare", script), ("--thoughts", "analyze_r1.py")):
         for name in re.findall(r"runs/\S+", flags.partition(flag)[2].partition(" --")[0]):  # the runs it names
-            earlier = at_toy_size(maker, f"--out {name}", tmp_path)
-            run(monkeypatch, workplace, maker, earlier)
+            if not (workplace / name).exists():
+                run_here(workplace, maker, *at_toy_size(maker, f"--out {name}", tmp_path))
     command = at_toy_size(script, flags, tmp_path / "run")
-    run(monkeypatch, workplace, script, command)
+    if script.startswith("-m "):
+        succeeded(execute(workplace, script.removeprefix("-m "), *command))
+    else:
+        run_here(workplace, script, *command)
 
 
 def test_the_models_of_the_demo_are_where_the_readme_says():

@@ -1,7 +1,9 @@
 """A run and what surrounds it: what it reads, who it is, what asks it to end, disks that fail at any write."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, SCRIPTS, assert_same_bits, jsonl, refusal, run_settings, same_content, succeeded
+from conftest import (
+    PATIENCE,
+    ROOT,
+    SCRIPTS,
+    assert_same_bits,
+    ended,
+    jsonl,
+    refusal,
+    run_here,
+    run_settings,
+    succeeded,
+    wait_until,
+    write_rows,
+)
 from huggingface_hub import constants
 from urllib3.exceptions import HTTPError
 
@@ -20,29 +35,27 @@ from engine import models
 from engine.processes import LAUNCHED, ranks
 from engine.served_engine import Served, ServedEngine, ask, connect
 from run import data, training
-from run.files import append_jsonl, on_stop, read_jsonl, repair, whole_lines, write_text
+from run.files import append_jsonl, on_stop, read_jsonl, remove, repair, whole_lines, write_text
 from run.folder import held, metrics_reporter, open_run, weights_digest
 from run.traces import problem_digests
 
 # ------------------------------------------------------------------------------------------------ faults at any place
 
-FAST = "--max-tokens 64 --engine transformers".split()
-SAMPLED = [*FAST, *"--limit 4 --num-samples 2 --forced-answers 2 --batch-problems 2".split()]
+SAMPLED = "--max-tokens 64 --limit 4 --num-samples 2 --forced-answers 2 --batch-problems 2"
 RUNS = {
-    "rl_mrt": [*FAST, *"--bonus 0 --problems-per-step 2 --group-size 2 --steps 3 --checkpoint-every 2".split()]
-    + "--eval-every 2 --eval-problems 2".split(),
+    "rl_mrt": "--bonus 1 --progress sampled --forced-answers 2 --problems-per-step 2 --group-size 2 --max-tokens 48 "
+    "--steps 5 --checkpoint-every 2 --eval-every 3 --eval-problems 2",
     "evaluate": SAMPLED,
-    "analyze_r1": [*SAMPLED, *"--direct-model tiny --direct-samples 2".split()],
-    "budget_force": [*SAMPLED, *"--budgets 32,64 --extensions 2 --extension-tokens 8".split()],
-    "star_mrt": [
-        *SAMPLED,
-        *"--filter outcome --iterations 1 --epochs 1 --batch-size 2 --eval-problems 2".split(),
-    ],
+    "analyze_r1": f"{SAMPLED} --direct-model tiny --direct-samples 2",
+    "budget_force": f"{SAMPLED} --budgets 32,64 --extensions 2 --extension-tokens 8",
+    "star_mrt": f"{SAMPLED} --filter outcome --iterations 1 --epochs 1 --batch-size 2 --eval-problems 2",
 }
 FILES = {
-    "rl_mrt": ("records.jsonl", "metrics.jsonl", "validation.jsonl", "model/model.safetensors"),
-    "analyze_r1": ("records.jsonl", "direct.jsonl"),
-    "star_mrt": ("samples_1.jsonl", "base.jsonl", "outcome/model_1/model.safetensors"),
+    "rl_mrt": "records.jsonl metrics.jsonl validation.jsonl summary.json model/model.safetensors model/config.json",
+    "evaluate": "records.jsonl summary.json summary.md",
+    "analyze_r1": "records.jsonl direct.jsonl summary.json summary.md",
+    "budget_force": "records.jsonl summary.json summary.md",
+    "star_mrt": "samples_1.jsonl base.jsonl summary.json summary.md outcome/model_1/model.safetensors",
 }
 
 
@@ -54,55 +67,77 @@ def straight(tmp_path_factory, execute):
     def of(script: str):
         if script not in made:
             folder = tmp_path_factory.mktemp(script)
-            succeeded(execute(folder, f"{script}.py", *RUNS[script], "--out", "run", fault=("count", 0)))
+            succeeded(execute(folder, f"{script}.py {RUNS[script]} --out run", fault=("count", 0)))
             made[script] = folder / "run", int((folder / "faults.txt").read_text())
         return made[script]
 
     return of
 
 
-PLACES = [("kill", 0.02), ("kill", 0.5), ("fail", 0.15), ("fail", 0.8)]
+# Each in the run that --resume takes up after the one before, and at a share of what a whole run does to files. The
+# first is while the folder is made. All shares are less than 1, so that the last one comes before the end.
+FAULTS = [[("kill", 0.02), ("fail", 0.1), ("stop", 0.2), ("kill", 0.2), ("fail", 0.3)]]
+SIGNALS = dict(zip(SCRIPTS, ("SIGTERM", "SIGINT", "SIGTERM", "SIGINT", "SIGHUP")))
 if os.environ.get("MRT_EVERY_FAULT"):  # hours
-    PLACES = [(kind, place / 100) for kind in ("kill", "fail") for place in range(100)]
+    FAULTS = [[(kind, place / 100)] for kind in ("kill", "fail", "stop") for place in range(100)]
 
 
-@pytest.mark.parametrize("kind, place", PLACES, ids=str)
+def litter(run: Path) -> None:
+    """What a crash at the worst moment leaves behind: lines without an end, half-written files and folders."""
+    for name in ("metrics.jsonl", "records.jsonl", "validation.jsonl"):
+        with (run / name).open("ab") as file:
+            file.write('{"step": 1, "text": "7²'.encode()[:-1])  # within a character
+    for name in ("checkpoints/step_000002.tmp", "checkpoints/step_000005.tmp", "model.tmp"):
+        (run / name).mkdir(parents=True, exist_ok=True)
+        (run / name / "model.safetensors").write_bytes(b"half a model")
+    (run / "metrics.jsonl.tmp").write_text("half a file")
+
+
+@pytest.mark.parametrize("faults", FAULTS, ids=str)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_goes_on_from_any_fault_to_the_same_bits(tmp_path, execute, straight, script, kind, place):
+def test_a_run_goes_on_from_any_fault_to_the_same_bits(tmp_path, execute, straight, script, faults):
     undisturbed, count = straight(script)
-    flags = [*RUNS[script], "--out", "run"]
-    done = execute(tmp_path, f"{script}.py", *flags, fault=(kind, 1 + int(place * (count - 1))))
-    assert "Traceback" not in done.stderr, done.stderr
-    if kind == "kill":
-        assert done.returncode == -signal.SIGKILL
-    else:
-        told = done.stderr.splitlines()[-1] if done.stderr else ""
-        assert (done.returncode, told[:7]) == (2, "error: ") or done.returncode == 0, done.stderr
-    succeeded(execute(tmp_path, f"{script}.py", *flags, "--resume"))
-    assert_same_bits(tmp_path / "run", undisturbed, FILES.get(script, ("records.jsonl",)))
-    same_content(*(json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", undisturbed)), 0.0)
+    command, run = f"{script}.py {RUNS[script]} --out run", tmp_path / "run"
+    for kind, place in faults:
+        kind = SIGNALS[script] if kind == "stop" else kind
+        done = execute(tmp_path, command, *["--resume"] * run.exists(), fault=(kind, 1 + int(place * (count - 1))))
+        assert "Traceback" not in done.stderr, done.stderr
+        if kind == "kill":
+            assert done.returncode == -signal.SIGKILL
+        elif kind == "fail":
+            told = done.stderr.splitlines()[-1] if done.stderr else ""
+            assert (done.returncode, told[:7]) == (2, "error: ") or done.returncode == 0, done.stderr
+        else:
+            assert done.returncode == 128 + signal.Signals[kind]
+            left_a_training = done.stdout.endswith(", with a checkpoint; --resume goes on\n") and not done.stderr
+            assert left_a_training or (done.stderr.startswith(f"stopped by {kind}") and done.stderr.count("\n") == 1)
+            assert left_a_training or script != "rl_mrt"
+        if script == "rl_mrt" and (run / "config.json").exists():
+            litter(run)
+    succeeded(execute(tmp_path, command, "--resume"))
+    assert_same_bits(run, undisturbed, FILES[script].split())
+    assert [folder.name for folder in run.glob("checkpoints/*")] == ["step_000005"] * (script == "rl_mrt")
 
 
-@pytest.mark.parametrize(
-    "script, number, place",
-    [
-        ("evaluate", signal.SIGINT, "config.json"),
-        ("rl_mrt", signal.SIGUSR1, "config.json"),  # before the first step: while it validates
-        ("star_mrt", signal.SIGHUP, "base.jsonl"),
-    ],
-)
-def test_a_signal_is_one_line_and_an_exit_code(tmp_path, start, execute, straight, script, number, place):
-    flags = [*RUNS[script], "--out", "run"]
-    process, deadline = start(tmp_path, f"{script}.py", *flags), time.time() + PATIENCE
-    while not (tmp_path / "run" / place).exists():
-        assert process.is_alive() and time.time() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, number)
-    process.join(PATIENCE)
-    told = (tmp_path / "stderr.txt").read_text()
-    assert process.exitcode == 128 + number and told.startswith("stopped by SIG") and told.count("\n") == 1
-    succeeded(execute(tmp_path, f"{script}.py", *flags, "--resume"))
-    assert_same_bits(tmp_path / "run", straight(script)[0], FILES.get(script, ("records.jsonl",)))
+@pytest.mark.parametrize("missing", ["", "model", "summary.json"])
+def test_resuming_a_finished_training_changes_nothing(tmp_path, straight, missing):
+    """Also where it was killed after its last checkpoint and before the model, or the summary, was written."""
+    shutil.copytree(straight("rl_mrt")[0], tmp_path / "run")
+    if missing:
+        remove(tmp_path / "run" / "summary.json")
+        remove(tmp_path / "run" / missing)
+    run_here(tmp_path, f"rl_mrt.py {RUNS['rl_mrt']} --out run --resume")
+    assert_same_bits(tmp_path / "run", straight("rl_mrt")[0], FILES["rl_mrt"].split())
+
+
+def test_a_signal_before_the_first_step_is_one_line_and_an_exit_code(tmp_path, start):
+    """While the model that is there is validated; faults at any place, above, have the others."""
+    process = start(tmp_path, f"rl_mrt.py {RUNS['rl_mrt']} --eval-problems 96 --out run")
+    wait_until((tmp_path / "run" / "config.json").exists, process)
+    os.kill(process.pid, signal.SIGUSR1)
+    done = ended(process, tmp_path)
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert done.stderr.startswith("stopped by SIGUSR1") and done.stderr.count("\n") == 1
 
 
 def test_ctrl_c_while_the_libraries_are_loaded(tmp_path):
@@ -116,16 +151,13 @@ def test_ctrl_c_while_the_libraries_are_loaded(tmp_path):
     assert process.returncode == 130 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script, number", [("rl_mrt", signal.SIGINT), ("star_mrt", signal.SIGTERM)])
-def test_a_signal_while_the_other_processes_never_come(tmp_path, start, script, number):
-    lone = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
-    process, deadline = start(tmp_path, f"{script}.py", **lone), time.time() + PATIENCE
-    while not (told := tmp_path / "stdout.txt").exists() or "waiting for all 2 processes" not in told.read_text():
-        assert process.is_alive() and time.time() < deadline
-        time.sleep(0.1)
-    os.kill(process.pid, number)
-    process.join(PATIENCE)
-    assert process.exitcode == 128 + number and (tmp_path / "stderr.txt").read_text().count("\n") == 1
+def test_a_signal_while_the_other_processes_never_come(tmp_path, start):
+    lone = dict(zip(LAUNCHED, ("0", "2", "0", "localhost", "0")))
+    process, printed = start(tmp_path, "rl_mrt.py", **lone), tmp_path / "stdout.txt"
+    wait_until(lambda: printed.exists() and "waiting for all 2 processes" in printed.read_text(), process)
+    os.kill(process.pid, signal.SIGINT)
+    done = ended(process, tmp_path)
+    assert done.returncode == 128 + signal.SIGINT and done.stderr.count("\n") == 1
 
 
 def test_ctrl_c_waits_for_no_request():
@@ -186,30 +218,25 @@ def opened(run, inputs, *may_change, resume=False, overwrite=False, may_grow=Tru
         held.pop().release()
 
 
-@pytest.mark.parametrize(
-    "names, may_change, may_grow, goes_on",
-    [
-        ("abc", (), True, True),
-        ("abcd", (), True, True),
-        ("abcd", (), False, False),  # a training draws from all of its problems
-        ("ab", (), True, False),
-        ("ab", ("limit",), True, True),
-        ("dabc", (), True, False),
-        ("acb", ("limit",), True, False),
-        ("abx", (), True, False),
-    ],
-)
-def test_what_may_grow_may_grow_at_the_end(capsys, tmp_path, names, may_change, may_grow, goes_on):
+GROWN, OTHER = ("abc", "abcd", "ab limit"), ("abcd training", "ab", "dabc", "acb limit", "abx")
+
+
+@pytest.mark.parametrize("names", [*GROWN, *OTHER])
+def test_what_may_grow_may_grow_at_the_end(capsys, tmp_path, names):
+    """Of a training nothing may, since it draws from all of its problems; with --limit there may be fewer."""
+    goes_on, (names, *how) = names in GROWN, names.split()
     inputs = [{"problems": {name: f"{place} {name}" for place, name in enumerate(of)}} for of in ("abc", names)]
     opened(tmp_path / "run", inputs[0])
     before = (tmp_path / "run" / "inputs.json").read_bytes()
+    again = [tmp_path / "run", inputs[1], *(["limit"] if "limit" in how else [])]
+    settings = dict(resume=True, may_grow="training" not in how)
     if goes_on:
-        opened(tmp_path / "run", inputs[1], *may_change, resume=True, may_grow=may_grow)
+        opened(*again, **settings)
         recorded = json.loads((tmp_path / "run" / "inputs.json").read_text())["problems"]
         assert list(recorded) == sorted({*"abc", *names})
     else:
-        told = refusal(capsys, opened, tmp_path / "run", inputs[1], *may_change, resume=True, may_grow=may_grow)
-        assert "other problems" in told and (tmp_path / "run" / "inputs.json").read_bytes() == before
+        assert "other problems" in refusal(capsys, opened, *again, **settings)
+        assert (tmp_path / "run" / "inputs.json").read_bytes() == before
 
 
 def test_a_digest_is_of_problem_gold_prompt_and_weights(tmp_path):
@@ -231,7 +258,7 @@ def test_a_digest_is_of_problem_gold_prompt_and_weights(tmp_path):
 )
 def test_an_id_does_not_depend_on_later_rows(tmp_path, ids, expected):
     rows = [{"problem": f"{n}+1?", "answer": str(n), **({"id": name} if name else {})} for n, name in enumerate(ids)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "d.jsonl", *rows)
     for limit in range(1, len(rows) + 1):
         found = [p["id"] for p in data.load_problems(str(tmp_path / "d.jsonl"), "train", limit)]
         assert found == expected.split()[:limit]
@@ -269,24 +296,22 @@ def test_overwrite_takes_links_away_and_nothing_behind_them(tmp_path):
     assert (tmp_path / "scratch" / "step").read_text() == "precious"
 
 
-@pytest.mark.parametrize(
-    "files, ways",
-    [
-        ({".lock": "", "config.json.tmp": "{"}, ["", "resume", "overwrite"]),
-        ({".lock": "", "inputs.json": "{}"}, ["", "resume", "overwrite"]),
-        ({".lock": "", "config.json": '{"settings": {"mo', "inputs.json": "{}"}, ["overwrite"]),
-        ({".lock": "", "config.json": '{"settings": {}}', "records.jsonl": ""}, ["overwrite"]),  # inputs went first
-    ],
-    ids=["config half written", "before config", "config cut", "half overwritten"],
-)
+HALF_MADE = {  # {what is there: files}; only where a config.json was written must it be --overwrite
+    "config half written": {".lock": "", "config.json.tmp": "{"},
+    "before config": {".lock": "", "inputs.json": "{}"},
+    "config cut": {".lock": "", "config.json": '{"settings": {"mo', "inputs.json": "{}"},
+    "half overwritten": {".lock": "", "config.json": '{"settings": {}}', "records.jsonl": ""},  # inputs went first
+}
+
+
+@pytest.mark.parametrize("what", HALF_MADE)
 @pytest.mark.parametrize("way", ["", "resume", "overwrite"])
-def test_a_half_made_folder_can_be_taken_up(capsys, tmp_path, files, ways, way):
-    run = tmp_path / "run"
-    run.mkdir()
-    for name, text in files.items():
+def test_a_half_made_folder_can_be_taken_up(capsys, tmp_path, what, way):
+    (run := tmp_path / "run").mkdir()
+    for name, text in HALF_MADE[what].items():
         (run / name).write_text(text)
     settings = {way: True} if way else {}
-    if way in ways:
+    if way == "overwrite" or "config.json" not in HALF_MADE[what]:
         opened(run, {}, **settings)
         assert {f.name for f in run.iterdir()} <= {".lock", "config.json", "inputs.json"}
     else:
@@ -321,29 +346,25 @@ def test_an_update_that_trains_nothing_or_breaks_the_weights_is_told(gradient, r
     for parameter in model.parameters():
         parameter.data, parameter.grad = torch.full_like(parameter, -weight), torch.full_like(parameter, gradient)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    if not says:
+    with pytest.raises(FloatingPointError, match=says) if says else contextlib.nullcontext():
         assert training.optimizer_step(model, optimizer, 0.0) > 0
-        return
-    with pytest.raises(FloatingPointError, match=says):
-        training.optimizer_step(model, optimizer, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ progress
 
 
 def test_long_work_says_what_it_is_at(capsys, monkeypatch):
-    monkeypatch.setattr(engine, "FIRST", 0.1)
-    monkeypatch.setattr(engine, "QUIET", 0.3)
-    monkeypatch.setattr(engine, "last_told", 0.0)
+    for name, value in (("FIRST", 0.1), ("QUIET", 0.3), ("last_told", 0.0)):
+        monkeypatch.setattr(engine, name, value)
+    said = []
     with engine.telling(lambda: "at work"):
-        time.sleep(0.2)
-        assert capsys.readouterr().out == "at work\n"
-        time.sleep(0.4)
-        assert capsys.readouterr().out == "at work\n"
-        for _ in range(5):
-            engine.tell("a step")
-            time.sleep(0.1)
-    assert capsys.readouterr().out == "a step\n" * 5
+        wait_until(lambda: said.append(capsys.readouterr().out) or "".join(said) == "at work\n" * 2)
+        monkeypatch.setattr(engine, "QUIET", 60)
+        time.sleep(0.5)
+        capsys.readouterr()
+        engine.tell("a step")  # it is not quiet for a while
+        time.sleep(0.5)
+    assert capsys.readouterr().out == "a step\n"
 
 
 def test_a_hub_out_of_reach_is_told_once_and_not_asked_again(capsys, monkeypatch):
@@ -373,7 +394,7 @@ def test_a_lost_server_is_told_at_once(capsys):
 def test_half_a_character_in_a_row_is_told(capsys, tmp_path, field):
     row = {"problem": "1+1?", "answer": "2", "id": "a"}
     rows = row, {**row, field: "2 \ud83d"}
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_rows(tmp_path / "d.jsonl", *rows)
     assert "row 2: holds half a character" in refusal(capsys, data.load_problems, str(tmp_path / "d.jsonl"), "train")
 
 
@@ -402,23 +423,14 @@ def test_a_cut_line_is_dropped_wherever_it_stands_at_the_end(tmp_path, end):
 # ------------------------------------------------------------------------------------------------ processes, services
 
 
-@pytest.mark.parametrize(
-    "variables, expected",
-    [
-        ({}, (0, 1)),
-        ({"RANK": "1"}, (0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, (0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "", "MASTER_PORT": "1"}, (0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (1, 2)),
-    ],
-    ids=str,
-)
-def test_a_rank_is_believed_from_a_launcher_only(monkeypatch, variables, expected):
+@pytest.mark.parametrize("values", ["", "1", "1 2", "1 2 1", "1 2 1 - 1", "1 2 1 host 1"])
+def test_a_rank_is_believed_from_a_launcher_only(monkeypatch, values):
+    """Which sets all five; "-" is one that is empty."""
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert ranks() == expected
+    for name, value in zip(LAUNCHED, values.split()):
+        monkeypatch.setenv(name, value.strip("-"))
+    assert ranks() == ((1, 2) if "host" in values else (0, 1))
 
 
 def launched(monkeypatch, rank: int, world: int) -> None:
@@ -466,9 +478,9 @@ def test_a_service_is_told_each_step_once_and_costs_a_warning_at_most(capsys, mo
 
 def test_tensorboard_has_each_step_once(tmp_path, execute):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    flags = [*RUNS["rl_mrt"], "--report-to", "tensorboard", "--out", "run"]
-    execute(tmp_path, "rl_mrt.py", *flags, fault=("kill", 60))
-    succeeded(execute(tmp_path, "rl_mrt.py", *flags, "--resume"))
+    command = f"rl_mrt.py {RUNS['rl_mrt']} --steps 3 --eval-every 0 --report-to tensorboard --out run"
+    execute(tmp_path, command, fault=("kill", 60))
+    succeeded(execute(tmp_path, command, "--resume"))
     told = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     told.Reload()
     steps = [line["step"] for line in jsonl(tmp_path / "run" / "metrics.jsonl")]

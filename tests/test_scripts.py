@@ -1,24 +1,29 @@
-"""The scripts as real processes at toy size: what they write, that a killed run goes on as if nothing had happened.
-
-Two processes start as a user starts them. The others come from a fork server that has imported the libraries once (a
-start is 8 seconds of imports otherwise); each runs the script's own file as `__main__` and can be killed.
-"""
+"""What the scripts write, at toy size, each in this process. That a killed run goes on as if nothing had happened is in
+test_runs.py; test_processes.py and test_experiments.py have scripts that start as a user starts them."""
 
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, assert_same_bits, assert_same_content, jsonl, kill_at_line, same_content, succeeded
+from conftest import (
+    ROOT,
+    assert_same_bits,
+    assert_same_content,
+    jsonl,
+    main_with,
+    refusal,
+    run_here,
+    same_content,
+    write_rows,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import evaluate
 from run import report, training
 from run.files import append_jsonl, read_jsonl
 from run.folder import load_records
@@ -32,7 +37,7 @@ def is_picture(file: Path) -> bool:
 
 # ------------------------------------------------------------------------------------------------ training
 
-TOY = "--problems-per-step 4 --group-size 4 --max-tokens 80 --steps 2 --eval-problems 4 --out run".split()
+TOY = "--problems-per-step 2 --group-size 4 --max-tokens 80 --steps 2 --eval-problems 2 --out run"
 METHODS = {
     "grpo": "--bonus 0",
     "prefix": "--bonus 1 --variant prefix",
@@ -45,20 +50,14 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method):
-    flags = [*METHODS[method].split(), *TOY]
-    if method == "grpo":  # as a user starts it
-        command, environment = [sys.executable, str(ROOT / "rl_mrt.py"), *flags], {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=PATIENCE)
-    else:
-        done = execute(tmp_path, "rl_mrt.py", *flags)
-    printed, run = succeeded(done), tmp_path / "run"
+def test_every_method_trains_and_leaves_a_complete_run(tmp_path, method):
+    printed, run = run_here(tmp_path, f"rl_mrt.py {METHODS[method]} {TOY}"), tmp_path / "run"
     assert "step    1" in printed and "step    2" in printed and "validation after 2 steps" in printed
-    settings = json.loads((run / "config.json").read_text())["settings"]
-    assert (settings["max_tokens"], settings["bonus"], settings["model"]) == (80, int(flags[1]), "tiny")
+    settings, bonus = json.loads((run / "config.json").read_text())["settings"], int(METHODS[method].split()[1])
+    assert (settings["max_tokens"], settings["bonus"], settings["model"]) == (80, bonus, "tiny")
 
     records = jsonl(run / "records.jsonl")
-    assert len(records) == 32
+    assert len(records) == 16
     assert {(r["step"], r["sample"]) for r in records} == set(itertools.product((1, 2), range(4)))
     for row in records:
         assert {"step", "id", "sample", "reward", "tokens", "text", "boundaries", "J", "prefix_J"} <= row.keys()
@@ -92,67 +91,15 @@ def test_every_method_trains_and_leaves_a_complete_run(tmp_path, execute, method
     assert ours == theirs
 
 
-SMALL = "--bonus 1 --progress sampled --problems-per-step 2 --group-size 4 --max-tokens 48 --forced-answers 2".split()
-SMALL += "--steps 6 --checkpoint-every 2 --eval-every 4 --eval-problems 4".split()
-
-
-def litter(run: Path) -> None:
-    """What a crash at the worst moment leaves behind: lines without an end, half-written files and folders."""
-    for name in ("metrics.jsonl", "records.jsonl", "validation.jsonl"):
-        with (run / name).open("ab") as file:
-            file.write('{"step": 1, "text": "7²'.encode()[:-1])  # within a character
-    for name in ("checkpoints/step_000002.tmp", "checkpoints/step_000006.tmp", "model.tmp"):
-        (run / name).mkdir(parents=True, exist_ok=True)
-        (run / name / "model.safetensors").write_bytes(b"half a model")
-    (run / "metrics.jsonl.tmp").write_text("half a file")
-
-
-def assert_same_training(run: Path, straight: Path) -> None:
-    files = ("metrics.jsonl", "records.jsonl", "validation.jsonl", "model/model.safetensors", "model/config.json")
-    assert_same_bits(run, straight, (*files, "summary.json"))
-    assert [folder.name for folder in (run / "checkpoints").glob("step_??????")] == ["step_000006"]
-
-
-@pytest.fixture(scope="module")
-def straight_training(tmp_path_factory, execute):
-    folder = tmp_path_factory.mktemp("straight")
-    succeeded(execute(folder, "rl_mrt.py", *SMALL, "--out", "run"))
-    return folder / "run"
-
-
-def test_a_training_killed_between_two_checkpoints_resumes_to_the_same_bits(
-    tmp_path, start, execute, straight_training
-):
-    """Among what a crash at the worst moment leaves; test_runs.py kills runs of every script elsewhere."""
-    run = tmp_path / "run"
-    kill_at_line(start(tmp_path, "rl_mrt.py", *SMALL, "--out", "run"), run / "metrics.jsonl", 3)
-    assert not (run / "model").exists()
-    litter(run)
-    assert "resumed from" in succeeded(execute(tmp_path, "rl_mrt.py", *SMALL, "--out", "run", "--resume"))
-    assert_same_training(run, straight_training)
-
-
-@pytest.mark.parametrize("missing", ["nothing", "model"])
-def test_resuming_a_finished_training_changes_nothing(tmp_path, execute, straight_training, missing):
-    """Also where it was killed after its last checkpoint and before the model was written."""
-    run = tmp_path / "run"
-    shutil.copytree(straight_training, run)
-    if missing == "model":
-        shutil.rmtree(run / "model")
-        (run / "summary.json").unlink()
-    succeeded(execute(tmp_path, "rl_mrt.py", *SMALL, "--out", "run", "--resume"))
-    assert_same_training(run, straight_training)
-
-
 # ------------------------------------------------------------------------------------------------ evaluation
 
-EVALUATION = "--limit 6 --metric all --max-tokens 96 --forced-answers 2 --batch-problems 2 --budgets 48,96".split()
+EVALUATION = "--limit 6 --metric all --max-tokens 96 --forced-answers 2 --batch-problems 2 --budgets 48,96 --out run"
 
 
 @pytest.fixture(scope="module")
-def straight_evaluation(tmp_path_factory, execute):
+def straight_evaluation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
-    succeeded(execute(folder, "evaluate.py", *EVALUATION, "--num-samples", 4, "--out", "run"))
+    run_here(folder, f"evaluate.py {EVALUATION} --num-samples 4")
     return folder / "run"
 
 
@@ -178,9 +125,6 @@ def test_an_evaluation_writes_records_and_a_summary_of_them(straight_evaluation)
     assert f"| pass@1 | {np.mean(right):.3f} [" in table and "regret@96" in table and "run" in table.splitlines()[0]
 
 
-EVALUATED = ("records.jsonl", "summary.json", "summary.md")
-
-
 def same_traces(run: Path, other: Path) -> None:
     """The same traces in whatever order, made in other batches: equal content, not equal bits."""
     ours, theirs = ({(r["id"], r["sample"]): r for r in jsonl(f / "records.jsonl")} for f in (run, other))
@@ -200,18 +144,18 @@ def test_text_with_rare_line_ends_stays_on_one_line(tmp_path):
     assert read_jsonl(tmp_path / "records.jsonl") == rows[:2]
 
 
-def test_more_samples_are_added_to_those_there(tmp_path, execute, straight_evaluation):
-    flags, file = [*EVALUATION, "--out", "run"], tmp_path / "run" / "records.jsonl"
-    succeeded(execute(tmp_path, "evaluate.py", *flags, "--num-samples", 2))
+def test_more_samples_are_added_to_those_there(tmp_path, straight_evaluation):
+    command, file = f"evaluate.py {EVALUATION}", tmp_path / "run" / "records.jsonl"
+    run_here(tmp_path, f"{command} --num-samples 2")
     first = file.read_bytes()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["samples"] == 12
-    succeeded(execute(tmp_path, "evaluate.py", *flags, "--num-samples", 4, "--resume"))
+    run_here(tmp_path, f"{command} --num-samples 4 --resume")
     assert file.read_bytes().startswith(first)  # what was there stays as it is
     same_traces(tmp_path / "run", straight_evaluation)
     assert_same_content(tmp_path / "run", straight_evaluation, files=("summary.json",))
 
 
-def test_a_comparison_needs_records_alone(tmp_path, execute, straight_evaluation):
+def test_a_comparison_needs_records_alone(tmp_path, capsys, monkeypatch, straight_evaluation):
     """Against a copy that has one problem less, every answer right and each trace 10 tokens shorter."""
     shutil.copytree(straight_evaluation, tmp_path / "base")
     shutil.copytree(straight_evaluation, tmp_path / "better")
@@ -220,9 +164,9 @@ def test_a_comparison_needs_records_alone(tmp_path, execute, straight_evaluation
     pass_1 = np.mean([r["reward"] for r in shared])
     for record in shared:
         record.update(reward=1.0, verdict="right", tokens=record["tokens"] - 10)
-    (tmp_path / "better" / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in shared[::-1]))
-    flags = ("--k", "1,4", "--budgets", "48,96", "--model", "/nowhere/at/all", "--out", "both")
-    printed = succeeded(execute(tmp_path, "evaluate.py", "--compare", "base", "better", *flags))
+    write_rows(tmp_path / "better" / "records.jsonl", *shared[::-1])
+    flags = "--k 1,4 --budgets 48,96 --model /nowhere/at/all --out both"
+    printed = run_here(tmp_path, f"evaluate.py --compare base better {flags}")
     table = (tmp_path / "both" / "summary.md").read_text()
     assert table in printed
     assert table.splitlines()[0] == "|  | base | better |"
@@ -232,22 +176,21 @@ def test_a_comparison_needs_records_alone(tmp_path, execute, straight_evaluation
     assert is_picture(tmp_path / "both" / "anytime.png") and is_picture(tmp_path / "both" / "efficiency.png")
     assert json.loads((tmp_path / "both" / "summary.json").read_text())
 
-    done = execute(tmp_path, "evaluate.py", "--compare", "base", "nowhere", "--out", "other")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "nowhere" in done.stderr
-    assert not (tmp_path / "other").exists()
+    monkeypatch.chdir(tmp_path)
+    compare = main_with(monkeypatch, evaluate, "--compare", "base", "nowhere", "--out", "other")
+    assert "nowhere" in refusal(capsys, compare) and not (tmp_path / "other").exists()
 
 
 # ------------------------------------------------------------------------------------------------ analysis
 
-ANALYSIS = "--limit 6 --num-samples 2 --max-tokens 96 --forced-answers 4 --batch-problems 2 --budgets 48,96".split()
+ANALYSIS = "--limit 6 --num-samples 2 --max-tokens 96 --forced-answers 4 --batch-problems 2 --budgets 48,96"
 FIGURES = ("scaling.png", "budgets.png", "progress.png")
 
 
 @pytest.fixture(scope="module")
-def straight_analysis(tmp_path_factory, execute):
+def straight_analysis(tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysis")
-    flags = (*ANALYSIS, "--direct-model", "tiny", "--direct-samples", 4, "--out", "run")
-    succeeded(execute(folder, "analyze_r1.py", *flags))
+    run_here(folder, f"analyze_r1.py {ANALYSIS} --direct-model tiny --direct-samples 4 --out run")
     return folder / "run"
 
 
@@ -268,29 +211,28 @@ def test_an_analysis_writes_records_and_numbers_and_pictures_of_them(straight_an
     assert "normalised regret at 96" in (straight_analysis / "summary.md").read_text()
 
 
-def test_an_analysis_can_be_redrawn_and_given_more_samples(tmp_path, execute, straight_analysis):
+def test_an_analysis_can_be_redrawn_and_given_more_samples(tmp_path, straight_analysis):
     shutil.copytree(straight_analysis, tmp_path / "again")
-    more = "--direct-model tiny --direct-samples 5 --out again --resume".split()
-    succeeded(execute(tmp_path, "analyze_r1.py", *ANALYSIS, *more))
+    run_here(tmp_path, f"analyze_r1.py {ANALYSIS} --direct-model tiny --direct-samples 5 --out again --resume")
     assert len(jsonl(tmp_path / "again" / "direct.jsonl")) == 5 * 6  # one more of each
     assert_same_bits(tmp_path / "again", straight_analysis)
     shutil.copy(straight_analysis / "direct.jsonl", tmp_path / "again" / "direct.jsonl")
     for name in ("summary.json", "trace.html", *FIGURES):
         (tmp_path / "again" / name).unlink()
-    succeeded(execute(tmp_path, "analyze_r1.py", "--from", "again", "--model", "/nowhere"))
+    run_here(tmp_path, "analyze_r1.py --from again --model /nowhere")
     assert_same_bits(tmp_path / "again", straight_analysis, ("summary.json", "trace.html"))
     assert all(is_picture(tmp_path / "again" / name) for name in FIGURES)
 
 
-def test_given_responses_are_analysed(tmp_path, execute):
+def test_given_responses_are_analysed(tmp_path):
     thought = "Okay, a.\n\nb.\n\nc.\n\nWait, d.\r\n\r\ne.\n\n<script>alert(1)</script>"
     rows = [
         {"problem": "What is 3 + 4?", "answer": "7", "response": f"<think>\n{thought}</think>\n\\boxed{{7}}"},
         {"problem": "What is 3 + 5?", "answer": "8", "response": "  "},
         {"problem": "What is 3 + 4?", "answer": "7", "response": thought},
     ]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    printed = succeeded(execute(tmp_path, "analyze_r1.py", "--traces", "r.jsonl", "--out", "run"))
+    write_rows(tmp_path / "r.jsonl", *rows)
+    printed = run_here(tmp_path, "analyze_r1.py --traces r.jsonl --out run")
     assert "problem 1: no usable response" in printed
     records = jsonl(tmp_path / "run/records.jsonl")
     assert [(r["id"], r["sample"], r["verdict"]) for r in records] == [("0", 0, "right"), ("0", 1, "none")]
@@ -300,14 +242,14 @@ def test_given_responses_are_analysed(tmp_path, execute):
 
 # ------------------------------------------------------------------------------------------------ budget forcing
 
-BUDGET = "--limit 6 --num-samples 2 --max-tokens 96 --forced-answers 2 --batch-problems 2 --budgets 32,96".split()
-BUDGET += "--extensions 2 --extension-tokens 8".split()
+BUDGET = "--limit 6 --num-samples 2 --max-tokens 96 --forced-answers 2 --batch-problems 2 --budgets 32,96"
+BUDGET += " --extensions 2 --extension-tokens 8 --out run"
 
 
 @pytest.fixture(scope="module")
-def straight_budget(tmp_path_factory, execute):
+def straight_budget(tmp_path_factory):
     folder = tmp_path_factory.mktemp("budget")
-    succeeded(execute(folder, "budget_force.py", "--model", "tiny", *BUDGET, "--out", "run"))
+    run_here(folder, f"budget_force.py --model tiny {BUDGET}")
     return folder / "run"
 
 
@@ -326,18 +268,17 @@ def test_budget_forcing_writes_records_numbers_and_pictures(straight_budget):
     assert "A budget counts the thought;" in (straight_budget / "summary.md").read_text()
 
 
-def test_budget_forcing_is_compared_from_records(tmp_path, execute, straight_budget):
+def test_budget_forcing_is_compared_from_records(tmp_path, straight_budget):
     for name in ("run", "other"):
         shutil.copytree(straight_budget, tmp_path / name)
-    printed = succeeded(execute(tmp_path, "budget_force.py", "--compare", "run", "other", "--out", "both"))
+    printed = run_here(tmp_path, "budget_force.py --compare run other --out both")
     assert "Difference to run on the same 6 problems" in printed
     assert "| within 96 | +0.000 [+0.000, +0.000] |" in printed
 
 
-def test_budget_forcing_goes_on_from_the_thoughts_of_an_analysis(tmp_path, execute, straight_analysis):
+def test_budget_forcing_goes_on_from_the_thoughts_of_an_analysis(tmp_path, straight_analysis):
     shutil.copytree(straight_analysis, tmp_path / "analysis")
-    flags = (*BUDGET, "--max-tokens", 31, "--out", "run")
-    succeeded(execute(tmp_path, "budget_force.py", "--thoughts", "analysis", *flags))
+    run_here(tmp_path, f"budget_force.py --thoughts analysis {BUDGET} --max-tokens 31")
     configs = (json.loads((tmp_path / run / "config.json").read_text()) for run in ("run", "analysis"))
     ours, theirs = (config["settings"]["max_tokens"] for config in configs)
     assert ours == theirs > 31  # the training budget is the limit that the thoughts had

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_bits, jsonl, kill_at_line, succeeded
+from conftest import assert_same_bits, jsonl, kill_at_line, main_with, succeeded
 
 import common
 import star_mrt
@@ -138,14 +138,14 @@ def test_one_step_has_the_gradient_of_a_plain_transformers_forward(model, sample
 
 # ------------------------------------------------------------------------------------------------ processes
 
-TOY = "--limit 8 --num-samples 2 --max-tokens 160 --forced-answers 4 --batch-problems 4 --batch-size 2".split()
-TOY += "--epochs 2 --checkpoint-every 2 --eval-problems 4 --budgets 64,160".split()
+TOY = "--limit 7 --num-samples 2 --max-tokens 160 --forced-answers 2 --batch-problems 4 --batch-size 2 --epochs 2 "
+TOY += "--checkpoint-every 2 --eval-problems 2 --budgets 64,160"
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, execute):
     folder = tmp_path_factory.mktemp("star")
-    succeeded(execute(folder, "star_mrt.py", *TOY, "--out", "run"))
+    succeeded(execute(folder, f"star_mrt.py {TOY} --out run"))
     return folder / "run"
 
 
@@ -157,7 +157,7 @@ def test_two_iterations_of_both_filters_from_the_same_samples(straight):
         kept = jsonl(straight / name / "selected_1.jsonl")
         line = summary["kept"][name][0]
         assert line["traces"] == len(kept) and line["tokens"] == sum(k["tokens"] for k in kept)
-        assert line["sampled_traces"] == 16 and not (straight / name / "samples_1.jsonl").exists()
+        assert line["sampled_traces"] == 14 and not (straight / name / "samples_1.jsonl").exists()
         folders = ("tiny", straight / name / "model_1", straight / name / "model_2")
         base, first, second = (models.load_model(str(f), "cpu").model.norm.weight for f in folders)
         assert not torch.equal(base, first) and not torch.equal(first, second)
@@ -168,15 +168,17 @@ def test_two_iterations_of_both_filters_from_the_same_samples(straight):
 
 def test_a_run_killed_in_its_fine_tuning_resumes_to_the_same_models(tmp_path, start, execute, straight):
     """test_runs.py has it of the samples."""
-    flags = [*TOY, "--out", "run"]
-    kill_at_line(start(tmp_path, "star_mrt.py", *flags), tmp_path / "run/outcome/tuning_1/metrics.jsonl", 3)
-    succeeded(execute(tmp_path, "star_mrt.py", *flags, "--resume"))
+    command = f"star_mrt.py {TOY} --out run"
+    kill_at_line(start(tmp_path, command), tmp_path / "run/outcome/tuning_1/metrics.jsonl", 3)
+    succeeded(execute(tmp_path, command, "--resume"))
     files = "summary.json summary.md samples_1.jsonl mrt/samples_2.jsonl mrt/selected_2.jsonl"
     files += " mrt/model_2/model.safetensors outcome/model_2/model.safetensors"
     assert_same_bits(tmp_path / "run", straight, files.split())
 
 
-def test_a_filter_that_keeps_nothing_says_so_and_exits_with_3(tmp_path, execute):
-    done = execute(tmp_path, "star_mrt.py", *TOY, "--filter", "outcome", "--max-tokens", 6, "--out", "run")
-    assert done.returncode == 3 and "the filter outcome kept no trace in iteration 1" in done.stdout
-    assert len(jsonl(tmp_path / "run/samples_1.jsonl")) == 16 and not (tmp_path / "run/outcome/model_1").exists()
+def test_a_filter_that_keeps_nothing_says_so_and_exits_with_3(tmp_path, monkeypatch, capsys):
+    flags = (*TOY.split(), *"--filter outcome --max-tokens 6 --out".split(), tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        main_with(monkeypatch, star_mrt, *flags)()
+    assert stop.value.code == 3 and "the filter outcome kept no trace in iteration 1" in capsys.readouterr().out
+    assert len(jsonl(tmp_path / "run/samples_1.jsonl")) == 14 and not (tmp_path / "run/outcome/model_1").exists()
