@@ -170,7 +170,7 @@ def test_thoughts_must_be_an_analysis_of_the_one_model(capsys, monkeypatch, tmp_
         assert told in refusal(capsys, main_with(monkeypatch, budget_force, *flags))
 
 
-@pytest.mark.parametrize("limit, told", [(2, "the first 2 of the 3 problems"), (3, ""), (9, "")])
+@pytest.mark.parametrize("limit, told", [(2, "the first 2 of 3 problems"), (3, ""), (9, "")])
 def test_it_says_how_many_of_the_thoughts_are_taken(capsys, tmp_path, limit, told):
     analysis = a_run(tmp_path / "analysis", "analyze_r1.py", model="tiny", episodes_per_point=1, max_tokens=256)
     row = {"sample": 0, "token_ids": [1, 2], "boundaries": [0, 1]}
