@@ -68,6 +68,9 @@ def test_messages_before_the_problem_are_kept_and_those_after_it_are_not(tmp_pat
     assert first["problem"] == second["problem"] == "and 2+2?" and "messages" not in second
     records = [{**problem, "gold": problem["answer"]} for problem in (first, second)]
     assert len(group_by_problem(records)) == 2  # what was said before makes them two
+    row = {"system_prompt": "in base 2", "question": "and 2+2?", "answer": "100"}
+    (third,) = load_problems(write(tmp_path / "d.jsonl", [row]), "train")
+    assert third["messages"] == chat("in base 2", "and 2+2?")
 
 
 def test_columns_of_other_names(tmp_path, capsys):

@@ -88,6 +88,8 @@ def test_records_of_any_script_are_read_and_what_lacks_is_named(tmp_path, capsys
     assert "| pass@1 | 0.500" in said and all((tmp_path / "out" / file).exists() for file in files) and len(files) == 2
     message = refusal(capsys, recorded_run, tmp_path / "a", "--from", "J")
     assert "8 of 8 records of this run of analyze_r1.py have no J" in message
+    (tmp_path / "a" / "records.jsonl").write_text('{"id": "0", "traces": []}\n')  # one line a problem, as once
+    assert "is not the record of a trace" in refusal(capsys, recorded_run, tmp_path / "a", "--from")
 
 
 def test_a_training_by_filters_names_its_files(tmp_path, capsys):
