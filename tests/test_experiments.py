@@ -183,6 +183,13 @@ def test_the_advantages_of_budgets_by_hand():
     np.testing.assert_allclose(second[[0, 4]], [-0.25, 0.2 - 0.75 * 0.425])
 
 
+def test_the_advantages_of_the_vine_are_changes_of_its_values_whitened_over_the_step():
+    group = [a_trace([0.5, 1.0, 0.5], answer_tokens=2), a_trace([0.5, 0.0], answer_tokens=2, reward=0.0)]
+    ((first, second),) = variants.vine_advantages(None, [group])
+    changes = np.array([0.5, 0.5, -0.5, -0.5, 0.5, 0.5, -0.5, -0.5, 0, 0])  # two tokens each: episodes, the answer
+    np.testing.assert_allclose([*first, *second], changes / np.sqrt(0.2), atol=1e-6)  # their mean is 0
+
+
 TRAINED = "--max-tokens 64 --steps 1 --problems-per-step 3 --group-size 4 --eval-every 0 --out run"
 
 
