@@ -113,6 +113,7 @@ _TABLE = [
         (rf"\\(?:mbox|text[a-z]+|mathrm|operatorname\*?){T}|\\text (?=\{{)", r"\\text"),
         (rf"{W}sqrt ?([0-9]+(?:\.[0-9]+)?|[a-zA-Z]{T}|\\[a-zA-Z]+)", r"\\sqrt{\1}"),
         (rf"\\text ?\{{ ?({_FUNCTIONS}|floor|ceil) ?\}}|{W}(pi|{_FUNCTIONS}){T}", r"\\\1\2 "),
+        (r"\\(?:vec|overrightarrow) ?\{([^{}]{1,9})\}", r"\1"), (r"\\log ?_ ?\{? ?e(?: ?\}|\b)", r"\\ln "),
         (r"\\([a-zA-Z]+)", lambda m: _MACROS.get(m[1], m[0])),
         (r"\\frac ?\{ ?(\\text ?\{[^{}]{1,40}\}) ?\} ?\{ ?(\\text ?\{[^{}]{1,40}\}(?:\^ ?\{?[0-9]\}?)?) ?\}", r"\1/\2"),
         (r"\\(?:num|qty|SI) ?\{([^{}]{0,80})\}(?: ?\{([^{}]{0,80})\})?", r"\1\\text{\2}"),

@@ -388,6 +388,8 @@ def quantity(given: str) -> tuple[str, dict[str, int], Any] | None:
 def units(gold: str, answer: str, same: Same) -> bool:
     r"""5 km/h, \$5 and "5 apples" for 5, 90 minutes for 1.5 hours; not 5 minutes for 5 hours, nor 5 million for 5."""
     g, a = quantity(gold), quantity(answer)
+    if r"\pi" in gold + answer and (of := g or a) and not (g and a) and of[2] == sympy.pi / 180:
+        return same(rf"({of[0]})\cdot\frac{{\pi}}{{180}}", answer if g else gold)
     if g and a and g[1] and a[1] and g[1:] != a[1:]:
         return g[1] == a[1] and same(*(rf"({head})\cdot({sympy.latex(of)})" for head, _, of in (g, a)))
     return bool(g or a) and same(g[0] if g else gold, a[0] if a else answer)
