@@ -1,6 +1,7 @@
 """The answer grader: the policy, exactness, extraction, voting, hostile input, the worker's life and death."""
 
 import ast
+import gc
 import inspect
 import json
 import os
@@ -307,9 +308,12 @@ def test_prose_is_graded_soon(text, gold):
     policy.right(gold, text[:300])
     for known in (policy.cleaned, policy.solution_set, values.value):
         known.cache_clear()
+    gc.disable()  # a full collection of a process with torch in it takes longer than the answer
     start = time.process_time()
     policy.right(gold, text[:300])
-    assert time.process_time() - start < 0.05
+    seconds = time.process_time() - start
+    gc.enable()
+    assert seconds < 0.05
 
 
 def test_hang_is_a_timeout_and_remembered():
