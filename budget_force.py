@@ -164,7 +164,8 @@ def read_thoughts(args) -> list[list[dict]]:
         fail(f"--thoughts {args.thoughts}: holds thoughts of --model {run.settings['model']}, not of {args.model}")
     print(f"training budget: {args.max_tokens} tokens, as long as the thoughts of {args.thoughts} may be")
     rows = list(report.group_by(run.records, lambda r: r["id"]).values())
-    return data.first_of(args.thoughts, rows, args.limit, "problems")
+    data.tell_limit(args.thoughts, len(rows), args.limit, "problems")
+    return rows[: args.limit]
 
 
 def check_thoughts(args, inputs: dict[str, dict]) -> None:

@@ -402,7 +402,8 @@ def recorded_prefixes(args, tokenizer) -> list[dict]:
         fail(f"--prefixes {args.prefixes}: its traces are {was}, this training is {args.parameterization}")
     problems, too_long = [], 0
     groups = list(report.group_by_problem(run.records).items())
-    for name, records in data.first_of(args.prefixes, groups, args.limit, "problems"):
+    data.tell_limit(args.prefixes, len(groups), args.limit, "problems")
+    for name, records in groups[: args.limit]:
         problem = problem_of(records[0])
         rng = np.random.default_rng((args.seed, PARTIAL, problem_key(problem)))
         record = records[int(rng.integers(len(records)))]

@@ -87,8 +87,10 @@ def rollouts_of_vine(args, sampler, problems, seed) -> rl_mrt.Groups:
     """VinePPO (arXiv 2410.01679) at the boundaries of episodes: J is how often the model itself, going on from there
     with no stop phrase, is right. The empty prefix has the group's outcomes."""
     groups = rl_mrt.rollouts_grpo(args, sampler, problems, seed)
-    for trace in flat(groups):
-        trace.J = [0.0] * len(trace.boundaries)  # where no token is left
+    for group in groups:
+        outcome = float(np.mean([trace.reward for trace in group]))
+        for trace in group:
+            trace.J = [outcome, *[0.0] * (len(trace.boundaries) - 1)]  # 0 where no token is left
     asked = [(t, j, b) for t in flat(groups) for j, b in enumerate(t.boundaries) if 0 < b < args.max_tokens]
     prompts = [trace.prompt + trace.completion.token_ids[:b] for trace, _, b in asked]
     seeds = [(*seed, FORCED, trace.problem["place"], trace.sample, b) for trace, _, b in asked]
@@ -97,9 +99,6 @@ def rollouts_of_vine(args, sampler, problems, seed) -> rl_mrt.Groups:
     going_on = read_traces(sampler.tokenizer, [trace.problem for trace, *_ in asked], prompts, rows)
     for (trace, j, _), continued in zip(asked, going_on):
         trace.J[j] = float(np.mean([other.reward for other in continued]))
-    for group in groups:
-        for trace in group:
-            trace.J[0] = float(np.mean([other.reward for other in group]))
     return groups
 
 

@@ -59,8 +59,8 @@ _MACROS = {  # one macro or sign for each meaning
     name: new
     for new, names in {
         "": "left right middle displaystyle textstyle limits nolimits strut mathstrut blacksquare pounds yen"
-        " euro tiny scriptsize small normalsize large Large LARGE huge Huge rm bf it bfseries therefore checkmark vec"
-        " overrightarrow boldsymbol bm pmb underline mathbf mathit mathsf mathtt mathnormal mathcal emph ensuremath",
+        " euro tiny scriptsize small normalsize large Large LARGE huge Huge rm bf it bfseries therefore checkmark"
+        " boldsymbol bm pmb underline mathbf mathit mathsf mathtt mathnormal mathcal emph ensuremath",
         r"\le ": "leq leqslant", r"\ge ": "geq geqslant", r"\ne ": "neq", "<": "lt", ">": "gt",
         r"\{": "lbrace", r"\}": "rbrace", "|": "vert lvert rvert", " or ": "lor vee", " and ": "land wedge",
         ":": "colon", "(": "langle", ")": "rangle", r"\setminus ": "smallsetminus backslash",
@@ -113,7 +113,8 @@ _TABLE = [
         (rf"\\(?:mbox|text[a-z]+|mathrm|operatorname\*?){T}|\\text (?=\{{)", r"\\text"),
         (rf"{W}sqrt ?([0-9]+(?:\.[0-9]+)?|[a-zA-Z]{T}|\\[a-zA-Z]+)", r"\\sqrt{\1}"),
         (rf"\\text ?\{{ ?({_FUNCTIONS}|floor|ceil) ?\}}|{W}(pi|{_FUNCTIONS}){T}", r"\\\1\2 "),
-        (r"\\(?:vec|overrightarrow) ?\{([^{}]{1,9})\}", r"\1"), (r"\\log ?_ ?\{? ?e(?: ?\}|\b)", r"\\ln "),
+        (rf"\\(?:vec|overrightarrow){T}(?: ?\{{([^{{}}]{{1,9}})\}})?", r"\1"),
+        (r"\\log ?_ ?\{? ?e(?: ?\}|\b)", r"\\ln "),
         (r"\\([a-zA-Z]+)", lambda m: _MACROS.get(m[1], m[0])),
         (r"\\frac ?\{ ?(\\text ?\{[^{}]{1,40}\}) ?\} ?\{ ?(\\text ?\{[^{}]{1,40}\}(?:\^ ?\{?[0-9]\}?)?) ?\}", r"\1/\2"),
         (r"\\(?:num|qty|SI) ?\{([^{}]{0,80})\}(?: ?\{([^{}]{0,80})\})?", r"\1\\text{\2}"),

@@ -17,7 +17,7 @@ NAME = re.compile(
     rf"|\\frac\{{ ?[a-zA-Z]{{1,2}} ?\}}\{{ ?[a-zA-Z]{{1,2}} ?\}}|{SYMBOL} ?: ?{SYMBOL}"
 )
 _BRACKET = r"\\?[{(\[]|\\?[})\]]"
-GREEK = set(r"\alpha \beta \gamma \delta \theta \lambda \mu \rho \sigma \phi \omega".split())
+_GREEK = set(r"\alpha \beta \gamma \delta \theta \lambda \mu \rho \sigma \phi \omega".split())
 _SIGNS = re.compile(rf"\\[pm][pm]{T}")
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)|^[1-9]\d?(?:,\d\d)+,\d{3}$")
 _DIGITS = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
@@ -81,7 +81,7 @@ def squeeze(text: str) -> str:
 def letters(text: str) -> set[str]:
     """The letters that may be unknowns."""
     names = re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", re.sub(r"\{[pv]?matrix\}", "", text))
-    return {name for name in names if len(name) == 1 or name in GREEK} - {"e", "i", "E"}
+    return {name for name in names if len(name) == 1 or name in _GREEK} - {"e", "i", "E"}
 
 
 @lru_cache(maxsize=20_000)

@@ -335,20 +335,20 @@ _WITH_UNITS = set(
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _UNIT_START = re.compile(r"(?<=[0-9})!\]]) ?(?=[a-zA-Z]{2}|m\^|[^\x00-\x7f]|\\mu|\\Omega)| (?=[a-zA-Z])")
 _UNIT = re.compile(rf"(?:\\(?:Omega|cdot|times|mu|circ){T}|[a-zA-Z./ ·]|\^ ?\{{? ?-?[0-9] ?\}}?|[^\x00-\x7f])+")
-_NO_THINGS = set("half pair score percent fold time double triple square power root minu plu thi millone".split())
+_NO_THINGS = {*"pair percent fold time double triple square power root minu plu thi millone".split(), *NUMBERS, *TIMES}
 _CURRENCY = re.compile(r"([-+]?) ?(?:US|R|Rs\.?|USD|EUR|GBP|INR|CHF) ?(?=[-0-9.])(.*)")
 
 
 def unit(word: str) -> tuple[dict[str, int], Any] | None:
     """What a unit measures, and how much; ({}, 1) of a word that stands with units or counts things; None of others."""
     for name in (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s")):
-        if name in _OTHER:
-            return _OTHER[name]
-        known: Any = getattr(si, _ALIAS.get(name, name), None)
+        if (meant := _ALIAS.get(name, name)) in _OTHER:
+            return _OTHER[meant]
+        known: Any = getattr(si, meant, None)
         if type(known) is si.Quantity and name not in ("permille", "pm") and (len(word) > 1 or name == word):
             of = {str(d.name): n for d, n in dimsys_SI.get_dimensional_dependencies(known.dimension).items()}
             return of or {str(known.dimension): 1}, known.scale_factor
-    counts = re.fullmatch("[a-z]{2,}[^s]s", word) and word[:-1] not in NUMBERS.keys() | TIMES.keys() | _NO_THINGS
+    counts = re.fullmatch("[a-z]{2,}[^s]s", word) and word[:-1] not in _NO_THINGS
     return ({}, 1) if counts or name in _WITH_UNITS or not word.isascii() else None
 
 

@@ -58,7 +58,7 @@ def load_problems(dataset: str, split: str, limit: int | None = None, columns: C
     if not from_file:
         columns = columns._replace(skip_unusable=True)
     else:
-        first_of(dataset, rows, limit, "rows")
+        tell_limit(dataset, len(rows), limit, "rows")
     problems = [problem for problem, _ in usable_rows(dataset, rows, limit, columns)]
     if (different := len(set(map(text_and_answer, problems)))) < len(problems):
         rows_are = f"{len(problems)} rows are {plural(different, 'problem')}"
@@ -66,11 +66,10 @@ def load_problems(dataset: str, split: str, limit: int | None = None, columns: C
     return with_distinct_ids(dataset, problems)
 
 
-def first_of(name: object, rows: list, limit: int | None, what: str) -> list:
-    """The first rows, up to --limit, which is told where it leaves some out."""
-    if limit and limit < len(rows):
-        print(f"{name}: the first {limit} of {len(rows)} {what} (--limit)")
-    return rows[:limit]
+def tell_limit(name: object, count: int, limit: int | None, what: str) -> None:
+    """Says that --limit leaves some out, where it does."""
+    if limit and limit < count:
+        print(f"{name}: the first {limit} of {count} {what} (--limit)")
 
 
 def text_and_answer(problem: dict) -> str:
@@ -127,8 +126,8 @@ def load_responses(file: Path, limit: int | None = None, columns=Columns()) -> t
     for problem, texts in usable_rows(str(file), read_rows(file), None, columns, responses_of):
         problems.setdefault(text_and_answer(problem), problem)
         responses.setdefault(text_and_answer(problem), []).extend(texts)
-    of_problem = first_of(str(file), list(responses.values()), limit, "problems")
-    return with_distinct_ids(str(file), list(problems.values())[:limit]), of_problem
+    tell_limit(file, len(problems), limit, "problems")
+    return with_distinct_ids(str(file), list(problems.values())[:limit]), list(responses.values())[:limit]
 
 
 # ================================================================================================== rows of a file

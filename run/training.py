@@ -377,7 +377,9 @@ def rewind(run: Path, step: int) -> None:
                 remove(run / name)
 
 
-def save_model(folder: Path, model, tokenizer, kept="the last checkpoint has its weights", training=None) -> None:
+def save_model(
+    folder: Path, model, tokenizer, kept="the last checkpoint has its weights, --resume goes on", training=None
+) -> None:
     """The model in Hugging Face format, with what `training` needs to go on; complete or not there. `kept`: what there
     is if it cannot be written."""
     weights = dict(full_weights(model))
