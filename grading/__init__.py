@@ -4,6 +4,8 @@ box.py         the last \boxed{...} of a response, and one spelling for what mea
 verdict.py     the public functions; they ask a child process, limited in CPU time and memory
 values.py        math-verify's reading of LaTeX, and exact evidence that two values are equal
 policy.py      vetoes and additions to that verdict: what counts as the same answer
-forms.py         what its rules see of a text: brackets, items, sides, numbers
+units.py         rules for number words and units
+families.py      rules for progressions, parameters and antiderivatives
+forms.py         what the rules see of a text: brackets, items, sides, numbers, remarks
 votes.py       which answer wins a vote of k of n
 """

@@ -76,7 +76,7 @@ _NTH = "(?:st|nd|rd|th)"
 T = r"(?![a-zA-Z])"  # after a macro or a word
 W = r"(?<![\\a-zA-Z])"  # before a word that is not a macro
 _FUNCTIONS = (
-    "arc(?:sin|cos|tan|cot)h?|sinh?|cosh?|tanh?|coth?|sec|csc|ln|log|exp|gcd|lcm|c?tg|cotg|arcc?tg|lg|cosec|sqrt"
+    "arc(?:sin|cos|tan|cot)h?|sinh?|cosh?|tanh?|coth?|sec|csc|cis|ln|log|exp|gcd|lcm|c?tg|cotg|arcc?tg|lg|cosec|sqrt"
     "|infinity|infty|inf|oo|(?:max|min|det)(?=\\}? ?[({_\\\\])"
 )
 
@@ -104,7 +104,10 @@ _TABLE = [
     (re.compile(pattern), new)
     for pattern, new in [  # one spelling for each thing; order matters
         # typesetting without meaning, what people type, one macro for each meaning
-        (rf"\\(?:left|right) ?\.|\\[bB]igg?[lrm]?{T}", ""),
+        (rf"\\(?:left|right) ?\.|\\[bB]igg?[lrm]?{T}|(?<=\\\\) ?\[[0-9.]*(?:pt|em|ex|[cm]m)\]", ""),
+        (r"(?<![\^_]) ?\\(?:math(?:bf|it|sf|tt|cal|normal)|boldsymbol|bm|pmb|underline|emph) ?\{([^{}]*)\}", r" \1"),
+        (r"(?<![0-9])([0-9]{1,4}) ?\^ ?\{? ?\\circ ?\}? ?([0-9]+) ?(?:'|\^ ?\{? ?\\prime ?\}?)",  # 22°30'
+         lambda m: rf"\frac{{{60 * int(m[1]) + int(m[2])}}}{{60}}^\circ"),
         (r"<(su[pb])>([^<>]{1,80})</\1>", lambda m: f"{'^' if m[1] == 'sup' else '_'}{{{m[2]}}}"),
         (r"\\(?:[hv]space\*?|(?:text)?color|[hv]?phantom|tag\*?) ?\{[^{}]{0,80}\}|(?<!\\)\\[,;:> ]|\\q?quad|~|`+"
          r"|</?(?:b|i|p|em|strong|code|br) ?/?>", " "),
@@ -114,6 +117,7 @@ _TABLE = [
         (rf"{W}sqrt ?([0-9]+(?:\.[0-9]+)?|[a-zA-Z]{T}|\\[a-zA-Z]+)", r"\\sqrt{\1}"),
         (rf"\\text ?\{{ ?({_FUNCTIONS}|floor|ceil) ?\}}|{W}(pi|{_FUNCTIONS}){T}", r"\\\1\2 "),
         (rf"\\(?:vec|overrightarrow){T}(?: ?\{{([^{{}}]{{1,9}})\}})?", r"\1"),
+        (r"\\(?:bar|overline) ?\{ ?([A-Z]{2}) ?\}", r"\1"),
         (r"\\log ?_ ?\{? ?e(?: ?\}|\b)", r"\\ln "),
         (r"\\([a-zA-Z]+)", lambda m: _MACROS.get(m[1], m[0])),
         (r"\\frac ?\{ ?(\\text ?\{[^{}]{1,40}\}) ?\} ?\{ ?(\\text ?\{[^{}]{1,40}\}(?:\^ ?\{?[0-9]\}?)?) ?\}", r"\1/\2"),
@@ -134,7 +138,7 @@ _TABLE = [
          lambda m: rf"\{'binom' if m[2] == 'choose' else 'frac'}{{{m[1]}}}{{{m[3]}}}"),
         (r"\\frac ?(?![{ ])(\\[a-zA-Z]+|\w)", r"\\frac{\1}"),
         (r"(\\frac ?\{[^{}]{0,80}(?:\{[^{}]{0,80}\}[^{}]{0,80}){0,4}\}) ?(?![{ ])(\\[a-zA-Z]+|\w)", r"\1{\2}"),
-        (r"\\sqrt ?(\[\w+\])? ?(\\[a-zA-Z]+|\w)", r"\\sqrt\1{\2}"),
+        (r"\\sqrt ?(\[\w+\])? ?(\\[a-zA-Z]+|\w)", r"\\sqrt\1{\2}"), (r"\\(hat|bar|tilde) (\w)", r"\\\1{\2}"),
         (r"\^ ?(-?[0-9]+(?:\.[0-9]+)?)", r"^{\1}"),
         (r"(\\sqrt|\^) ?\(((?:[^()]|\((?:[^()]|\([^()]{0,80}\)){0,80}\)){0,200})\)", r"\1{\2}"),
         # repeating decimals, thousands
@@ -168,7 +172,7 @@ def clean(text: str) -> str:
         text = re.sub(r"\\\\(?=[a-zA-Z()])", r"\\", text)
     for pattern, new in _TABLE:
         text = " ".join(pattern.sub(new, text).split())
-    if re.search(rf"\\(?:sin|cos|tan|cot|sec|csc)h?{T}", text):
+    if re.search(rf"\\(?:sin|cos|tan|cot|sec|csc|cis)h?{T}", text):
         text = _ANGLE.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
     text = re.sub(r"^((?:[-0-9./{}]|\\frac)+) ?\^\\circ ?(?:\\text ?\{ ?[CF] ?\}|[CF])?$", r"\1 degree", text)
     return re.sub(rf"\^\\circ ?(?:\\text ?\{{ ?[CF] ?\}}|[CF]{T})?", "", text).strip()

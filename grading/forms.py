@@ -2,17 +2,20 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 
 from grading.box import TEXT, T, W
 
+Same = Callable[[str, str], bool]  # the whole question about two texts, which a rule may ask about parts
 OR, AND = rf"{W}(?:or|oder|ou|или|或者?){T}", rf"{W}(?:and|et|und|и|和){T}"
 RELATION = re.compile(rf"\\(?:[lgn]e|in){T}|[<>]")
 SYMBOL = r"(?:\\(?:mathbb|hat|bar) ?\{?[a-zA-Z]\}?|\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\w|\{\w+\}))?'{0,3}"
 # what may stand before "=": x, f(x), E[X], (x,y), AB, |AB|, \angle ABC, \text{Area}, Area, [ABC], \frac{AB}{CD}, x:y
 NAME = re.compile(
     rf"{SYMBOL} ?(?:\([\\\w, ]*\)|\[[A-Z]\])?|\([^()=]*,[^()=]*\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
+    rf"|(?:s|R|\\sigma)\^ ?\{{?2\}}?"
     rf"|\\(?:angle|bar|triangle) ?\{{?[A-Z_0-9 ]+\}}?|\\text ?\{{[^{{}}]*\}}|[A-Z][a-z]{{2,}}|\[[A-Z]{{3,5}}\]"
     rf"|\\frac\{{ ?[a-zA-Z]{{1,2}} ?\}}\{{ ?[a-zA-Z]{{1,2}} ?\}}|{SYMBOL} ?: ?{SYMBOL}"
 )
@@ -27,7 +30,7 @@ _NUMBER = re.compile(
 )
 _FRAC = re.compile(rf"\\frac ?\{{ ?([-+]? ?{_DIGITS}) ?\}} ?\{{ ?([-+]? ?{_DIGITS}) ?\}}")
 _BROKEN = re.compile(  # 2+, x^^2, 1/0, 3 5, ((((
-    r"^(?:NaN|nan|None|null)$|[(\[{]{40}|[-+*/^_=<>]$|\^ ?\^|\\frac ?\{[^{}]{0,99}\} ?(?:\{ ?0 ?\}|$)|/ ?0(?![0-9.])"
+    r"[(\[{]{40}|[-+*/^_=<>]$|\^ ?\^|\\frac ?\{[^{}]{0,99}\} ?(?:\{ ?0 ?\}|$)|/ ?0(?![0-9.])"
     r"|(?<![_^0-9.{])(?<!frac )(?<!frac)[0-9][0-9.]{0,99} [0-9](?![0-9]{0,99}/[0-9])"
 )
 
@@ -110,9 +113,10 @@ def hopeless(text: str) -> bool:
 def items(text: str) -> tuple[str, list[str]]:
     r"""Brackets, items: ("()", ["1", "2"]) of (1,2), "1 by 2", ("", ...) of "1, 2", ("or", ...) of "1 or 2", 1\pm2."""
     brackets, inside = enclosed(text)
-    if brackets in ("()", r"\{\}", "[]"):
+    if brackets in ("()", r"\{\}", "[]") and (brackets != "()" or len(_SIGNS.findall(text)) != 1):
         parts = split(inside, "[,;]")
         flat = [item for part in parts for item in (items(part)[1] if _SIGNS.search(part) else [part])]
+        brackets = "()" if brackets == "[]" and len(flat) > 2 else brackets
         return (brackets, flat) if len(flat) > 1 or brackets == r"\{\}" else ("", [text])
     for separator in (OR, AND, ";", ","):
         if len(parts := [part.strip(" ,") for part in split(text, separator)]) > 1:
@@ -128,3 +132,26 @@ def items(text: str) -> tuple[str, list[str]]:
 def sides(text: str) -> list[str]:
     """The sides of an equation or of a chain of them; the text itself if it is none."""
     return [text] if RELATION.search(text) or len(items(text)[1]) > 1 else split(text, "=")
+
+
+ON_NAME = re.compile(rf"(?:\\xi|[a-zA-Z](?:_\w)?) ?(?:\\(?:in|[lgn]e){T}|[<>])[^,;=]{{0,80}}$")
+_REMARK = re.compile(
+    r"(?<=[ ,;(])(?:(?:since|because|as (?:required|desired|claimed)|attained|achieved|obtained|by (?:the|symmetry|AM)"
+    r"|respectively|for (?:all|any|every|each|some|integers?)|\\forall|where|with|which|для|因为"
+    rf"|in (?:total|all))(?!\w).*$|(?:for (?:[a-zA-Z] ?, ?){{0,3}})?{ON_NAME.pattern})"
+)
+HEDGE = re.compile(
+    r"\b(?:not|or|n?either|maybe|possibly|perhaps|incorrect|wrong|vs|but|unless|except|if|otherwise|odd|even|else"
+    r"|remainder|is -?[0-9])\b|^(?:where|with)\b.*= ?-?[0-9]|\( ?[A-J] ?\)|\b[A-J][).:]"
+)
+_OPEN = re.compile(rf"[a-zA-Z]{{3}} [a-zA-Z]{{2}}|\b(?:if|when|unless|otherwise|else)$|{RELATION.pattern}")
+
+
+def remark(text: str) -> tuple[str, str]:
+    """("12", "since 3\\cdot4=12"), ("2x", "for all real x"), ("2x", "x\\ne2"); not of "2x for odd x"."""
+    found = _REMARK.search(said := plain(text))
+    if not found or HEDGE.search(found[0]):
+        return text, ""
+    head = said[: found.start()].rstrip(" ,;.(")
+    whole = not hopeless(head) and not _OPEN.search(re.sub(r"\\(?![lgn]e|in)[a-zA-Z]+", "", head))
+    return (head, found[0]) if whole else (text, "")

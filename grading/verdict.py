@@ -63,7 +63,7 @@ os.register_at_fork(after_in_child=_idle.clear)  # a forked process must not sha
 def _start() -> Any:
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-c", "from grading import policy, verdict; verdict.work(policy.QUESTIONS)"]
+    command = [sys.executable, "-P", "-c", "from grading import policy, verdict; verdict.work(policy.QUESTIONS)"]
     pipes: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     env = {**os.environ, "PYTHONPATH": path}
     worker: Any = subprocess.Popen(command, env=env, start_new_session=True, **pipes)

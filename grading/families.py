@@ -1,0 +1,96 @@
+r"""Rules for answers that stand for many: progressions, formulas with parameters, antiderivatives."""
+
+import re
+from itertools import permutations
+from typing import Any
+
+import sympy
+
+from grading.box import T
+from grading.forms import NAME, OR, Same, enclosed, items, plain, remark, sides, split, squeeze
+from grading.values import same_value, value
+
+MODULO = rf"\\?(?<![a-z])[pb]?mod{T}"
+
+
+def progressions(text: str) -> tuple[set[str], list[tuple[Any, Any]], bool]:
+    r"""({"n"}, [(4, 1), (4, 3)], True) of n\equiv1,3\pmod4, "n mod 4 = 1 or 3" and n=4k\pm1, k\in\mathbb{Z}: names, the
+    period and a member of each, and does it say that all its members are meant? Any exception if it is none."""
+    head, said = remark(re.sub(rf"^(\w) ?{MODULO} ?\{{?(\w+)\}}? ?= ?(.+)$", r"\1=\3\\pmod \2", plain(text)))
+    integers = bool(re.search(r"integer|\\in ?\\mathbb ?\{? ?Z", said))
+    if re.search(rf"\\in{T}", said) and not integers:
+        raise ValueError("of other numbers")
+    names, found = set(), []
+    for way in split(head, OR):
+        body, modulo, modulus = re.sub(MODULO, "@", way).partition("@")
+        *named, last = re.split(rf"=|\\equiv{T}", body.strip() if not modulo else body.rstrip(" (,"))
+        names.update(map(squeeze, named))
+        for item in items(last.strip())[1]:
+            member, period = value(item.split("=")[-1].strip(" ,")), value(modulus.strip("(){} "))
+            if not modulo:
+                (symbol,) = member.free_symbols
+                member, period = member.subs(symbol, 0), member.diff(symbol)
+            found.append((abs(period), member))
+    return names, found, integers or bool(re.search(MODULO, head))
+
+
+def families(gold: str, answer: str, same: Same) -> bool:
+    r"""x=10n-1 and "x=9 mod 10" for x=10k+9, k\in\mathbb{Z}: the same numbers, however they are counted."""
+    (names, ours, whole), (others, theirs, said) = map(progressions, (gold, answer))
+    if not whole or (re.search(MODULO, gold) and not said) or (names and others and names != others):
+        return False
+    ratios = [period / ours[0][0] for period, _ in ours + theirs]
+    most = sympy.Rational(sympy.ilcm(*(ratio.p for ratio in ratios)), sympy.igcd(*(ratio.q for ratio in ratios)))
+    if most > 60 * min(ratios):
+        return False
+    common = most * ours[0][0]
+    of_ours, of_theirs = (
+        {sympy.simplify((member + n * period) / common) % 1 for period, member in found for n in range(common / period)}
+        for found in (ours, theirs)
+    )
+    return of_ours == of_theirs and all(place.is_Rational for place in of_ours)
+
+
+_SYMBOL = re.compile(r"\\text ?\{[^{}]*\}|[a-zA-Z]{4,}|\\[a-zA-Z]+|([a-zA-Z](?:_ ?\{?\d\}?)?)")
+_DECLARED = re.compile(
+    r"^\w(?:'+|\^ ?\{-1\}|_\w(?=\())? ?(?:\(|_\{?) ?([a-z])(?= ?[)}]? ?=)"  # f(x)=, f^{-1}(x)=, a_n=
+    r"|\\(?:sum|prod) ?_ ?\{ ?([a-z]) ?=|(?<=[,:|( ])([a-zA-Z])(?= ?(?:\\in(?![a-z])|is an?\b))(?<!^.)"
+    r"|(?:constant|integer|real|any|some|all) ([a-zA-Z])\b"
+)
+_CONSTANT = re.compile(  # y=Ce^x, c_1x, y=A\cos x, but not AC or \sin C
+    r"(?<![A-Za-z\\])(?<!\\(?:sin|cos|tan) )"
+    r"(C(?:_ ?\{?\d\}?)?|c_ ?\{?\d\}?|(?:(?<=[=+(] )|(?<=[=+(]))[ABDK](?=[a-z\\]))(?![A-Z(]| ?=)"
+)
+_USUAL = re.compile("[a-dkA-DK]")  # letters of constants
+
+
+def symbols(text: str) -> dict[str, None]:
+    """The letters of a formula, with their indices, in order."""
+    return dict.fromkeys(name for name in _SYMBOL.findall(text) if name and name not in "eiE")
+
+
+def parameters(gold: str, answer: str, same: Same) -> bool:
+    r"""f(t)=3t for f(x)=3x, n\pi for k\pi, k\in\mathbb{Z}, y=Ae^x+B for y=C_1e^x+C_2: their names do not matter."""
+    ours, theirs = symbols(remark(gold)[0]), symbols(sides(remark(answer)[0])[-1])
+    bound, declared = ({x for match in _DECLARED.findall(plain(text)) for x in match if x} for text in (gold, answer))
+    if not bound and declared:
+        bound = {x for x in ours if x not in theirs and (_USUAL.match(x) or enclosed(gold)[0] == "()")}
+    elif not bound and any(map(str.islower, ours)) and all(_USUAL.match(x) for x in theirs if x not in ours):
+        bound = set(_CONSTANT.findall(gold))
+    old, new = [x for x in ours if x in bound], [x for x in theirs if x not in ours or x in bound]
+    arguments = [bool((found := _DECLARED.match(text)) and found[1]) for text in (gold, answer)]
+    if not 0 < len(old) == len(new) < 4 or (arguments == [True, False] and len(sides(answer)) > 1):
+        return False
+    ways = [dict(zip(old, order)) for order in permutations(new)]
+    return any(same(_SYMBOL.sub(lambda m, way=way: way.get(m[1], m[0]), gold), answer) for way in ways)
+
+
+def antiderivatives(gold: str, answer: str, same: Same) -> bool:
+    r"""-\frac12\cos^2x+C for \frac12\sin^2x+C: they differ by a constant."""
+    (*names, g), (*others, a) = sides(gold), sides(answer)
+    heads = [re.fullmatch(r"(.*[^ ]) ?\+ ?C(?:_ ?\{?\d\}?)?", text) for text in (g, a)]
+    if not all(heads) or not all(map(NAME.fullmatch, names + others)) or (names and others and names != others):
+        return False
+    f, h = (value(head[1]) for head in heads if head)
+    (x,) = f.free_symbols | h.free_symbols
+    return same_value(f.diff(x), h.diff(x))
