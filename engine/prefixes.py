@@ -6,6 +6,7 @@ from bisect import bisect_left
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def pack_tensors(packs: list[Pack], device):
 def packed_states(model, packs: list[Pack], cache=None):
     """The output of the model's body for ids [packs, columns], its own masks taken over positions and within paths."""
     ids, paths, positions = pack_tensors(packs, model.device)
-    body = partial(body_of(model), ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+    body = partial(body_of(model), ids, position_ids=positions, use_cache=cache is not None, **kept_in(model, cache))
     if paths is None:
         return body()
 
@@ -97,6 +98,11 @@ def packed_states(model, packs: list[Pack], cache=None):
 
     with own_masks(model, along_paths):  # without a mask, positions that restart would pass for new sequences
         return body(attention_mask=torch.ones_like(ids))
+
+
+def kept_in(model, cache) -> dict:
+    """The argument of a forward pass that takes a cache; transformers before 5.24 has another name for it."""
+    return {"cache" if "cache" in signature(model.forward).parameters else "past_key_values": cache}
 
 
 @contextmanager

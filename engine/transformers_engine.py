@@ -18,7 +18,7 @@ from engine import Refused, plural, say_once
 from engine.checks import Ways, fastest, name_of, not_finite, probes, same_positions, truth
 from engine.logprobs import head, update_gaps
 from engine.models import autocast
-from engine.prefixes import Pack, own_masks, pack_prefixes, packed_states, score_gaps, score_sequences
+from engine.prefixes import Pack, kept_in, own_masks, pack_prefixes, packed_states, score_gaps, score_sequences
 from engine.processes import full_weights
 from engine.tokens import Completion
 
@@ -175,12 +175,9 @@ class TransformersEngine:
                 alive, token, mask, position = alive[running], token[running], mask[running], position[running]
                 running = running[running]
             with autocast(self.dtype), own_masks(self.model, without_padding):
-                logits = self.model(
-                    input_ids=token[:, None],
-                    position_ids=position[:, None] + step,
-                    past_key_values=cache,
-                    use_cache=True,
-                ).logits[:, -1]
+                place = position[:, None] + step
+                output = self.model(token[:, None], position_ids=place, use_cache=True, **kept_in(self.model, cache))
+                logits = output.logits[:, -1]
         rows_out = zip(rows, tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist())
         for (_, p, _, _), ids, logps, length, ended in rows_out:
             yield p, finite(Completion(ids[:length], logps[:length], "stop" if ended else "length"))
