@@ -14,7 +14,7 @@ RELATION = re.compile(rf"\\(?:[lgn]e|in){T}|[<>]")
 SYMBOL = r"(?:\\(?:mathbb|hat|bar) ?\{?[a-zA-Z]\}?|\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\w|\{\w+\}))?'{0,3}"
 # what may stand before "=": x, f(x), E[X], (x,y), AB, |AB|, \angle ABC, \text{Area}, Area, [ABC], \frac{AB}{CD}, x:y
 NAME = re.compile(
-    rf"{SYMBOL} ?(?:\([\\\w, ]*\)|\[[A-Z]\])?|\([^()=]*,[^()=]*\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
+    rf"{SYMBOL}(?:\^ ?\{{?-1\}}?)? ?(?:\([\\\w, ]*\)|\[[A-Z]\])?|\([^()=]*,[^()=]*\)|\|?[A-Z](?: ?[A-Z]){{1,3}}\|?"
     rf"|(?:s|R|\\sigma)\^ ?\{{?2\}}?"
     rf"|\\(?:angle|bar|triangle) ?\{{?[A-Z_0-9 ]+\}}?|\\text ?\{{[^{{}}]*\}}|[A-Z][a-z]{{2,}}|\[[A-Z]{{3,5}}\]"
     rf"|\\frac\{{ ?[a-zA-Z]{{1,2}} ?\}}\{{ ?[a-zA-Z]{{1,2}} ?\}}|{SYMBOL} ?: ?{SYMBOL}"

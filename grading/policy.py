@@ -9,11 +9,12 @@ docs/answers.md.
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import sympy
 from latex2sympy2_extended.math_normalization import extract_boxed_content
+from sympy import oo
 from sympy.core.function import AppliedUndef
 
 from grading import forms, values
@@ -42,13 +43,24 @@ from grading.units import NUMBERS, in_digits, units
 
 MAX_CHARS, MAX_GOLD = 300, 3000  # longer answers are wrong unless the gold is long; longer golds are compared as text
 
+_INT = "(-?[0-9]{1,4})"
+
+
+def _run(match: re.Match) -> str:
+    r"""1, 3, 5, 7 of 1, 3, \ldots, 7."""
+    first, second, last = (int(match[place]) for place in (1, 2, 4))
+    numbers = list(range(first, last + (1 if last > first else -1), second - first)) if second != first else []
+    fits = 3 < len(numbers) < 100 and numbers[-1] == last and match[3] in (None, str(numbers[2]))
+    return ", ".join(map(str, numbers)) if fits else match[0]
+
+
 _SMALL = r" ?\{?(\w+)\}? ?"
 _ABOUT = rf"(?:\\approx{T}|\b(?:approximately|approx\.?|about|roughly){T})"
 NOTATIONS = [
     (re.compile(pattern), new)
     for pattern, new in [
-        (rf"^(\w(?:_\w)?|\([a-z](?:, ?[a-z])+\)) ?(?:\\approx{T}|\\in(?= ?\\\{{))|^(\w\(\w\)) ?\\equiv{T}(?!.*mod)",
-         r"\1\2="),
+        (rf"^(\\?\w+?(?:_\w)?|\([a-z](?:, ?[a-z])+\)) ?(?:\\approx{T}|\\in(?= ?\\\{{))", r"\1="),
+        (rf"^(\w\(\w\)) ?\\equiv{T}(?!.*mod)", r"\1="),
         (rf"^{_ABOUT}|[,( ]?{_ABOUT}[^()]{{0,80}}\)?$", ""),  # \approx 2.7, 4\pi (\approx 12.57)
         (rf"{W}C ?\( ?(\w+) ?, ?(\w+) ?\)|(?:\{{ ?\}})?[\^_]{_SMALL}C ?_{_SMALL}|{W}C ?_{_SMALL}\^{_SMALL}",
          lambda m: rf"\binom{{{m[1] or m[3] or m[5]}}}{{{m[2] or m[4] or m[6]}}}"),  # C(10,3), {}^{10}C_3, C_{10}^3
@@ -59,13 +71,14 @@ NOTATIONS = [
         (r"\\cis ?(\([^()]*\)|[^ ]*)", r"(\\cos \1+i\\sin \1)"), (r"\\lambda ?_ ?\{?\d\}?(?= ?=)", r"\\lambda"),
         (r"^(.*[^ %]) ?%$", r"(\1)/100"), (r"^(?:negative|minus) (?=[\w\\])", "-"), (r" \( ?or ([^()]*)\)$", r" or \1"),
         (r"^(?i:(yes|no|true|false))[,.;:] (?!.*\b(?:yes|no|true|false)\b)[^0-9]*$", r"\1"),
+        (rf"(?<![\w.]){_INT}, ?{_INT}, ?(?:{_INT}, ?)?\\ldots ?,? ?{_INT}(?![\w.])", _run),
         (r"^\\\{((?:[^,;|:\\]|\\(?![{}]|emptyset|mid)|\([^()]*\))+)\\\}$", r"\1"),  # \{5\}
         (r"^(\w+)(?: (squared)| cubed)$", lambda m: f"{m[1]}^{2 if m[2] else 3}"),
         (r"^(?:(?:the )?[Pp]oint )?(?:[A-Z](?:_\w)?'? ?=? ?)?(\([^()]*[,;][^()]*\))$", r"\1"),  # P(1,2)
         (r"^(-? ?(?:[0-9./]|\\(?:frac|sqrt) ?(?:\{[^{}]{1,40}\}){1,2}|[a-z])+) ?\(([^()]*,[^()]*)\)$",
          lambda m: "(" + ", ".join(x if x.strip() == "0" else rf"{m[1]}\cdot({x})" for x in m[2].split(",")) + ")"),
         (r"^\\\{(?: ?[a-z] ?\\mid ?[a-z] ?=)?([^|]{1,80}?)(?:\\mid|[|:,])( ?[a-z] ?\\in[^|]{1,80})\\\}$", r"\1, \2"),
-        (r"^[a-zA-Z](?:\([a-zA-Z]\))? ?=(?=[^=]* (?:if|for) )", ""), (r"\+ ?(?:c|const(?:ant)?\.?)$", "+C"),
+        (r"^[a-zA-Z](?:\(\w\)|_\w)? ?=(?=[^=]* (?:if|for) )", ""), (r"\+ ?(?:c|const(?:ant)?\.?)$", "+C"),
         (r"^\\begin ?\{pmatrix\}([^&]*\\\\[^&]*)\\end ?\{pmatrix\}$"  # a column, and a row^T
          r"|^(?:[(\[]|\\begin ?\{pmatrix\})([^][(){}\\]*)(?:[)\]]|\\end ?\{pmatrix\}) ?\^ ?\{?(?:T|\\top)\}?$",
          lambda m: "(" + re.sub(r"&|\\\\", ",", m[1] or m[2]) + ")"),
@@ -98,7 +111,7 @@ def components(text: str) -> str:
     r"""(1, -2, 3) for i-2j+3k and \hat{i}-2\hat{j}+3\hat{k}."""
     said = re.sub(r"(?:\\hat ?)?\{\\?([ijk])(?:math ?)?\}|\\hat ([ijk])| ", r"\1\2", text)
     of = {name: sign + (factor or "1") for sign, factor, name in re.findall(r"([-+]?)([^-+]{0,40}?)([ijk])", said)}
-    whole = re.fullmatch(r"(?:(?:^|[-+])[^-+ijk]*[ijk])+", said) and "j" in of
+    whole = re.fullmatch(r"(?:(?:^|[-+])[^-+ijk]*[ijk])+", said) and ("j" in of or r"\hat" in text)
     return f"({', '.join(of.get(name, '0') for name in 'ijk'[: 2 + ('k' in of)])})" if whole else text
 
 
@@ -170,9 +183,10 @@ def named(gold: str, answer: str, same: Same) -> bool:
 
 def _solved(text: str) -> tuple[str, Any] | None:
     """("x", (1,3)) of 1<x<3 and x\\in(1,3); ("", (1,3)) of (1,3)."""
+    if within := re.fullmatch(rf"(\\?\w+(?:\(\w\))?) ?(?:\\in{T}|=(?= ?\\\{{)) ?(.+)", text):
+        inside = _solved(within[2])
+        return (within[1], inside[1]) if inside and not inside[0] else None
     read: Any = values.value(text.replace(";", ","))
-    if isinstance(read, sympy.Eq) and isinstance(read.rhs, sympy.Set):
-        return str(read.lhs), read.rhs.doit()
     if isinstance(read, sympy.Set):
         return "", read.doit()
     if read is None or isinstance(read, sympy.Expr) or not hasattr(read, "as_set"):
@@ -202,7 +216,13 @@ def solution_set(text: str) -> tuple[str, Any] | None:
 def sets(gold: str, answer: str, same: Same) -> bool:
     r"""1<x<3 and "x>1 and x<3" for (1,3), x\ne2 for \mathbb{R}\setminus\{2\}; another unknown is wrong."""
     a, b = solution_set(gold), solution_set(answer)
-    return bool(a and b and (not a[0] or not b[0] or a[0] == b[0]) and values.same(a[1], b[1]))
+    return bool(
+        a
+        and b
+        and r"\ldots" not in gold + answer
+        and (not a[0] or not b[0] or a[0] == b[0])
+        and values.same(a[1], b[1])
+    )
 
 
 _SAID = {  # what is said in words, in the commonest languages of answers
@@ -233,11 +253,47 @@ def words(gold: str, answer: str, same: Same) -> bool:
     return bool(wordy) and said == in_words(answer)
 
 
+def _pieces(text: str) -> list[tuple[Any, Any]]:
+    r"""[(x, [0, oo)), (-x, (-oo, 0))] of "x if x\ge0, -x if x<0": values and where they hold; [(|x|, None)] of |x|."""
+    found: list[tuple[Any, Any]] = []
+    for part in split(plain(text), "[,;]"):
+        of, *when = (enclosed(side)[1] for side in re.split(r" (?:if|for|when) |(?= (?:otherwise|else)$)", part))
+        if when and when[0].strip() in ("otherwise", "else"):
+            where: Any = sympy.Complement(sympy.S.Reals, sympy.Union(*(where for _, where in found)))
+        else:
+            where = (solution_set(when[0]) or "")[1] if when else None  # IndexError for words
+        found.append((values.value(of), where))
+    return found
+
+
 def pieces(gold: str, answer: str, same: Same) -> bool:
-    """x^2 for x\\ge0 is x^2 if 0\\le x: a value and its condition."""
+    r"""x^2 for x\ge0 is x^2 if 0\le x, and "x if x\ge0, -x otherwise" is |x|: equal on the same numbers."""
     said = (re.sub(r"\bis ", "", re.sub(r"\b([a-z]{3,}) (\w)$", r"\2 \1", plain(text))) for text in (gold, answer))
     g, a = (re.split(r"(?: (?:if|for|when)\b)+ ?", text) for text in said)
-    return len(g) == len(a) == 2 and same(g[0], a[0]) and same(g[1], a[1])
+    if len(g) == len(a) == 2:
+        return same(g[0], a[0]) and same(g[1], a[1])
+    ours, theirs = _pieces(gold), _pieces(answer)
+    everywhere = len(theirs) == 1 and theirs[0][1] is None
+    domains = [sympy.Union(*(where for _, where in found)) for found in (ours, ours if everywhere else theirs)]
+    return domains[0] == domains[1] and all(
+        _same_on(v, w, where if everywhere else sympy.Intersection(where, other))
+        for (v, where), (w, other) in product(ours, theirs)
+    )
+
+
+def _same_on(v: Any, w: Any, where: Any) -> bool:
+    """Are two values of at most one variable equal on a union of intervals and single numbers?"""
+    t = sympy.Symbol("t", real=True)
+    parts: Any = where.args if isinstance(where, sympy.Union) else [where]
+    (y,) = v.free_symbols | w.free_symbols or {t}
+    for part in parts if where is not sympy.S.EmptySet else ():
+        low, high, places = part.inf, part.sup, part
+        if isinstance(part, sympy.Interval):  # as functions of t that stay in it
+            ends = low + t**2 if high is oo else high - t**2 if low is -oo else low + (high - low) / (1 + t**2)
+            places = [t if part == sympy.S.Reals else ends]
+        if not all(values.same(v.subs(y, place), w.subs(y, place)) for place in places):
+            return False
+    return True
 
 
 OPTION = re.compile(
@@ -248,8 +304,9 @@ OPTION = re.compile(
 
 def options(gold: str, answer: str, same: Same) -> bool:
     """(C), "C) 7" and "option C" for C, "B) 12" for 12; several letters in any order: "A, B, D" and BDA for ABD."""
-    if re.fullmatch("[A-J]{2,6}", gold) and len(set(gold)) == len(gold):
-        return sorted(gold) == sorted(re.sub(rf"[(), ;]|{AND}", "", plain(answer)))
+    several = [re.sub(rf"[(), ;]|\\[{{}}]|{AND}", "", plain(text)) for text in (gold, answer)]
+    if re.fullmatch("[A-J]{2,6}", several[0]) and len(set(several[0])) == len(several[0]):
+        return sorted(several[0]) == sorted(several[1])
     g, a = OPTION.fullmatch(plain(gold)), OPTION.fullmatch(plain(answer)) or re.fullmatch("([a-j])()()", answer)
     g, a = (found if found and not HEDGE.search(found[3] or "") else None for found in (g, a))
     if g and a:

@@ -78,7 +78,10 @@ def same_number(x: Any, y: Any) -> bool | None:
     if digits > MAX_DIGITS:
         return None
     difference = (x - y).evalf(2, maxn=digits)  # sympy goes on until two digits are certain, or gives up: precision 1
-    return all(part._prec == 1 for part in difference.atoms(sympy.Float)) and not difference.has(nan, oo, zoo)
+    tiny = sympy.Float(10) ** -digits
+    return all(part._prec == 1 or abs(part) < tiny for part in difference.atoms(sympy.Float)) and not difference.has(
+        nan, oo, zoo
+    )
 
 
 def _points(a: Any, b: Any):
