@@ -52,7 +52,7 @@ _GLYPHS = r"""
 ∪ \cup~  ∩ \cap~  ∈ \in~  ∖ \setminus~  ∅ \emptyset~  ∣ \mid~  ⟨ \langle~  ⟩ \rangle~  、 ,~  。 .  ‖ \|
 ℝ \mathbb{R}  ℤ \mathbb{Z}  ℕ \mathbb{N}  ℚ \mathbb{Q}  ℂ \mathbb{C}  √ sqrt  ∛ \sqrt[3]  ∜ \sqrt[4]
 ∑ \sum~  ∏ \prod~  ∫ \int~  ⌊ \lfloor~  ⌋ \rfloor~  ⌈ \lceil~  ⌉ \rceil~  º ^\circ~  ° ^\circ~  ℃ ^\circ~  ℉ ^\circ~
-⁄ /  ∕ /  ∶ :  ′ '  ’ '  ″ ''  € $  £ $  ¥ $  ￥ $  ₹ $  ₩ $  µ \mu~
+⁄ /  ∕ /  ∶ :  ′ '  ’ '  ″ ''  € EUR~  £ GBP~  ¥ CNY~  ￥ CNY~  ₹ INR~  ₩ KRW~  µ \mu~
 """
 _AS_LATEX = str.maketrans(dict(re.findall(r"(\S) (\S+)", _GLYPHS)))  # "~" is a space
 _MACROS = {  # one macro or sign for each meaning
@@ -174,5 +174,5 @@ def clean(text: str) -> str:
         text = " ".join(pattern.sub(new, text).split())
     if re.search(rf"\\(?:sin|cos|tan|cot|sec|csc|cis)h?{T}", text):
         text = _ANGLE.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
-    text = re.sub(r"^((?:[-0-9./{}]|\\frac)+) ?\^\\circ ?(?:\\text ?\{ ?[CF] ?\}|[CF])?$", r"\1 degree", text)
+    text = re.sub(r"^((?:[-0-9./{}]|\\frac)+) ?\^\\circ ?(?:\\text ?\{ ?)?([CF]?)(?: ?\})?$", r"\1 degree\2", text)
     return re.sub(rf"\^\\circ ?(?:\\text ?\{{ ?[CF] ?\}}|[CF]{T})?", "", text).strip()

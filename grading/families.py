@@ -7,7 +7,7 @@ from typing import Any
 import sympy
 
 from grading.box import T
-from grading.forms import NAME, OR, Same, enclosed, items, plain, remark, sides, split, squeeze
+from grading.forms import NAME, OR, RELATION, Same, enclosed, items, numbers_of, plain, remark, sides, split, squeeze
 from grading.values import same_value, value
 
 MODULO = rf"\\?(?<![a-z])[pb]?mod{T}"
@@ -17,9 +17,9 @@ def progressions(text: str) -> tuple[set[str], list[tuple[Any, Any]], bool]:
     r"""({"n"}, [(4, 1), (4, 3)], True) of n\equiv1,3\pmod4, "n mod 4 = 1 or 3" and n=4k\pm1, k\in\mathbb{Z}: names, the
     period and a member of each, and does it say that all its members are meant? Any exception if it is none."""
     head, said = remark(re.sub(rf"^(\w) ?{MODULO} ?\{{?(\w+)\}}? ?= ?(.+)$", r"\1=\3\\pmod \2", plain(text)))
-    integers = bool(re.search(r"integer|\\in ?\\mathbb ?\{? ?Z", said))
-    if re.search(rf"\\in{T}", said) and not integers:
-        raise ValueError("of other numbers")
+    some = RELATION.search(re.sub(r"\\in ?\\mathbb ?\{? ?Z", "", said))
+    if some or numbers_of(said) not in ("", "Z"):
+        raise ValueError("of other numbers, or of some of them")
     names, found = set(), []
     for way in split(head, OR):
         body, modulo, modulus = re.sub(MODULO, "@", way).partition("@")
@@ -29,9 +29,11 @@ def progressions(text: str) -> tuple[set[str], list[tuple[Any, Any]], bool]:
             member, period = value(item.split("=")[-1].strip(" ,")), value(modulus.strip("(){} "))
             if not modulo:
                 (symbol,) = member.free_symbols
+                if str(symbol) in names:
+                    raise ValueError("an equation for its own unknown")
                 member, period = member.subs(symbol, 0), member.diff(symbol)
             found.append((abs(period), member))
-    return names, found, integers or bool(re.search(MODULO, head))
+    return names, found, numbers_of(said) == "Z" or bool(re.search(MODULO, head))
 
 
 def families(gold: str, answer: str, same: Same) -> bool:
@@ -61,7 +63,7 @@ _CONSTANT = re.compile(  # y=Ce^x, c_1x, y=A\cos x, but not AC or \sin C
     r"(?<![A-Za-z\\])(?<!\\(?:sin|cos|tan) )"
     r"(C(?:_ ?\{?\d\}?)?|c_ ?\{?\d\}?|(?:(?<=[=+(] )|(?<=[=+(]))[ABDK](?=[a-z\\]))(?![A-Z(]| ?=)"
 )
-_USUAL = re.compile("[a-dkA-DK]")  # letters of constants
+_USUAL, _VARIABLES = re.compile("[a-dkA-DK]"), {*"xytuz", r"\theta"}  # letters of constants, of what they stand beside
 
 
 def symbols(text: str) -> dict[str, None]:
@@ -74,9 +76,11 @@ def parameters(gold: str, answer: str, same: Same) -> bool:
     ours, theirs = symbols(remark(gold)[0]), symbols(sides(remark(answer)[0])[-1])
     bound, declared = ({x for match in _DECLARED.findall(plain(text)) for x in match if x} for text in (gold, answer))
     if not bound and declared:
-        bound = {x for x in ours if x not in theirs and (_USUAL.match(x) or enclosed(gold)[0] == "()")}
-    elif not bound and any(map(str.islower, ours)) and all(_USUAL.match(x) for x in theirs if x not in ours):
-        bound = set(_CONSTANT.findall(gold))
+        bound = {
+            x for x in ours if x not in theirs and re.match("[cCkK]" if enclosed(gold)[0] != "()" else "[cks-u]", x)
+        }
+    elif not bound and all(_USUAL.match(x) for x in theirs if x not in ours):
+        bound = set(_CONSTANT.findall(gold)) if _VARIABLES >= {*ours} - {*_CONSTANT.findall(gold)} != set() else set()
     old, new = [x for x in ours if x in bound], [x for x in theirs if x not in ours or x in bound]
     arguments = [bool((found := _DECLARED.match(text)) and found[1]) for text in (gold, answer)]
     if not 0 < len(old) == len(new) < 4 or (arguments == [True, False] and len(sides(answer)) > 1):
@@ -88,9 +92,14 @@ def parameters(gold: str, answer: str, same: Same) -> bool:
 def antiderivatives(gold: str, answer: str, same: Same) -> bool:
     r"""-\frac12\cos^2x+C for \frac12\sin^2x+C: they differ by a constant."""
     (*names, g), (*others, a) = sides(gold), sides(answer)
-    heads = [re.fullmatch(r"(.*[^ ]) ?\+ ?C(?:_ ?\{?\d\}?)?", text) for text in (g, a)]
-    if not all(heads) or not all(map(NAME.fullmatch, names + others)) or (names and others and names != others):
+    heads = [re.fullmatch(r"(.*[^ ]) ?\+ ?[cC](?:_ ?\{?\d\}?)?", text) for text in (g, a)]
+    if (
+        not all(heads)
+        or r"\int" in a
+        or not all(map(NAME.fullmatch, names + others))
+        or (names and others and names != others)
+    ):
         return False
-    f, h = (value(head[1]) for head in heads if head)
-    (x,) = f.free_symbols | h.free_symbols
-    return same_value(f.diff(x), h.diff(x))
+    f, h = (value(head[1]).doit() for head in heads if head)
+    (x,) = f.free_symbols | h.free_symbols  # of one variable: the c of ax+c is given
+    return str(x) in _VARIABLES and same_value(f.diff(x), h.diff(x))

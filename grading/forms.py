@@ -30,7 +30,7 @@ _NUMBER = re.compile(
 )
 _FRAC = re.compile(rf"\\frac ?\{{ ?([-+]? ?{_DIGITS}) ?\}} ?\{{ ?([-+]? ?{_DIGITS}) ?\}}")
 _BROKEN = re.compile(  # 2+, x^^2, 1/0, 3 5, ((((
-    r"[(\[{]{40}|[-+*/^_=<>]$|\^ ?\^|\\frac ?\{[^{}]{0,99}\} ?(?:\{ ?0 ?\}|$)|/ ?0(?![0-9.])"
+    r"[(\[{]{40}|(?<!\^)[-+*/^_=<>]$|\^ ?\^|\\frac ?\{[^{}]{0,99}\} ?(?:\{ ?[0.]+ ?\}|$)|/ ?(?:0+\.?0*|\.0+)(?![0-9.])"
     r"|(?<![_^0-9.{])(?<!frac )(?<!frac)[0-9][0-9.]{0,99} [0-9](?![0-9]{0,99}/[0-9])"
 )
 
@@ -94,7 +94,9 @@ def number(text: str) -> Fraction | None:
     if not match:
         return None
     sign, whole, top, exponent, bottom = (part and part.replace(" ", "") for part in match.groups())
-    value = Fraction(top) * Fraction(10) ** int(exponent or 0) / (Fraction(bottom or 1) or 1)
+    if bottom and not Fraction(bottom):
+        return None
+    value = Fraction(top) * Fraction(10) ** int(exponent or 0) / Fraction(bottom or 1)
     if whole is not None:
         if bottom is None or not (top + bottom).isdigit() or value >= 1:
             return None  # two numbers in a row, or a product
@@ -114,6 +116,9 @@ def items(text: str) -> tuple[str, list[str]]:
     r"""Brackets, items: ("()", ["1", "2"]) of (1,2), "1 by 2", ("", ...) of "1, 2", ("or", ...) of "1 or 2", 1\pm2."""
     brackets, inside = enclosed(text)
     if brackets in ("()", r"\{\}", "[]") and (brackets != "()" or len(_SIGNS.findall(text)) != 1):
+        signs = _SIGNS.findall(text)
+        if brackets == "()" and len(signs) > 1:  # all the upper signs, or all the lower ones
+            return "or", [re.sub(rf"\\([pm])[pm]{T}", lambda m, n=n: "+-"[(m[1] == "m") ^ n], text) for n in (0, 1)]
         parts = split(inside, "[,;]")
         flat = [item for part in parts for item in (items(part)[1] if _SIGNS.search(part) else [part])]
         brackets = "()" if brackets == "[]" and len(flat) > 2 else brackets
@@ -134,23 +139,35 @@ def sides(text: str) -> list[str]:
     return [text] if RELATION.search(text) or len(items(text)[1]) > 1 else split(text, "=")
 
 
-ON_NAME = re.compile(rf"(?:\\xi|[a-zA-Z](?:_\w)?) ?(?:\\(?:in|[lgn]e){T}|[<>])[^,;=]{{0,80}}$")
+ON_NAME = re.compile(
+    rf"(?:\\xi|[a-zA-Z](?:_\w)?) ?(?:\\(?:in|[lgn]e){T}|[<>])(?:[^,;=]|, ?(?=[^()\[\]]*[)\]}}])){{0,80}}$"
+)
 _REMARK = re.compile(
     r"(?<=[ ,;(])(?:(?:since|because|as (?:required|desired|claimed)|attained|achieved|obtained|by (?:the|symmetry|AM)"
     r"|respectively|for (?:all|any|every|each|some|integers?)|\\forall|where|with|which|для|因为"
     rf"|in (?:total|all))(?!\w).*$|(?:for (?:[a-zA-Z] ?, ?){{0,3}})?{ON_NAME.pattern})"
 )
 HEDGE = re.compile(
-    r"\b(?:not|or|n?either|maybe|possibly|perhaps|incorrect|wrong|vs|but|unless|except|if|otherwise|odd|even|else"
-    r"|remainder|is -?[0-9])\b|^(?:where|with)\b.*= ?-?[0-9]|\( ?[A-J] ?\)|\b[A-J][).:]"
+    r"\b(?:not|never|cannot|or|n?either|may|maybe|might|could|possibly|perhaps|probably|likely|guess|incorrect|wrong|false"
+    r"|vs|but|unless|except|if|otherwise|odd|even|else|remainder|is -?[0-9])\b|^(?:where|with)\b.*= ?-?[0-9]"
+    r"|\( ?[A-J] ?\)|\b[A-J][).:]"
 )
 _OPEN = re.compile(rf"[a-zA-Z]{{3}} [a-zA-Z]{{2}}|\b(?:if|when|unless|otherwise|else)$|{RELATION.pattern}")
+
+
+def numbers_of(said: str) -> str:
+    """Which numbers a remark speaks of: N, Z or R, or nothing of that kind."""
+    found = re.search(r"\\in ?\\mathbb ?\{? ?([NZR]) ?\}?(?: ?([\^_]))?", said)
+    if found:
+        return "N" if found[2] and found[1] == "Z" else found[1] + (found[2] or "")
+    words = re.search(r"(natural|(?:positive|negative) integer)|(integer)|(real)", said)
+    return "NZR"[[bool(word) for word in words.groups()].index(True)] if words else ""
 
 
 def remark(text: str) -> tuple[str, str]:
     """("12", "since 3\\cdot4=12"), ("2x", "for all real x"), ("2x", "x\\ne2"); not of "2x for odd x"."""
     found = _REMARK.search(said := plain(text))
-    if not found or HEDGE.search(found[0]):
+    if not found or HEDGE.search(found[0]) or any(re.match("-?[0-9]", part) for part in split(found[0], "[,;]")[1:]):
         return text, ""
     head = said[: found.start()].rstrip(" ,;.(")
     whole = not hopeless(head) and not _OPEN.search(re.sub(r"\\(?![lgn]e|in)[a-zA-Z]+", "", head))

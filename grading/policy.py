@@ -33,6 +33,7 @@ from grading.forms import (
     items,
     letters,
     number,
+    numbers_of,
     plain,
     remark,
     sides,
@@ -42,6 +43,18 @@ from grading.forms import (
 from grading.units import NUMBERS, in_digits, units
 
 MAX_CHARS, MAX_GOLD = 300, 3000  # longer answers are wrong unless the gold is long; longer golds are compared as text
+
+
+def _near(match: re.Match) -> str:
+    """Drops an approximation, unless it is none."""
+    head, near = number(match.string[: match.start()].strip()), number(match[1].strip())
+    return match[0] if head is not None and near is not None and abs(head - near) * 20 > abs(head) else ""
+
+
+def _rows(match: re.Match) -> str:
+    rows = [row.replace(",", "&") for row in re.findall(r"\[([^][]*)\]", match[1])]
+    return r"\begin{pmatrix}" + r" \\ ".join(rows) + r"\end{pmatrix}"
+
 
 _INT = "(-?[0-9]{1,4})"
 
@@ -54,31 +67,35 @@ def _run(match: re.Match) -> str:
     return ", ".join(map(str, numbers)) if fits else match[0]
 
 
-_SMALL = r" ?\{?(\w+)\}? ?"
+_SMALL = r" ?\{?([0-9]+|[a-zA-Z])\}? ?"
+_NO_BUT = r"(?!.*\b(?:yes|no|never|false|but|only|unless|incorrect)\b)[^0-9]*$"
 _ABOUT = rf"(?:\\approx{T}|\b(?:approximately|approx\.?|about|roughly){T})"
 NOTATIONS = [
     (re.compile(pattern), new)
     for pattern, new in [
         (rf"^(\\?\w+?(?:_\w)?|\([a-z](?:, ?[a-z])+\)) ?(?:\\approx{T}|\\in(?= ?\\\{{))", r"\1="),
         (rf"^(\w\(\w\)) ?\\equiv{T}(?!.*mod)", r"\1="),
-        (rf"^{_ABOUT}|[,( ]?{_ABOUT}[^()]{{0,80}}\)?$", ""),  # \approx 2.7, 4\pi (\approx 12.57)
-        (rf"{W}C ?\( ?(\w+) ?, ?(\w+) ?\)|(?:\{{ ?\}})?[\^_]{_SMALL}C ?_{_SMALL}|{W}C ?_{_SMALL}\^{_SMALL}",
+        (rf"^{_ABOUT}", ""), (rf"[,( ]?{_ABOUT}([^()]{{0,80}})\)?$", _near),  # \approx 2.7, 4\pi (\approx 12.57)
+        (rf"{W}C ?\( ?(\w+) ?, ?(\w+) ?\)|(?:^|\{{ ?\}}|[-+*/(= ])[\^_]{_SMALL}C ?_{_SMALL}(?!\w)"
+         rf"|{W}C ?_{_SMALL}\^{_SMALL}(?!\w)",
          lambda m: rf"\binom{{{m[1] or m[3] or m[5]}}}{{{m[2] or m[4] or m[6]}}}"),  # C(10,3), {}^{10}C_3, C_{10}^3
-        (rf"(?:\{{ ?\}})?[\^_]{_SMALL}P ?_{_SMALL}|{W}A ?_{_SMALL}\^{_SMALL}",
+        (rf"(?:^|\{{ ?\}})[\^_]{_SMALL}P ?_{_SMALL}(?!\w)|{W}A ?_{_SMALL}\^{_SMALL}(?!\w)",
          lambda m: rf"\frac{{{m[1] or m[3]}!}}{{({m[1] or m[3]}-{m[2] or m[4]})!}}"),  # {}_5P_2, A_5^2
         (r"^\\mathbb ?\{? ?R ?\}? ?[\^_] ?\{? ?(?:\+|> ?0) ?\}?$", r"(0,\\infty)"),
         (r"^(?:the set of |all |the )*real(?: number)?s$", r"\\mathbb{R}"),
         (r"\\cis ?(\([^()]*\)|[^ ]*)", r"(\\cos \1+i\\sin \1)"), (r"\\lambda ?_ ?\{?\d\}?(?= ?=)", r"\\lambda"),
-        (r"^(.*[^ %]) ?%$", r"(\1)/100"), (r"^(?:negative|minus) (?=[\w\\])", "-"), (r" \( ?or ([^()]*)\)$", r" or \1"),
-        (r"^(?i:(yes|no|true|false))[,.;:] (?!.*\b(?:yes|no|true|false)\b)[^0-9]*$", r"\1"),
+        (r"^(-?[^-+%]*[^-+% ]) ?%$", r"(\1)/100"), (r" \( ?or ([^()]*)\)$", r" or \1"),
+        (r"^(?:negative|minus) (?=[\w\\.]+$)", "-"), (rf"^(?i:(yes|true))[,.;:] (?!.*\bnot\b){_NO_BUT}", r"\1"),
+        (rf"^(?i:(no|false))[,.;:] (?!.*\b(?:is|does) (?:true|correct|right|possible|hold)){_NO_BUT}", r"\1"),
         (rf"(?<![\w.]){_INT}, ?{_INT}, ?(?:{_INT}, ?)?\\ldots ?,? ?{_INT}(?![\w.])", _run),
         (r"^\\\{((?:[^,;|:\\]|\\(?![{}]|emptyset|mid)|\([^()]*\))+)\\\}$", r"\1"),  # \{5\}
         (r"^(\w+)(?: (squared)| cubed)$", lambda m: f"{m[1]}^{2 if m[2] else 3}"),
-        (r"^(?:(?:the )?[Pp]oint )?(?:[A-Z](?:_\w)?'? ?=? ?)?(\([^()]*[,;][^()]*\))$", r"\1"),  # P(1,2)
+        (r"^(?:(?:the )?[Pp]oint )?(?:[A-MO-TV-Z](?:_\w)?'? ?=? ?)?(\([^()]*[,;][^()]*\))$", r"\1"),  # P(1,2)
         (r"^(-? ?(?:[0-9./]|\\(?:frac|sqrt) ?(?:\{[^{}]{1,40}\}){1,2}|[a-z])+) ?\(([^()]*,[^()]*)\)$",
          lambda m: "(" + ", ".join(x if x.strip() == "0" else rf"{m[1]}\cdot({x})" for x in m[2].split(",")) + ")"),
         (r"^\\\{(?: ?[a-z] ?\\mid ?[a-z] ?=)?([^|]{1,80}?)(?:\\mid|[|:,])( ?[a-z] ?\\in[^|]{1,80})\\\}$", r"\1, \2"),
-        (r"^[a-zA-Z](?:\(\w\)|_\w)? ?=(?=[^=]* (?:if|for) )", ""), (r"\+ ?(?:c|const(?:ant)?\.?)$", "+C"),
+        (r"^[a-zA-Z](?:\(\w\)|_\w)? ?=(?=[^=]* (?:if|for) )", ""), (r"\+ ?const(?:ant)?\.?$", "+C"),
+        (r"^\[ ?((?:\[[^][]{1,80}\] ?,? ?){2,9})\]$", _rows),  # [[1,2],[3,4]]
         (r"^\\begin ?\{pmatrix\}([^&]*\\\\[^&]*)\\end ?\{pmatrix\}$"  # a column, and a row^T
          r"|^(?:[(\[]|\\begin ?\{pmatrix\})([^][(){}\\]*)(?:[)\]]|\\end ?\{pmatrix\}) ?\^ ?\{?(?:T|\\top)\}?$",
          lambda m: "(" + re.sub(r"&|\\\\", ",", m[1] or m[2]) + ")"),
@@ -86,7 +103,8 @@ NOTATIONS = [
          lambda m: f"{int(m[1]) % 12 + 12 * (m[3] in 'pP')}:{m[2] or '00'} oclock"),  # 3:30 PM is 15:30
         (r"^(1[3-9]|2[0-3]) ?: ?([0-5][0-9])$", r"\1:\2 oclock"),
         (r"^(?i:(?:so|thus|hence|therefore|the|final|correct|[ ,])*(?:answer|ans|答案) ?(?:is\b|:|是)(?: ?:)? ?)", ""),
-        (r"^(-? ?)\(? ?([0-9A-Fa-f]+) ?\)? ?(?:_ ?\{? ?\(?(\w+)\)? ?\}?|\(?(?:in )?base ?-?(\w+)\)?)$",
+        (r"^(-? ?)\(? ?([0-9A-Fa-f]*[0-9][0-9A-Fa-f]*|[A-F]+(?= ?\)? ?_ ?\{? ?1[1-6])) ?\)? ?"
+         r"(?:_ ?\{? ?\(?(\w+)\)? ?\}?|\(?(?:in )?base ?-?(\w+)\)?)$",
          lambda m: f"{m[1]}{m[2].upper()}_{NUMBERS.get(m[3] or m[4], m[3] or m[4])}"),
     ]
 ]  # fmt: skip
@@ -104,14 +122,16 @@ def remarks(gold: str, answer: str, same: Same) -> bool:
     (g, of_gold), (a, of_answer) = remark(gold), remark(answer)
     on = [found[0].rstrip(" )") if found else "" for found in map(ON_NAME.search, (of_gold, of_answer))]
     apart = all(on) and len({bool(re.search(rf"\\in{T}", text)) for text in on}) == 1 and not same(*on)
-    return bool(of_gold or of_answer) and not apart and same(g, a)
+    domains = {domain for domain in map(numbers_of, (of_gold, of_answer)) if domain}
+    return bool(of_gold or of_answer) and not apart and len(domains) < 2 and same(g, a)
 
 
 def components(text: str) -> str:
     r"""(1, -2, 3) for i-2j+3k and \hat{i}-2\hat{j}+3\hat{k}."""
     said = re.sub(r"(?:\\hat ?)?\{\\?([ijk])(?:math ?)?\}|\\hat ([ijk])| ", r"\1\2", text)
     of = {name: sign + (factor or "1") for sign, factor, name in re.findall(r"([-+]?)([^-+]{0,40}?)([ijk])", said)}
-    whole = re.fullmatch(r"(?:(?:^|[-+])[^-+ijk]*[ijk])+", said) and ("j" in of or r"\hat" in text)
+    terms = re.fullmatch(r"(?:(?:^|[-+])[^-+ijk]*[ijk])+", said) and len(re.findall("[ijk]", said)) == len(of)
+    whole = terms and ("j" in of or r"\hat" in text)
     return f"({', '.join(of.get(name, '0') for name in 'ijk'[: 2 + ('k' in of)])})" if whole else text
 
 
@@ -137,6 +157,8 @@ def lists(gold: str, answer: str, same: Same) -> bool:
     kinds = {kind, other}
     if max(len(golds), len(answers)) < 2:
         return False
+    if r"\ldots" in golds + answers:
+        return len(golds) == len(answers) and all(map(same, golds, answers))
     if len(golds) == 1 and other == "or":  # 13/4 or 3.25
         return all(same(gold, item) for item in answers)
     if ordered := kinds & {"()", "[]"}:
@@ -148,7 +170,11 @@ def lists(gold: str, answer: str, same: Same) -> bool:
     if named != other_named or apart:
         return False  # names decide the order; "x>1 or x<3" is not "x>1, x<3"
     if r"\{\}" in kinds or all(enclosed(item)[0] for item in golds + answers):  # a set knows each item once
-        golds, answers = (list({squeeze(item): item for item in each}.values()) for each in (golds, answers))
+        sets = [bool(brackets) or kinds == {""} for brackets in (kind, other)]
+        golds, answers = (
+            list({squeeze(item): item for item in each}.values()) if is_set else each
+            for each, is_set in zip((golds, answers), sets)
+        )
     kept, given = ({re.sub(r"^[-\d./ ]+", "", plain(item)): item for item in each} for each in (golds, answers))
     if len(kept) == len(golds) and kept.keys() == given.keys() and all(re.match("[a-z]{2}", word) for word in kept):
         return all(same(kept[word], given[word]) for word in kept)  # 2 red, 3 blue
@@ -174,7 +200,9 @@ def named(gold: str, answer: str, same: Same) -> bool:
         alike = x == y or graph or (short[0] == short[1] in (x, y)) if left else not _STATED.search(answer)
         return alike and all(map(NAME.fullmatch, names)) and same(asked, last)
     if not left or NAME.fullmatch(left[0]):
-        return bool(left) and same(gold, last)
+        tuples = [items(name)[1] for name in left[:1]]
+        in_order = all(sorted(names) == names for names in tuples)  # (y,x)=(1,2) is not (1,2)
+        return bool(left) and in_order and all(same(gold, x) for x in [*left[1:], last] if not letters(x) or x is last)
     equation = len(left) == 1 and number(last) == 0 and letters(left[0])
     sentence = re.search(r"[a-zA-Z]{2} ", re.sub(r"\\[a-zA-Z]+", "", plain("=".join(left))))
     apart = [side for side in left if letters(side) and not letters(side) & letters(last)]
@@ -192,7 +220,9 @@ def _solved(text: str) -> tuple[str, Any] | None:
     if read is None or isinstance(read, sympy.Expr) or not hasattr(read, "as_set"):
         return None
     relation: Any = read.xreplace({f: sympy.Symbol(str(f), real=True) for f in read.atoms(AppliedUndef)})  # 0<f(x)<1
-    return (str(*relation.free_symbols), relation.as_set()) if len(relation.free_symbols) == 1 else None
+    if len(relation.free_symbols) != 1 or not values.solved(relation):
+        return None  # x^2=4 is the question to which \{2,-2\} is the answer
+    return str(*relation.free_symbols), relation.as_set()
 
 
 @lru_cache(maxsize=10_000)
@@ -240,7 +270,8 @@ _SAID = {  # what is said in words, in the commonest languages of answers
 def in_words(text: str) -> str:
     """A sentence without case, article and stops; yes, no, true, false or none for what says so."""
     text = re.sub(r"[^\W\d_]{2,}|^A\b", lambda word: word[0].lower(), plain(text))
-    text = re.sub(r"(?<=[a-z]{2})[-,](?=[ a-z]{2})|[.!?'\"](?!\w)", " ", text)
+    hyphens = "" if "\\" in text else r"(?<=[a-z]{2})[-,](?=[ a-z]{2})|"
+    text = re.sub(hyphens + r"(?<=[^\W\d_]{3})[.!?'](?!\w)|\"|[.!?]$", " ", text)
     text = re.sub(r"^(?:an?|the) (?:(?:series|sequence|integral) )?", "", text)
     text = re.sub(r" ?([^\w ]) ?", r"\1", " ".join(text.split()))
     return next((word for word, names in _SAID.items() if re.fullmatch(names, text, re.IGNORECASE)), text)
@@ -253,17 +284,25 @@ def words(gold: str, answer: str, same: Same) -> bool:
     return bool(wordy) and said == in_words(answer)
 
 
-def _pieces(text: str) -> list[tuple[Any, Any]]:
-    r"""[(x, [0, oo)), (-x, (-oo, 0))] of "x if x\ge0, -x if x<0": values and where they hold; [(|x|, None)] of |x|."""
+def _pieces(text: str) -> tuple[set[str], list[tuple[Any, Any]]]:
+    r"""({"x"}, [(x, [0, oo)), (-x, (-oo, 0))]) of "x if x\ge0, -x if x<0": the unknown, values, and where they hold;
+    (set(), [(|x|, None)]) of |x|. Any exception for conditions in words or on several unknowns."""
     found: list[tuple[Any, Any]] = []
+    names: set[str] = set()
     for part in split(plain(text), "[,;]"):
         of, *when = (enclosed(side)[1] for side in re.split(r" (?:if|for|when) |(?= (?:otherwise|else)$)", part))
+        where: Any = None
         if when and when[0].strip() in ("otherwise", "else"):
-            where: Any = sympy.Complement(sympy.S.Reals, sympy.Union(*(where for _, where in found)))
-        else:
-            where = (solution_set(when[0]) or "")[1] if when else None  # IndexError for words
+            where = sympy.Complement(sympy.S.Reals, sympy.Union(*(where for _, where in found)))
+        elif when:
+            name, where = solution_set(when[0]) or ("", sympy.S.EmptySet)
+            names.add(name or "?")
         found.append((values.value(of), where))
-    return found
+    if "?" in names or (
+        names and (len(names) > 1 or any(str(x) not in names for of, _ in found for x in of.free_symbols))
+    ):
+        raise ValueError("no unknown, or several")
+    return names, found
 
 
 def pieces(gold: str, answer: str, same: Same) -> bool:
@@ -272,12 +311,17 @@ def pieces(gold: str, answer: str, same: Same) -> bool:
     g, a = (re.split(r"(?: (?:if|for|when)\b)+ ?", text) for text in said)
     if len(g) == len(a) == 2:
         return same(g[0], a[0]) and same(g[1], a[1])
-    ours, theirs = _pieces(gold), _pieces(answer)
+    (name, ours), (other, theirs) = _pieces(gold), _pieces(answer)
     everywhere = len(theirs) == 1 and theirs[0][1] is None
     domains = [sympy.Union(*(where for _, where in found)) for found in (ours, ours if everywhere else theirs)]
-    return domains[0] == domains[1] and all(
-        _same_on(v, w, where if everywhere else sympy.Intersection(where, other))
-        for (v, where), (w, other) in product(ours, theirs)
+    known = name == other or {str(x) for x in theirs[0][0].free_symbols} <= name if everywhere else name == other
+    return (
+        known
+        and domains[0] == domains[1]
+        and all(
+            _same_on(v, w, where if everywhere else sympy.Intersection(where, other))
+            for (v, where), (w, other) in product(ours, theirs)
+        )
     )
 
 
@@ -302,13 +346,16 @@ OPTION = re.compile(
 )
 
 
+_OTHER_OPTION = rf"{HEDGE.pattern}|(?<!不是)(?<!not)(?:^|[ ,$])[A-J](?:[ ,$]|$)"
+
+
 def options(gold: str, answer: str, same: Same) -> bool:
     """(C), "C) 7" and "option C" for C, "B) 12" for 12; several letters in any order: "A, B, D" and BDA for ABD."""
     several = [re.sub(rf"[(), ;]|\\[{{}}]|{AND}", "", plain(text)) for text in (gold, answer)]
-    if re.fullmatch("[A-J]{2,6}", several[0]) and len(set(several[0])) == len(several[0]):
+    if re.fullmatch("[A-J]{2,6}", several[0]) and sorted({*several[0]}) == [*several[0]]:  # BAC is an order
         return sorted(several[0]) == sorted(several[1])
     g, a = OPTION.fullmatch(plain(gold)), OPTION.fullmatch(plain(answer)) or re.fullmatch("([a-j])()()", answer)
-    g, a = (found if found and not HEDGE.search(found[3] or "") else None for found in (g, a))
+    g, a = (found if found and not re.search(_OTHER_OPTION, found[3] or "") else None for found in (g, a))
     if g and a:
         return (g[1] or g[2]).upper() == (a[1] or a[2]).upper()
     return bool((g and g[3] and same(g[3], answer)) or (a and a[3] and same(gold, a[3])))
@@ -316,7 +363,11 @@ def options(gold: str, answer: str, same: Same) -> bool:
 
 _ENDS = re.compile(r"=|\b(?:is|are|est?|ist|equals?)\b|[是为]|(?<=[^\W\d]):(?= )")
 _FIRST_NUMBER = re.compile(r"(?<=[^\W\d_]{2} )(?=[-\d])")
-_BOUNDS = re.compile(r"\b(?:than|least|most|over|under|above|below|between|about|after|before)\b| (?:o|oder|ou|или) ")
+_ANOTHER = re.compile(  # a bound, a neighbour, a part, something made of the answer
+    r"\b(?:than|least|most|over|under|above|below|between|about|after|before|exceed\w*|bound\w*|fewer|greater|less"
+    r"|close|differ\w*|square|cube|double|twice|half|minus|plus|negative|opposite|reciprocal|mod|one of|first)\b"
+    r"| (?:o|oder|ou|или) "
+)
 
 
 def conclusion(gold: str, answer: str, same: Same) -> bool:
@@ -328,8 +379,10 @@ def conclusion(gold: str, answer: str, same: Same) -> bool:
     prose = re.search(r"[^\W\d_A-Z]{3} |[^\x00-\xff]{2}", re.sub(r"\\[a-zA-Z]+", "", said + " "))
     of_a_case = re.match(r"(?i:[-0-9]|(?:when|if|suppose|assume|let|where|for)\b)", said)
     several = re.search(r"[,;]|\b(?:and|or|when|where|which|with|at|if|for)\b", before)
-    unsure = HEDGE.search(said + before) or _BOUNDS.search(text)
-    return bool(prose and not (of_a_case or several or unsure)) and same(gold, last.strip(" ."))
+    unsure = HEDGE.search(said + before) or _ANOTHER.search(text)
+    sum_of = re.search(r"[-+*/^] ?[\d\\][^a-zA-Z]*$", said)  # the answer + 1 = 6
+    stated = prose and not (of_a_case or several or unsure or (sum_of and not re.search(r"\d ?[-+*/^]", said)))
+    return bool(stated) and same(gold, last.strip(" ."))
 
 
 def ratios(gold: str, answer: str, same: Same) -> bool:
@@ -337,7 +390,7 @@ def ratios(gold: str, answer: str, same: Same) -> bool:
     if re.fullmatch("[0-9]{1,2} ?: ?[0-5][0-9]", gold) and not re.search(r"\bto\b", plain(answer)):
         return bool(re.fullmatch(rf"0?{squeeze(gold)} ?(?i:[ap]\.?m\.?|noon)?", squeeze(plain(answer))))
     g, a = (split(plain(text), r":|\bto\b") for text in (gold, answer))
-    if len(g) < 2 or len(g) != len(a):
+    if len(g) < 2 or len(g) != len(a) or 0 in [number(part) for part in a]:
         return False
     return all(same(rf"({x})\cdot({w})", rf"({z})\cdot({y})") for (x, y), (z, w) in zip(pairwise(g), pairwise(a)))
 
@@ -349,13 +402,15 @@ def conventions(gold: str, answer: str, same: Same) -> bool:
     roots = "_" in answer and "_" not in gold and same(gold, re.sub(r"_ ?\{?\d\}?(?= ?=)", "", answer))
     natural = "\\ln" in gold and same(gold, re.sub(r"\\log(?! ?_)", r"\\ln", answer))
     commas = re.fullmatch(r"[0-9]+,[0-9]+", answer) and answer.replace(",", ".") == gold
-    worded = re.fullmatch(r"([0-9.]+ ?%) [a-z ]{3,30}", plain(answer))
+    commas = commas or (re.fullmatch(r"0,[0-9]+", gold) and gold.replace(",", ".") == answer)
+    worded = re.fullmatch(r"([0-9.]+ ?%) (?:of [a-z ]{3,30}|[a-z]{3,12})", plain(answer))
     of_all = worded and "%" in gold and not HEDGE.search(answer) and same(gold, worded[1])
-    in_base = re.sub(r"_\w+$", "", read) == answer.lstrip("0") != read
+    in_base = re.fullmatch(r"-?([0-9A-F]+)_\d+", read) and read.split("_")[0] == answer.lstrip("0")
     return bool(percent or natural or commas or of_all or roots or in_base)
 
 
 _NO_PRODUCT = re.compile(rf":|\\(?:angle|triangle|bar|subset|Rightarrow|ldots){T}")
+_QUESTION = re.compile(rf"\\(?:int|lim|partial){T}|\\frac ?\{{ ?d")  # what the problem asks for is not its answer
 _BINDS = re.compile(rf"\\(?:sum|prod|int|lim|text){T}|\{{ ?d ?\}}")
 
 
@@ -365,6 +420,7 @@ def by_value(gold: str, answer: str, same: Same) -> bool:
     vetoed = (
         any(len(items(text)[1]) > 1 for text in (gold, answer))  # 2,3,3 for 2,2,3: its sets know no order, no number
         or len(split(gold, "=")) != len(split(answer, "="))  # x+y=5 for 5: an equation is not its last side
+        or (_QUESTION.search(answer) and not _QUESTION.search(gold))
         or _NO_PRODUCT.search(both)  # 1:2 for 1/2, \angle ACB for \angle ABC
         or (letters(gold) != letters(answer) and not _BINDS.search(both))  # 2x for 2
     )

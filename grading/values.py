@@ -35,7 +35,9 @@ MISREAD = [  # what the parser takes for something else
          lambda m: m[0] if m[0] != "d" or re.search(r"int|\{ ?d ?\}", m.string) else r"\mu_{d}"),
     ]
 ]  # fmt: skip
-_NOT_MATH = re.compile(r"[0-9] ?[_']|[^\W\d_]{4}|[a-z]{2} [a-z]{2}|\\text")
+_NOT_MATH = re.compile(
+    r"[0-9)}\]] ?'|[0-9] ?_|[^\W\d_]{4}|[a-z]{2} [a-z]{2}|(?<![a-z\\])(?:if|or|and|for)(?![a-z])|\\text"
+)
 DISCRETE = sympy.Sum, sympy.Product, factorial, factorial2, sympy.binomial
 STEPWISE = sympy.floor, sympy.ceiling, sympy.Mod
 
@@ -121,10 +123,22 @@ def same_value(a: Any, b: Any) -> bool:
     return equal >= CONCLUSIVE or simplify(a - b) == 0
 
 
+def solved(relation: Any) -> bool:
+    """Does an unknown stand alone on one side of each equation or inequality in it, but for its sign, a number added
+    and bars? -x>-1 and |x|<2 say what x is, 5x-7=3 is the question."""
+    (x,) = relation.free_symbols
+    pairs = [pair for r in relation.atoms(Relational) for pair in ((r.lhs, r.rhs), (r.rhs, r.lhs))]
+    return 2 * sum(not other.has(x) and (abs(side.diff(x)) == 1 or side == abs(x)) for side, other in pairs) == len(
+        pairs
+    )
+
+
 def same_relation(a: Any, b: Any) -> bool:
     """Is one of two equations or inequalities the other, rearranged and scaled?"""
     if a.free_symbols != b.free_symbols or any(isinstance(side, sympy.Set) for side in (*a.args, *b.args)):
         return False
+    if len(a.free_symbols) == 1 and solved(a) != solved(b):
+        return False  # 5x-7=3 is the question to which x=2 is the answer
     ratio = simplify((a.lhs - a.rhs) / (b.lhs - b.rhs))
     if not ratio.is_number or not ratio.is_finite or ratio.is_zero:
         return False

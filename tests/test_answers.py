@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import gzip
 import inspect
 import json
 import os
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import grade
-from grading import box, forms, policy, values
+from grading import box, families, forms, policy, units, values
 from grading import verdict as grading
 from grading.box import extract_answer
 from grading.verdict import check_golds, grade_all, group_answers
@@ -58,6 +59,14 @@ def test_policy():
     ]
     verdicts = grade_all([(answer, gold) for answer, gold, _ in rows])
     assert len(rows) > 1400 and not [row for row, verdict in zip(rows, verdicts) if (verdict == "right") is not row[2]]
+
+
+def test_rows_of_authors_who_had_not_seen_the_grader():
+    with gzip.open(ROOT / "tests" / "answers_blind.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    verdicts = grade_all([(extract_answer(row["output"]), row["gold"]) for row in rows])
+    wrong = [row for row, verdict in zip(rows, verdicts) if (verdict == "right") is not row["expected"]]
+    assert len(wrong) < 0.005 * len(rows) and not [row for row in wrong if not row["expected"]], wrong
 
 
 def test_each_rule_has_its_line_in_the_manual():
@@ -257,7 +266,7 @@ def test_hostile_answers_are_wrong_soon(answer):
 
 
 PIECES = r"7|1, |x |\text{a}|\ldots|sqrt |or |\pm |[1,|0.1|\mid |<|{|for all |\frac|\begin{cases}|a|,|=|(|\text{|is |and |^|_{a}|-"  # noqa: E501
-MODULES = (box, forms, policy, values)
+MODULES = (box, families, forms, policy, units, values)
 
 
 @cache
