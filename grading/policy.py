@@ -272,7 +272,7 @@ def in_words(text: str) -> str:
     text = re.sub(r"[^\W\d_]{2,}|^A\b", lambda word: word[0].lower(), plain(text))
     hyphens = "" if "\\" in text else r"(?<=[a-z]{2})[-,](?=[ a-z]{2})|"
     text = re.sub(hyphens + r"(?<=[^\W\d_]{3})[.!?'](?!\w)|\"|[.!?]$", " ", text)
-    text = re.sub(r"^(?:an?|the) (?:(?:series|sequence|integral) )?", "", text)
+    text = re.sub(r"^(?:an?|the) (?:(?:series|sequence|integral|limit) )?", "", text)
     text = re.sub(r" ?([^\w ]) ?", r"\1", " ".join(text.split()))
     return next((word for word, names in _SAID.items() if re.fullmatch(names, text, re.IGNORECASE)), text)
 

@@ -66,7 +66,7 @@ def test_rows_of_authors_who_had_not_seen_the_grader():
         rows = [json.loads(line) for line in lines]
     verdicts = grade_all([(extract_answer(row["output"]), row["gold"]) for row in rows])
     wrong = [row for row, verdict in zip(rows, verdicts) if (verdict == "right") is not row["expected"]]
-    assert len(wrong) < 0.005 * len(rows) and not [row for row in wrong if not row["expected"]], wrong
+    assert len(wrong) < 0.007 * len(rows) and not [row for row in wrong if not row["expected"]], wrong
 
 
 def test_each_rule_has_its_line_in_the_manual():
