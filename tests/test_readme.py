@@ -133,7 +133,7 @@ def test_functions_files_and_figures_that_are_named_exist():
         for file in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (ROOT / page).parent.joinpath(file).exists(), f"{page}: {file}"
     folders = "tests|configs|experiments|docs|engine|run|grading"
-    for file in re.findall(rf"`((?:{folders})/[\w-]+\.(?:py|yaml|png|md|json))", TEXT):
+    for file in re.findall(rf"`((?:{folders})/[\w-]+\.(?:py|yaml|png|md|jsonl\.gz|json))", TEXT):
         assert (ROOT / file).exists(), file
 
 
