@@ -76,11 +76,11 @@ def parameters(gold: str, answer: str, same: Same) -> bool:
     ours, theirs = symbols(remark(gold)[0]), symbols(sides(remark(answer)[0])[-1])
     bound, declared = ({x for match in _DECLARED.findall(plain(text)) for x in match if x} for text in (gold, answer))
     if not bound and declared:
-        bound = {
-            x for x in ours if x not in theirs and re.match("[cCkK]" if enclosed(gold)[0] != "()" else "[cks-u]", x)
-        }
+        usual = "[cks-u]" if enclosed(gold)[0] == "()" else "[cCkK]"
+        bound = {x for x in ours if x not in theirs and re.match(usual, x)}
     elif not bound and all(_USUAL.match(x) for x in theirs if x not in ours):
-        bound = set(_CONSTANT.findall(gold)) if _VARIABLES >= {*ours} - {*_CONSTANT.findall(gold)} != set() else set()
+        constants = {*_CONSTANT.findall(gold)}
+        bound = constants if set() < {*ours} - constants <= _VARIABLES else bound
     old, new = [x for x in ours if x in bound], [x for x in theirs if x not in ours or x in bound]
     arguments = [bool((found := _DECLARED.match(text)) and found[1]) for text in (gold, answer)]
     if not 0 < len(old) == len(new) < 4 or (arguments == [True, False] and len(sides(answer)) > 1):
@@ -93,12 +93,8 @@ def antiderivatives(gold: str, answer: str, same: Same) -> bool:
     r"""-\frac12\cos^2x+C for \frac12\sin^2x+C: they differ by a constant."""
     (*names, g), (*others, a) = sides(gold), sides(answer)
     heads = [re.fullmatch(r"(.*[^ ]) ?\+ ?[cC](?:_ ?\{?\d\}?)?", text) for text in (g, a)]
-    if (
-        not all(heads)
-        or r"\int" in a
-        or not all(map(NAME.fullmatch, names + others))
-        or (names and others and names != others)
-    ):
+    fits = all(heads) and all(map(NAME.fullmatch, names + others)) and (names == others or not (names and others))
+    if not fits or r"\int" in a:
         return False
     f, h = (value(head[1]).doit() for head in heads if head)
     (x,) = f.free_symbols | h.free_symbols  # of one variable: the c of ax+c is given

@@ -246,13 +246,9 @@ def solution_set(text: str) -> tuple[str, Any] | None:
 def sets(gold: str, answer: str, same: Same) -> bool:
     r"""1<x<3 and "x>1 and x<3" for (1,3), x\ne2 for \mathbb{R}\setminus\{2\}; another unknown is wrong."""
     a, b = solution_set(gold), solution_set(answer)
-    return bool(
-        a
-        and b
-        and r"\ldots" not in gold + answer
-        and (not a[0] or not b[0] or a[0] == b[0])
-        and values.same(a[1], b[1])
-    )
+    if not a or not b or r"\ldots" in gold + answer:
+        return False
+    return (a[0] == b[0] or not (a[0] and b[0])) and values.same(a[1], b[1])
 
 
 _SAID = {  # what is said in words, in the commonest languages of answers
@@ -298,9 +294,8 @@ def _pieces(text: str) -> tuple[set[str], list[tuple[Any, Any]]]:
             name, where = solution_set(when[0]) or ("", sympy.S.EmptySet)
             names.add(name or "?")
         found.append((values.value(of), where))
-    if "?" in names or (
-        names and (len(names) > 1 or any(str(x) not in names for of, _ in found for x in of.free_symbols))
-    ):
+    unknowns = names | {str(x) for of, _ in found for x in of.free_symbols if names}
+    if "?" in names or len(unknowns) > 1:
         raise ValueError("no unknown, or several")
     return names, found
 
@@ -314,13 +309,13 @@ def pieces(gold: str, answer: str, same: Same) -> bool:
     (name, ours), (other, theirs) = _pieces(gold), _pieces(answer)
     everywhere = len(theirs) == 1 and theirs[0][1] is None
     domains = [sympy.Union(*(where for _, where in found)) for found in (ours, ours if everywhere else theirs)]
-    known = name == other or {str(x) for x in theirs[0][0].free_symbols} <= name if everywhere else name == other
+    other = {str(x) for x in theirs[0][0].free_symbols} or name if everywhere else other
     return (
-        known
+        name == other
         and domains[0] == domains[1]
         and all(
-            _same_on(v, w, where if everywhere else sympy.Intersection(where, other))
-            for (v, where), (w, other) in product(ours, theirs)
+            _same_on(v, w, where if everywhere else sympy.Intersection(where, there))
+            for (v, where), (w, there) in product(ours, theirs)
         )
     )
 
