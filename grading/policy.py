@@ -337,7 +337,7 @@ def _same_on(v: Any, w: Any, where: Any) -> bool:
 
 OPTION = re.compile(
     r"(?:(?i:the )?(?i:correct |final )?(?i:option|choice|answer|ans)(?i: is)?:? ?|故?选项?:?|答案[是:]? ?)?"
-    r"(?:\( ?([A-Ja-j]) ?\)|([A-J])(?=[).:] |[).:]?$))[).:]* ?((?![,;]|and\b|or\b)[-\w\\($].*)?"
+    r"(?:\( ?([A-Ja-j]) ?\)|([A-J])(?=[).:] |[).:]?$))[).:]* ?((?![,;]|and\b|or\b)(?:(?<= )-|[\w\\($]).*)?"
 )
 
 

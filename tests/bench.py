@@ -2,7 +2,6 @@
 
 engine    tokens a second of transformers' `generate` (one padded batch), our transformers engine and vLLM, where it is
           there, on the same prompts
-prefixes  forced answers at every boundary of every trace: prefixes shared, against the authors' call a trace
 progress  estimators of J against 256 sampled answers on the same prefixes: error, cost
 update    log-probs and loss of an update at a vocabulary of 152k, forward and backward: time and peak memory of ours
           (chunks of logits, computed again in the backward pass), of all logits at once, and of TRL's way. The head's
@@ -34,12 +33,12 @@ from math_verify import parse, verify
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Forcing, Segmentation, forced_prompt, grade, read_trace, read_traces, set_likelihood_J, set_sampled_J
+from common import Forcing, Segmentation, grade, read_traces, set_likelihood_J, set_sampled_J
 from engine import models
 from engine.logprobs import token_logprobs
 from engine.models import ROOT, resolve_model
 from engine.sampler import Sampler
-from engine.tokens import Completion, encode, prompt_ids, stop_token_ids, text_and_offsets
+from engine.tokens import encode, prompt_ids, stop_token_ids
 from engine.transformers_engine import TransformersEngine
 from engine.vllm_engine import VllmEngine, vllm_or_why_not
 from run import data, report
@@ -94,27 +93,6 @@ def bench_engine(args) -> None:
     rows = [(name, [f"{speed:,.0f}" for speed in row]) for name, row in speeds.items()]
     for name, row in [("tokens/s, prompts at once:", sizes), *rows, ("ours / generate", [f"{r:.1f}" for r in ratios])]:
         print(f"{name:32s}" + "".join(f"{cell!s:>8s}" for cell in row))
-
-
-def bench_prefixes(args) -> None:
-    tokenizer, model, sampler = embedded()
-    traces = []
-    for i, problem in enumerate(data.load_problems("tiny", "train", 64)):
-        lines = [f"try x = {(7 * i + n) % 30}: {n}² ≡ 3, + 17 ≡ 20 vs 5: no.\n\n" for n in range(60 + i % 10)]
-        text = "".join(("Wait, " if n % 3 == 0 else "") + line for n, line in enumerate(lines))
-        ids = encode(tokenizer, text)
-        completion = Completion(ids, [], "length", *text_and_offsets(tokenizer, ids))
-        prompt = prompt_ids(tokenizer, problem["problem"])
-        traces.append(read_trace(tokenizer, problem, prompt, completion))
-    asked = [[forced_prompt(tokenizer, t, b) for b in t.boundaries] for t in traces]
-    requested = sum(len(prompt) for row in asked for prompt in row)
-    print(f"{len(traces)} traces, {sum(map(len, asked))} boundaries, {requested:,} prompt tokens, 4 answers each")
-    _, shared = clocked(set_sampled_J, sampler, traces, Forcing(4, 8), (0,))
-    computed = sampler.computed_tokens - sampler.sampled_tokens
-    print(f"shared prefixes, one call       {computed:10,} prompt tokens computed {shared:8.1f} s")
-    _, loop = clocked(lambda: [plain_generate(model, tokenizer, row, 8, n=4) for row in asked])
-    computed = f"{4 * requested:10,} prompt tokens computed"
-    print(f"a call a trace, nothing shared  {computed} {loop:8.1f} s: {loop / shared:.1f} times")
 
 
 def bench_progress(args) -> None:
@@ -320,7 +298,6 @@ def bench_grading(args) -> None:
 BENCHES = {
     "grading": bench_grading,
     "engine": bench_engine,
-    "prefixes": bench_prefixes,
     "progress": bench_progress,
     "update": bench_update,
     "trl": bench_trl,
