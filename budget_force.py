@@ -94,8 +94,8 @@ def flags(argv=None) -> argparse.Namespace:
     flag("strings", STRINGS, STRINGS, "the authors' script", help="continue strings, in turn")
     flag("extension-tokens", 32, 2048, "the authors' script", type=positive_int, help="limit of one extension")
     style = "paper: a new line and a string, a limit for each extension, an unfinished last paragraph is dropped; "
-    style += "s1: 'Wait' at the very end, all within --max-tokens; window: linearised search, the one for backtracking"
-    flag("style", choices=("paper", "s1", "window"), help=style)
+    style += "window: linearised search, the one for backtracking"
+    flag("style", choices=("paper", "window"), help=style)
     flag("window", 3, 3, "ours", type=positive_int, help="attempts that the context of a linearised search holds")
     flag("regret-axis", "answer", "answer", "the authors: prompt", choices=tuple(AXES))
     flag("compare", type=Path, nargs="+", metavar="RUN", help="earlier runs; the first is the base")
@@ -110,7 +110,7 @@ def flags(argv=None) -> argparse.Namespace:
         fail("--style window and --parameterization backtracking go together")
     runs = "compare-" + "-".join(map(short_name, map(str, args.compare or [])))
     args.out = args.out or default_out(args, f"budget-{runs if args.compare else short_name(args.model)}", "compare")
-    args.strings = ["Wait"] if args.style == "s1" else args.strings.split(",")
+    args.strings = args.strings.split(",")
     if not all(args.strings):
         fail("--strings: one of them is empty")
     return args
@@ -185,8 +185,7 @@ def force(args, problems: list[dict], thoughts: list[list[dict]] | None) -> None
     """One model: writes a record a trace, as each batch of problems is done; those recorded are not made again."""
     tokenizer = tokenizer_of(args)
     strings = max(len(encode(tokenizer, "\n" + string)) for string in args.strings)
-    more = args.extensions * (args.extension_tokens + strings) if args.style == "paper" else 0
-    more = args.extension_tokens if args.style == "window" else more
+    more = args.extension_tokens if args.style == "window" else args.extensions * (args.extension_tokens + strings)
     prompts, longest = checked_prompts(args, tokenizer, problems, more)
     given = thoughts and [
         [trace_of(record, tokenizer, problem, prompt) for record in row]
@@ -256,11 +255,10 @@ def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, d
     tokenizer = sampler.tokenizer
     thoughts = [trace.completion.token_ids[: trace.boundaries[-1]] for trace in traces]
     generated = [len(thought) for thought in thoughts]
-    if args.style == "paper":
-        thoughts = [
-            thought if trace.finished else drop_unfinished(tokenizer, thought, keep=len(thought))
-            for trace, thought in zip(traces, thoughts)
-        ]
+    thoughts = [
+        thought if trace.finished else drop_unfinished(tokenizer, thought, keep=len(thought))
+        for trace, thought in zip(traces, thoughts)
+    ]
     points: list[dict[int, dict]] = [{} for _ in traces]
     for w in range(args.extensions + 1):
         if w in extensions(vars(args)):
@@ -276,29 +274,27 @@ def extrapolate(args, sampler: Sampler, traces: list[Trace]) -> list[dict[int, d
 
 
 def extend(args, sampler: Sampler, traces: list[Trace], thoughts: list[list[int]], w: int):
-    """Every thought with continue string number w and what the model thinks then; and how many tokens it sampled. In
-    the paper's style each extension has a limit of its own and loses an unfinished last paragraph; in s1's the thought
-    has one limit, which "Wait" does not renew."""
-    tokenizer, paper = sampler.tokenizer, args.style == "paper"
-    string = encode(tokenizer, ("\n" if paper else "") + args.strings[w % len(args.strings)])
+    """Every thought with continue string number w and what the model thinks then, without an unfinished last paragraph;
+    and how many tokens it sampled."""
+    tokenizer = sampler.tokenizer
+    string = encode(tokenizer, "\n" + args.strings[w % len(args.strings)])
     openings = [encode(tokenizer, opening_after(tokenizer, trace.prompt)) for trace in traces]  # of a thought yet empty
     starts = [(thought or opening) + string for thought, opening in zip(thoughts, openings)]
-    limits = [args.extension_tokens if paper else args.max_tokens - len(start) for start in starts]
-    going = [t for t, limit in enumerate(limits) if limit > 0]
     rows = sampler.generate(
-        [traces[t].prompt + starts[t] for t in going],
-        [limits[t] for t in going],
-        [(*seed_of(args, traces[t]), 2, w) for t in going],
+        [trace.prompt + start for trace, start in zip(traces, starts)],
+        args.extension_tokens,
+        [(*seed_of(args, trace), 2, w) for trace in traces],
         temperature=args.temperature,
         top_p=args.top_p,
         stop=stop_ids_of_thought(tokenizer),
     )
-    extended, new = list(thoughts), [0] * len(thoughts)
-    for t, (completion,) in zip(going, rows):
-        new[t], end = len(completion.token_ids), thought_tokens(tokenizer, completion)
-        extended[t] = starts[t] + completion.token_ids[:end]
-        if end == new[t] and paper:
-            extended[t] = drop_unfinished(tokenizer, extended[t], keep=len(thoughts[t]), first=len(starts[t]))
+    extended, new = [], [len(completion.token_ids) for (completion,) in rows]
+    for thought, start, (completion,) in zip(thoughts, starts, rows):
+        end = thought_tokens(tokenizer, completion)
+        longer = start + completion.token_ids[:end]
+        if end == len(completion.token_ids):
+            longer = drop_unfinished(tokenizer, longer, keep=len(thought), first=len(start))
+        extended.append(longer)
     return extended, new
 
 
@@ -493,10 +489,8 @@ def told(settings: dict, axis: str) -> str:
         return f"A search: a trace of at most {settings['max_tokens']} tokens, {then}.\n\n"
     counted = "prompt and thought" if axis == "prompt" else "the thought"
     text = f"A budget counts {counted}; regret@{settings['max_tokens']} and less is inside the "
-    limit = (
-        f"at most {settings['extension_tokens']} tokens each" if settings["style"] == "paper" else "within the former"
-    )
-    return text + f"training budget, more is beyond. Extensions in the style of {settings['style']}, {limit}.\n\n"
+    limit = f"at most {settings['extension_tokens']} tokens each"
+    return text + f"training budget, more is beyond. Extensions in the style of the paper, {limit}.\n\n"
 
 
 # ---------------------------------------------------------------------------------------------- pictures

@@ -71,9 +71,8 @@ def test_only_what_follows_the_thought_is_graded(watched, tokenizer, problems, p
 # ---------------------------------------------------------------------------------------------- extrapolate
 
 
-@pytest.mark.parametrize("style", ["paper", "s1"])
-def test_extensions_continue_the_very_tokens_and_no_budget_restarts(watched, tokenizer, traces, style):
-    args = options("--style", style, "--extensions", "6", "--extension-tokens", "20")
+def test_extensions_continue_the_very_tokens(watched, tokenizer, traces):
+    args = options("--extensions", "6", "--extension-tokens", "20")
     before = watched.sampled_tokens
     results = budget_force.extrapolate(args, watched, traces)
     marker = encode(tokenizer, "</think>")[0]
@@ -94,13 +93,10 @@ def test_extensions_continue_the_very_tokens_and_no_budget_restarts(watched, tok
         assert all(after[: len(thought)] == thought for thought, after in itertools.pairwise(thoughts))
         sampled = trace.completion.token_ids[: trace.boundaries[-1]]
         assert thoughts[0] == sampled[: len(thoughts[0])]
-        assert thoughts[0] == sampled or (style == "paper" and not trace.finished)
-        if style == "s1":
-            assert all(len(thought) <= args.max_tokens for thought in thoughts)
-        else:
-            string = max(len(encode(tokenizer, "\n" + s)) for s in args.strings)
-            growth = np.diff([len(thought) for thought in thoughts])
-            assert all(0 <= g <= 2 * (args.extension_tokens + string) for g in growth)
+        assert thoughts[0] == sampled or not trace.finished
+        string = max(len(encode(tokenizer, "\n" + s)) for s in args.strings)
+        growth = np.diff([len(thought) for thought in thoughts])
+        assert all(0 <= g <= 2 * (args.extension_tokens + string) for g in growth)
     generated = sum(of[6]["generated"] - t.boundaries[-1] for of, t in zip(results, traces))
     answers = sum(2 * of[w]["answer_tokens"] for of in results for w in of)
     assert watched.sampled_tokens - before == generated + answers
@@ -147,7 +143,7 @@ def test_the_curve_joins_cuts_or_episodes_and_extensions():
 def test_regret_budgets_go_on_where_extensions_may_reach():
     args = options("--budgets", "60,120", "--extensions", "4", "--extension-tokens", "30")
     assert budget_force.regret_budgets(vars(args)) == [60, 120, 180, 240]
-    assert budget_force.regret_budgets({**vars(args), "style": "s1"}) == [60, 120]
+    assert budget_force.regret_budgets({**vars(args), "style": "window"}) == [60, 120]
 
 
 # ---------------------------------------------------------------------------------------------- refusals
