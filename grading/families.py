@@ -81,9 +81,10 @@ def parameters(gold: str, answer: str, same: Same) -> bool:
     elif not bound and all(_USUAL.match(x) for x in theirs if x not in ours):
         constants = {*_CONSTANT.findall(gold)}
         bound = constants if set() < {*ours} - constants <= _VARIABLES else bound
+    argument, other = ((found := _DECLARED.match(text)) and found[1] for text in (gold, answer))
+    bound = bound if other else bound - {argument}  # f(t)=3t is f(x)=3x, 3t is not
     old, new = [x for x in ours if x in bound], [x for x in theirs if x not in ours or x in bound]
-    arguments = [bool((found := _DECLARED.match(text)) and found[1]) for text in (gold, answer)]
-    if not 0 < len(old) == len(new) < 4 or (arguments == [True, False] and len(sides(answer)) > 1):
+    if not 0 < len(old) == len(new) < 4:
         return False
     ways = [dict(zip(old, order)) for order in permutations(new)]
     return any(same(_SYMBOL.sub(lambda m, way=way: way.get(m[1], m[0]), gold), answer) for way in ways)

@@ -170,5 +170,9 @@ def remark(text: str) -> tuple[str, str]:
     if not found or HEDGE.search(found[0]) or any(re.match("-?[0-9]", part) for part in split(found[0], "[,;]")[1:]):
         return text, ""
     head = said[: found.start()].rstrip(" ,;.(")
-    whole = not hopeless(head) and not _OPEN.search(re.sub(r"\\(?![lgn]e|in)[a-zA-Z]+", "", head))
+    whole = (
+        not hopeless(head)
+        and not head.endswith((r"\exists", r"\forall"))
+        and not _OPEN.search(re.sub(r"\\(?![lgn]e|in)[a-zA-Z]+", "", head))
+    )
     return (head, found[0]) if whole else (text, "")

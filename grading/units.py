@@ -104,8 +104,8 @@ def quantity(given: str) -> tuple[str, dict[str, int], Any] | None:
     if not start or not _UNIT.fullmatch(tail := text[start.start() :]) or _SCALE.search(tail):
         return None
     head, tail = text[: start.start()].strip(), re.sub(r"\\(?:cdot|times|mu|circ)", " ", tail)
-    if re.search(r"(?<![\\a-zA-Z])[^\W\d_]{3}", head):
-        return None  # parallel lines; 2 red, 3 blue
+    if re.search(r"(?<![\\a-zA-Z])[^\W\d_]{3}|^[^\W\d_]{2}$", head):
+        return None  # parallel lines; 2 red, 3 blue; no solutions
     words = re.findall(r"(/|\bper\b)|([^\W\d_]+|¢)(?: ?\^ ?\{? ?(-?[0-9]))?", tail)
     if max((len(word) for _, word, _ in words), default=0) < 2 and tail.isascii():
         several = len(words) > 1 and r"\text" not in given and not re.match(" ?[mN] ?/ ?(?:s|kg)", tail)
