@@ -144,6 +144,7 @@ class TransformersEngine:
         mask = torch.arange(width + room, device=device) >= (width - position)[:, None]
         layers = [GrowingLayer(layer, source, columns, room) for layer in cache.layers]
         cache.layers = layers
+        kept = kept_in(self.model, cache)
         with autocast(self.dtype):
             logits = head(self.model, output.last_hidden_state[source, columns[:, -1]], type(output))
         uniform = self._uniform([(*seeds[p], s) for _, p, _, s in rows], room)
@@ -176,8 +177,7 @@ class TransformersEngine:
                 running = running[running]
             with autocast(self.dtype), own_masks(self.model, without_padding):
                 place = position[:, None] + step
-                output = self.model(token[:, None], position_ids=place, use_cache=True, **kept_in(self.model, cache))
-                logits = output.logits[:, -1]
+                logits = self.model(token[:, None], position_ids=place, use_cache=True, **kept).logits[:, -1]
         rows_out = zip(rows, tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist())
         for (_, p, _, _), ids, logps, length, ended in rows_out:
             yield p, finite(Completion(ids[:length], logps[:length], "stop" if ended else "length"))

@@ -55,12 +55,13 @@ _GLYPHS = r"""
 ⁄ /  ∕ /  ∶ :  ′ '  ’ '  ″ ''  € EUR~  £ GBP~  ¥ CNY~  ￥ CNY~  ₹ INR~  ₩ KRW~  µ \mu~
 """
 _AS_LATEX = str.maketrans(dict(re.findall(r"(\S) (\S+)", _GLYPHS)))  # "~" is a space
+_FONTS = "boldsymbol bm pmb underline mathbf mathit mathsf mathtt mathnormal mathcal emph"
 _MACROS = {  # one macro or sign for each meaning
     name: new
     for new, names in {
         "": "left right middle displaystyle textstyle limits nolimits strut mathstrut blacksquare pounds yen"
         " euro tiny scriptsize small normalsize large Large LARGE huge Huge rm bf it bfseries therefore checkmark"
-        " boldsymbol bm pmb underline mathbf mathit mathsf mathtt mathnormal mathcal emph ensuremath",
+        f" ensuremath {_FONTS}",
         r"\le ": "leq leqslant", r"\ge ": "geq geqslant", r"\ne ": "neq", "<": "lt", ">": "gt",
         r"\{": "lbrace", r"\}": "rbrace", "|": "vert lvert rvert", " or ": "lor vee", " and ": "land wedge",
         ":": "colon", "(": "langle", ")": "rangle", r"\setminus ": "smallsetminus backslash",
@@ -105,7 +106,7 @@ _TABLE = [
     for pattern, new in [  # one spelling for each thing; order matters
         # typesetting without meaning, what people type, one macro for each meaning
         (rf"\\(?:left|right) ?\.|\\[bB]igg?[lrm]?{T}|(?<=\\\\) ?\[[0-9.]*(?:pt|em|ex|[cm]m)\]", ""),
-        (r"(?<![\^_]) ?\\(?:math(?:bf|it|sf|tt|cal|normal)|boldsymbol|bm|pmb|underline|emph) ?\{([^{}]*)\}", r" \1"),
+        (rf"(?<![\^_]) ?\\(?:{_FONTS.replace(' ', '|')}) ?\{{([^{{}}]*)\}}", r" \1"),
         (r"(?<![0-9])([0-9]{1,4}) ?\^ ?\{? ?\\circ ?\}? ?([0-9]+) ?(?:'|\^ ?\{? ?\\prime ?\}?)",  # 22°30'
          lambda m: rf"\frac{{{60 * int(m[1]) + int(m[2])}}}{{60}}^\circ"),
         (r"<(su[pb])>([^<>]{1,80})</\1>", lambda m: f"{'^' if m[1] == 'sup' else '_'}{{{m[2]}}}"),

@@ -111,14 +111,18 @@ def hopeless(text: str) -> bool:
     return not balanced or bool(_BROKEN.search(re.sub(TEXT, r"\\text{}", text))) or not re.search(r"\w|\\", text)
 
 
+def upper_and_lower(text: str) -> list[str]:
+    r"""(+1, -2) and (-1, +2) for (\pm1, \mp2): all the upper signs, or all the lower ones."""
+    return [_SIGNS.sub(lambda m, signs=signs: signs[m[0][1] == "m"], text) for signs in ("+-", "-+")]
+
+
 @lru_cache(maxsize=20_000)
 def items(text: str) -> tuple[str, list[str]]:
     r"""Brackets, items: ("()", ["1", "2"]) of (1,2), "1 by 2", ("", ...) of "1, 2", ("or", ...) of "1 or 2", 1\pm2."""
     brackets, inside = enclosed(text)
-    if brackets in ("()", r"\{\}", "[]") and (brackets != "()" or len(_SIGNS.findall(text)) != 1):
-        signs = _SIGNS.findall(text)
-        if brackets == "()" and len(signs) > 1:  # all the upper signs, or all the lower ones
-            return "or", [re.sub(rf"\\([pm])[pm]{T}", lambda m, n=n: "+-"[(m[1] == "m") ^ n], text) for n in (0, 1)]
+    if brackets == "()" and _SIGNS.search(text):
+        return "or", upper_and_lower(text)
+    if brackets in ("()", r"\{\}", "[]"):
         parts = split(inside, "[,;]")
         flat = [item for part in parts for item in (items(part)[1] if _SIGNS.search(part) else [part])]
         brackets = "()" if brackets == "[]" and len(flat) > 2 else brackets
@@ -129,7 +133,7 @@ def items(text: str) -> tuple[str, list[str]]:
             each = [[part] if (systems and "=" in part) or enclosed(part)[0] else items(part)[1] for part in parts]
             return "or" if separator == OR else "", [item for part in each for item in part]
     if len(_SIGNS.findall(text)) == 1:
-        return "or", [_SIGNS.sub(sign, text).removeprefix("+").strip() for sign in "+-"]
+        return "or", [way.removeprefix("+").strip() for way in upper_and_lower(text)]
     factors = split(text, r"\bby\b")  # 5 cm by 3 cm
     return ("()", factors) if len(factors) > 1 else ("", [text])
 
@@ -161,7 +165,7 @@ def numbers_of(said: str) -> str:
     if found:
         return "N" if found[2] and found[1] == "Z" else found[1] + (found[2] or "")
     words = re.search(r"(natural|(?:positive|negative) integer)|(integer)|(real)", said)
-    return "NZR"[[bool(word) for word in words.groups()].index(True)] if words else ""
+    return "NZR"[words.lastindex - 1] if words and words.lastindex else ""
 
 
 def remark(text: str) -> tuple[str, str]:

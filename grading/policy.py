@@ -170,10 +170,9 @@ def lists(gold: str, answer: str, same: Same) -> bool:
     if named != other_named or apart:
         return False  # names decide the order; "x>1 or x<3" is not "x>1, x<3"
     if r"\{\}" in kinds or all(enclosed(item)[0] for item in golds + answers):  # a set knows each item once
-        sets = [bool(brackets) or kinds == {""} for brackets in (kind, other)]
         golds, answers = (
-            list({squeeze(item): item for item in each}.values()) if is_set else each
-            for each, is_set in zip((golds, answers), sets)
+            list({squeeze(item): item for item in each}.values()) if brackets or kinds == {""} else each
+            for brackets, each in ((kind, golds), (other, answers))
         )
     kept, given = ({re.sub(r"^[-\d./ ]+", "", plain(item)): item for item in each} for each in (golds, answers))
     if len(kept) == len(golds) and kept.keys() == given.keys() and all(re.match("[a-z]{2}", word) for word in kept):
@@ -199,10 +198,12 @@ def named(gold: str, answer: str, same: Same) -> bool:
         short = [re.sub(r"^(\w'*)\(\w\)$", r"\1", name) for name in (x, y)]  # y of y(x)
         alike = x == y or graph or (short[0] == short[1] in (x, y)) if left else not _STATED.search(answer)
         return alike and all(map(NAME.fullmatch, names)) and same(asked, last)
-    if not left or NAME.fullmatch(left[0]):
-        tuples = [items(name)[1] for name in left[:1]]
-        in_order = all(sorted(names) == names for names in tuples)  # (y,x)=(1,2) is not (1,2)
-        return bool(left) and in_order and all(same(gold, x) for x in [*left[1:], last] if not letters(x) or x is last)
+    if not left:
+        return False
+    if NAME.fullmatch(left[0]):
+        names = items(left[0])[1]
+        in_order = sorted(names) == names  # (y,x)=(1,2) is not (1,2)
+        return in_order and all(same(gold, x) for x in [*(x for x in left[1:] if not letters(x)), last])
     equation = len(left) == 1 and number(last) == 0 and letters(left[0])
     sentence = re.search(r"[a-zA-Z]{2} ", re.sub(r"\\[a-zA-Z]+", "", plain("=".join(left))))
     apart = [side for side in left if letters(side) and not letters(side) & letters(last)]
@@ -339,9 +340,7 @@ OPTION = re.compile(
     r"(?:(?i:the )?(?i:correct |final )?(?i:option|choice|answer|ans)(?i: is)?:? ?|故?选项?:?|答案[是:]? ?)?"
     r"(?:\( ?([A-Ja-j]) ?\)|([A-J])(?=[).:] |[).:]?$))[).:]* ?((?![,;]|and\b|or\b)(?:(?<= )-|[\w\\($]).*)?"
 )
-
-
-_OTHER_OPTION = rf"{HEDGE.pattern}|(?<!不是)(?<!not)(?:^|[ ,$])[A-J](?:[ ,$]|$)"
+_OTHER_OPTION = re.compile(rf"{HEDGE.pattern}|(?<!不是)(?<!not)(?:^|[ ,$])[A-J](?:[ ,$]|$)")
 
 
 def options(gold: str, answer: str, same: Same) -> bool:
@@ -350,7 +349,7 @@ def options(gold: str, answer: str, same: Same) -> bool:
     if re.fullmatch("[A-J]{2,6}", several[0]) and sorted({*several[0]}) == [*several[0]]:  # BAC is an order
         return sorted(several[0]) == sorted(several[1])
     g, a = OPTION.fullmatch(plain(gold)), OPTION.fullmatch(plain(answer)) or re.fullmatch("([a-j])()()", answer)
-    g, a = (found if found and not re.search(_OTHER_OPTION, found[3] or "") else None for found in (g, a))
+    g, a = (found if found and not _OTHER_OPTION.search(found[3] or "") else None for found in (g, a))
     if g and a:
         return (g[1] or g[2]).upper() == (a[1] or a[2]).upper()
     return bool((g and g[3] and same(g[3], answer)) or (a and a[3] and same(gold, a[3])))

@@ -80,10 +80,8 @@ def same_number(x: Any, y: Any) -> bool | None:
     if digits > MAX_DIGITS:
         return None
     difference = (x - y).evalf(2, maxn=digits)  # sympy goes on until two digits are certain, or gives up: precision 1
-    tiny = sympy.Float(10) ** -digits
-    return all(part._prec == 1 or abs(part) < tiny for part in difference.atoms(sympy.Float)) and not difference.has(
-        nan, oo, zoo
-    )
+    tiny, parts = sympy.Float(10) ** -digits, difference.atoms(sympy.Float)
+    return all(part._prec == 1 or abs(part) < tiny for part in parts) and not difference.has(nan, oo, zoo)
 
 
 def _points(a: Any, b: Any):
@@ -127,10 +125,11 @@ def solved(relation: Any) -> bool:
     """Does an unknown stand alone on one side of each equation or inequality in it, but for its sign, a number added
     and bars? -x>-1 and |x|<2 say what x is, 5x-7=3 is the question."""
     (x,) = relation.free_symbols
-    pairs = [pair for r in relation.atoms(Relational) for pair in ((r.lhs, r.rhs), (r.rhs, r.lhs))]
-    return 2 * sum(not other.has(x) and (abs(side.diff(x)) == 1 or side == abs(x)) for side, other in pairs) == len(
-        pairs
-    )
+
+    def alone(side: Any, other: Any) -> bool:
+        return not other.has(x) and (abs(side.diff(x)) == 1 or side == abs(x))
+
+    return all(alone(r.lhs, r.rhs) or alone(r.rhs, r.lhs) for r in relation.atoms(Relational))
 
 
 def same_relation(a: Any, b: Any) -> bool:
